@@ -1,0 +1,134 @@
+"""Raw CT and reports -> volumes and a manifest that train.py and evaluate.py read.
+
+    python preprocess.py --dataset phantom --out data/phantom                  # synthetic CT, nothing to download
+    python preprocess.py --dataset ct-rate --root CT-RATE --out data/ct-rate --workers 16
+    python preprocess.py --dataset nifti --root scans --csv scans/reports.csv --out data/mine --recipe reaf
+
+Run it again and it does what is missing. Files that cannot be used are listed with the reason in OUT/refused.csv.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from reaf_hsenet.config import FITS, PRESETS, RECIPES
+from reaf_hsenet.data.datasets import Source, read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.phantom import write_phantom_dataset
+from reaf_hsenet.data.prepare import Options, prepare
+from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES
+from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", required=True, choices=("phantom", "ct-rate", "nifti"))
+    data.add_argument(
+        "--root", type=Path, help="folder of the raw data (phantom: where it is written, default OUT/raw)"
+    )
+    data.add_argument("--out", type=Path, required=True, help="folder to write")
+    data.add_argument(
+        "--csv", type=Path, help="nifti: table with the columns id and text (optional: scan, split)"
+    )
+    data.add_argument(
+        "--impressions", action="store_true", help="ct-rate: add the impressions to the findings"
+    )
+    recipe = parser.add_argument_group("recipe (defaults are the method's own)")
+    recipe.add_argument("--recipe", choices=tuple(RECIPES), default="hsenet")
+    recipe.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels of the result")
+    recipe.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="mm to resample to")
+    recipe.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="HU")
+    recipe.add_argument("--fit", choices=FITS, help="how the resampled CT meets the size")
+    recipe.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    geometry = parser.add_argument_group("what the files hold")
+    geometry.add_argument(
+        "--rescale",
+        choices=RESCALES,
+        default="auto",
+        help="auto: the table's slope and intercept for values that are not HU already",
+    )
+    geometry.add_argument(
+        "--orientation",
+        choices=ORIENTATIONS,
+        default="header",
+        help="stored: ignore the header's orientation, as the published pipelines do",
+    )
+    geometry.add_argument(
+        "--assume-orientation",
+        type=axis_codes,
+        metavar="CODES",
+        help="axis codes of files whose header has none, for example LPS",
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--workers", type=int, default=1)
+    run.add_argument("--allow-refused", action="store_true", help="exit 0 even when files were refused")
+    phantom = parser.add_argument_group("phantom")
+    phantom.add_argument("--train-size", type=int, default=768)
+    phantom.add_argument("--valid-size", type=int, default=128)
+    phantom.add_argument("--seed", type=int, default=0)
+    phantom.add_argument("--shape", type=int, nargs=3, default=(48, 96, 96), metavar=("D", "H", "W"))
+    return parser.parse_args(argv)
+
+
+def axis_codes(text: str) -> str:
+    if sorted(text.upper().translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an orientation such as LPS or RAS")
+    return text.upper()
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    raise_on_sigterm()
+    if args.workers < 1:
+        raise InputError(f"--workers {args.workers}: expected 1 or more")
+    changes = {k: tuple(v) for k in ("size", "spacing", "window") if (v := getattr(args, k)) is not None}
+    if args.dataset == "phantom" and args.recipe == "hsenet":
+        changes.setdefault("size", PRESETS["hsenet-tiny"].vision.size)
+    if args.fit:
+        changes["fit"] = args.fit
+    recipe = replace(RECIPES[args.recipe], **changes)
+    options = Options(recipe, args.rescale, args.orientation, args.assume_orientation, args.dtype)
+    source = read_source(args)
+    text = "findings and impressions" if args.impressions else "findings"
+    try:
+        manifest, refused = prepare(source, args.out, options, text, args.workers)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None
+    report(manifest, refused)
+    return 3 if refused and not args.allow_refused else 0
+
+
+def read_source(args: argparse.Namespace) -> Source:
+    if args.dataset == "phantom":
+        root = args.root or args.out / "raw"
+        write_phantom_dataset(
+            root, args.train_size, args.valid_size, args.seed, tuple(args.shape), args.workers, progress=True
+        )
+        return read_ct_rate(root, args.impressions)
+    if args.root is None:
+        raise InputError(f"--dataset {args.dataset} needs --root, the folder of the raw data")
+    if args.dataset == "ct-rate":
+        return read_ct_rate(args.root, args.impressions)
+    return read_nifti_folder(args.root, args.csv)
+
+
+def report(manifest, refused) -> None:
+    counts = ", ".join(f"{len(entries)} {split}" for split, entries in manifest.splits.items())
+    print(
+        f"{manifest.folder / 'manifest.json'}: {counts} volumes of {manifest.recipe.size}, {manifest.recipe.name}"
+    )
+    decisions = Counter(
+        entry["source"]["rescale"].split(" (")[0] for split in manifest.splits.values() for entry in split
+    )
+    for decision, count in decisions.most_common():
+        print(f"  rescale, {count} volumes: {decision}")
+    for path, reason in refused[:10]:
+        print(f"refused: {path}: {reason}", file=sys.stderr)
+    if refused:
+        print(f"{len(refused)} files refused, see {manifest.folder / 'refused.csv'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,275 @@
+"""Every hyperparameter of the project: dataclasses, named presets and the published recipes.
+
+Symbols: D/H/W depth, height and width of a volume, C width, L layers. Spacings are mm in (D, H, W) order,
+windows are HU. Sources: HSENet (commit c7198f3) and REAF (commit f9475f8), as their settings take effect.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, replace
+
+from reaf_hsenet.errors import InputError
+
+Size3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a CT becomes a network's input.
+
+    axes: directions that the array's (D, H, W) axes run to (L left, P posterior, S superior).
+    spacing: mm in (D, H, W) that the CT is resampled to; None keeps the CT's own grid.
+    clamp: `before` or `after` resampling the values are clamped to the window.
+    fit: `foreground` crops to the box of voxels above the minimum and resizes, `resize` resizes the whole grid,
+        `crop` pads with the lowest value and crops around the centre.
+    scale: `minmax` maps the volume's own range to [0, 1], `window` maps the window to [0, 1].
+    mean, std: applied last.
+    """
+
+    name: str
+    axes: str
+    spacing: tuple[float, float, float] | None
+    window: tuple[float, float]
+    size: Size3
+    clamp: str
+    scale: str
+    fit: str
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self):
+        if not (len(self.window) == 2 and self.window[0] < self.window[1]):
+            raise InputError(f"--window {self.window}: expected LOW HIGH in HU with LOW < HIGH")
+        if not all(math.isfinite(x) for x in self.window):
+            raise InputError(f"--window {self.window}: expected finite HU values")
+        if len(self.size) != 3 or min(self.size) < 1:
+            raise InputError(f"--size {self.size}: expected three positive numbers of voxels, D H W")
+        if self.spacing is not None and (
+            len(self.spacing) != 3 or not all(0 < x < math.inf for x in self.spacing)
+        ):
+            raise InputError(f"--spacing {self.spacing}: expected three positive distances in mm, D H W")
+        if self.fit not in FITS:
+            raise InputError(f"--fit {self.fit}: expected one of {', '.join(FITS)}")
+
+
+FITS = ("foreground", "crop", "resize")
+
+# 0.449 and 0.226 are the averages over colours of ImageNet's means and standard deviations, in float32 as published.
+RECIPES = {
+    "hsenet": Recipe(
+        "hsenet", "SLP", (1.5, 0.75, 0.75), (-1000.0, 200.0), (32, 256, 256), "before", "minmax", "foreground"
+    ),
+    "reaf": Recipe(
+        "reaf",
+        "SPL",
+        (3.0, 1.0, 1.0),
+        (-1150.0, 350.0),
+        (112, 336, 336),
+        "after",
+        "window",
+        "crop",
+        mean=0.449,
+        std=0.226,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """3D patch ViT (HSENet stage 1; the vision encoder of M3D-CLIP)."""
+
+    size: Size3 = (32, 256, 256)
+    patch: Size3 = (4, 16, 16)
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp: int = 3072
+
+    def __post_init__(self):
+        if any(s % p for s, p in zip(self.size, self.patch, strict=True)):
+            raise InputError(
+                f"input size {self.size} is not a multiple of the patch {self.patch}: change --size"
+            )
+
+    @property
+    def grid(self) -> Size3:
+        return tuple(s // p for s, p in zip(self.size, self.patch, strict=True))
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """BERT or RoBERTa encoder, as its config.json says."""
+
+    vocab: int = 30522
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    positions: int = 512
+    token_types: int = 2
+    layer_norm_eps: float = 1e-12
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    pad_id: int = 0
+    kind: str = "bert"  # or roberta: positions count from pad_id + 1
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Dual encoder. logit_scale `raw` multiplies by the parameter itself, as HSENet publishes; `exp` is CLIP's."""
+
+    model: str = "hsenet"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    embed: int = 768
+    logit_scale: str = "raw"
+    max_text: int = 512
+
+
+PRESETS = {
+    "hsenet-base": ClipConfig(),
+    # Small enough for a laptop's processor. Its text encoder trains on its own vocabulary, from the reports.
+    "hsenet-tiny": ClipConfig(
+        vision=VisionConfig(size=(32, 64, 64), patch=(8, 8, 8), width=128, depth=4, heads=4, mlp=512),
+        text=TextConfig(
+            vocab=1000,
+            width=128,
+            depth=2,
+            heads=4,
+            mlp=512,
+            positions=320,
+            dropout=0.0,
+            attention_dropout=0.0,
+        ),
+        embed=128,
+        logit_scale="exp",
+        max_text=320,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Probabilities of HSENet's training augmentations, applied in this order; 0 switches one off."""
+
+    rotate: float = 0.5  # by 90, 180 or 270 degrees in the (H, W) plane
+    flip: float = 0.1  # each of D, H, W, independently
+    scale: float = 0.5  # v * (1 + f), f uniform in +-intensity
+    shift: float = 0.5  # v + o, o uniform in +-intensity
+    intensity: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training stage. warmup is the share of all steps; no_decay is the published rule of each method."""
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    warmup: float
+    epochs: int
+    batch_size: int  # per process
+    no_decay: str = "hsenet"
+    clip_norm: float | None = 1.0
+    accumulate: int = 1
+    precision: str = "bf16"
+    grad_checkpoint: bool = False
+    seed: int = 42
+    augment: Augmentation = Augmentation()
+    validate_every: float = 0.04  # share of all steps
+    validate_samples: int = 512
+    save_every: int = 1000
+    keep: int = 1
+
+
+NO_AUGMENTATION = Augmentation(rotate=0, flip=0, scale=0, shift=0)
+
+# The published settings of every stage, per process (HSENet and REAF used 8 and 1 processes in their examples).
+STAGES = {
+    ("clip1", "hsenet"): TrainConfig(
+        lr=1e-4, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, warmup=0.03, epochs=50, batch_size=3
+    ),
+    ("clip2", "hsenet"): TrainConfig(
+        lr=1e-4, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, warmup=0.03, epochs=50, batch_size=3
+    ),
+    ("mrg", "hsenet"): TrainConfig(
+        lr=1e-4,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        warmup=0.03,
+        epochs=6,
+        batch_size=2,
+        save_every=2000,
+    ),
+    ("vqa", "hsenet"): TrainConfig(
+        lr=5e-5,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        warmup=0.03,
+        epochs=4,
+        batch_size=5,
+        save_every=2000,
+        validate_samples=1024,
+    ),
+    # REAF's script says warmup 313, which its code reads as epochs, so that the published run of 2 epochs never
+    # leaves the warm-up; its README's example (2 of 50 epochs) is taken instead.
+    ("clip1", "reaf"): TrainConfig(
+        lr=5e-4,
+        weight_decay=0.2,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        warmup=0.04,
+        epochs=50,
+        batch_size=16,
+        no_decay="reaf",
+        clip_norm=None,
+        precision="fp16",
+        grad_checkpoint=True,
+        seed=0,
+        augment=NO_AUGMENTATION,
+    ),
+}
+
+# What the tiny presets change, so that a stage ends within minutes on two cores. Flips and rotations are off
+# because the phantom reports name sides, which a flipped volume contradicts.
+TINY_STAGES = {
+    ("clip1", "hsenet"): {
+        "lr": 1e-3,
+        "epochs": 16,
+        "batch_size": 32,
+        "precision": "fp32",
+        "validate_every": 0.125,
+        "augment": Augmentation(rotate=0, flip=0, scale=0.5, shift=0.5),
+    },
+}
+
+
+def stage_config(stage: str, model: str, preset: str) -> TrainConfig:
+    """The recipe of a stage, with a tiny preset's changes."""
+    if (stage, model) not in STAGES:
+        known = ", ".join(sorted({s for s, m in STAGES if m == model}))
+        raise InputError(f"--stage {stage}: {model} has the stages {known}")
+    config = STAGES[stage, model]
+    return replace(config, **TINY_STAGES.get((stage, model), {})) if preset.endswith("-tiny") else config
+
+
+def to_dict(config) -> dict:
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls, values: dict):
+    """Rebuild a dataclass from its JSON form (lists become tuples, nested dataclasses are rebuilt)."""
+    kinds = {"vision": VisionConfig, "text": TextConfig, "augment": Augmentation}
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise InputError(f"{cls.__name__} has no setting {', '.join(unknown)}: written by another version?")
+    made = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and name in kinds:
+            value = from_dict(kinds[name], value)
+        made[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**made)

@@ -1,0 +1,154 @@
+"""Prepared volumes and reports -> batches. What a step sees depends on (seed, epoch, step), not on ranks or workers."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from reaf_hsenet.config import Augmentation
+from reaf_hsenet.data.augment import augment
+from reaf_hsenet.data.manifest import Manifest
+from reaf_hsenet.data.text import clean_report, shorten_report
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.tokenizer import WordPiece
+
+
+@dataclass
+class Batch:
+    """volume: (B, 1, D, H, W) float32. ids, mask: (B, T). index: rows of the split."""
+
+    volume: Tensor
+    ids: Tensor
+    mask: Tensor
+    index: list[int]
+
+    def to(self, device: torch.device) -> "Batch":
+        move = [t.to(device, non_blocking=True) for t in (self.volume, self.ids, self.mask)]
+        return Batch(*move, self.index)
+
+
+class CTReportDataset(Dataset):
+    """A split of a manifest. Items are asked for as (epoch, row): their randomness is a function of seed and both."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        tokenizer: WordPiece,
+        max_text: int,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ):
+        self.manifest, self.entries = manifest, manifest.entries(split)
+        self.tokenizer, self.max_text = tokenizer, max_text
+        self.augmentation, self.seed = augmentation, seed
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, row = key
+        rng = np.random.default_rng((self.seed, epoch, row))
+        try:
+            volume = read_prepared(self.manifest, self.entries[row])
+        except InputError as error:
+            return error  # raised by the main process: a worker's exception would carry its traceback
+        if self.augmentation is not None:
+            volume = augment(volume, self.augmentation, rng)
+        return volume, self.encode(self.entries[row]["text"], rng), row
+
+    def encode(self, text: str, rng: np.random.Generator) -> list[int]:
+        text = clean_report(text)
+        text = shorten_report(text, self.max_text, lambda t: len(self.tokenizer.encode(t)), rng)
+        return self.tokenizer.encode(text, self.max_text)
+
+    def collate(self, items: list) -> Batch | InputError:
+        for item in items:
+            if isinstance(item, InputError):
+                return item
+        volumes, rows, index = zip(*items, strict=True)
+        return Batch(torch.stack(volumes), *self.tokenizer.batch(list(rows)), list(index))
+
+
+def read_prepared(manifest: Manifest, entry: dict) -> Tensor:
+    """(1, D, H, W) float32. Raises InputError, naming the file, when it is absent, damaged or of another size."""
+    path = manifest.folder / entry["volume"]
+    try:
+        voxels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); delete it and run preprocess.py again"
+        ) from error
+    if voxels.shape != tuple(manifest.recipe.size):
+        raise InputError(f"{path}: has shape {voxels.shape}, the manifest says {manifest.recipe.size}")
+    volume = torch.from_numpy(voxels.astype(np.float32))[None]
+    if not torch.isfinite(volume).all():
+        raise InputError(f"{path}: holds NaN or infinite values; delete it and run preprocess.py again")
+    return volume
+
+
+class GlobalBatches(Sampler):
+    """One epoch of batches of this rank, as lists of (epoch, row).
+
+    The rows are shuffled by (seed, epoch) and cut into global batches; rank r takes its r-th part of each, so that a
+    step's global batch is the same for any number of ranks. The incomplete last batch is left out.
+    """
+
+    def __init__(self, rows: int, per_rank: int, rank: int, world: int, seed: int):
+        self.rows, self.per_rank, self.rank, self.world, self.seed = rows, per_rank, rank, world, seed
+        self.epoch, self.first = 0, 0
+
+    def start_at(self, epoch: int, first: int) -> None:
+        """The next iteration yields epoch `epoch` from its batch `first` on."""
+        self.epoch, self.first = epoch, first
+
+    def __len__(self) -> int:
+        return self.rows // (self.per_rank * self.world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
+        for batch in range(self.first, len(self)):
+            start = (batch * self.world + self.rank) * self.per_rank
+            yield [(self.epoch, int(row)) for row in order[start : start + self.per_rank]]
+
+
+class InOrder(Sampler):
+    """This rank's rows of a split in order, for evaluation: every world-th, as batches of (0, row)."""
+
+    def __init__(self, rows: int, batch: int, rank: int, world: int):
+        mine = range(rank, rows, world)
+        self.batches = [[(0, row) for row in mine[i : i + batch]] for i in range(0, len(mine), batch)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+
+def make_loader(dataset: CTReportDataset, sampler: Sampler, workers: int, pin: bool = False) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=dataset.collate,
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_interrupt,
+    )
+
+
+def batches(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
+    """The loader's batches on `device`. Raises the InputError of a volume that could not be read."""
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch.to(device)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business

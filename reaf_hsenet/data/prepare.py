@@ -1,0 +1,198 @@
+"""A data set's CTs -> volumes/*.npy and a manifest, restartable: what is done is in progress.jsonl and on disk."""
+
+import csv
+import hashlib
+import json
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from reaf_hsenet.config import Recipe, to_dict
+from reaf_hsenet.data.datasets import Case, Source
+from reaf_hsenet.data.manifest import Manifest
+from reaf_hsenet.data.preprocessing import preprocess
+from reaf_hsenet.data.volume import read_volume
+from reaf_hsenet.errors import InputError, OutputError
+from reaf_hsenet.files import atomic_write, folder_lock
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a prepared volume depends on, beside its source file."""
+
+    recipe: Recipe
+    rescale: str = "auto"
+    orientation: str = "header"
+    assume_orientation: str | None = None
+    dtype: str = "float16"
+
+    def to_json(self) -> dict:
+        return json.loads(json.dumps(to_dict(self)))
+
+
+def prepare(
+    source: Source,
+    out: Path,
+    options: Options,
+    text: str = "findings",
+    workers: int = 1,
+    progress: bool = True,
+) -> tuple[Manifest, list[tuple[str, str]]]:
+    """Prepare what is missing below `out`, then write manifest.json and refused.csv.
+
+    Returns the manifest and the refused (file, reason) pairs. Only whole files ever appear under their names; after
+    an interrupt the same call continues.
+    """
+    out = Path(out)
+    if options.assume_orientation is None and source.blank_orientation is not None:
+        options = Options(**{**vars(options), "assume_orientation": source.blank_orientation})
+    cases = {case.id: case for split in source.splits.values() for case in split}
+    if len(cases) != sum(map(len, source.splits.values())):
+        raise InputError(f"{source.kind}: an id is in both splits; each volume needs its own")
+    with folder_lock(out):
+        _remove_half_written(out)
+        manifest = Manifest(
+            out, source.kind, options.recipe, options.dtype, text, list(source.label_names), {}
+        )
+        journal = Journal(out / "progress.jsonl", options)
+        done = journal.read(cases, manifest)
+        refused = {i: c.problem for i, c in cases.items() if c.problem}
+        todo = [c for i, c in cases.items() if i not in done and i not in refused]
+        results = _run(todo, out, options, workers)
+        for case, record, reason in tqdm(
+            results, total=len(todo), desc="volumes", unit="", disable=not progress or not todo
+        ):
+            if reason:
+                refused[case.id] = reason
+            else:
+                journal.add(case, record)
+                done[case.id] = record
+        for split, members in source.splits.items():
+            manifest.splits[split] = [_entry(c, done[c.id]) for c in members if c.id in done]
+        lines = [(str(cases[i].path), reason) for i, reason in sorted(refused.items())]
+        with atomic_write(out / "refused.csv") as file:
+            csv.writer(file).writerows([("file", "reason"), *lines])
+        manifest.save()
+    return manifest, lines
+
+
+class Journal:
+    """One line per prepared volume. The first line holds the options: another recipe needs another folder."""
+
+    def __init__(self, path: Path, options: Options):
+        self.path, self.head = path, options.to_json()
+
+    def read(self, cases: dict[str, Case], manifest: Manifest) -> dict[str, dict]:
+        """Records by id of the volumes whose file is whole and whose source has not changed since."""
+        done: dict[str, dict] = {}
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            head = json.loads(lines[0]) if lines else None
+            if lines and head != self.head:
+                changed = [k for k in self.head if head.get(k) != self.head[k]]
+                raise InputError(
+                    f"{self.path.parent}: holds volumes prepared with another {', '.join(changed)}; "
+                    "choose another --out"
+                )
+            for line in lines[1:]:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a run that was killed while writing it
+                case = cases.get(record["id"])
+                unchanged = case and not case.problem and _stamp(case.path) == record["stamp"]
+                volume = _stamp(manifest.folder / volume_name(record["id"]))
+                if unchanged and volume and volume[0] == manifest.file_size:
+                    done[case.id] = record
+        with atomic_write(self.path) as file:
+            for line in (self.head, *done.values()):
+                file.write(json.dumps(line) + "\n")
+        return done
+
+    def add(self, case: Case, record: dict) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror}): free space and run again"
+            ) from error
+
+
+def volume_name(case_id: str) -> str:
+    return f"volumes/{case_id}.npy"
+
+
+def prepare_case(case: Case, out: Path, options: Options) -> tuple[Case, dict | None, str | None]:
+    """Write one volume. Returns (case, record, None) or (case, None, reason it was refused)."""
+    try:
+        volume = read_volume(
+            case.path, case.table, options.rescale, options.orientation, options.assume_orientation
+        )
+        image = preprocess(volume, options.recipe)
+    except InputError as error:
+        return case, None, str(error).removeprefix(f"{case.path}: ")
+    except MemoryError:
+        return case, None, "needs more memory than there is; use fewer --workers"
+    with atomic_write(out / volume_name(case.id), "wb") as file:
+        np.save(file, image[0].astype(options.dtype))
+    digest = hashlib.sha256()
+    with open(case.path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    source = {"file": str(case.path), "sha256": digest.hexdigest(), **volume.record}
+    return case, {"id": case.id, "stamp": _stamp(case.path), "source": source}, None
+
+
+def _run(todo: list[Case], out: Path, options: Options, workers: int) -> Iterator[tuple]:
+    if workers == 1 or len(todo) < 2:
+        for case in todo:
+            yield prepare_case(case, out, options)
+        return
+    # spawn: a forked child of a process with threads can hang.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    )
+    try:
+        futures = [pool.submit(prepare_case, case, out, options) for case in todo]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker was killed, most likely for want of memory; run again with fewer --workers"
+        ) from error
+    finally:
+        # After Ctrl-C the volumes in work are finished, the others left for the next run.
+        pool.shutdown(cancel_futures=True)
+
+
+def _entry(case: Case, record: dict) -> dict:
+    labels = None if case.labels is None else list(case.labels)
+    return {
+        "id": case.id,
+        "scan": case.scan,
+        "volume": volume_name(case.id),
+        "text": case.text,
+        "labels": labels,
+        "source": record["source"],
+    }
+
+
+def _stamp(path: Path) -> list[int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _remove_half_written(out: Path) -> None:
+    for path in [*out.glob(".*.tmp"), *out.glob("volumes/**/.*.tmp")]:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""One process or many: process group, device, and what must agree between ranks."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from reaf_hsenet.errors import InputError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: rank of world, on `device`."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str | None = None) -> Ranks:
+    """Join torchrun's process group (nccl on GPUs, gloo on processors), or be the only process."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {kind}: torch sees no GPU here; leave the flag out or say cpu")
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"torchrun started local rank {local}, but there are {torch.cuda.device_count()} GPUs"
+            )
+        kind = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    try:
+        place = torch.device(kind)
+    except RuntimeError as error:
+        raise InputError(f"--device {kind}: expected cpu, cuda or cuda:N") from error
+    if world > 1:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return Ranks(int(os.environ.get("RANK", "0")), world, place)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def any_rank(value: int, device: torch.device) -> int:
+    """The largest value over ranks: a signal that one rank received is known to all."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def gather_objects(value) -> list:
+    """Every rank's value, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -1,0 +1,87 @@
+"""Dual-encoder runs at work: rebuild one from its folder, embed a split, score retrieval on it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from reaf_hsenet import distributed
+from reaf_hsenet.checkpoint import Run
+from reaf_hsenet.config import ClipConfig, Recipe, from_dict
+from reaf_hsenet.data.loader import CTReportDataset, InOrder, batches, make_loader
+from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.metrics.retrieval import cross_retrieval
+from reaf_hsenet.models.clip import DualEncoder, build_dual_encoder
+from reaf_hsenet.pretrained import load_strictly
+from reaf_hsenet.tokenizer import WordPiece, load_wordpiece
+
+
+@dataclass
+class DualEncoderRun:
+    """A trained dual encoder with what its inputs must be."""
+
+    model: DualEncoder
+    config: ClipConfig
+    recipe: Recipe
+    tokenizer: WordPiece
+    checkpoint: Path
+    data: Path
+
+
+def load_dual_encoder(folder: Path, which: str = "best") -> DualEncoderRun:
+    """Rebuild a clip1 run's model. Raises InputError when the folder holds no such run or its weights do not fit."""
+    run = Run(folder)
+    values = run.read_config()
+    if values.get("stage") != "clip1":
+        raise InputError(
+            f"{folder}: is a run of stage {values.get('stage')!r}; expected a dual encoder, stage clip1"
+        )
+    config = from_dict(ClipConfig, values["model"])
+    state, checkpoint = run.load_model(which)
+    model = build_dual_encoder(config)
+    load_strictly(model, state, str(checkpoint / "model.safetensors"))
+    recipe = from_dict(Recipe, values["recipe"])
+    return DualEncoderRun(
+        model.eval(), config, recipe, load_wordpiece(folder), checkpoint, Path(values["data"])
+    )
+
+
+@torch.inference_mode()
+def embed(
+    model: DualEncoder,
+    dataset: CTReportDataset,
+    ranks: Ranks,
+    batch: int,
+    rows: int | None = None,
+    workers: int = 0,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Unit vectors of the first `rows` volumes and reports, (N, C) each, on the CPU and the same on every rank."""
+    rows = min(rows or len(dataset), len(dataset))
+    loader = make_loader(dataset, InOrder(rows, batch, ranks.rank, ranks.world), workers)
+    index, image, text = [], [], []
+    for part in tqdm(
+        batches(loader, ranks.device),
+        total=len(loader),
+        desc="embed",
+        unit="batch",
+        disable=not (progress and ranks.main),
+    ):
+        index += part.index
+        image.append(model.encode_image(part.volume).float().cpu())
+        text.append(model.encode_text(part.ids, part.mask).float().cpu())
+    parts = distributed.gather_objects((index, image, text))
+    order = torch.tensor([i for index, _, _ in parts for i in index]).argsort()
+    image = torch.cat([x for _, images, _ in parts for x in images])[order]
+    text = torch.cat([x for _, _, texts in parts for x in texts])[order]
+    return image, text
+
+
+def retrieval_score(image: Tensor, text: Tensor) -> tuple[float, dict[str, float]]:
+    """(mean R@5 of both directions, the numbers to show), for choosing the best checkpoint."""
+    tables = cross_retrieval(image, text).tables
+    numbers = {f"{direction}/R@{k}": tables[direction][f"R@{k}"] for direction in tables for k in (1, 5, 10)}
+    return sum(table["R@5"] for table in tables.values()) / 2, numbers

@@ -1,0 +1,58 @@
+"""A user's mistake: one line that names the file or flag, says what was expected and what to do."""
+
+import argparse
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """Wrong input. Its message is one line: what (file, flag, row), what was expected, what to do."""
+
+
+class OutputError(InputError):
+    """A file that could not be written: a full disk, a folder without permission."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the program can still put things in order."""
+
+
+def raise_on_sigterm() -> None:
+    """Turn SIGTERM into an exception, so that temporary files are removed and locks released."""
+
+    def handler(number, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handler)
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags whose mistakes are one line, and whose help keeps the script's own layout."""
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def run_script(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
+    """Run a script's main and exit: 2 and one line for an InputError, 130 for Ctrl-C, 143 for SIGTERM.
+
+    `--debug` shows tracebacks.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = main(arguments)
+    except (InputError, KeyboardInterrupt, Terminated) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        code = 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 143
+        message = f"error: {error}" if code == 2 else str(error) or "interrupted"
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)

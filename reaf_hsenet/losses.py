@@ -1,0 +1,43 @@
+"""Training losses. Contrastive: symmetric cross-entropy of scaled cosines over the whole (global) batch."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate every rank's rows, in rank order, and give each rank its own rows' gradient.
+
+    Every rank computes the same loss of the gathered rows, so the sum of the ranks' gradients for a row is world
+    times its own: no second communication is needed. Averaging over ranks, as DDP does, then gives exactly the
+    gradient of one process with the concatenated batch.
+    """
+
+    @staticmethod
+    def forward(ctx, features: Tensor) -> Tensor:
+        ctx.rows = len(features)
+        gathered = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, features.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        start = dist.get_rank() * ctx.rows
+        return gradient[start : start + ctx.rows] * dist.get_world_size()
+
+
+def gather_with_grad(features: Tensor) -> Tensor:
+    """(B, C) on each rank -> (world * B, C) on every rank; every rank must hold the same number of rows."""
+    return _Gather.apply(features) if dist.is_initialized() and dist.get_world_size() > 1 else features
+
+
+def contrastive_logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """Unit vectors (B, C), (B, C) -> scale * image text^t, (B, B): row i are volume i's similarities to all reports."""
+    return scale * image @ text.T
+
+
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """(B, B) logits whose diagonal holds the pairs -> mean of both directions' cross-entropy, a scalar."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

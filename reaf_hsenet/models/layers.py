@@ -1,0 +1,98 @@
+"""The parts that every encoder here is built of: attention, MLP, pre-norm block, 3D patch embedding.
+
+Shapes: x (B, N, C) in and out, unless said otherwise. N tokens, C width.
+"""
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(q k^t / sqrt(C / heads)) v, through torch's fused kernel."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool = True, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask: (B, 1, 1, N) or (B, 1, N, N), True where a key may be attended to."""
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, N, C / heads)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, mlp: int, qkv_bias: bool = True, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width, mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed3D(nn.Module):
+    """Cut a volume into patches and map each to a token with one Linear.
+
+    (B, 1, D, H, W) -> (B, d*h*w, C), depth-major; a patch is flattened as (depth, height, width).
+    """
+
+    def __init__(self, patch: tuple[int, int, int], width: int):
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Linear(patch[0] * patch[1] * patch[2], width)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        batch = volume.shape[0]
+        d, h, w = (n // p for n, p in zip(volume.shape[2:], self.patch, strict=True))
+        x = volume.reshape(batch, d, self.patch[0], h, self.patch[1], w, self.patch[2])
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, d * h * w, -1)
+        return self.proj(x)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal of std 0.02 for matrices, zero biases, unit norms: ViT's and BERT's initialisation."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, grad_checkpoint: bool, *args) -> Tensor:
+    """Blocks in turn; with `grad_checkpoint` their inner activations are computed again in the backward pass."""
+    for block in blocks:
+        if grad_checkpoint and torch.is_grad_enabled():
+            x = torch.utils.checkpoint.checkpoint(block, x, *args, use_reentrant=False)
+        else:
+            x = block(x, *args)
+    return x

@@ -1,0 +1,61 @@
+"""Sine-cosine position tables in one, two and three dimensions, and their resampling (REAF, HLIP; MAE).
+
+Positions are 0, 1, ...; frequencies 10000^(-j / (C / 2)); an axis has all its sines, then all its cosines. With
+several axes each has an equal share of the channels, the last grid axis first: width, height, depth.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sincos_1d(positions: Tensor, width: int) -> Tensor:
+    """(n,) -> (n, C)."""
+    if width % 2:
+        raise ValueError(f"width {width} is odd; sines and cosines need an even one")
+    # float64 until the end: a float32 angle of a large position has lost digits of its sine.
+    frequency = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    angle = positions.double()[:, None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=1).float()
+
+
+def sincos_grid(grid: tuple[int, ...], width: int) -> Tensor:
+    """grid (h, w) or (d, h, w) -> (*grid, C)."""
+    if width % (2 * len(grid)):
+        raise ValueError(f"width {width} cannot be shared by {len(grid)} axes of sines and cosines")
+    share = width // len(grid)
+    axes = []
+    for axis in reversed(range(len(grid))):
+        shape = [1] * len(grid) + [share]
+        shape[axis] = grid[axis]
+        axes.append(sincos_1d(torch.arange(grid[axis]), share).view(shape).expand(*grid, share))
+    return torch.cat(axes, dim=-1)
+
+
+def resample_3d(table: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """(1, d, h, w, C) -> (1, *grid, C), trilinear, float32."""
+    if tuple(table.shape[1:4]) == tuple(grid):
+        return table
+    channels_first = table.float().permute(0, 4, 1, 2, 3)
+    return F.interpolate(channels_first, size=grid, mode="trilinear", align_corners=False).permute(
+        0, 2, 3, 4, 1
+    )
+
+
+def resample_2d(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(1, n*n, C) row-major without class token -> (1, h, w, C); bicubic with antialiasing, as timm does."""
+    side = round(table.shape[1] ** 0.5)
+    if side * side != table.shape[1]:
+        raise ValueError(f"a position table of {table.shape[1]} rows is not square")
+    table = table.float().unflatten(1, (side, side))
+    if (side, side) == tuple(grid):
+        return table
+    channels_first = table.permute(0, 3, 1, 2)
+    return F.interpolate(channels_first, size=grid, mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+
+
+def depth_plus_2d(table: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Pretrained 2D table (1, n*n, C) -> (1, d, h, w, C): the plane's rows plus a 1D sine-cosine over depth."""
+    plane = resample_2d(table, grid[1:])[:, None]  # (1, 1, h, w, C)
+    depth = sincos_1d(torch.arange(grid[0]), table.shape[-1])[None, :, None, None]  # (1, d, 1, 1, C)
+    return plane + depth

@@ -1,0 +1,252 @@
+"""The one training loop: optimizer, schedule, precision, accumulation, validation, checkpoints, signals.
+
+A stage gives a model, a loss and a validation; everything else is here. The randomness of a step is a function of
+(seed, step, rank), and the samples of a step of (seed, epoch), so a resumed run needs no random state to continue.
+"""
+
+import math
+import resource
+import signal
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from reaf_hsenet import distributed
+from reaf_hsenet.checkpoint import Run
+from reaf_hsenet.config import TrainConfig
+from reaf_hsenet.data.loader import Batch, GlobalBatches, batches, make_loader
+from reaf_hsenet.distributed import Ranks
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Decayed and undecayed parameters by the published rule of each method.
+
+    hsenet: LayerNorms and biases are not decayed (class token, positions and logit scale are). reaf: nothing with
+    fewer than two dimensions is, nor the logit scale.
+    """
+    norms = {
+        f"{name}.{parameter}".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        bare = name in norms or name.endswith("bias") or (config.no_decay == "reaf" and parameter.ndim < 2)
+        (undecayed if bare else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """Linear from 0 over the warm-up, then half a cosine to 0."""
+    warmup = math.ceil(config.warmup * total)
+    if step < warmup:
+        return config.lr * step / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+@dataclass
+class Progress:
+    """Optimizer steps done, the epoch, batches of it already used, and the best validation score so far."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    best: float = -math.inf
+
+
+class Trainer:
+    """loss(model, batch) -> (scalar, {name: number}); validate(model) -> (score to maximise, {name: number})."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Batch], tuple[Tensor, dict]],
+        validate: Callable[[nn.Module], tuple[float, dict]],
+        dataset,
+        config: TrainConfig,
+        run: Run,
+        ranks: Ranks,
+        max_steps: int | None = None,
+        workers: int = 0,
+        log_every: int = 10,
+        writer: Callable[[dict], None] | None = None,
+    ):
+        self.config, self.run, self.ranks, self.writer = config, run, ranks, writer
+        self.loss, self.validate, self.log_every = loss, validate, log_every
+        self.model = model.to(ranks.device)
+        self.ddp = self.model
+        if ranks.world > 1:
+            self.ddp = DistributedDataParallel(
+                self.model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None
+            )
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps
+        )
+        self.dtype = PRECISIONS[config.precision]
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
+        self.sampler = GlobalBatches(len(dataset), config.batch_size, ranks.rank, ranks.world, config.seed)
+        self.loader = make_loader(dataset, self.sampler, workers, pin=ranks.device.type == "cuda")
+        self.total = max_steps or max(1, len(self.sampler) // config.accumulate) * config.epochs
+        self.validate_every = max(1, round(config.validate_every * self.total))
+        self.progress, self.signal = Progress(), 0
+
+    def resume(self) -> None:
+        """Take up the last checkpoint, exactly."""
+        model, state = self.run.load_trainer()
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        if self.ranks.main:
+            self.run.cut_log(self.progress.step)
+
+    def fit(self) -> int:
+        """Train to the end. Returns 0, or 128 + the number of the signal that stopped it (after a checkpoint)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note_signal)
+        bar = tqdm(
+            total=self.total,
+            initial=self.progress.step,
+            desc="train",
+            unit="step",
+            disable=not self.ranks.main,
+            dynamic_ncols=True,
+        )
+        self.clock = time.perf_counter()
+        with bar:
+            while self.progress.step < self.total:
+                for group in self._groups():
+                    stopped = self._step(group, bar)
+                    if stopped:
+                        bar.write(
+                            f"stopped by signal {stopped} at step {self.progress.step}: checkpoint written, "
+                            "continue with --resume"
+                        )
+                        return 128 + stopped
+                    if self.progress.step == self.total:
+                        return 0
+        return 0
+
+    def _groups(self):
+        """The rest of the epoch, as lists of `accumulate` batches."""
+        self.sampler.start_at(self.progress.epoch, self.progress.batch)
+        group = []
+        for batch in batches(self.loader, self.ranks.device):
+            group.append(batch)
+            if len(group) == self.config.accumulate:
+                yield group
+                group = []
+        self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+
+    def _step(self, group: list[Batch], bar: tqdm) -> int:
+        """One optimizer step, and what is due after it. Returns the number of a signal to stop for, or 0."""
+        progress, ranks = self.progress, self.ranks
+        torch.manual_seed((self.config.seed * 1_000_003 + progress.step) * 65_536 + ranks.rank)
+        rate = learning_rate(progress.step, self.total, self.config)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+        self.ddp.train()
+        loss, numbers, norm = self._update(group)
+        progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
+        bar.update()
+        last = progress.step == self.total
+        if last or progress.step % self.log_every == 0:
+            loss = float(distributed.mean_over_ranks(loss))
+            self._log(bar, {"loss": loss, "lr": rate, "grad_norm": norm, **numbers})
+        stopped = distributed.any_rank(self.signal, ranks.device)
+        best = False
+        if not stopped and (last or progress.step % self.validate_every == 0):
+            best = self._validate(bar)
+        if best or last or stopped or progress.step % self.config.save_every == 0:
+            self._save(best)
+        return 0 if last else stopped
+
+    def _update(self, group: list[Batch]) -> tuple[Tensor, dict, float]:
+        total = 0.0
+        for i, batch in enumerate(group):
+            # Gradients are averaged over ranks once, with the last batch.
+            quiet = self.ranks.world > 1 and i < len(group) - 1
+            with self.ddp.no_sync() if quiet else nullcontext():
+                with self.autocast():
+                    loss, numbers = self.loss(self.ddp, batch)
+                loss = loss / len(group)
+                self.scaler.scale(loss).backward()
+            total = total + loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        clip = self.config.clip_norm if self.config.clip_norm is not None else math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, numbers, float(norm)
+
+    def autocast(self):
+        return torch.autocast(
+            self.ranks.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
+        )
+
+    def _log(self, bar: tqdm, numbers: dict) -> None:
+        now = time.perf_counter()
+        done = self.progress.step - getattr(self, "logged_step", self.progress.step - self.log_every)
+        samples = done * self.config.batch_size * self.config.accumulate * self.ranks.world
+        numbers |= {
+            "samples_per_s": samples / (now - self.clock),
+            "memory_gb": peak_memory_gb(self.ranks.device),
+        }
+        self.clock, self.logged_step = now, self.progress.step
+        bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['samples_per_s']:.1f} samples/s")
+        self._record({"step": self.progress.step, "epoch": self.progress.epoch, **numbers})
+
+    def _validate(self, bar: tqdm) -> bool:
+        self.model.eval()
+        started = time.perf_counter()
+        with torch.inference_mode(), self.autocast():
+            score, numbers = self.validate(self.model)
+        self.clock += time.perf_counter() - started  # not part of the training speed
+        if self.ranks.main:
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
+            bar.write(f"step {self.progress.step}: validation {shown}")
+        self._record({"step": self.progress.step, "validation": numbers})
+        better = score > self.progress.best
+        self.progress.best = max(score, self.progress.best)
+        return better
+
+    def _record(self, record: dict) -> None:
+        if self.ranks.main:
+            self.run.log(record)
+            if self.writer:
+                self.writer(record)
+
+    def _save(self, best: bool) -> None:
+        if self.ranks.main:
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "progress": vars(self.progress),
+            }
+            self.run.save(self.progress.step, self.model.state_dict(), state, self.config.keep, best)
+        distributed.barrier()
+
+    def _note_signal(self, number: int, frame) -> None:
+        self.signal = number
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: the GPU's where there is one, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
