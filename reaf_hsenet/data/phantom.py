@@ -1,7 +1,7 @@
 """Synthetic chest CT with reports, labels and questions, written in CT-RATE's own file layout.
 
-`write_phantom_dataset` writes a folder that the CT-RATE reader reads as it reads CT-RATE v2: int16 HU, x to Left, y to
-Posterior, z to Superior. `sample_patient` and `phantom_volume` make one scan in memory.
+`write_phantom_dataset` writes a folder that the CT-RATE reader reads as it reads CT-RATE v2: int16 HU, x to
+Left, y to Posterior, z to Superior. `sample_patient` and `phantom_volume` make one scan in memory.
 """
 
 import csv
@@ -34,7 +34,7 @@ from reaf_hsenet.data.phantom_reports import write_report
 from reaf_hsenet.errors import InputError
 
 MINIMAL_SHAPE = (16, 32, 32)
-# CT-RATE names the two splits' metadata, report and question tables train_ and validation_, the labels valid_.
+# CT-RATE names metadata, reports and questions train_ and validation_, but the labels train_ and valid_.
 TABLE_PREFIX = {"train": "train", "valid": "validation"}
 PARAMETERS_FILE = "phantom.json"
 PARAMETERS_VERSION = 1
@@ -63,12 +63,12 @@ def write_phantom_dataset(
     reconstructions: float = 0.0,
     progress: bool = False,
 ) -> None:
-    """Write a phantom dataset in CT-RATE's layout below `root`/dataset: volumes, metadata, reports, labels, questions.
+    """Write a phantom dataset in CT-RATE's layout below `root`/dataset: volumes and all tables.
 
-    train, valid: numbers of patients. shape: (D, H, W), D axial slices. workers: processes. reconstructions: the
-    probability that a scan has a second reconstruction with the same report. Volumes that exist are kept, so that an
-    interrupted run continues. Raises InputError for values out of range, for a
-    folder that holds a phantom made with other parameters, and when a file cannot be written.
+    train, valid: numbers of patients. shape: (D, H, W), D axial slices. workers: processes. reconstructions:
+    the probability that a scan has a second reconstruction with the same report. Volumes that exist are kept,
+    so that an interrupted run continues. Raises InputError for values out of range, for a folder that holds a
+    phantom made with other parameters, and when a file cannot be written.
     """
     root = Path(root)
     parameters = _checked_parameters(train, valid, seed, shape, workers, reconstructions)
@@ -162,12 +162,12 @@ def _write_patient_volumes(root: Path, shape: tuple[int, int, int], patient: Pat
 
 
 def _first_voxel(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Position (x, y, z) of voxel 0 in mm, to the Left, Posterior and Superior: DICOM's ImagePositionPatient."""
+    """Position (x, y, z) of voxel 0 in mm to Left, Posterior, Superior: DICOM's ImagePositionPatient."""
     return -shape[2] * spacing[2] / 2, -shape[1] * spacing[1] / 2, 0.0
 
 
 def nifti_bytes(hu: np.ndarray, spacing: tuple[float, float, float]) -> bytes:
-    """A .nii.gz file of (D, H, W) int16 HU: stored (x, y, z) to Left, Posterior, Superior, qform and sform codes 1."""
+    """A .nii.gz of (D, H, W) int16 HU: x to Left, y to Posterior, z to Superior, qform and sform codes 1."""
     sz, sy, sx = spacing
     left, posterior, superior = _first_voxel(hu.shape, spacing)
     affine = np.diag([-sx, -sy, sz, 1.0])
@@ -202,7 +202,7 @@ def _write_tables(dataset: Path, split: str, patients: list[Patient], shape: tup
 
 
 def _metadata_row(patient: Patient, reconstruction: int, shape: tuple[int, int, int]) -> dict:
-    """CT-RATE's row for a scan; its intercept is listed as CT-RATE lists it, though the files hold HU already."""
+    """CT-RATE's row for a scan, with the intercept that CT-RATE lists though its files hold HU already."""
     spacing = scan_spacing(patient.body, shape)
     slices = shape[0]
     style = patient.second_reconstruction if reconstruction == 2 else ""

@@ -1,4 +1,4 @@
-"""A healthy phantom chest: body, ribs, spine, lungs with lobes, airways, heart, vessels, upper abdomen and table.
+"""A healthy phantom chest: body, ribs, spine, lungs with lobes, airways, heart, vessels and upper abdomen.
 
 Shapes are analytic, in mm, painted in Hounsfield units on a `Canvas`; every length follows from a `Body`.
 """
@@ -15,7 +15,7 @@ LUNG, FAT, FLUID, BLOOD, SOFT, LIVER, BONE, CALCIUM, METAL = -850, -100, 8, 42, 
 
 @dataclass(frozen=True)
 class Body:
-    """What differs between two healthy people. Lengths in mm; shift is where the body lies in the field of view."""
+    """What differs between two healthy people. Lengths in mm; `shift` (y, x) in the field of view."""
 
     sex: str
     age: int
@@ -69,8 +69,8 @@ def scan_spacing(body: Body, shape: tuple[int, int, int]) -> Point:
 class Anatomy:
     """A painted chest and where its parts are.
 
-    lobes: (D, H, W) int8, 0 outside the aerated lungs, else 1 + the index in LOBES. lung_radius: (D, H, W), 0 on a
-    lung's axis and 1 at its pleura. landmarks: points (z, y, x) in mm. heart: its centre and radii.
+    lobes: (D, H, W) int8, 0 outside the aerated lungs, else 1 + the index in LOBES. lung_radius: (D, H, W), 0
+    on a lung's axis and 1 at its pleura. landmarks: points (z, y, x) in mm. heart: its centre and radii.
     """
 
     canvas: Canvas
@@ -123,6 +123,8 @@ def _place_landmarks(anatomy: Anatomy) -> None:
         "right hilum": (carina - 22, 0.08 * depth, -42.0),
         "left hilum": (carina - 18, 0.08 * depth, 42.0),
         "heart": (body.lung_base + 34, -0.22 * depth, 0.0),
+        "right axilla": (body.lung_apex - 50, -0.35 * depth, 0.06 * depth - body.half_width + body.fat),
+        "left axilla": (body.lung_apex - 50, -0.35 * depth, body.half_width - body.fat - 0.06 * depth),
         "hiatus": (body.lung_base + 8, 0.30 * depth, 8.0),
         "spine": (0.0, 0.60 * depth, 0.0),
         "sternum": (body.lung_base + 0.5 * (body.lung_apex - body.lung_base), -0.90 * depth, 0.0),
@@ -133,7 +135,9 @@ def _place_landmarks(anatomy: Anatomy) -> None:
             (arch - 12, -0.30 * depth, -14), (arch, -0.10 * depth, 2),
             (arch, 0.15 * depth, 18), (arch - 14, 0.36 * depth, 25),
         ],
-        "descending aorta": [(arch - 14, 0.36 * depth, 25), (body.lung_base, 0.36 * depth, 22), (0, 0.34 * depth, 14)],
+        "descending aorta": [
+            (arch - 14, 0.36 * depth, 25), (body.lung_base, 0.36 * depth, 22), (0, 0.34 * depth, 14),
+        ],
         "trachea": [(top, -0.12 * depth, 0), anatomy.landmarks["carina"]],
         "oesophagus": [(top, 0.14 * depth, 4), (carina, 0.26 * depth, 4), (0, 0.26 * depth, 12)],
         "superior vena cava": [(arch + 25, -0.22 * depth, -26), (carina - 40, -0.18 * depth, -28)],
@@ -156,6 +160,8 @@ def _draw_body_wall(anatomy: Anatomy) -> np.ndarray:
         for x_center in (-0.48 * body.half_width, 0.48 * body.half_width):
             center = (anatomy.landmarks["heart"][0] + 25, -body.half_depth, x_center)
             canvas.ellipsoid(center, (50, 22 + body.fat, 48), FAT + 15, within=inner >= 1)
+    for side in ("right axilla", "left axilla"):
+        canvas.ellipsoid(anatomy.landmarks[side], (40, 26, 20), FAT, within=outer < 0.94)
     # Ribs run downwards from the spine to the front; cartilage, not bone, joins them to the sternum.
     rib_phase = np.mod((z - 0.45 * y) / 27, 1)
     ribs = (inner < 0.94**2.4) & (inner > 0.86**2.4) & (rib_phase < 0.42) & (z > 45)

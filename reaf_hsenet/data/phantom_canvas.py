@@ -1,6 +1,7 @@
 """A voxel grid in mm on which phantoms are painted, in Hounsfield units.
 
-Points are (z, y, x) in mm: z to Superior from the lowest slice, y to Posterior and x to Left from the body's middle.
+Points are (z, y, x) in mm: z to Superior from the lowest slice, y to Posterior and x to Left from the body's
+middle.
 """
 
 from itertools import pairwise
@@ -13,7 +14,7 @@ Point = tuple[float, float, float]
 
 
 class Canvas:
-    """A (D, H, W) float32 array of HU with its coordinates in mm, and the shapes that can be painted on it."""
+    """A (D, H, W) float32 array of HU, its coordinates in mm, and shapes that can be painted on it."""
 
     def __init__(self, shape: tuple[int, int, int], spacing: Point, shift: tuple[float, float]):
         depth, rows, columns = shape
@@ -41,7 +42,7 @@ class Canvas:
         region += coverage * (np.float32(hu) - region)
 
     def ellipsoid(self, center: Point, radii: Point, hu: float, within: np.ndarray | None = None) -> None:
-        """Paint an ellipsoid with soft edges, so that one smaller than a voxel still shows; `within` (D, H, W) masks."""
+        """Paint an ellipsoid, inside the mask `within` (D, H, W). Soft edges let even a tiny one show."""
         reach = [radius + step for radius, step in zip(radii, self.spacing, strict=True)]
         box = self.box(tuple(np.subtract(center, reach)), tuple(np.add(center, reach)))
         parts = zip(self.coordinates(box), center, radii, strict=True)

@@ -1,6 +1,6 @@
 """Paints findings into a phantom chest: each at its stated place, in its stated size, with plausible HU.
 
-They are painted strongly: a small model that sees 10 mm voxels has to be able to tell them, their side and their size.
+They are painted strongly: a small model that sees 10 mm voxels has to tell them, their side and their size.
 """
 
 from collections.abc import Iterable
@@ -80,7 +80,7 @@ def _mosaic(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> Non
 
 def _ground_glass(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     box, mask = anatomy.lobe(finding.place)
-    share = 0.62 if finding.kind == "diffuse" else 0.75 * np.clip(2 * _waves(anatomy, box, 60, rng), 0, 1)
+    share = 0.62 if finding.kind == "diffuse" else 0.75 * np.clip(2 * _waves(anatomy, box, 46, rng), 0, 1)
     anatomy.canvas.blend(box, share * mask, -380)
 
 
@@ -180,15 +180,14 @@ def _hiatal_hernia(anatomy: Anatomy, finding: Finding, rng: np.random.Generator)
 
 def _lymphadenopathy(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     body, (carina, y_carina, _) = anatomy.body, anatomy.landmarks["carina"]
-    wall = body.half_width - body.fat
     z, y, x = {
         "right paratracheal": (carina + 28, y_carina - 4, -24),
         "prevascular": (carina + 18, -0.55 * body.half_depth, 8),
         "subcarinal": (carina - 24, y_carina + 8, 0),
         "right hilar": (carina - 24, y_carina, -52),
         "left hilar": (carina - 22, y_carina, 52),
-        "right axillary": (body.lung_apex - 50, -0.35 * body.half_depth, -0.93 * wall),
-        "left axillary": (body.lung_apex - 50, -0.35 * body.half_depth, 0.93 * wall),
+        "right axillary": anatomy.landmarks["right axilla"],
+        "left axillary": anatomy.landmarks["left axilla"],
     }[finding.place]
     # Short axis as stated; nodes are longer than wide along the body.
     short = finding.size / 2

@@ -1,7 +1,7 @@
 """The findings a phantom chest CT can have: CT-RATE's 18 labels, each with a place, a size and a kind.
 
-A `Finding` holds one label at one place. The same values are drawn into the volume (phantom_drawing.py), stated in
-the report (phantom_reports.py) and read back from it (phantom_labeler.py).
+A `Finding` holds one label at one place. The same values are drawn into the volume (phantom_drawing.py),
+stated in the report (phantom_reports.py) and read back from it (phantom_labeler.py).
 """
 
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ NODE_STATIONS = ("right paratracheal", "prevascular", "subcarinal", "right hilar
                  "right axillary", "left axillary")  # fmt: skip
 DEVICES = ("pacemaker", "port catheter", "sternal wires", "spinal screws")
 
-# A sick phantom has about five of the labels; every label is common enough to be learnt from a few hundred scans.
+# A phantom has between four and five labels; each is common enough to be learnt from a few hundred scans.
 FREQUENCIES = dict(zip(LABELS, (
     0.25, 0.30, 0.27, 0.18, 0.28, 0.22, 0.28, 0.24, 0.26,
     0.40, 0.36, 0.24, 0.32, 0.16, 0.18, 0.28, 0.18, 0.17,
@@ -53,8 +53,8 @@ NORMAL_SHARE = 0.05
 class Finding:
     """One label at one place.
 
-    place: a lobe, side, vessel or lymph node station; empty where the label itself says the place.
-    size: mm (nodule and hernia diameter, lymph node short axis, thickness of an effusion); the cardiothoracic ratio
+    place: a lobe, side, vessel or lymph node station; empty where the label itself says the place. size: mm
+    (nodule and hernia diameter, lymph node short axis, thickness of an effusion); the cardiothoracic ratio
     for cardiomegaly; 0 when the label has none. kind: device, severity, extent or calcification, else empty.
     """
 
@@ -76,7 +76,7 @@ def find(findings: Iterable[Finding], label: str) -> list[Finding]:
 
 
 def sample_findings(rng: np.random.Generator) -> tuple[Finding, ...]:
-    """Draw a patient's findings, sorted. Places, sizes and kinds are independent, so that they tell patients apart."""
+    """Draw a patient's findings, sorted. Independent places, sizes and kinds tell patients apart."""
 
     def some(choices: tuple[str, ...], most: int) -> list[str]:
         count = min(int(rng.integers(1, most + 1)), len(choices))

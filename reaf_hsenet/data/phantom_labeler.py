@@ -1,8 +1,8 @@
 """Reads findings back from the text of a chest CT report: labels, places, sizes and kinds, by rules alone.
 
-Text is cut into clauses; in a clause each label has its finding words, which count unless negated, and the places and
-sizes of the same clause belong to it. It inverts every phantom report exactly and reads plain hand-written sentences,
-so that it can score generated reports.
+Text is cut into clauses; in a clause each label has its finding words, which count unless negated, and the
+places and sizes of the same clause belong to it. It inverts every phantom report exactly and reads plain
+hand-written sentences, so that it can score generated reports.
 """
 
 import re
@@ -12,15 +12,18 @@ from reaf_hsenet.data.phantom_findings import AORTA_PARTS, CORONARIES, LOBES, NO
 FINDING_WORDS = {
     label: re.compile(pattern)
     for label, pattern in {
-        "Medical material": r"pacemaker|\bport\b|catheter|sternotomy|sternal (?:wire|suture)|screw|spinal fixation"
-        r"|prosthe|\bstents?\b|metallic|\bdevices?\b",
-        "Arterial wall calcification": r"(?:calcifi|atherosclero|atheroma).*(?:aort|arterial)|(?:aort|arterial).*"
-        r"(?:calcifi|atherosclero|atheroma)",
-        "Cardiomegaly": r"cardiomegaly|(?:heart|cardiothoracic)(?: size| ratio| index)?(?: is| was)? (?:increased|enlarged)"
+        "Medical material": r"pacemaker|\bport\b|catheter|sternotomy|sternal (?:wire|suture)|screw"
+        r"|spinal fixation|prosthe|\bstents?\b|metallic|\bdevices?\b",
+        "Arterial wall calcification": r"(?:calcifi|atherosclero|atheroma).*(?:aort|arterial)"
+        r"|(?:aort|arterial).*(?:calcifi|atherosclero|atheroma)",
+        "Cardiomegaly": r"cardiomegaly"
+        r"|(?:heart|cardiothoracic)(?: size| ratio| index)?(?: is| was)? (?:increased|enlarged)"
         r"|enlarged heart|enlargement of the heart|increase in (?:the )?(?:heart size|cardiothoracic)"
         r"|(?:cardiothoracic (?:ratio|index)|\bctr\b).*\b0\.[5-9]",
-        "Pericardial effusion": r"pericardial (?:\w+ )?(?:effusion|fluid)|(?:effusion|fluid)\b.*\bpericardial",
-        "Coronary artery wall calcification": r"(?:calcifi|atheroma).*(?:coronar|\blad\b|circumflex|descending artery)"
+        "Pericardial effusion": r"pericardial (?:\w+ )?(?:effusion|fluid)"
+        r"|(?:effusion|fluid)\b.*\bpericardial",
+        "Coronary artery wall calcification": r"(?:calcifi|atheroma).*"
+        r"(?:coronar|\blad\b|circumflex|descending artery)"
         r"|(?:coronar|\blad\b|circumflex|descending artery).*(?:calcifi|atheroma)",
         "Hiatal hernia": r"hiatal hernia|hiatus hernia",
         "Lymphadenopathy": r"lymph nodes?|lymphadenopath|\blaps?\b",
@@ -36,22 +39,24 @@ FINDING_WORDS = {
         r"|thickening of the (?:peribronchial|bronchial wall)",
         "Consolidation": r"consolidat",
         "Bronchiectasis": r"bronchiecta",
-        "Interlobular septal thickening": r"septal (?:[\w ]+ )?thick|thickenings? (?:of|in) (?:the )?(?:interlobular )?sept",
+        "Interlobular septal thickening": r"septal (?:[\w ]+ )?thick"
+        r"|thickenings? (?:of|in) (?:the )?(?:interlobular )?sept",
     }.items()
 }
 # "No X", "without X" deny what follows; "X was not observed" denies what came before.
 DENIES_WHAT_FOLLOWS = re.compile(r"\b(?:no|not|without|neither|nor|free of|absence of|negative for)\b")
 DENIES_WHAT_PRECEDES = re.compile(
-    r"\b(?:not|never) (?:been )?(?:observed|detected|seen|identified|found|present|noted|evident|reach\w*)|\babsent\b"
+    r"\b(?:not|never) (?:been )?(?:observed|detected|seen|identified|found|present|noted|evident|reach\w*)"
+    r"|\babsent\b"
 )
 CLAUSE_END = re.compile(r"[.!?](?=\s|$)|[;:\n]|\b(?:but|however|whereas|although|while)\b")
 LENGTH = re.compile(r"(\d+(?:\.\d+)?)(?:\s*x\s*(\d+(?:\.\d+)?))?\s*-?(mm|cm)\b")
 SIDED_LENGTH = re.compile(LENGTH.pattern + r"(?: \w+){0,3}? (?:on|in) the (right|left)")
 RATIO = re.compile(r"\b0\.\d+\b")
 
-# Widest first: each match is removed from the clause, so that its words are not read again as something narrower.
+# Widest first: a match is removed from the clause, so that its words are not read again as something else.
 LUNG_PLACES = (
-    (re.compile(r"(?:both|bilateral) (upper|lower) lobes|(upper|lower) lobes (?:of (?:both lungs|the lungs)|bilaterally)"),
+    (re.compile(r"(?:both|bilateral) (upper|lower) lobes|(upper|lower) lobes (?:of both lungs|bilaterally)"),
      lambda part, other: [f"right {part or other} lobe", f"left {part or other} lobe"]),
     (re.compile(r"(upper|middle|lower) lobe of (?:the )?(right|left) lung"),
      lambda part, side: [f"{side} {part} lobe"]),
@@ -175,7 +180,7 @@ def _kind(label: str, clause: str) -> str:
 
 
 def _without_repetition(findings: set[Finding]) -> list[Finding]:
-    """Drop a finding without a place when the same label is stated with one ("cardiomegaly ... heart is enlarged")."""
+    """Drop a bare mention of a label that is also described ("There is cardiomegaly; the ratio is 0.6")."""
     return [
         finding
         for finding in findings

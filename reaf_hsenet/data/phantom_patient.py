@@ -1,6 +1,7 @@
 """A phantom patient, and the scan of one.
 
-Everything about patient i of a split follows from (seed, split, i) alone, whatever else is generated and in what order.
+Everything about patient i of a split follows from (seed, split, i) alone, whatever else is generated and in
+what order.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ FINDINGS, BODY, DRAWING, REPORT, QUESTIONS, RECONSTRUCTION = range(6)
 
 @dataclass(frozen=True)
 class Patient:
-    """A person with findings. `reconstruction` of the second scan is "" when there is none, else thick or sharp."""
+    """A person with findings. `second_reconstruction` is "" (there is none), "thick" or "sharp"."""
 
     seed: int
     split: str
@@ -47,7 +48,7 @@ def _generator(seed: int, split: str, index: int, stream: int) -> np.random.Gene
 
 
 def sample_patient(seed: int, split: str, index: int, reconstructions: float = 0.0) -> Patient:
-    """Patient `index` (from 1) of a split ("train" or "valid"); `reconstructions` as in `write_phantom_dataset`."""
+    """Patient `index` (from 1) of "train" or "valid"; `reconstructions` as in `write_phantom_dataset`."""
     rng = _generator(seed, split, index, RECONSTRUCTION)
     has_second, style = rng.random() < reconstructions, ("thick", "sharp")[rng.integers(2)]
     return Patient(

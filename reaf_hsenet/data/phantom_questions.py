@@ -1,4 +1,4 @@
-"""Questions about a phantom with answers that follow from its findings, as RadGenome-ChestCT's tables hold them."""
+"""Questions about a phantom, and the answers that follow from its findings, as RadGenome-ChestCT's tables."""
 
 from collections.abc import Iterable
 
@@ -28,7 +28,7 @@ SIZED = ("Lung nodule", "Lymphadenopathy", "Hiatal hernia", "Pericardial effusio
 def ask_questions(
     volume_name: str, findings: Iterable[Finding], rng: np.random.Generator
 ) -> dict[str, list[dict[str, str]]]:
-    """A few questions of each type: {"location" | "abnormality" | "presence" | "size": rows of QUESTION_COLUMNS}."""
+    """A few questions of each type: {one of QUESTION_TYPES: rows of QUESTION_COLUMNS}."""
     findings = list(findings)
     present = [label for label in LABELS if find(findings, label)]
     absent = [label for label in LABELS if label not in present]
@@ -37,8 +37,8 @@ def ask_questions(
     def some(choices: list, most: int) -> list:
         return [choices[i] for i in rng.permutation(len(choices))[:most]]
 
-    def ask(kind: str, templates: tuple[str, ...], answer: str, anatomy: str, abnormality: str = "", size: str = "",
-            place: str = "") -> None:  # fmt: skip
+    def ask(kind: str, templates: tuple[str, ...], answer: str, anatomy: str, abnormality: str = "",
+            size: str = "", place: str = "") -> None:  # fmt: skip
         template = templates[rng.integers(len(templates))]
         question = template.format(abnormality=abnormality, anatomy=anatomy, place=place)
         cells = (volume_name, anatomy, abnormality, size, question, answer)

@@ -1,6 +1,6 @@
-"""Writes the radiology report of a phantom: what is present, in varied wording, among normal and negated sentences.
+"""Writes the report of a phantom: what is present, in varied wording, among normal and negated sentences.
 
-The order is CT-RATE's: airways and devices, vessels and heart, oesophagus, lymph nodes, lungs, pleura, abdomen, bones.
+The order is CT-RATE's: airways, vessels and heart, oesophagus, lymph nodes, lungs, pleura, abdomen, bones.
 """
 
 from collections.abc import Iterable, Sequence
@@ -104,7 +104,7 @@ def _join(parts: list[str]) -> str:
 
 
 def phrase_places(label: str, places: list[str], rng: np.random.Generator) -> str:
-    """Words for a set of places, e.g. "the upper lobes of both lungs" or "the aortic arch and the descending aorta"."""
+    """Words for a set of places, e.g. "both upper lobes" or "the aortic arch and the descending aorta"."""
     if label == "Coronary artery wall calcification" and len(places) == 3 and rng.random() < 0.5:
         return "all three coronary arteries"
     if places[0] not in LOBES:

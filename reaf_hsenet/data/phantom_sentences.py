@@ -3,7 +3,7 @@
 Keys are labels, devices or regions. Changing a sentence here may ask for a rule in phantom_labeler.py.
 """
 
-# {place}: lobes, vessels or stations with their article; {side}: right or left; {size}: with its unit; {kind}: adjective.
+# {place}: lobes, vessels or stations with their article; {side}: right or left; {size}: with its unit.
 PRESENT: dict[str, tuple[str, ...]] = {
     "pacemaker": (
         "A pacemaker is observed in the {side} chest wall, with its lead ending in the heart.",

@@ -4,7 +4,7 @@ Embeddings are unit vectors, (N, C), and the similarity of two is their dot prod
 (commit c7198f3) for the recall of exact pairs, CT-CLIP (`volume_to_volume.py`) for the label overlap; the other
 scores here answer what those two leave open, and carry names of their own.
 
-No (Q, G) matrix is ever built: queries go in blocks of as many rows as keep one block of similarities at 16 MB.
+No (Q, G) matrix is ever built: queries go in blocks of as many rows as keep one block of similarities at 32 MB.
 Equal similarities are ordered by gallery index, as the published stable sort does; so a model that collapsed to
 one embedding scores chance, not R@1 = 1. Everything runs on the device the embeddings are on.
 """
@@ -17,7 +17,7 @@ import torch
 
 from reaf_hsenet.errors import InputError
 
-BLOCK_SIMILARITIES = 2**22
+BLOCK_SIMILARITIES = 2**23
 RECALL_KS = (1, 5, 10, 50, 100)
 OVERLAP_KS = (1, 5, 10, 50)
 
@@ -213,7 +213,7 @@ def _sort_keys(similarity: torch.Tensor) -> torch.Tensor:
     Overwrites `similarity`. No key is _NEVER, which would be the bits of a NaN.
     """
     bits = similarity.add_(0.0).view(torch.int32)  # -0 + 0 is +0, which has the bits of its equal
-    bits ^= (bits >> 31) & 0x7FFFFFFF
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
     keys = bits.long()
     keys <<= 32
     keys |= torch.arange(keys.shape[1] - 1, -1, -1, device=keys.device)

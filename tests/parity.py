@@ -1,0 +1,428 @@
+"""Check this project against expected numbers of the published implementations, one line a case.
+
+    python tests/parity.py DIR [--real DIR]      # exits 1 when a case fails
+
+DIR holds case files <case>.json, with <case>.safetensors where there are tensors; a case's `module` says what it
+checks, and everything else (shapes, seeds, settings) is read from it. Modules that are not built yet are skipped by
+name. Preprocessing cases need the CT files they name, below --real (default: DIR/../real).
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import fill as kit  # noqa: E402
+
+from reaf_hsenet.config import RECIPES, TextConfig  # noqa: E402
+from reaf_hsenet.data.datasets import read_ct_rate  # noqa: E402
+from reaf_hsenet.data.preprocessing import preprocess, resampled_grid  # noqa: E402
+from reaf_hsenet.data.volume import read_volume  # noqa: E402
+from reaf_hsenet.losses import contrastive_logits, contrastive_loss  # noqa: E402
+from reaf_hsenet.metrics.retrieval import cross_retrieval, label_overlap  # noqa: E402
+from reaf_hsenet.models.positions import depth_plus_2d, resample_3d, sincos_1d, sincos_grid  # noqa: E402
+from reaf_hsenet.models.text_encoder import Pooler, TextEncoder  # noqa: E402
+from reaf_hsenet.models.vit3d import ViT3D  # noqa: E402
+from reaf_hsenet.pretrained import bert_config, bert_state, load_strictly, vit3d_state  # noqa: E402
+from reaf_hsenet.tokenizer import load_wordpiece  # noqa: E402
+
+
+class NotBuilt(Exception):
+    """The case is of a part that this project does not have yet."""
+
+
+@dataclass
+class Check:
+    """One comparison: the error and what is allowed, in the same unit."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.allowed if self.allowed else float("inf") * self.error if self.error else 0.0
+
+
+class Case:
+    """A case file, its tensors, and the deterministic weights and inputs it names."""
+
+    def __init__(self, path: Path, real: Path):
+        self.values = json.loads(path.read_text())
+        self.path, self.folder, self.real = path, path.parent, real
+        tensors = path.with_suffix(".safetensors")
+        self.stored = load_file(tensors) if tensors.is_file() else {}
+        self.module = self.values.get("module")
+        self.name = self.values.get("case", path.stem)
+
+    def __getitem__(self, key: str):
+        return self.values[key]
+
+    def weights(self) -> dict[str, Tensor]:
+        seed = self.values["seed"]
+        return {n: torch.from_numpy(kit.fill(n, s, seed)) for n, s in self.values["weights"].items()}
+
+    def input(self, name: str) -> Tensor:
+        spec = self.values["inputs"][name]
+        make = {"volume": kit.volume, "features": kit.features, "fill": kit.fill}[spec["kind"]]
+        return torch.from_numpy(make(spec["name"], spec["shape"], spec["seed"]))
+
+    def compare(self, found: dict[str, Tensor], allowed: float, suffix: str = "") -> Iterator[Check]:
+        """Checks of the stored samples, or of mean, std and l2 where no sample is stored.
+
+        allowed: in units of the output's standard deviation.
+        """
+        for name, spec in self.values["outputs"].items():
+            tensor = found[name]
+            if list(tensor.shape) != spec["shape"]:
+                yield Check(f"{name} shape {list(tensor.shape)}", float("inf"), 1.0)
+                continue
+            key = name + suffix
+            if key in self.stored:
+                index = spec["sample_index"]
+                sample = tensor if index in ("full", None) else tensor[_index(index)]
+                error = (sample.double() - self.stored[key].double()).abs().max().item()
+                yield Check(key, error, allowed * (spec["std"] or 1.0))
+            elif not suffix:
+                values = tensor.double()
+                yield Check(f"{name} mean", abs(values.mean().item() - spec["mean"]), allowed * spec["std"])
+                spread = abs(values.std(correction=0).item() - spec["std"])
+                yield Check(f"{name} std", spread, allowed * spec["std"])
+                yield Check(f"{name} l2", abs(values.norm().item() - spec["l2"]), allowed * spec["l2"])
+
+
+def _index(text: str) -> tuple:
+    """`[:, ::97, :]` -> slices."""
+    parts = [p.strip() for p in text.strip("[]").split(",")]
+    made = []
+    for part in parts:
+        if ":" in part:
+            made.append(slice(*(int(x) if x.strip() else None for x in part.split(":"))))
+        else:
+            made.append(int(part))
+    return tuple(made)
+
+
+STRICT32, STRICT64 = 1e-5, 1e-9  # of the output's standard deviation
+
+
+def check_fill(case: Case) -> Iterator[Check]:
+    for row in case["rows"]:
+        size = (row["vocab_size"],) if "vocab_size" in row else ()
+        made = getattr(kit, row["function"])(row["name"], row["shape"], *size, seed=row["seed"]).astype(np.float64)
+        name = f"{row['function']} {row['name']}"
+        error = np.abs(made.reshape(-1)[: len(row["first"])] - row["first"]).max()
+        yield Check(f"{name} first values", float(error), 1e-12)
+        yield Check(f"{name} mean", abs(made.mean() - row["mean"]), 1e-9 * max(1.0, abs(row["mean"])))
+        yield Check(f"{name} std", abs(made.std() - row["std"]), 1e-9 * max(1.0, row["std"]))
+
+
+def check_vit3d(case: Case) -> Iterator[Check]:
+    config = case["config"]
+    model = ViT3D(config["img_size"], config["patch_size"], config["hidden_size"], config["num_layers"],
+                  config["num_heads"], config["mlp_dim"])
+    load_strictly(model, vit3d_state(case.weights()), case.name)
+    model.eval()
+    volume = case.input("volume")
+    for dtype, allowed, suffix in ((torch.float32, STRICT32, ""), (torch.float64, STRICT64, "__f64")):
+        model.to(dtype)
+        found, hooks = {}, []
+        for i, block in enumerate(model.blocks):
+            keep = lambda _, __, out, i=i: found.__setitem__(f"block_{i}", out)  # noqa: E731
+            hooks.append(block.register_forward_hook(keep))
+        with torch.no_grad():
+            found["tokens"] = model(volume.to(dtype))
+            found["cls"] = found["tokens"][:, 0]
+            found["patch_embedding"] = model.embed(volume.to(dtype))
+        for hook in hooks:
+            hook.remove()
+        yield from case.compare(found, allowed, suffix)
+
+
+def check_text_encoder(case: Case) -> Iterator[Check]:
+    config = _text_config(case)
+    published = case.weights()
+    model = TextEncoder(**vars(config)).eval()
+    load_strictly(model, bert_state(published), case.name)
+    pooler = Pooler(config.width)
+    pooler.load_state_dict({n.removeprefix("pooler."): t for n, t in published.items() if n.startswith("pooler.")})
+    inputs = {n.removeprefix("input."): t for n, t in case.stored.items() if n.startswith("input.")}
+    ids, mask, types = inputs["ids"], inputs["mask"], inputs.get("token_type_ids")
+    states = []
+    hooks = [model.dropout.register_forward_hook(lambda _, __, out: states.append(out))]
+    hooks += [b.register_forward_hook(lambda _, __, out: states.append(out)) for b in model.blocks]
+    hidden = model(ids, mask, types)
+    for hook in hooks:
+        hook.remove()
+    found = {"last_hidden_state": hidden, "pooler_output": pooler(hidden), "hidden_states": torch.stack(states)}
+    plain = model(ids[:1])
+    found |= {"plain_last_hidden_state": plain, "plain_pooler_output": pooler(plain)}
+    found["cls_square_mean"] = hidden[:, 0].square().mean().reshape(1)
+    if "ids_pad_inside" in inputs:
+        inside = inputs["ids_pad_inside"]
+        found |= {"position_ids": model.position_ids(ids), "pad_inside_position_ids": model.position_ids(inside),
+                  "pad_inside_last_hidden_state": model(inside, torch.ones_like(inside)),
+                  "from_embeds_last_hidden_state": model(mask=mask[1:], embeddings=model.word_embed(ids[1:]))}
+    yield from case.compare(found, STRICT32)
+    expected = case.values.get("grad_l2_of_cls_square_mean")
+    if expected:
+        found["cls_square_mean"].backward()
+        gradients = {n: p.grad for n, p in model.named_parameters()}
+        yield from _check_gradients(expected, gradients, list(case["weights"]))
+
+
+def _text_config(case: Case) -> TextConfig:
+    """Through a config.json file, as a user's checkpoint would be read."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(case["config"]))
+        return bert_config(Path(folder))
+
+
+def _check_gradients(expected: dict, gradients: dict[str, Tensor], published: list[str]) -> Iterator[Check]:
+    """Gradient norms under the published names; the fused q, k, v gradient is cut into its three parts."""
+    for name in published:
+        if expected[name] is None:
+            continue
+        ours = next(iter(bert_state({name: torch.zeros(3)}))) if ".self." not in name else None
+        if ours is None:
+            layer, part, kind = re.match(r"encoder\.layer\.(\d+)\.attention\.self\.(\w+)\.(\w+)", name).groups()
+            third = ("query", "key", "value").index(part)
+            gradient = gradients[f"blocks.{layer}.attn.qkv.{kind}"].chunk(3)[third]
+        else:
+            gradient = gradients[ours]
+        yield Check(f"gradient of {name}", abs(gradient.norm().item() - expected[name]), 1e-3 * expected[name] + 1e-6)
+
+
+def check_contrastive(case: Case) -> Iterator[Check]:
+    image, text = (torch.nn.functional.normalize(case.input(n).double(), dim=-1) for n in ("image", "text"))
+    scale = torch.tensor(case["config"]["logit_scale"], dtype=torch.float64)
+    for tensor in (image, text, scale):
+        tensor.requires_grad_()
+    logits = contrastive_logits(image, text, scale)
+    loss = contrastive_loss(logits)
+    loss.backward()
+    found = {"logits_per_image": logits, "logits_per_text": logits.T, "grad_image": image.grad, "grad_text": text.grad}
+    yield from case.compare(found, 1e-12)
+    values = case["values"]
+    yield Check("loss", abs(loss.item() - values["loss"]), 1e-12)
+    yield Check("gradient of logit_scale", abs(scale.grad.item() - values["grad_logit_scale"]), 1e-12)
+    if "diagnostic_loss_if_exponentiated" in values:
+        other = contrastive_loss(contrastive_logits(image, text, scale.exp())).item()
+        yield Check("loss with exp", abs(other - values["diagnostic_loss_if_exponentiated"]), 1e-12)
+
+
+def check_positions(case: Case) -> Iterator[Check]:
+    found = {}
+    for name, spec in case["outputs"].items():
+        shape, grids = spec["shape"], re.findall(r"\(([\d, ]+)\)", spec.get("what", ""))
+        grids = [tuple(int(x) for x in g.split(",")) for g in grids]
+        if "pos_embed_2d" in case["inputs"]:
+            found[name] = depth_plus_2d(case.input("pos_embed_2d"), tuple(shape[1:4]))
+        elif name.startswith("resampled"):
+            found[name] = resample_3d(sincos_grid(grids[0], shape[-1])[None], grids[1])
+        elif name.startswith("spatial"):
+            found[name] = sincos_grid(tuple(shape[1:4]), shape[-1])[None]
+        elif name.startswith("sequential"):
+            found[name] = sincos_1d(torch.arange(shape[1]), shape[-1])[None]
+        elif name.startswith("sincos1d"):
+            found[name] = sincos_1d(torch.arange(shape[0]), shape[-1])
+        elif name.startswith("sincos2d"):
+            found[name] = sincos_grid(grids[0], shape[-1]).flatten(0, 1)
+        else:
+            raise NotBuilt(f"position table {name}")
+    yield from case.compare(found, STRICT32)
+
+
+def check_tokenizers(case: Case) -> Iterator[Check]:
+    expected = case["outputs"]["wordpiece"]
+    tokenizer = load_wordpiece((case.folder / "tokenizers" / case["config"]["wordpiece"]["file"]).parent)
+    yield _equal("wordpiece vocabulary", len(tokenizer.vocab), expected["vocab_size"])
+    for name, want in expected["texts"].items():
+        text = case["texts"][name]
+        plain = tokenizer.encode(text, special_tokens=False)
+        yield _equal(f"wordpiece {name} ids", tokenizer.encode(text), want["ids"])
+        yield _equal(f"wordpiece {name} plain ids", plain, want["ids_without_special_tokens"])
+        yield _equal(f"wordpiece {name} decoded", tokenizer.decode(plain), want["decoded"])
+        skipped = tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True)
+        yield _equal(f"wordpiece {name} decoded without special tokens", skipped, want["decoded_skip_special"])
+        if "tokens" in want:
+            yield _equal(f"wordpiece {name} tokens", [tokenizer.vocab[i] for i in tokenizer.encode(text)], want["tokens"])
+    for key in (k for k in expected if k.startswith("max_length_")):
+        length = int(key.split("_")[2])
+        for name, want in expected[key].items():
+            ids, mask = tokenizer.batch([tokenizer.encode(case["texts"][name], length)], length)
+            yield _equal(f"wordpiece {name} padded", ids[0].tolist(), want["input_ids"])
+            yield _equal(f"wordpiece {name} mask", mask[0].tolist(), want["attention_mask"])
+    if "pair" in expected:
+        ids, types = tokenizer.encode_pair(*expected["pair"]["texts"])
+        yield _equal("wordpiece pair", ids, expected["pair"]["input_ids"])
+        yield _equal("wordpiece pair types", types, expected["pair"]["token_type_ids"])
+    others = [n for n in case["outputs"] if n != "wordpiece"]
+    if others:
+        print(f"SKIP {case.name} [{', '.join(others)}]: not built yet")
+
+
+def _equal(name: str, found, expected) -> Check:
+    return Check(name, 0.0 if found == expected else float("inf"), 1.0)
+
+
+PREPROCESS_RECIPES = {
+    "preprocess_hsenet_volume": RECIPES["hsenet"],
+    "preprocess_bimcv_volume": replace(RECIPES["hsenet"], spacing=None),
+    "preprocess_reaf": RECIPES["reaf"],
+}
+
+
+def check_preprocess(case: Case) -> Iterator[Check]:
+    if case.name not in PREPROCESS_RECIPES:
+        raise NotBuilt("2D slices")
+    if not case.real.is_dir():
+        raise NotBuilt(f"needs the CT files, {case.real} is absent; name their folder with --real")
+    recipe = PREPROCESS_RECIPES[case.name]
+    tables = [read_ct_rate(p.parent) for p in sorted(case.real.glob("*/dataset"))]
+    cts = {c.id: c for t in tables for split in t.splits.values() for c in split}
+    allowed = float(re.search(r"max abs (\S+)", case["suggested_tolerance"]).group(1))
+    for name, variants in case["volumes"].items():
+        for variant, want in variants.items():
+            volume = read_volume(cts[name].path, cts[name].table, "metadata" if "double" in variant else "auto",
+                                 "header" if "lps" in variant else "stored", "LPS")
+            _as_noted(volume, want.get("note", ""))
+            fit = variant.split("/")[1] if "/" in variant else recipe.fit
+            mine = replace(recipe, fit=fit)
+            image, grid = torch.from_numpy(preprocess(volume, mine)), resampled_grid(volume, mine)
+            label = f"{name}/{variant}"
+            yield _equal(f"{label} shape", list(image.shape), want["output"]["shape"])
+            if "resampled" in want:
+                yield _equal(f"{label} resampled shape", list(grid.shape), want["resampled"]["shape"])
+            if "crop_start" in want:
+                box = [list(side) for side in zip(*grid.foreground(grid.range()[0]), strict=True)]
+                yield _equal(f"{label} crop", box, [want["crop_start"], want["crop_end"]])
+            for sample in ("strided", "center"):
+                stored = case.stored[f"{label}/{sample}"]
+                error = (_sample(image, stored, sample, case["samples"]) - stored).abs().max().item()
+                yield Check(f"{label} {sample}", error, allowed)
+            yield Check(f"{label} mean", abs(image.double().mean().item() - want["output"]["mean"]), allowed)
+
+
+def _as_noted(volume, note: str) -> None:
+    """Variants that change the volume say how: another spacing, or a part of it padded with a value."""
+    spacing = re.search(r"spacing replaced by xy ([\d.]+) and z ([\d.]+)", note)
+    if spacing:
+        xy, z = map(float, spacing.groups())
+        volume.spacing = (xy, xy, z)
+    part = re.search(r"stored voxels \[(.+?)\].*padded with (-?\d+) by \(\((.+?)\)\) ", note)
+    if part:
+        box = tuple(slice(*map(int, s.split(":"))) for s in part.group(1).split(","))
+        pads = np.array(re.findall(r"\d+", part.group(3)), int).reshape(3, 2)
+        volume.hu = np.pad(volume.hu[box], pads, constant_values=int(part.group(2)))
+
+
+def _sample(image: Tensor, stored: Tensor, kind: str, described: str) -> Tensor:
+    if kind == "strided":
+        steps = re.search(r"strided steps \(([\d, ]+)\)", described).group(1)
+        return image[tuple(slice(None, None, int(s)) for s in steps.split(","))]
+    starts = [(n - b) // 2 for n, b in zip(image.shape, stored.shape, strict=True)]
+    return image[tuple(slice(s, s + b) for s, b in zip(starts, stored.shape, strict=True))]
+
+
+def check_metrics(case: Case) -> Iterator[Check]:
+    if "volume_to_volume" not in case.values:
+        raise NotBuilt(case.name)
+    image, text = case.stored["image"], case.stored["text"]
+    tables = cross_retrieval(image, text).tables
+    for direction, key in (("volume_to_report", "image_to_text"), ("report_to_volume", "text_to_image")):
+        for name, want in case[key].items():
+            yield Check(f"{direction} {name}", abs(tables[direction][name] - want), 1e-7)
+    labels, scans = _label_rows(case)
+    want = case["volume_to_volume"]
+    found = label_overlap(image, labels, scans)
+    for name, value in want.items():
+        for k, number in value.items() if isinstance(value, dict) else ((None, value),):
+            mine = found[name] if k is None else found[name][k]
+            yield Check(f"{name} {k or ''}", abs(mine - number), 1e-7)
+
+
+def _label_rows(case: Case) -> tuple[Tensor, Tensor]:
+    """The rows of the label table that the case names: stored beside it, or in the real table."""
+    beside = case.path.with_name(case.path.stem + "_labels.safetensors")
+    if beside.is_file():
+        stored = load_file(beside)
+        return stored["labels"], stored["scan"]
+    table, start, end = re.match(r"(\S+) rows (\d+):(\d+)", case["label_rows"]).groups()
+    if not (case.real / table).is_file():
+        raise NotBuilt(f"needs {table}, name its folder with --real")
+    with open(case.real / table, newline="") as file:
+        rows = list(csv.DictReader(file))[int(start) : int(end)]
+    names = [row.pop("VolumeName").rsplit("_", 1)[0] for row in rows]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    labels = torch.tensor([[int(float(v)) for v in row.values()] for row in rows])
+    return labels, torch.tensor([number[n] for n in names])
+
+
+CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
+    "fill": check_fill,
+    "hsenet_vit_stage1": check_vit3d,
+    "text_encoder": check_text_encoder,
+    "contrastive_loss": check_contrastive,
+    "position_tables": check_positions,
+    "tokenizers": check_tokenizers,
+    "preprocess": check_preprocess,
+    "metrics": check_metrics,
+}
+
+
+def run_case(path: Path, real: Path) -> tuple[str, str]:
+    """(PASS, FAIL, SKIP or FACT, the line to print)."""
+    case = Case(path, real)
+    if case.module is None:
+        return "FACT", f"FACT {case.name}: nothing to run"
+    if case.module not in CHECKS:
+        return "SKIP", f"SKIP {case.name}: {case.module} is not built yet"
+    try:
+        checks = list(CHECKS[case.module](case))
+    except NotBuilt as reason:
+        return "SKIP", f"SKIP {case.name}: {case.module}: {reason}"
+    worst = max(checks, key=lambda c: c.ratio)
+    failed = [c for c in checks if not c.ratio <= 1]
+    status = "FAIL" if failed else "PASS"
+    return status, (f"{status} {case.name} ({case.module}): {len(checks)} checks, {len(failed)} failed; worst "
+                    f"{worst.error:.2e} of {worst.allowed:.2e} allowed, {worst.name}")
+
+
+def case_files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.glob("*.json")) if "module" in json.loads(p.read_text())]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--real", type=Path, help="folder of the CT files and label tables")
+    args = parser.parse_args()
+    if not args.folder.is_dir():
+        parser.error(f"{args.folder}: no such folder")
+    files = case_files(args.folder)
+    if not files:
+        parser.error(f"{args.folder}: holds no case files")
+    statuses = []
+    for path in files:
+        status, line = run_case(path, args.real or args.folder.parent / "real")
+        print(line, flush=True)
+        statuses.append(status)
+    print(", ".join(f"{statuses.count(s)} {s.lower()}" for s in ("PASS", "FAIL", "SKIP", "FACT")))
+    return 1 if "FAIL" in statuses else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

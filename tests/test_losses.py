@@ -1,0 +1,68 @@
+"""The contrastive loss over processes: two gloo processes have the gradients of one."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_models import TINY, batch
+from torch.nn.parallel import DistributedDataParallel
+
+from reaf_hsenet.losses import contrastive_logits, contrastive_loss, gather_with_grad
+from reaf_hsenet.models.clip import build_dual_encoder
+
+
+def loss_of(model, volume, ids, mask):
+    image, text, scale = model(volume, ids, mask)
+    return contrastive_loss(contrastive_logits(gather_with_grad(image), gather_with_grad(text), scale))
+
+
+def one_rank(rank: int, world: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(build_dual_encoder(TINY).double().eval())
+    volume, ids, mask = batch(6)
+    mine = slice(3 * rank, 3 * rank + 3)
+    loss = loss_of(model, volume[mine].double(), ids[mine], mask[mine])
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.module.named_parameters()}
+    torch.save({"loss": loss.detach(), "gradients": gradients}, f"{path}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one_with_the_concatenated_batch(tmp_path):
+    mp.spawn(one_rank, (2, str(tmp_path)), nprocs=2)
+    torch.manual_seed(0)
+    model = build_dual_encoder(TINY).double().eval()
+    volume, ids, mask = batch(6)
+    loss = loss_of(model, volume.double(), ids, mask)
+    loss.backward()
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    for found in ranks:
+        assert abs(found["loss"] - loss) < 1e-12
+        for name, parameter in model.named_parameters():
+            error = (found["gradients"][name] - parameter.grad).abs().max()
+            assert error <= 1e-12 + 1e-10 * parameter.grad.abs().max(), name
+
+
+def test_gathering_is_needed():
+    """Without the other half's negatives the gradient differs, so the test above can fail."""
+    torch.manual_seed(0)
+    model = build_dual_encoder(TINY).double().eval()
+    volume, ids, mask = batch(6)
+    volume = volume.double()
+    whole = torch.autograd.grad(loss_of(model, volume, ids, mask), model.vision.cls_token)[0]
+    halves = [loss_of(model, volume[h], ids[h], mask[h]) for h in (slice(0, 3), slice(3, 6))]
+    half = torch.autograd.grad(sum(halves) / 2, model.vision.cls_token)[0]
+    assert (whole - half).abs().max() > 1e-2 * whole.abs().max()
+
+
+def test_loss_is_symmetric_and_lowest_on_the_diagonal():
+    features = torch.eye(4)
+    scale = torch.tensor(10.0)
+    matched = contrastive_loss(contrastive_logits(features, features, scale))
+    shuffled = contrastive_loss(contrastive_logits(features, features.roll(1, 0), scale))
+    assert matched < 0.01 < 5 < shuffled
+    a, b = torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)
+    assert torch.isclose(
+        contrastive_loss(contrastive_logits(a, b, scale)), contrastive_loss(contrastive_logits(b, a, scale))
+    )
