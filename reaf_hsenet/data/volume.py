@@ -5,6 +5,8 @@ of what was decided. Facts about CT-RATE's files (v1: raw values under a blank h
 a table that still lists an intercept) are CT-RATE's own, from its discussions 58 and 59 and CT-CLIP's issue 50.
 """
 
+import gzip
+import io
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,44 +77,51 @@ def read_volume(
 
 
 def _open(path: Path) -> nib.Nifti1Image:
+    """The image in memory, after every check that needs no voxels. A .gz is read whole, so that its CRC is checked."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        image = nib.load(path)
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: is truncated or damaged ({_one_line(error)})") from error
+    kind = nib.Nifti2Image if data[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Image
+    try:
+        # nibabel mends some headers, a negative spacing among them; this one is as it stands in the file.
+        declared = kind.header_class.from_fileobj(io.BytesIO(data), check=False)["pixdim"][1:4]
+        if not all(0 < s < np.inf for s in declared):
+            raise InputError(
+                f"{path}: the header's spacing is {_mm(declared)}; expected three positive distances"
+            )
+        image = kind.from_bytes(data)
     except (
         nib.filebasedimages.ImageFileError,
         nib.spatialimages.HeaderDataError,
+        nib.wrapstruct.WrapStructError,
         OSError,
-        EOFError,
         ValueError,
-        zlib.error,
     ) as error:
         raise InputError(f"{path}: is not a readable NIfTI file ({_one_line(error)})") from error
     shape = image.shape
-    if len(shape) == 4 and shape[3] == 1:
-        image = image.slicer[:, :, :, 0]
-    elif len(shape) != 3 or min(shape) < 2:
-        raise InputError(f"{path}: is {_dimensions(shape)} of shape {tuple(shape)}; expected one 3D volume")
+    if len(shape) != 3 and not (len(shape) > 3 and set(shape[3:]) == {1}) or min(shape[:3]) < 2:
+        axes = sum(n > 1 for n in shape)
+        raise InputError(f"{path}: is a {axes}D image of shape {tuple(shape)}; expected one 3D volume")
     if image.get_data_dtype().fields or image.get_data_dtype().kind not in "iuf":
         raise InputError(f"{path}: holds {image.get_data_dtype()} values; expected integers or floats")
     return image
 
 
-def _dimensions(shape: tuple[int, ...]) -> str:
-    flat = sum(n > 1 for n in shape)
-    return f"a {flat}D image" if flat != 3 or len(shape) == 3 else f"a {len(shape)}D image"
-
-
 def _voxels(image: nib.Nifti1Image, path: Path) -> np.ndarray:
-    """The values with the header's own scaling applied, in the stored type where there is none."""
+    """(x, y, z) values with the header's own scaling applied, in the stored type where there is none."""
     try:
         if (image.dataobj.slope, image.dataobj.inter) == (1, 0):
             voxels = np.asanyarray(image.dataobj)
         else:
             voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise InputError(f"{path}: is truncated or damaged ({_one_line(error)})") from error
+    voxels = voxels.reshape(image.shape[:3], order="A")
     if voxels.dtype.kind == "f":
         bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
         if bad:
@@ -124,28 +133,22 @@ def _voxels(image: nib.Nifti1Image, path: Path) -> np.ndarray:
 def _geometry(image: nib.Nifti1Image, path: Path, table: TableRow, assume_orientation: str | None):
     """Axis codes and spacing of the stored array: from the affine where the header has one, else from the table."""
     header = image.header
-    blank = not (header.get("sform_code", 1) > 0 or header.get("qform_code", 0) > 0)
-    if blank:
+    if not (header["sform_code"] > 0 or header["qform_code"] > 0):
         if assume_orientation is None:
             raise InputError(
                 f"{path}: the header has no orientation (sform and qform codes are 0); "
                 "say which with --assume-orientation, for example LPS"
             )
-        axes = assume_orientation
-        spacing = table.spacing or header.get_zooms()[:3]
+        axes, spacing = assume_orientation, table.spacing or header.get_zooms()[:3]
     else:
         affine = image.affine
-        spacing = nib.affines.voxel_sizes(affine) if np.isfinite(affine).all() else (0.0,)
-        turn = io_orientation(affine) if min(spacing) > 0 else np.full((3, 2), np.nan)
+        spacing = nib.affines.voxel_sizes(affine) if np.isfinite(affine).all() else (np.nan,) * 3
+        turn = io_orientation(affine) if min(spacing) > 0 else np.zeros((3, 2))
         if np.isnan(turn).any():
             raise InputError(
-                f"{path}: the header's spacing is {_mm(header['pixdim'][1:4])} and its affine has no "
-                "volume; expected three positive distances in mm"
+                f"{path}: the header's affine is degenerate, two axes run the same way; mend the header"
             )
-        axes = nib.orientations.ornt2axcodes(turn)
-    declared = header.get("pixdim", np.ones(4))[1:4]
-    if not blank and not (np.isfinite(declared).all() and (declared > 0).all()):
-        spacing = declared
+        axes = nib.orientations.ornt2axcodes(turn) if min(spacing) > 0 else ()
     if not all(0 < s < np.inf for s in spacing):
         raise InputError(f"{path}: the spacing is {_mm(spacing)}; expected three positive distances in mm")
     return tuple(axes), tuple(float(s) for s in spacing)
