@@ -14,9 +14,10 @@ from reaf_hsenet.data.phantom_findings import LABELS, LOBES, Finding, find, labe
 from reaf_hsenet.data.phantom_labeler import read_report
 from reaf_hsenet.data.phantom_patient import phantom_volume, sample_patient
 from reaf_hsenet.data.phantom_questions import ask_questions
-from reaf_hsenet.data.phantom_reports import write_report
+from reaf_hsenet.data.phantom_reports import LUNG_LABELS, write_report
 from reaf_hsenet.errors import InputError
 
+CT_RATE_REPORTS = "VolumeName,ClinicalInformation_EN,Technique_EN,Findings_EN,Impressions_EN"
 QUESTION_HEADER = "Volumename,Anatomy,Abnormality,Size,Question,Answer"
 SHAPE = (24, 48, 48)
 CT_RATE_LABELS = (
@@ -195,9 +196,7 @@ def test_cardiomegaly_widens_the_heart():
     assert blood() < blood(Finding("Cardiomegaly", size=0.55)) < blood(Finding("Cardiomegaly", size=0.7))
 
 
-@pytest.mark.parametrize("label", ["Consolidation", "Atelectasis", "Lung opacity", "Emphysema", "Lung nodule",
-                                   "Pulmonary fibrotic sequela", "Bronchiectasis", "Peribronchial thickening",
-                                   "Interlobular septal thickening", "Mosaic attenuation pattern"])  # fmt: skip
+@pytest.mark.parametrize("label", LUNG_LABELS)
 def test_lung_findings_appear_in_their_lobe(label):
     kind = {"Lung opacity": "diffuse", "Emphysema": "severe"}.get(label, "")
     middles = {}
@@ -237,7 +236,7 @@ def test_metal_and_calcium_are_bright(finding):
     ],
 )
 def test_mediastinal_findings_alter_the_volume(finding):
-    assert change(finding).sum() > 20
+    assert change(finding).sum() > 10
 
 
 # The dataset on disk
@@ -248,8 +247,8 @@ def test_dataset_has_ct_rates_files_and_columns(dataset):
     columns = {
         "metadata/train_metadata.csv": CT_RATE_METADATA,
         "metadata/validation_metadata.csv": CT_RATE_METADATA,
-        "radiology_text_reports/train_reports.csv": "VolumeName,ClinicalInformation_EN,Technique_EN,Findings_EN,"
-        "Impressions_EN",
+        "radiology_text_reports/train_reports.csv": CT_RATE_REPORTS,
+        "radiology_text_reports/validation_reports.csv": CT_RATE_REPORTS,
         "multi_abnormality_labels/train_predicted_labels.csv": "VolumeName," + CT_RATE_LABELS,
         "multi_abnormality_labels/valid_predicted_labels.csv": "VolumeName," + CT_RATE_LABELS,
     }

@@ -85,9 +85,8 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
             base / "metadata" / f"{table_name}_metadata.csv",
             ("VolumeName", "XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept"),
         )
-        labels = _optional_csv(
-            base / "multi_abnormality_labels" / f"{folder}_predicted_labels.csv", ("VolumeName",)
-        )
+        labels_csv = base / "multi_abnormality_labels" / f"{folder}_predicted_labels.csv"
+        labels = _optional_csv(labels_csv, ("VolumeName",))
         if labels:
             label_names = tuple(name for name in next(iter(labels.values())) if name != "VolumeName")
         # v2 lives in *_fixed; where both are present it is the one with correct headers.
@@ -106,7 +105,7 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
                     scan,
                     path,
                     text,
-                    _labels(labels, name, label_names),
+                    _labels(labels, name, label_names, labels_csv),
                     _table_row(metadata.get(name)),
                     problem,
                 )
@@ -180,14 +179,16 @@ def _ct_rate_text(row: dict[str, str] | None, impressions: bool, table: Path) ->
     return " ".join(given), None if given else f"has an empty report in {table.name}"
 
 
-def _labels(table: dict[str, dict[str, str]], name: str, names: tuple[str, ...]) -> tuple[int, ...] | None:
+def _labels(
+    table: dict[str, dict[str, str]], name: str, names: tuple[str, ...], path: Path
+) -> tuple[int, ...] | None:
     row = table.get(name)
     if row is None:
         return None
     try:
         return tuple(int(float(row[n])) for n in names)
     except (TypeError, ValueError) as error:
-        raise InputError(f"the label table: the row of {name} is not all 0 and 1 ({error})") from error
+        raise InputError(f"{path}: the row of {name} is not all 0 and 1 ({error})") from error
 
 
 def _table_row(row: dict[str, str] | None) -> TableRow:

@@ -5,8 +5,8 @@ import hashlib
 import json
 import multiprocessing
 import signal
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,15 +65,17 @@ def prepare(
         done = journal.read(cases, manifest)
         refused = {i: c.problem for i, c in cases.items() if c.problem}
         todo = [c for i, c in cases.items() if i not in done and i not in refused]
-        results = _run(todo, out, options, workers)
-        for case, record, reason in tqdm(
-            results, total=len(todo), desc="volumes", unit="", disable=not progress or not todo
-        ):
-            if reason:
-                refused[case.id] = reason
-            else:
-                journal.add(case, record)
-                done[case.id] = record
+        with tqdm(total=len(todo), desc="volumes", unit="", disable=not progress or not todo) as bar:
+
+            def keep(case: Case, record: dict | None, reason: str | None) -> None:
+                if record is None:
+                    refused[case.id] = reason
+                else:
+                    journal.add(record)
+                    done[case.id] = record
+                bar.update()
+
+            _run(todo, out, options, workers, keep)
         for split, members in source.splits.items():
             manifest.splits[split] = [_entry(c, done[c.id]) for c in members if c.id in done]
         lines = [(str(cases[i].path), reason) for i, reason in sorted(refused.items())]
@@ -116,7 +118,7 @@ class Journal:
                 file.write(json.dumps(line) + "\n")
         return done
 
-    def add(self, case: Case, record: dict) -> None:
+    def add(self, record: dict) -> None:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -151,19 +153,34 @@ def prepare_case(case: Case, out: Path, options: Options) -> tuple[Case, dict | 
     return case, {"id": case.id, "stamp": _stamp(case.path), "source": source}, None
 
 
-def _run(todo: list[Case], out: Path, options: Options, workers: int) -> Iterator[tuple]:
+def _run(todo: list[Case], out: Path, options: Options, workers: int, keep: Callable[..., None]) -> None:
+    """prepare_case for each case, in `workers` processes; keep(*result) as each is done."""
     if workers == 1 or len(todo) < 2:
         for case in todo:
-            yield prepare_case(case, out, options)
+            keep(*prepare_case(case, out, options))
         return
+    failures: list[Exception] = []
+
+    def finished(future: Future) -> None:
+        # Runs in the pool's own thread, which Ctrl-C does not reach: a volume that was written is kept.
+        if not future.cancelled() and future.exception() is None:
+            try:
+                keep(*future.result())
+            except OutputError as error:
+                failures.append(error)
+
     # spawn: a forked child of a process with threads can hang.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
     )
     try:
         futures = [pool.submit(prepare_case, case, out, options) for case in todo]
+        for future in futures:
+            future.add_done_callback(finished)
         for future in as_completed(futures):
-            yield future.result()
+            future.result()
+            if failures:
+                raise failures[0]
     except BrokenProcessPool as error:
         raise InputError(
             "a worker was killed, most likely for want of memory; run again with fewer --workers"

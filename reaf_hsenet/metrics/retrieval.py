@@ -1,12 +1,12 @@
 """Retrieval scores: report <-> volume recall and ranks, and CT-RATE's volume-to-volume label overlap.
 
-Embeddings are unit vectors, (N, C), and the similarity of two is their dot product in float32. Sources: HSENet
-(commit c7198f3) for the recall of exact pairs, CT-CLIP (`volume_to_volume.py`) for the label overlap; the other
-scores here answer what those two leave open, and carry names of their own.
+Embeddings are unit vectors, (N, C), and the similarity of two is their dot product in float32. Sources:
+HSENet (commit c7198f3) for the recall of exact pairs, CT-CLIP (`volume_to_volume.py`) for the label overlap;
+the other scores answer what those two leave open, and carry names of their own.
 
-No (Q, G) matrix is ever built: queries go in blocks of as many rows as keep one block of similarities at 32 MB.
-Equal similarities are ordered by gallery index, as the published stable sort does; so a model that collapsed to
-one embedding scores chance, not R@1 = 1. Everything runs on the device the embeddings are on.
+No (Q, G) matrix is ever built: queries go in blocks of as many rows as give 32 MB of similarities. Equal
+similarities are ordered by gallery index, as the published stable sort does; so a model that collapsed to one
+embedding scores chance, not R@1 = 1. Everything runs on the device the embeddings are on.
 """
 
 import math
@@ -44,14 +44,14 @@ def ranks(
     items: torch.Tensor | None = None,
     block: int | None = None,
 ) -> torch.Tensor:
-    """Rank, from 1, of each query's own target: 1 + items more similar + equally similar items of lower index.
+    """Rank, from 1, of each query's own item: 1 + items more similar + equally similar items of lower index.
 
     queries: (Q, C). gallery: (G, C). target: (Q,) int64, the index of the query's own item.
-    items: (G,) int64 from 0, the item each gallery row belongs to; an item is as similar as its most similar row.
-        Without it, each gallery row is an item.
+    items: (G,) int64 from 0, the item each gallery row belongs to; an item's similarity is that of its most
+        similar row. Without it, each gallery row is an item.
     block: queries compared at a time; by default chosen from G.
-    Returns (Q,) int64. Raises InputError for shapes that do not match, empty input, values that are not finite,
-    and targets that the gallery does not hold.
+    Returns (Q,) int64. Raises InputError for shapes that do not match, empty input, values that are not
+    finite, and targets that the gallery does not hold.
     """
     _check_embeddings(queries=queries, gallery=gallery)
     _check_indices(len(queries), target=target)
@@ -67,7 +67,7 @@ def ranks(
             nothing = similarity.new_full((len(similarity), len(index)), -torch.inf)
             similarity = nothing.scatter_reduce_(1, items.expand_as(similarity), similarity, "amax")
         own_index = target[rows, None]
-        # Read from this very block: the same dot product computed in another shape may differ in its last bit.
+        # From this very block: the same dot product computed in another shape may differ in its last bit.
         own = similarity.gather(1, own_index)
         ahead = (similarity > own) | ((similarity == own) & (index < own_index))
         found[rows] = 1 + ahead.sum(1)
@@ -112,8 +112,8 @@ def cross_retrieval_per_scan(
 ) -> CrossRetrieval:
     """Report <-> volume retrieval among scans, so that each reconstruction of the query's scan is a hit.
 
-    CT-RATE holds several reconstructions of a scan with one and the same report. Here the gallery is the scans,
-    each as similar as the most similar of its rows, in order of scan number.
+    CT-RATE holds several reconstructions of a scan with one and the same report. Here the gallery is the
+    scans, each as similar as the most similar of its rows, in order of scan number.
     image, text: (N, C). scans: (N,) int64, equal for the rows of a scan.
     Report queries: one a scan, the text of its first row. Volume queries: every row of image.
     """
@@ -141,19 +141,19 @@ def label_overlap(
 
     image: (N, C). labels: (N, L) of 0 and 1. scans: (N,) int64, equal for the reconstructions of a scan.
 
-    A pair scores |both positive| / |either positive|. Every volume is a query; the gallery is the volumes with a
-    positive label, so 0/0 does not occur, and a query without a positive label scores 0. A query's score is the
-    mean over its k nearest, or over all that there are when they are fewer; the value is the mean over queries:
+    A pair scores |both positive| / |either positive|. Every volume is a query; the gallery is the volumes
+    with a positive label, so 0/0 does not occur, and a query without a positive label scores 0. A query's
+    score is the mean over its k nearest, or over all there are if fewer; the value is the mean over queries:
 
     as_published_accumulating: as CT-CLIP prints it. The query is in its own gallery, which makes k = 1 the
-        fraction of volumes with a positive label, and the list of scores is kept from one k to the next, so that
-        the value of the third k is the mean over the first three.
+        fraction of volumes with a positive label, and the list of scores is kept from one k to the next, so
+        that the value of the third k is the mean over the first three.
     per_k: the same with a list for each k.
     per_k_excluding_the_query_itself, per_k_excluding_all_reconstructions_of_the_query_scan: the query, or all
-        rows of its scan, are left out of its gallery. A query left without any gallery is left out of the mean.
+        rows of its scan, are left out of its gallery. A query left without a gallery is left out of the mean.
 
-    Returns these four, each {str(k): value}, and gallery_size, queries and queries_without_positive. Values are
-    None where no query has a gallery. Raises InputError as `ranks` does, and for labels other than 0 and 1.
+    Returns these four, each {str(k): value}, and gallery_size, queries and queries_without_positive. Values
+    are None where no query has a gallery. Raises InputError as `ranks` does, and for labels not 0 or 1.
     """
     _check_embeddings(image=image)
     _check_indices(len(image), scans=scans)
@@ -165,7 +165,7 @@ def label_overlap(
     labels = labels.to(device=image.device, dtype=torch.bool)
     rows = torch.arange(len(image), device=image.device)
     gallery = rows[labels.any(1)]
-    # A row's gallery excludes the rows of its own group. The groups grow, so one block of keys serves all three.
+    # A row's gallery excludes the rows of its own group. Groups grow, so one block of keys serves all three.
     excluded_group = {
         "per_k": None,
         "per_k_excluding_the_query_itself": rows,
@@ -207,10 +207,10 @@ _NEVER = torch.iinfo(torch.int64).min
 
 
 def _sort_keys(similarity: torch.Tensor) -> torch.Tensor:
-    """(b, G) int64 keys in the order of (similarity, lower index): topk alone leaves open which of two equals it takes.
+    """(b, G) int64 keys ordered by similarity, then lower index: topk alone takes any of two equals.
 
-    The high half is the float32's bits made monotone (negative floats count down), the low half the index, reversed.
-    Overwrites `similarity`. No key is _NEVER, which would be the bits of a NaN.
+    The high half is the float32's bits made monotone (negative floats count down), the low half the index,
+    reversed. Overwrites `similarity`. No key is _NEVER, which would be the bits of a NaN.
     """
     bits = similarity.add_(0.0).view(torch.int32)  # -0 + 0 is +0, which has the bits of its equal
     bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
@@ -223,10 +223,10 @@ def _sort_keys(similarity: torch.Tensor) -> torch.Tensor:
 def _similarity_blocks(
     queries: torch.Tensor, gallery: torch.Tensor, block: int | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield the rows of each block of queries and their (b, G) float32 similarities, which the next block overwrites.
+    """Yield the rows of each block of queries and their (b, G) float32 similarities, overwritten by the next.
 
-    One buffer, and results written into tensors made beforehand: small results allocated between blocks split the
-    freed memory into holes that the next block does not fit, and the process grows by a block each time.
+    One buffer, and results written into tensors made beforehand: small results allocated between blocks split
+    the freed memory into holes that the next block does not fit, and the process grows by a block each time.
     """
     block = block or max(1, BLOCK_SIMILARITIES // max(1, len(gallery)))
     gallery = gallery.float()
@@ -252,7 +252,7 @@ def _check_pairs(image: torch.Tensor, text: torch.Tensor) -> None:
 def _check_embeddings(**embeddings: torch.Tensor) -> None:
     for name, value in embeddings.items():
         if value.ndim != 2 or value.numel() == 0:
-            raise InputError(f"{name}: expected embeddings of shape (N, C), not empty, found {tuple(value.shape)}")
+            raise InputError(f"{name}: expected shape (N, C), not empty, found {tuple(value.shape)}")
         # A NaN is more similar than nothing and less similar than nothing: it would rank every query first.
         if not value.isfinite().all():
             raise InputError(f"{name}: expected finite embeddings, found NaN or infinity")
@@ -264,5 +264,5 @@ def _check_embeddings(**embeddings: torch.Tensor) -> None:
 def _check_indices(length: int, **indices: torch.Tensor) -> None:
     for name, value in indices.items():
         if value.shape != (length,) or value.dtype != torch.int64 or (value < 0).any():
-            found = f"{value.dtype} of shape {tuple(value.shape)}, smallest {value.min() if len(value) else None}"
-            raise InputError(f"{name}: expected int64 of shape ({length},), from 0 up, found {found}")
+            found = f"{value.dtype} of shape {tuple(value.shape)} or values below 0"
+            raise InputError(f"{name}: expected int64 of shape ({length},) from 0 up, found {found}")
