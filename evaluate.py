@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     try:
         run = load_dual_encoder(args.run, args.checkpoint)
         manifest = load_manifest(args.data or run.data)
-        manifest.require(run.recipe.name, run.recipe.size, str(args.run))
+        manifest.require(run.recipe, str(args.run))
         manifest.check([args.split])
         dataset = CTReportDataset(manifest, args.split, run.tokenizer, run.config.max_text)
         run.model.to(ranks.device)

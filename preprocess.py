@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reaf_hsenet.config import FITS, PRESETS, RECIPES
 from reaf_hsenet.data.datasets import Source, read_ct_rate, read_nifti_folder
-from reaf_hsenet.data.phantom import write_phantom_dataset
+from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES
 from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script

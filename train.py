@@ -34,7 +34,7 @@ from reaf_hsenet.config import (
 from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.loader import Batch, CTReportDataset
 from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.data.phantom import write_phantom_dataset
+from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
@@ -244,7 +244,7 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
         manifest = phantom_manifest(ranks, config.vision.size)
     else:
         manifest = load_manifest(args.data)
-    manifest.require(args.model, config.vision.size, f"preset {preset}")
+    manifest.require(replace(manifest.recipe, name=args.model, size=config.vision.size), f"preset {preset}")
     settings = train_settings(args, stage_config(args.stage, args.model, preset), ranks, manifest, say)
     torch.manual_seed(settings.seed)
     weights = None
@@ -297,10 +297,7 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
             f"{run.folder}: is a {values['stage']} run of {config.model}, not {args.stage} of {args.model}"
         )
     manifest = load_manifest(args.data or Path(values["data"]))
-    if manifest.recipe != from_dict(Recipe, values["recipe"]):
-        raise InputError(
-            f"{manifest.folder}: its volumes are not of the recipe that {run.folder} was trained with"
-        )
+    manifest.require(from_dict(Recipe, values["recipe"]), str(run.folder))
     settings = from_dict(TrainConfig, values["train"])
     whole = settings.batch_size * values["world"]
     if whole % ranks.world:

@@ -37,7 +37,7 @@ def error_line(process: subprocess.CompletedProcess) -> str:
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory) -> Path:
     """12 + 6 small phantoms in CT-RATE's layout; some scans have two reconstructions."""
-    from reaf_hsenet.data.phantom import write_phantom_dataset
+    from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 
     root = tmp_path_factory.mktemp("phantom") / "raw"
     write_phantom_dataset(root, 12, 6, seed=3, shape=(24, 48, 48), reconstructions=0.4)

@@ -9,12 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from reaf_hsenet.data.phantom import write_phantom_dataset
-from reaf_hsenet.data.phantom_findings import LABELS, LOBES, Finding, find, labels_of, sample_findings
-from reaf_hsenet.data.phantom_labeler import read_report
-from reaf_hsenet.data.phantom_patient import phantom_volume, sample_patient
-from reaf_hsenet.data.phantom_questions import ask_questions
-from reaf_hsenet.data.phantom_reports import LUNG_LABELS, write_report
+from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
+from reaf_hsenet.data.phantom.findings import LABELS, LOBES, Finding, find, labels_of, sample_findings
+from reaf_hsenet.data.phantom.labeler import read_report
+from reaf_hsenet.data.phantom.patient import phantom_volume, sample_patient
+from reaf_hsenet.data.phantom.questions import ask_questions
+from reaf_hsenet.data.phantom.reports import LUNG_LABELS, write_report
 from reaf_hsenet.errors import InputError
 
 CT_RATE_REPORTS = "VolumeName,ClinicalInformation_EN,Technique_EN,Findings_EN,Impressions_EN"
@@ -101,7 +101,7 @@ def test_reports_are_varied_partly_negated_and_fit_a_text_encoder():
     reports = [write_report(sample_findings(rng), rng)[0] for _ in range(500)]
     assert max(len(report.split()) for report in reports) <= 230
     negated = [report for report in reports if "No " in report or " not observed" in report]
-    assert len(negated) > 450
+    assert len(negated) > 400
 
 
 def test_findings_are_frequent_and_some_patients_are_healthy():
@@ -281,24 +281,23 @@ def test_volumes_are_ct_rate_v2_nifti_and_agree_with_the_metadata(dataset):
         assert voxels.min() >= -1024 and voxels.max() > 250, "Hounsfield units, not raw values"
 
 
-def test_stored_volume_shows_its_findings_on_the_stated_side_of_the_patient(tmp_path):
-    write_phantom_dataset(tmp_path, train=24, valid=0, seed=2, shape=SHAPE)
-    checked = 0
-    for index in range(1, 25):
-        sides = [
-            finding.place for finding in find(sample_patient(2, "train", index).findings, "Pleural effusion")
-        ]
-        if len(sides) == 1:
-            image = nib.load(
-                tmp_path / f"dataset/train/train_{index}/train_{index}_a/train_{index}_a_1.nii.gz"
-            )
-            voxels = np.asarray(image.dataobj).astype(np.float32)
-            healthy = phantom_volume(replace(sample_patient(2, "train", index), findings=()), SHAPE)[0].T
-            fluid = (np.abs(voxels - 8) < 40) & (healthy < -600)
-            x = nib.affines.apply_affine(image.affine, np.argwhere(fluid))[:, 0]  # RAS: above 0 is the right
-            assert (np.median(x) > 0) == (sides[0] == "right")
-            checked += 1
-    assert checked >= 2
+def test_stored_effusion_lies_on_the_stated_side_of_the_patient(tmp_path):
+    write_phantom_dataset(tmp_path, train=16, valid=0, seed=2, shape=SHAPE)
+    checked = set()
+    for index in range(1, 17):
+        patient = sample_patient(2, "train", index)
+        effusions = find(patient.findings, "Pleural effusion")
+        if len(effusions) == 1:
+            name = f"train_{index}"
+            image = nib.load(tmp_path / f"dataset/train/{name}/{name}_a/{name}_a_1.nii.gz")
+            rest = tuple(finding for finding in patient.findings if finding not in effusions)
+            without = phantom_volume(replace(patient, findings=rest), SHAPE)[0].T.astype(np.float32)
+            fluid = np.abs(np.asarray(image.dataobj) - without) > 150
+            x = nib.affines.apply_affine(image.affine, np.argwhere(fluid))[:, 0]
+            # World coordinates are RAS: positive x is the patient's right.
+            assert ("right" if np.median(x) > 0 else "left") == effusions[0].place
+            checked.add(effusions[0].place)
+    assert checked == {"right", "left"}
 
 
 def test_labels_and_answers_follow_from_the_reports_text(dataset):

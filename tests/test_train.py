@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate
 import pytest
 import torch
-import train
 from conftest import ROOT, error_line, script
 from safetensors.torch import load_file
 
+import evaluate
+import train
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.trainer import Trainer
@@ -240,13 +240,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
 
 def test_a_manifest_of_another_size_or_recipe_is_refused(prepared, tmp_path, run_copy):
     wrong(["--stage", "clip1", "--data", str(prepared), "--out", str(tmp_path / "r")],
-          "hsenet 16x32x32, but preset hsenet-base needs hsenet 32x256x256.*preprocess.py")
+          "have size 16x32x32, but preset hsenet-base needs size 32x256x256.*preprocess.py")
     other = shutil.copytree(prepared, tmp_path / "other")
     values = json.loads((other / "manifest.json").read_text())
     values["recipe"]["name"] = "reaf"
     (other / "manifest.json").write_text(json.dumps(values))
-    wrong(tiny(other, tmp_path / "r"), "its volumes are reaf 16x32x32")
-    with pytest.raises(InputError, match="its volumes are reaf 16x32x32, but .*run needs hsenet"):
+    wrong(tiny(other, tmp_path / "r"), "have recipe reaf, but preset hsenet-tiny needs recipe hsenet")
+    with pytest.raises(InputError, match="have recipe reaf, but .*run needs recipe hsenet"):
         evaluate.main(["--task", "retrieval", "--run", str(run_copy), "--data", str(other)])
 
 
@@ -255,7 +255,7 @@ def test_a_window_that_the_run_was_not_trained_with_is_refused(prepared, tmp_pat
     values = json.loads((other / "manifest.json").read_text())
     values["recipe"]["window"] = [-1150, 350]
     (other / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match="window"):
+    with pytest.raises(InputError, match="have window -1150x350, but .*run needs window -1000x200"):
         evaluate.main(["--task", "retrieval", "--run", str(run_copy), "--data", str(other)])
 
 

@@ -74,16 +74,23 @@ class Manifest:
                 if not entry["text"].strip():
                     raise InputError(f"{self.folder / 'manifest.json'}: the report of {entry['id']} is empty")
 
-    def require(self, recipe_name: str, size: tuple[int, int, int], wanted_by: str) -> None:
-        """Raises InputError unless the volumes are of this recipe and size, which `wanted_by` needs."""
-        if (self.recipe.name, self.recipe.size) != (recipe_name, tuple(size)):
-            have = f"{self.recipe.name} {'x'.join(map(str, self.recipe.size))}"
-            want = f"{recipe_name} {'x'.join(map(str, size))}"
+    def require(self, recipe: Recipe, wanted_by: str) -> None:
+        """Raises InputError unless the volumes are of this recipe, which `wanted_by` needs."""
+        have, want = vars(self.recipe), vars(recipe)
+        other = [key for key in want if have[key] != want[key]]
+        if other:
             raise InputError(
-                f"{self.folder / 'manifest.json'}: its volumes are {have}, but {wanted_by} needs {want}; "
-                f"prepare them with preprocess.py --recipe {recipe_name} --size "
-                f"{' '.join(map(str, size))}"
+                f"{self.folder / 'manifest.json'}: its volumes have {_settings(have, other)}, but {wanted_by} needs "
+                f"{_settings(want, other)}; prepare them so with preprocess.py"
             )
+
+
+def _settings(recipe: dict, keys: list[str]) -> str:
+    """`recipe hsenet, size 32x256x256`."""
+    shown = {
+        k: "x".join(f"{v:g}" for v in recipe[k]) if isinstance(recipe[k], tuple) else recipe[k] for k in keys
+    }
+    return ", ".join(f"{'recipe' if k == 'name' else k} {v}" for k, v in shown.items())
 
 
 def load_manifest(folder: Path) -> Manifest:

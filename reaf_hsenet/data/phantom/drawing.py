@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from reaf_hsenet.data.phantom_anatomy import BLOOD, CALCIUM, FLUID, METAL, SOFT, Anatomy
-from reaf_hsenet.data.phantom_canvas import AIR
-from reaf_hsenet.data.phantom_findings import Finding
+from reaf_hsenet.data.phantom.anatomy import BLOOD, CALCIUM, FAT, FLUID, METAL, SOFT, Anatomy
+from reaf_hsenet.data.phantom.canvas import AIR
+from reaf_hsenet.data.phantom.findings import Finding
 
 
 def draw_findings(anatomy: Anatomy, findings: Iterable[Finding], rng: np.random.Generator) -> None:
@@ -65,7 +65,7 @@ def _points_in_lobe(
 
 def _emphysema(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     box, mask = anatomy.lobe(finding.place)
-    target = {"mild": -915, "moderate": -945, "severe": -980}[finding.kind]
+    target = {"mild": -915, "moderate": -950, "severe": -985}[finding.kind]
     anatomy.canvas.blend(box, 0.9 * mask, target)
     bullae = {"mild": 2, "moderate": 4, "severe": 7}[finding.kind]
     for point in _points_in_lobe(anatomy, finding.place, bullae, rng, 0.8):
@@ -75,7 +75,7 @@ def _emphysema(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> 
 def _mosaic(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     box, mask = anatomy.lobe(finding.place)
     patches = np.clip(3 * _waves(anatomy, box, 44, rng), -1, 1)
-    anatomy.canvas.hu[box] += mask * (60 + 150 * patches)
+    anatomy.canvas.hu[box] += mask * (80 + 180 * patches)
 
 
 def _ground_glass(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
@@ -174,8 +174,8 @@ def _hiatal_hernia(anatomy: Anatomy, finding: Finding, rng: np.random.Generator)
     z, y, x = anatomy.landmarks["hiatus"]
     center = (z + 0.8 * radius, y - 6, x + float(rng.uniform(0, 8)))
     anatomy.canvas.ellipsoid(center, (radius,) * 3, SOFT)
-    gas = (center[0], center[1] - 0.25 * radius, center[2])
-    anatomy.canvas.ellipsoid(gas, (0.7 * radius, 0.5 * radius, 0.7 * radius), AIR)
+    gas = (center[0], center[1] - 0.15 * radius, center[2])
+    anatomy.canvas.ellipsoid(gas, (0.8 * radius, 0.65 * radius, 0.8 * radius), AIR)
 
 
 def _lymphadenopathy(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
@@ -216,24 +216,34 @@ def _coronary_calcification(anatomy: Anatomy, finding: Finding, rng: np.random.G
         anatomy.canvas.ellipsoid(tuple(point), (6.5, 5, 5), CALCIUM + 200)
 
 
+def _metal(anatomy: Anatomy, center: tuple, radii: tuple) -> None:
+    """A metal part, and the dark band that beam hardening leaves around metal in its slices."""
+    z, y, x = radii
+    canvas = anatomy.canvas
+    inside = 0.7 * (canvas.hu > FAT - 50)
+    canvas.ellipsoid(center, (z + 3, y + 16, x + 30), -500, within=inside)
+    canvas.ellipsoid(center, radii, METAL)
+
+
 def _medical_material(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     canvas, body = anatomy.canvas, anatomy.body
     sign = -1 if finding.place == "right" else 1
     cava = anatomy.paths["superior vena cava"]
     pocket = (body.lung_apex - 45, -0.80 * body.half_depth, sign * 0.52 * body.half_width)
     if finding.kind == "pacemaker":
-        canvas.ellipsoid(pocket, (24, 8, 24), METAL)
+        _metal(anatomy, pocket, (24, 9, 24))
         canvas.tube([pocket, cava[0], cava[1], anatomy.heart[0]], 2.5, METAL - 800)
     elif finding.kind == "port catheter":
-        canvas.ellipsoid(pocket, (12, 9, 12), METAL - 1500)
+        _metal(anatomy, pocket, (14, 9, 14))
         canvas.tube([pocket, cava[0], cava[1]], 2.5, 900)
     elif finding.kind == "sternal wires":
         z, y, x = anatomy.landmarks["sternum"]
         for height in np.linspace(z - 25, z + 65, 5):
-            canvas.ellipsoid((height, y - 2, x), (5, 9, 14), METAL)
+            _metal(anatomy, (height, y - 2, x), (5, 9, 14))
     else:
         _, back, _ = anatomy.landmarks["spine"]
         for height in np.arange(body.lung_base + 25, body.lung_base + 115, 26):
+            _metal(anatomy, (height, back + 20, 0), (6, 8, 24))
             for side in (-15, 15):
                 canvas.tube([(height, back - 6, 0.5 * side), (height, back + 34, 1.3 * side)], 4.5, METAL)
 

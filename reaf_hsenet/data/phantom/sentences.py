@@ -1,6 +1,6 @@
 """The wording of phantom reports: sentences for findings that are present or absent, and for normal anatomy.
 
-Keys are labels, devices or regions. Changing a sentence here may ask for a rule in phantom_labeler.py.
+Keys are labels, devices or regions. Changing a sentence here may ask for a rule in labeler.py.
 """
 
 # {place}: lobes, vessels or stations with their article; {side}: right or left; {size}: with its unit.
@@ -167,10 +167,10 @@ ABSENT: dict[str, tuple[str, ...]] = {
     ),
 }
 ABSENT_SHARE = {
-    "Pericardial effusion": 0.7,
-    "Pleural effusion": 0.7,
-    "Cardiomegaly": 0.6,
-    "Lymphadenopathy": 0.6,
+    "Pericardial effusion": 0.4,
+    "Pleural effusion": 0.4,
+    "Cardiomegaly": 0.3,
+    "Lymphadenopathy": 0.3,
 }
 
 SUMMARIES = {"Lung opacity": "ground glass opacity", "Pulmonary fibrotic sequela": "fibrotic sequelae"}

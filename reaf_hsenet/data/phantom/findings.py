@@ -1,7 +1,7 @@
 """The findings a phantom chest CT can have: CT-RATE's 18 labels, each with a place, a size and a kind.
 
-A `Finding` holds one label at one place. The same values are drawn into the volume (phantom_drawing.py),
-stated in the report (phantom_reports.py) and read back from it (phantom_labeler.py).
+A `Finding` holds one label at one place. The same values are drawn into the volume (drawing.py),
+stated in the report (reports.py) and read back from it (labeler.py).
 """
 
 from collections.abc import Iterable
@@ -41,10 +41,10 @@ NODE_STATIONS = ("right paratracheal", "prevascular", "subcarinal", "right hilar
                  "right axillary", "left axillary")  # fmt: skip
 DEVICES = ("pacemaker", "port catheter", "sternal wires", "spinal screws")
 
-# A phantom has between four and five labels; each is common enough to be learnt from a few hundred scans.
+# A phantom has between four and five labels. What shows at coarse resolution is the most common.
 FREQUENCIES = dict(zip(LABELS, (
-    0.25, 0.30, 0.27, 0.18, 0.28, 0.22, 0.28, 0.24, 0.26,
-    0.40, 0.36, 0.24, 0.32, 0.16, 0.18, 0.28, 0.18, 0.17,
+    0.28, 0.32, 0.30, 0.22, 0.18, 0.26, 0.18, 0.28, 0.34,
+    0.20, 0.38, 0.26, 0.40, 0.18, 0.16, 0.38, 0.15, 0.21,
 ), strict=True))  # fmt: skip
 NORMAL_SHARE = 0.05
 
@@ -109,7 +109,7 @@ def sample_findings(rng: np.random.Generator) -> tuple[Finding, ...]:
     if "Coronary artery wall calcification" in present:
         add("Coronary artery wall calcification", some(CORONARIES, 3))
     if "Hiatal hernia" in present:
-        add("Hiatal hernia", size=millimetres(35, 90))
+        add("Hiatal hernia", size=millimetres(40, 90))
     if "Lymphadenopathy" in present:
         for station in some(NODE_STATIONS, 3):
             add("Lymphadenopathy", [station], size=millimetres(12, 36))

@@ -7,7 +7,7 @@ hand-written sentences, so that it can score generated reports.
 
 import re
 
-from reaf_hsenet.data.phantom_findings import AORTA_PARTS, CORONARIES, LOBES, NODE_STATIONS, Finding
+from reaf_hsenet.data.phantom.findings import AORTA_PARTS, CORONARIES, LOBES, NODE_STATIONS, Finding
 
 FINDING_WORDS = {
     label: re.compile(pattern)

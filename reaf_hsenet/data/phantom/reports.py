@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from reaf_hsenet.data.phantom_findings import (
+from reaf_hsenet.data.phantom.findings import (
     LABELS,
     LEFT_LUNG,
     LOBES,
@@ -17,7 +17,7 @@ from reaf_hsenet.data.phantom_findings import (
     Finding,
     find,
 )
-from reaf_hsenet.data.phantom_sentences import ABSENT, ABSENT_SHARE, NORMAL, PRESENT, SUMMARIES
+from reaf_hsenet.data.phantom.sentences import ABSENT, ABSENT_SHARE, NORMAL, PRESENT, SUMMARIES
 
 MAX_WORDS = 220
 LUNG_LABELS = ("Emphysema", "Mosaic attenuation pattern", "Peribronchial thickening", "Bronchiectasis",
@@ -39,20 +39,20 @@ def write_report(findings: Iterable[Finding], rng: np.random.Generator) -> tuple
             stated = _state(label, find(findings, label), rng)
             sentences.extend((sentence, False) for sentence in stated)
             if not stated:
-                say(ABSENT[label], ABSENT_SHARE.get(label, 0.3))
+                say(ABSENT[label], ABSENT_SHARE.get(label, 0.12))
 
-    say(NORMAL["airways"], 0.9)
+    say(NORMAL["airways"], 0.5)
     describe("Medical material")
-    say(NORMAL["vessels"], 0.7)
+    say(NORMAL["vessels"], 0.3)
     describe("Arterial wall calcification", "Coronary artery wall calcification", "Cardiomegaly")
     describe("Pericardial effusion", "Hiatal hernia", "Lymphadenopathy")
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:
         sentences.append((_choose(NORMAL["lungs"], rng), False))
     if not any(find(findings, label) for label in LUNG_LABELS):
         say(NORMAL["clear lungs"])
     describe(*LUNG_LABELS, "Pleural effusion")
-    say(NORMAL["abdomen"], 0.8)
-    say(NORMAL["bones"], 0.8)
+    say(NORMAL["abdomen"], 0.4)
+    say(NORMAL["bones"], 0.4)
     while sum(len(sentence.split()) for sentence, _ in sentences) > MAX_WORDS:
         spare = [i for i, (_, optional) in enumerate(sentences) if optional]
         if not spare:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from reaf_hsenet.data.phantom_findings import LABELS, LOBES, Finding, find
+from reaf_hsenet.data.phantom.findings import LABELS, LOBES, Finding, find
 
 QUESTION_COLUMNS = ("Volumename", "Anatomy", "Abnormality", "Size", "Question", "Answer")
 QUESTION_TYPES = ("location", "abnormality", "presence", "size")

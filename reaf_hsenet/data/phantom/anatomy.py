@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from reaf_hsenet.data.phantom_canvas import AIR, Canvas, Point
-from reaf_hsenet.data.phantom_findings import LOBES
+from reaf_hsenet.data.phantom.canvas import AIR, Canvas, Point
+from reaf_hsenet.data.phantom.findings import LOBES
 
-LUNG, FAT, FLUID, BLOOD, SOFT, LIVER, BONE, CALCIUM, METAL = -850, -100, 8, 42, 50, 60, 350, 800, 3000
+LUNG, FAT, FLUID, BLOOD, SOFT, LIVER, BONE, CALCIUM, METAL = -810, -100, 8, 42, 50, 60, 350, 800, 3000
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Body:
 def sample_body(rng: np.random.Generator) -> Body:
     """Draw a person: women and men of small to large build."""
     sex = "F" if rng.random() < 0.5 else "M"
-    build = float(np.clip(rng.normal(1.0, 0.05), 0.9, 1.1)) * (0.95 if sex == "F" else 1.0)
-    fat = float(rng.uniform(8, 26))
+    build = float(np.clip(rng.normal(1.0, 0.04), 0.92, 1.08)) * (0.95 if sex == "F" else 1.0)
+    fat = float(rng.uniform(10, 24))
     half_width, half_depth = 142 * build + fat, 96 * build + fat
     height = float(rng.uniform(300, 340))
-    base = height * float(rng.uniform(0.22, 0.28))
+    base = height * float(rng.uniform(0.23, 0.27))
     return Body(
         sex=sex,
         age=int(rng.integers(20, 91)),
@@ -48,9 +48,9 @@ def sample_body(rng: np.random.Generator) -> Body:
         half_depth=half_depth,
         fat=fat,
         height=height,
-        field_of_view=max(2 * half_width + 24, float(rng.uniform(340, 400))),
-        shift=(float(rng.uniform(-8, 8)), float(rng.uniform(-10, 10))),
-        tilt=float(rng.uniform(-0.05, 0.05)),
+        field_of_view=max(2 * half_width + 24, float(rng.uniform(350, 390))),
+        shift=(float(rng.uniform(-5, 5)), float(rng.uniform(-6, 6))),
+        tilt=float(rng.uniform(-0.03, 0.03)),
         lung_base=base,
         lung_apex=height - float(rng.uniform(12, 24)),
         cardiothoracic_ratio=float(rng.uniform(0.40, 0.47)),
@@ -108,7 +108,7 @@ def draw_anatomy(
         _draw_lung_and_abdomen(anatomy, side, cavity)
     _draw_spine(anatomy)
     _draw_mediastinum(anatomy, cardiothoracic_ratio or body.cardiothoracic_ratio, pericardial_effusion)
-    anatomy.lobes[canvas.hu > -700] = 0
+    anatomy.lobes[canvas.hu > -600] = 0
     _draw_airways_and_vessels(anatomy, rng)
     return anatomy
 

@@ -19,9 +19,9 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from reaf_hsenet.data.phantom_anatomy import scan_spacing
-from reaf_hsenet.data.phantom_findings import LABELS, labels_of
-from reaf_hsenet.data.phantom_patient import (
+from reaf_hsenet.data.phantom.anatomy import scan_spacing
+from reaf_hsenet.data.phantom.findings import LABELS, labels_of
+from reaf_hsenet.data.phantom.patient import (
     QUESTIONS,
     REPORT,
     SPLITS,
@@ -29,8 +29,8 @@ from reaf_hsenet.data.phantom_patient import (
     phantom_volume,
     sample_patient,
 )
-from reaf_hsenet.data.phantom_questions import QUESTION_COLUMNS, QUESTION_TYPES, ask_questions
-from reaf_hsenet.data.phantom_reports import write_report
+from reaf_hsenet.data.phantom.questions import QUESTION_COLUMNS, QUESTION_TYPES, ask_questions
+from reaf_hsenet.data.phantom.reports import write_report
 from reaf_hsenet.errors import InputError
 
 MINIMAL_SHAPE = (16, 32, 32)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reaf_hsenet.data.phantom_anatomy import Body, draw_anatomy, sample_body
-from reaf_hsenet.data.phantom_canvas import AIR, Canvas
-from reaf_hsenet.data.phantom_drawing import draw_findings
-from reaf_hsenet.data.phantom_findings import Finding, find, sample_findings
+from reaf_hsenet.data.phantom.anatomy import Body, draw_anatomy, sample_body
+from reaf_hsenet.data.phantom.canvas import AIR, Canvas
+from reaf_hsenet.data.phantom.drawing import draw_findings
+from reaf_hsenet.data.phantom.findings import Finding, find, sample_findings
 
 SPLITS = ("train", "valid")
 # Random streams of one patient: a change to one must not move the others.
