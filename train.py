@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from reaf_hsenet import __version__, distributed
+from reaf_hsenet.calibration import calibrate
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import (
     NO_AUGMENTATION,
@@ -32,7 +33,7 @@ from reaf_hsenet.config import (
     to_dict,
 )
 from reaf_hsenet.data.datasets import read_ct_rate
-from reaf_hsenet.data.loader import Batch, CTReportDataset
+from reaf_hsenet.data.loader import Batch, CTReportDataset, plain_batch
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, prepare
@@ -49,7 +50,7 @@ from reaf_hsenet.tokenizer import WordPiece, load_wordpiece, train_wordpiece
 from reaf_hsenet.trainer import Trainer
 
 PHANTOM = Path("data/phantom")
-PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 768, 128, 0
+PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 2000, 160, 0
 STAGES = ("clip1",)
 
 
@@ -166,6 +167,9 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
         model = build_dual_encoder(setup.model_config)
         if setup.text_weights is not None:
             load_strictly(model.text, setup.text_weights, args.text_model)
+        if settings.calibrate and not args.resume:
+            sample = plain_batch(data(split="train"), settings.calibrate)
+            calibrate(model, sample.volume, sample.ids if setup.text_weights is None else None, sample.mask)
         set_grad_checkpoint(model, settings.grad_checkpoint)
         workers = args.workers if args.workers is not None else 4 if ranks.device.type == "cuda" else 0
         trainer = Trainer(

@@ -138,7 +138,7 @@ def check_vit3d(case: Case) -> Iterator[Check]:
         model.to(dtype)
         found, hooks = {}, []
         for i, block in enumerate(model.blocks):
-            keep = lambda _, __, out, i=i: found.__setitem__(f"block_{i}", out)  # noqa: E731
+            keep = lambda _, __, out, i=i, found=found: found.__setitem__(f"block_{i}", out)  # noqa: E731
             hooks.append(block.register_forward_hook(keep))
         with torch.no_grad():
             found["tokens"] = model(volume.to(dtype))

@@ -142,6 +142,14 @@ def make_loader(dataset: CTReportDataset, sampler: Sampler, workers: int, pin: b
     )
 
 
+def plain_batch(dataset: CTReportDataset, rows: int) -> Batch:
+    """The first `rows` of a data set as one batch. Raises the InputError of a volume that could not be read."""
+    batch = dataset.collate([dataset[0, row] for row in range(min(rows, len(dataset)))])
+    if isinstance(batch, InputError):
+        raise batch
+    return batch
+
+
 def batches(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
     """The loader's batches on `device`. Raises the InputError of a volume that could not be read."""
     for batch in loader:

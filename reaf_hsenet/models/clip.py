@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reaf_hsenet.models.layers import init_weights
 from reaf_hsenet.models.text_encoder import TextEncoder
 from reaf_hsenet.models.vit3d import ViT3D
 
@@ -33,6 +34,8 @@ class DualEncoder(nn.Module):
         self.text_proj = nn.Linear(text_width, embed)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.scale_kind = logit_scale
+        for projection in (self.vision_proj, self.text_proj):
+            init_weights(projection)
 
     def encode_image(self, volume: Tensor) -> Tensor:
         """(B, 1, D, H, W) -> unit vectors (B, embed)."""

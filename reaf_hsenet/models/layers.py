@@ -75,13 +75,13 @@ class PatchEmbed3D(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal of std 0.02 for matrices, zero biases, unit norms: ViT's and BERT's initialisation."""
-    if isinstance(module, nn.Linear | nn.Embedding):
+    """Xavier-uniform matrices and zero biases, as ViT and MAE start; embeddings of std 0.02, as BERT does."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -1,0 +1,50 @@
+"""A data-dependent start for a dual encoder that is trained from nothing.
+
+With the usual start the class tokens of all volumes (and of all reports) point the same way: their mean is several
+times larger than what tells them apart. The contrastive loss then first shrinks what little differs, and a small run
+spends its whole time on the plateau at log B. Here the first layer and the last norm are set from a sample so that
+what differs between patients is what the network starts from. Nothing about the model or the loss changes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from reaf_hsenet.models.clip import DualEncoder
+from reaf_hsenet.models.vit3d import ViT3D
+
+POSITION_STD = 0.7
+
+
+@torch.no_grad()
+def calibrate_vision(vision: ViT3D, volumes: Tensor) -> None:
+    """Patch tokens become (deviation from the mean patch of their place) / std + a random code of the place.
+
+    volumes: (n, 1, D, H, W). The mean patch goes into the position table, as its negative.
+    """
+    tokens = vision.patch_embed(volumes)  # (n, N, C)
+    mean = tokens.mean(0, keepdim=True)
+    factor = 1 / (tokens - mean).std()
+    vision.patch_embed.proj.weight.mul_(factor)
+    vision.patch_embed.proj.bias.mul_(factor)
+    nn.init.normal_(vision.pos_embed, std=POSITION_STD)
+    vision.pos_embed.sub_(factor * mean)
+
+
+@torch.no_grad()
+def standardise(norm: nn.LayerNorm, features: Tensor) -> None:
+    """Set the affine part of `norm` so that its outputs `features` (n, C) would have mean 0 and std 1 a channel."""
+    std = features.std(0).clamp(min=1e-3)
+    norm.bias.copy_((norm.bias - features.mean(0)) / std)
+    norm.weight.div_(std)
+
+
+@torch.no_grad()
+def calibrate(model: DualEncoder, volumes: Tensor, ids: Tensor | None, mask: Tensor | None, chunk: int = 32) -> None:
+    """Calibrate the vision encoder on volumes (n, 1, D, H, W), and the text encoder on reports (n, T) when given."""
+    model.eval()
+    calibrate_vision(model.vision, volumes)
+    image = torch.cat([model.vision(part)[:, 0] for part in volumes.split(chunk)])
+    standardise(model.vision.norm, image)
+    if ids is not None:
+        pairs = zip(ids.split(chunk), mask.split(chunk), strict=True)
+        standardise(model.text.blocks[-1].norm2, torch.cat([model.text(i, m)[:, 0] for i, m in pairs]))

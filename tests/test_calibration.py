@@ -1,0 +1,34 @@
+"""The data-dependent start: what differs between samples is what the network starts from."""
+
+import torch
+from test_models import TINY, batch
+
+from reaf_hsenet.calibration import calibrate
+from reaf_hsenet.models.clip import build_dual_encoder
+
+
+def spread(features: torch.Tensor) -> float:
+    """Mean cosine between samples: 1 when all are the same."""
+    features = torch.nn.functional.normalize(features, dim=1)
+    return ((features @ features.T).sum() - len(features)).item() / (len(features) * (len(features) - 1))
+
+
+def test_features_of_all_samples_point_one_way_before_and_not_after():
+    torch.manual_seed(0)
+    model = build_dual_encoder(TINY).eval()
+    volume, ids, mask = batch(24)
+    volume = 0.4 + 0.05 * volume  # as real volumes, more alike than different
+    with torch.no_grad():
+        assert spread(model.encode_image(volume)) > 0.95 and spread(model.text(ids, mask)[:, 0]) > 0.7
+        calibrate(model, volume, ids, mask)
+        assert spread(model.encode_image(volume)) < 0.3 and spread(model.text(ids, mask)[:, 0]) < 0.1
+        image = model.vision(volume)[:, 0]
+    assert torch.allclose(image.mean(0), torch.zeros(32), atol=1e-4) and torch.allclose(image.std(0), torch.ones(32), atol=1e-3)
+
+
+def test_without_reports_the_text_encoder_is_left_alone():
+    torch.manual_seed(0)
+    model = build_dual_encoder(TINY)
+    before = {n: p.clone() for n, p in model.text.named_parameters()}
+    calibrate(model, batch(8)[0], None, None)
+    assert all(torch.equal(before[n], p) for n, p in model.text.named_parameters())
