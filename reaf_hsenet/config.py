@@ -130,7 +130,7 @@ PRESETS = {
     "hsenet-base": ClipConfig(),
     # Small enough for a laptop's processor. Its text encoder trains on its own vocabulary, from the reports.
     "hsenet-tiny": ClipConfig(
-        vision=VisionConfig(size=(32, 64, 64), patch=(8, 16, 16), width=128, depth=4, heads=4, mlp=512),
+        vision=VisionConfig(size=(32, 64, 64), patch=(8, 16, 16), width=128, depth=2, heads=4, mlp=512),
         text=TextConfig(
             vocab=1000, width=128, depth=1, heads=4, mlp=512, positions=320, dropout=0.0, attention_dropout=0.0
         ),
@@ -233,9 +233,10 @@ STAGES = {
 # sides that phantom reports name, and a shift of all voxels is larger than most findings in a mean over tokens.
 TINY_STAGES = {
     ("clip1", "hsenet"): {
-        "lr": 5e-4,
-        "warmup": 0.15,
-        "epochs": 8,
+        "lr": 1e-3,
+        "weight_decay": 0.3,
+        "warmup": 0.1,
+        "epochs": 14,
         "batch_size": 64,
         "precision": "fp32",
         "validate_every": 0.125,
