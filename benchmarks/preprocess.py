@@ -12,8 +12,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from measure import compare
 
+from measure import compare
 from reaf_hsenet.config import RECIPES
 from reaf_hsenet.data.preprocessing import preprocess
 from reaf_hsenet.data.volume import read_volume

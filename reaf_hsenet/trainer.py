@@ -60,11 +60,12 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 
 @dataclass
 class Progress:
-    """Optimizer steps done, the epoch, batches of it already used, and the best validation score so far."""
+    """Optimizer steps done, the epoch, batches of it already used, the last validated step, the best score so far."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    validated: int = 0
     best: float = -math.inf
 
 
@@ -128,6 +129,8 @@ class Trainer:
         )
         self.clock = time.perf_counter()
         with bar:
+            if self._validation_due():  # the run was stopped between a step and its validation
+                self._save(self._validate(bar))
             while self.progress.step < self.total:
                 for group in self._groups():
                     stopped = self._step(group, bar)
@@ -167,13 +170,11 @@ class Trainer:
         if last or progress.step % self.log_every == 0:
             loss = float(distributed.mean_over_ranks(loss))
             self._log(bar, {"loss": loss, "lr": rate, "grad_norm": norm, **numbers})
-        stopped = distributed.any_rank(self.signal, ranks.device)
-        best = False
-        if not stopped and (last or progress.step % self.validate_every == 0):
-            best = self._validate(bar)
+        stopped = 0 if last else distributed.any_rank(self.signal, ranks.device)
+        best = self._validate(bar) if self._validation_due() and not stopped else False
         if best or last or stopped or progress.step % self.config.save_every == 0:
             self._save(best)
-        return 0 if last else stopped
+        return stopped
 
     def _update(self, group: list[Batch]) -> tuple[Tensor, dict, float]:
         total = 0.0
@@ -211,8 +212,13 @@ class Trainer:
         bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['samples_per_s']:.1f} samples/s")
         self._record({"step": self.progress.step, "epoch": self.progress.epoch, **numbers})
 
+    def _validation_due(self) -> bool:
+        step = self.progress.step
+        return step > self.progress.validated and (step == self.total or step % self.validate_every == 0)
+
     def _validate(self, bar: tqdm) -> bool:
         self.model.eval()
+        self.progress.validated = self.progress.step
         started = time.perf_counter()
         with torch.inference_mode(), self.autocast():
             score, numbers = self.validate(self.model)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import fill as kit  # noqa: E402
-
 from reaf_hsenet.config import RECIPES, TextConfig  # noqa: E402
 from reaf_hsenet.data.datasets import read_ct_rate  # noqa: E402
 from reaf_hsenet.data.preprocessing import preprocess, resampled_grid  # noqa: E402

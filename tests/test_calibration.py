@@ -1,10 +1,10 @@
 """The data-dependent start: what differs between samples is what the network starts from."""
 
 import torch
-from test_models import TINY, batch
 
 from reaf_hsenet.calibration import calibrate
 from reaf_hsenet.models.clip import build_dual_encoder
+from test_models import TINY, batch
 
 
 def spread(features: torch.Tensor) -> float:

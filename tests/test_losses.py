@@ -3,11 +3,11 @@
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_models import TINY, batch
 from torch.nn.parallel import DistributedDataParallel
 
 from reaf_hsenet.losses import contrastive_logits, contrastive_loss, gather_with_grad
 from reaf_hsenet.models.clip import build_dual_encoder
+from test_models import TINY, batch
 
 
 def loss_of(model, volume, ids, mask):

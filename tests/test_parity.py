@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from parity import CHECKS, Case, Check, case_files, run_case
 
 GOLDEN = Path(__file__).parent / "golden"

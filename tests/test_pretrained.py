@@ -4,12 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import fill
 import pytest
 import torch
-import train
 from safetensors.torch import load_file, save_file
 
+import fill
+import train
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.text_encoder import TextEncoder
 from reaf_hsenet.pretrained import bert_config, bert_state, find_folder, load_strictly, read_weights

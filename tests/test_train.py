@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_line, script
 from safetensors.torch import load_file
 
 import evaluate
 import train
+from conftest import ROOT, error_line, script
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.trainer import Trainer
