@@ -38,13 +38,14 @@ def ours(threads: int):
 
 def monais(threads: int):
     from monai.networks.nets import ViT
+    from torch import nn
 
     # classification=True adds the class token; newer versions call the patch embedding proj_type.
     embedding = "proj_type" if "proj_type" in inspect.signature(ViT).parameters else "pos_embed"
     model = ViT(in_channels=1, img_size=(32, 256, 256), patch_size=(4, 16, 16), hidden_size=768, mlp_dim=3072,
                 num_layers=12, num_heads=12, classification=True, qkv_bias=False, **{embedding: "perceptron"})
     # The published encoder keeps all tokens and has no head.
-    model.classification_head = __import__("torch").nn.Identity()
+    model.classification_head = nn.Identity()
     return _work(model, threads)
 
 
