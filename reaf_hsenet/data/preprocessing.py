@@ -63,7 +63,8 @@ class ResampledGrid:
 
     def _first(self, axis, low, high, weight):
         used, places = np.unique(np.concatenate((low, high)), return_inverse=True)
-        block = np.take(self.voxels, used, axis).astype(np.float32, copy=False)
+        # Not np.take: it copies the whole array first unless that is in C order, and a turned CT is not.
+        block = self.voxels[(slice(None),) * axis + (used,)].astype(np.float32, order="C", copy=False)
         if self.window is not None:
             np.clip(block, *self.window, out=block)
         return _lerp(block, axis, places[: len(low)], places[len(low) :], weight)
