@@ -90,9 +90,9 @@ def main(argv: list[str]) -> int:
         changes["fit"] = args.fit
     recipe = replace(RECIPES[args.recipe], **changes)
     options = Options(recipe, args.rescale, args.orientation, args.assume_orientation, args.dtype)
-    source = read_source(args)
     text = "findings and impressions" if args.impressions else "findings"
     try:
+        source = read_source(args)
         manifest, refused = prepare(source, args.out, options, text, args.workers)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None

@@ -9,6 +9,7 @@
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -40,7 +41,7 @@ from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.embedding import embed, retrieval_score
-from reaf_hsenet.errors import InputError, Parser, run_script
+from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
 from reaf_hsenet.files import folder_lock
 from reaf_hsenet.losses import contrastive_logits, contrastive_loss, gather_with_grad
 from reaf_hsenet.models.clip import DualEncoder, build_dual_encoder, set_grad_checkpoint
@@ -125,6 +126,11 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected more than 0")
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers {args.workers}: expected 0 or more")
+    for name, low, high in (("seed", 0, 2**31), ("weight_decay", 0, math.inf), ("warmup", 0, 1)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+    raise_on_sigterm()
     ranks = distributed.start(args.device)
     try:
         return train(args, ranks)
@@ -143,8 +149,11 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             setup = resumed_setup(args, run, ranks)
         else:
             setup = new_setup(args, ranks, say)
-            if run.exists:
-                return already_there(run, setup, say)
+            # Without a checkpoint there is nothing to lose or to continue: a run that died early starts anew.
+            if run.exists and run.pointer("last") is not None:
+                return already_there(args, run, setup, say)
+            if ranks.main:
+                run.forget_after(0)
         manifest, settings = setup.manifest, setup.settings
         manifest.check(["train", "validation"])
         data = partial(
@@ -290,7 +299,8 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
         "no_augment",
         "seed",
     ):
-        if getattr(args, flag):
+        value = getattr(args, flag)
+        if value is not None and value is not False:
             raise InputError(
                 f"--{flag.replace('_', '-')}: with --resume a run keeps its settings ({run.folder}); "
                 "leave the flag out, or start another run with --out"
@@ -343,6 +353,8 @@ def train_settings(
             f"{manifest.folder / 'manifest.json'}: {rows} training volumes for {ranks.world} processes; "
             "a contrastive batch needs at least 2, and each process 1"
         )
+    if config.batch_size * ranks.world < 2:
+        raise InputError("--batch-size 1 with one process: a contrastive batch needs 2 volumes or more")
     if config.batch_size * ranks.world > rows:
         if args.batch_size is not None:
             raise InputError(
@@ -370,11 +382,12 @@ def phantom_manifest(ranks: Ranks, size: tuple[int, int, int]) -> Manifest:
     return load_manifest(out)
 
 
-def already_there(run: Run, setup: Setup, say) -> int:
+def already_there(args: argparse.Namespace, run: Run, setup: Setup, say) -> int:
     """A second start: fine when the same run is finished, else a mistake."""
     values, last = run.read_config(), run.pointer("last")
     same = values["model"] == json.loads(json.dumps(to_dict(setup.model_config)))
     same &= values["train"] == json.loads(json.dumps(to_dict(setup.settings)))
+    same &= values["max_steps"] == args.max_steps and values["data"] == str(setup.manifest.folder.absolute())
     if same and last is not None and last.name == f"step-{values['total_steps']:06d}":
         say(f"{run.folder}: this run is finished already; evaluate it, or train another with --out FOLDER")
         return 0

@@ -6,11 +6,12 @@ RUN/checkpoints/{last,best}, each of which holds the name of a step's folder. Ev
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import atomic_write, read_json, write_json
@@ -48,11 +49,19 @@ class Run:
             raise OutputError(f"{self.folder / 'log.jsonl'}: cannot be written ({error.strerror})") from error
 
     def read_log(self) -> list[dict]:
-        path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        path, records = self.folder / "log.jsonl", []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue  # the last line of a run that was killed while writing it
+        return records
 
-    def cut_log(self, step: int) -> None:
-        """Forget what was logged after `step`, before a run resumes there."""
+    def forget_after(self, step: int) -> None:
+        """Drop log records and checkpoints of later steps, before a run starts or resumes at `step`."""
+        for path in self.checkpoints.glob("step-*"):
+            if _step(path) > step:
+                shutil.rmtree(path, ignore_errors=True)
         records = [r for r in self.read_log() if r["step"] <= step]
         with atomic_write(self.folder / "log.jsonl") as file:
             file.writelines(json.dumps(r) + "\n" for r in records)
@@ -85,7 +94,7 @@ class Run:
         for name in ("last", "best") if best else ("last",):
             with atomic_write(self.checkpoints / name) as file:
                 file.write(target.name + "\n")
-        kept = {self.pointer("last"), self.pointer("best"), *sorted(self.checkpoints.glob("step-*"))[-keep:]}
+        kept = {self.pointer("last"), self.pointer("best"), *sorted(self.checkpoints.glob("step-*"), key=_step)[-keep:]}
         for path in set(self.checkpoints.glob("step-*")) - kept:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -99,14 +108,23 @@ class Run:
         return read_weights_file(folder / "model.safetensors"), folder
 
     def load_trainer(self) -> tuple[dict, dict]:
-        """(model, trainer state) of the last checkpoint."""
+        """(model, trainer state) of the last checkpoint. Raises InputError when there is none or it is damaged."""
         folder = self.pointer("last")
         if folder is None:
+            raise InputError(f"{self.folder}: has no checkpoint to resume from; start it again without --resume")
+        model = read_weights_file(folder / "model.safetensors")
+        try:
+            return model, torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise InputError(
-                f"{self.folder}: has no checkpoint to resume from; start again with another --out"
-            )
-        model = load_file(folder / "model.safetensors")
-        return model, torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+                f"{folder / 'trainer.pt'}: is damaged; write the name of an older step's folder into "
+                f"{self.checkpoints / 'last'}, or start again with another --out"
+            ) from error
+
+
+def _step(path: Path) -> int:
+    """The number of `step-000123`."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _sync(path: Path) -> None:

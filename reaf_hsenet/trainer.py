@@ -22,6 +22,8 @@ from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.data.loader import Batch, GlobalBatches, batches, make_loader
 from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.pretrained import load_strictly
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -101,19 +103,26 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
         self.sampler = GlobalBatches(len(dataset), config.batch_size, ranks.rank, ranks.world, config.seed)
         self.loader = make_loader(dataset, self.sampler, workers, pin=ranks.device.type == "cuda")
-        self.total = max_steps or max(1, len(self.sampler) // config.accumulate) * config.epochs
+        steps = len(self.sampler) // config.accumulate
+        if steps == 0:
+            needed = config.batch_size * config.accumulate * ranks.world
+            raise InputError(
+                f"--batch-size {config.batch_size}, --accumulate {config.accumulate}: a step needs {needed} volumes, "
+                f"there are {len(dataset)}; lower one"
+            )
+        self.total = max_steps or steps * config.epochs
         self.validate_every = max(1, round(config.validate_every * self.total))
         self.progress, self.signal = Progress(), 0
 
     def resume(self) -> None:
         """Take up the last checkpoint, exactly."""
         model, state = self.run.load_trainer()
-        self.model.load_state_dict(model)
+        load_strictly(self.model, model, str(self.run.pointer("last")))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         if self.ranks.main:
-            self.run.cut_log(self.progress.step)
+            self.run.forget_after(self.progress.step)
 
     def fit(self) -> int:
         """Train to the end. Returns 0, or 128 + the number of the signal that stopped it (after a checkpoint)."""

@@ -101,6 +101,21 @@ def test_a_changed_source_is_prepared_again(tree, tmp_path):
     assert np.array_equal(first, second)
 
 
+def test_a_corrected_table_prepares_its_volume_again(tree, tmp_path):
+    out = tmp_path / "out"
+    ct_rate(tree, out)
+    times = {p.name: p.stat().st_mtime_ns for p in (out / "volumes").iterdir()}
+
+    def other_slope(rows):
+        column = rows[0].index("RescaleSlope")
+        return [rows[0], [*rows[1][:column], "1.5", *rows[1][column + 1 :]], *rows[2:]]
+
+    edit_csv(tree / "dataset/metadata/train_metadata.csv", other_slope)
+    assert ct_rate(tree, out).returncode == 0
+    changed = {p.name for p in (out / "volumes").iterdir() if times[p.name] != p.stat().st_mtime_ns}
+    assert changed == {"train_1_a_1.npy"}
+
+
 def test_an_interrupt_leaves_whole_files_only_and_the_next_run_continues(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
     command = [sys.executable, str(ROOT / "preprocess.py"), "--dataset", "phantom", "--root", str(raw), "--out",
@@ -207,18 +222,33 @@ def label_that_is_text(tree):
     return "train_1_a_1.nii.gz is not all 0 and 1"
 
 
+def slope_that_is_text(tree):
+    def change(rows):
+        column = rows[0].index("RescaleSlope")
+        return [rows[0], [*rows[1][:column], "abc", *rows[1][column + 1 :]], *rows[2:]]
+
+    edit_csv(tree / "dataset/metadata/train_metadata.csv", change)
+    return "RescaleSlope of train_1_a_1.nii.gz is 'abc'"
+
+
+def comma_without_quotes(tree):
+    path = tree / "dataset/radiology_text_reports/train_reports.csv"
+    edit_csv(path, lambda rows: [rows[0], [*rows[1], "and more"], *rows[2:]])
+    return "line 2 has more fields than the header"
+
+
 def no_data_set(tree):
     shutil.rmtree(tree / "dataset/radiology_text_reports")
     return "no CT-RATE data set"
 
 
 @pytest.mark.parametrize("spoil", [csv_without_column, csv_with_duplicate, metadata_without_column, strange_name,
-                                   label_that_is_text, no_data_set])
+                                   label_that_is_text, slope_that_is_text, comma_without_quotes, no_data_set])
 def test_a_wrong_table_is_one_line_that_names_it(tree, spoil):
     words = spoil(tree)
     with pytest.raises(InputError, match=words) as caught:
         read_ct_rate(tree)
-    assert "\n" not in str(caught.value) and str(tree) in str(caught.value)
+    assert "\n" not in str(caught.value) and (str(tree) in str(caught.value) or "table" in str(caught.value))
 
 
 def test_wrong_flags_are_one_line(tmp_path, phantom_root):

@@ -124,6 +124,23 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(run_copy, prep
     assert before == {p: p.stat().st_mtime_ns for p in run_copy.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
+def test_a_short_trial_is_not_taken_for_the_whole_run(prepared, run_copy):
+    wrong(tiny(prepared, run_copy, "--save-every", 3, "--keep", 9), "holds a run already")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(prepared, finished, run_copy):
+    shutil.rmtree(run_copy / "checkpoints")
+    assert train.main(tiny(prepared, run_copy, "--max-steps", 8, "--save-every", 3, "--keep", 9)) == 0
+    assert same_weights(run_copy, finished) and numbers(run_copy) == numbers(finished)
+
+
+@pytest.mark.parametrize("file", ["trainer.pt", "model.safetensors"])
+def test_resuming_from_a_damaged_checkpoint_names_the_file(run_copy, file):
+    path = Run(run_copy).pointer("last") / file
+    path.write_bytes(path.read_bytes()[:3000])
+    wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--device", "cpu"], f"{file}: is")
+
+
 def test_accumulation_equals_its_parts(prepared, tmp_path):
     """Two batches a step: the mean of their losses, and half as many steps an epoch."""
     assert train.main(tiny(prepared, tmp_path / "r", "--accumulate", 2, "--epochs", 2)) == 0
@@ -224,6 +241,10 @@ def test_wrong_flags_are_named(prepared, tmp_path):
     wrong(["--stage", "clip1", "--learning-rate", "1"], "--learning-rate")
     wrong(tiny(prepared, out, "--preset", "huge"), "--preset huge.*hsenet-base, hsenet-tiny")
     wrong(tiny(prepared, out, "--batch-size", 500), "--batch-size 500.*there are")
+    wrong(tiny(prepared, out, "--batch-size", 1), "--batch-size 1")
+    wrong(tiny(prepared, out, "--accumulate", 5), "--accumulate 5: a step needs 20 volumes, there are")
+    wrong(tiny(prepared, out, "--seed", -1), "--seed -1")
+    wrong(tiny(prepared, out, "--warmup", 2), "--warmup 2")
     wrong(tiny(prepared, out, "--patch", 5, 16, 16), "not a multiple of the patch")
     wrong(tiny(prepared, out, "--text-model", "./nowhere"), "./nowhere: no such folder")
     wrong(tiny(prepared, out, "--text-model", "some/bert"), "some/bert.*hub")
@@ -273,6 +294,7 @@ def test_two_runs_into_one_folder_are_refused(prepared, run_copy):
 
 def test_resume_keeps_the_runs_settings(run_copy, tmp_path):
     wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--lr", "1"], "--lr: with --resume")
+    wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--seed", "0"], "--seed: with --resume")
     wrong(["--stage", "clip1", "--out", str(tmp_path / "none"), "--resume"], "holds no run")
 
 

@@ -56,6 +56,11 @@ def read_csv(path: Path, columns: tuple[str, ...], key: str) -> dict[str, dict[s
                         f"{path}: {key} {row[key]} is listed twice, the second time in line "
                         f"{reader.line_num}; keep one"
                     )
+                if None in row:
+                    raise InputError(
+                        f"{path}: line {reader.line_num} has more fields than the header; put a text that holds "
+                        "commas in double quotes"
+                    )
                 if any(row[c] is None for c in columns):
                     raise InputError(f"{path}: line {reader.line_num} has fewer fields than the header")
                 rows[row[key]] = row
@@ -186,9 +191,12 @@ def _labels(
     if row is None:
         return None
     try:
-        return tuple(int(float(row[n])) for n in names)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: the row of {name} is not all 0 and 1 ({error})") from error
+        values = tuple(float(row[n]) for n in names)
+    except (TypeError, ValueError):
+        values = (math.nan,)
+    if not all(v in (0, 1) for v in values):
+        raise InputError(f"{path}: the row of {name} is not all 0 and 1")
+    return tuple(int(v) for v in values)
 
 
 def _table_row(row: dict[str, str] | None) -> TableRow:
@@ -197,14 +205,18 @@ def _table_row(row: dict[str, str] | None) -> TableRow:
     try:
         in_plane = json.loads(row["XYSpacing"])
         spacing = (float(in_plane[0]), float(in_plane[1]), float(row["ZSpacing"]))
-    except (ValueError, TypeError, IndexError):
+    except (ValueError, TypeError, IndexError, KeyError):
         # CT-RATE has rows without a usable ZSpacing; the volume is refused only if its header lacks spacing too.
         spacing = (math.nan,) * 3
-    return TableRow(spacing, _number(row["RescaleSlope"]), _number(row["RescaleIntercept"]))
+    return TableRow(spacing, _number(row, "RescaleSlope"), _number(row, "RescaleIntercept"))
 
 
-def _number(text: str) -> float | None:
-    return float(text) if text.strip() else None
+def _number(row: dict[str, str], column: str) -> float | None:
+    try:
+        return float(row[column]) if row[column].strip() else None
+    except ValueError as error:
+        problem = f"{column} of {row['VolumeName']} is {row[column]!r}; expected a number"
+        raise InputError(f"the metadata table: {problem}") from error
 
 
 def _stem(name: str) -> str:

@@ -109,9 +109,9 @@ class Journal:
                 except ValueError:
                     continue  # the last line of a run that was killed while writing it
                 case = cases.get(record["id"])
-                unchanged = case and not case.problem and _stamp(case.path) == record["stamp"]
-                volume = _stamp(manifest.folder / volume_name(record["id"]))
-                if unchanged and volume and volume[0] == manifest.file_size:
+                unchanged = case and not case.problem and _stamp(case) == record["stamp"]
+                volume = manifest.folder / volume_name(record["id"])
+                if unchanged and volume.is_file() and volume.stat().st_size == manifest.file_size:
                     done[case.id] = record
         with atomic_write(self.path) as file:
             for line in (self.head, *done.values()):
@@ -150,7 +150,7 @@ def prepare_case(case: Case, out: Path, options: Options) -> tuple[Case, dict | 
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     source = {"file": str(case.path), "sha256": digest.hexdigest(), **volume.record}
-    return case, {"id": case.id, "stamp": _stamp(case.path), "source": source}, None
+    return case, {"id": case.id, "stamp": _stamp(case), "source": source}, None
 
 
 def _run(todo: list[Case], out: Path, options: Options, workers: int, keep: Callable[..., None]) -> None:
@@ -202,12 +202,13 @@ def _entry(case: Case, record: dict) -> dict:
     }
 
 
-def _stamp(path: Path) -> list[int] | None:
+def _stamp(case: Case) -> str | None:
+    """What a prepared volume came from: another file, or another row of the table, asks for it to be prepared again."""
     try:
-        stat = path.stat()
+        stat = case.path.stat()
     except OSError:
         return None
-    return [stat.st_size, stat.st_mtime_ns]
+    return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns, {case.table}"
 
 
 def _remove_half_written(out: Path) -> None:

@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -33,6 +34,8 @@ from reaf_hsenet.data.phantom.questions import QUESTION_COLUMNS, QUESTION_TYPES,
 from reaf_hsenet.data.phantom.reports import write_report
 from reaf_hsenet.errors import InputError
 
+# Pool workers leave Ctrl-C to the main process.
+QUIET = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
 MINIMAL_SHAPE = (16, 32, 32)
 # CT-RATE names metadata, reports and questions train_ and validation_, but the labels train_ and valid_.
 TABLE_PREFIX = {"train": "train", "valid": "validation"}
@@ -144,7 +147,7 @@ def _map(function, items: list, workers: int) -> Iterator:
     if workers == 1 or len(items) < 2:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(min(workers, len(items)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(workers, len(items)), multiprocessing.get_context("spawn"), *QUIET) as pool:
         yield from pool.map(function, items, chunksize=max(1, min(8, len(items) // workers)))
 
 
