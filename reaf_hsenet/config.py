@@ -229,6 +229,19 @@ STAGES = {
     ),
 }
 
+# What belongs to one stage only. Relation loss: weight * max(0, 1 - step / steps). Text lengths are tokens, the 256
+# visual tokens of report generation and question answering included. REAF's LoRA is off in its recipe.
+RELATION = {"weight": 0.1, "steps": 5000}
+LORA = {
+    "hsenet": {"r": 16, "alpha": 32, "dropout": 0.05, "targets": "every linear layer of the decoder but lm_head"},
+    "reaf": {"r": 8, "alpha": 8, "dropout": 0.0, "targets": "query and value of the text encoder"},
+}
+TEXT_LENGTH = {"clip1": 512, "clip2": 512, "mrg": 800, "vqa": 330}
+GENERATION = {
+    "mrg": {"new_tokens": 512, "sample": False, "prompt": "Can you summarize with findings the images presented?"},
+    "vqa": {"new_tokens": 74, "sample": False, "prompt": "a location template with the name of the abnormality"},
+}
+
 # What the tiny presets change, so that a stage ends within minutes on two cores. No augmentation: flips contradict the
 # sides that phantom reports name, and a shift of all voxels is larger than most findings in a mean over tokens.
 TINY_STAGES = {

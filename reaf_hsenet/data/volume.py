@@ -55,8 +55,8 @@ def read_volume(
     assume_orientation: axis codes such as LPS of a file whose header has none.
     Raises InputError, naming the file, for anything that is not a readable 3D CT.
     """
-    image = _open(path)
-    voxels = _voxels(image, path)
+    image, data = _open(path)
+    voxels = _voxels(image, data, path)
     axes, spacing = _geometry(image, path, table, assume_orientation)
     slope, intercept, decision = choose_rescale(voxels, path, table, rescale)
     if (slope, intercept) != (1, 0):
@@ -76,8 +76,8 @@ def read_volume(
     return Volume(voxels, spacing, record)
 
 
-def _open(path: Path) -> nib.Nifti1Image:
-    """The image in memory, after every check that needs no voxels. A .gz is read whole, so that its CRC is checked."""
+def _open(path: Path) -> tuple[nib.Nifti1Image, bytes]:
+    """The image and the bytes of its file, after every check that needs no voxels. A .gz is read whole, so that its CRC is checked."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -109,17 +109,19 @@ def _open(path: Path) -> nib.Nifti1Image:
         raise InputError(f"{path}: is a {axes}D image of shape {tuple(shape)}; expected one 3D volume")
     if image.get_data_dtype().fields or image.get_data_dtype().kind not in "iuf":
         raise InputError(f"{path}: holds {image.get_data_dtype()} values; expected integers or floats")
-    return image
+    return image, data
 
 
-def _voxels(image: nib.Nifti1Image, path: Path) -> np.ndarray:
+def _voxels(image: nib.Nifti1Image, data: bytes, path: Path) -> np.ndarray:
     """(x, y, z) values with the header's own scaling applied, in the stored type where there is none."""
+    proxy = image.dataobj
     try:
-        if (image.dataobj.slope, image.dataobj.inter) == (1, 0):
-            voxels = np.asanyarray(image.dataobj)
+        if (proxy.slope, proxy.inter) == (1, 0):
+            # The array is the bytes that were read, not a copy of them.
+            voxels = np.ndarray(image.shape, proxy.dtype, data, proxy.offset, order="F")
         else:
             voxels = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, TypeError) as error:
         raise InputError(f"{path}: is truncated or damaged ({_one_line(error)})") from error
     voxels = voxels.reshape(image.shape[:3], order="A")
     if voxels.dtype.kind == "f":
