@@ -112,7 +112,7 @@ def find_folder(name: str, patterns: list[str]) -> Path:
     repository, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds; all mean that it is not to be had
+    except (OSError, ValueError) as error:  # the hub client's own errors are of these kinds
         raise InputError(
             f"{name}: no such folder, and the hub does not give it ({type(error).__name__}); fetch "
             f"{', '.join(patterns)} by hand and name their folder"
