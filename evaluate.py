@@ -2,8 +2,10 @@
 
     python evaluate.py --task retrieval                                # runs/clip1-hsenet on its validation split
     python evaluate.py --task retrieval --run RUN --data FOLDER        # any run, any prepared data set
+    python evaluate.py --task zeroshot --prompts organ                 # CT-RATE's classes, with another template
 
-Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv, embeddings.safetensors.
+Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv, embeddings.safetensors; zeroshot.json,
+zeroshot_scores.csv. With --figures DIR also pictures (needs matplotlib).
 """
 
 import argparse
@@ -13,12 +15,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from reaf_hsenet import distributed
-from reaf_hsenet.data.loader import CTReportDataset
+from reaf_hsenet import distributed, figures, zeroshot
+from reaf_hsenet.data.labels import LABEL_SETS, load_label_set, manifest_labels, read_label_table
+from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.embedding import DualEncoderRun, embed, load_dual_encoder
 from reaf_hsenet.errors import InputError, Parser, run_script
 from reaf_hsenet.files import atomic_write, write_json
+from reaf_hsenet.metrics.classification import classification_report
 from reaf_hsenet.metrics.retrieval import (
     CrossRetrieval,
     cross_retrieval,
@@ -33,36 +37,59 @@ OVERLAPS = {
     "per_k_excluding_all_reconstructions_of_the_query_scan": "label overlap, without its scan",
 }
 
+# The defaults of the flags that only zero-shot classification has.
+ZEROSHOT = {"prompts": "volume", "label_set": "ct-rate", "labels": None, "bootstrap": 1000, "seed": 0}
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--task", choices=("retrieval",), required=True)
-    parser.add_argument("--run", type=Path, default=Path("runs/clip1-hsenet"), help="run folder of train.py")
+    parser.add_argument("--task", choices=("retrieval", "zeroshot"), required=True)
+    parser.add_argument("--run", type=Path, help="run folder of train.py (default: runs/clip1-MODEL)")
+    parser.add_argument("--model", choices=("hsenet", "reaf"), default="hsenet", help="whose default run folder")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--data", type=Path, help="prepared data set (default: the run's own)")
-    parser.add_argument("--split", default="validation", choices=("train", "validation"))
+    parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
     parser.add_argument("--out", type=Path, help="folder of the results (default: RUN/eval)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    return parser.parse_args(argv)
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--figures", type=Path, metavar="DIR", help="write ROC or recall curves and saliency there")
+    group.add_argument("--figure-volumes", type=int, default=4, metavar="N", help="saliency of the first N volumes")
+    group = parser.add_argument_group("zero-shot classification")
+    group.add_argument("--prompts", help="volume, organ or a json file (default: volume)")
+    group.add_argument("--label-set", choices=LABEL_SETS, help="how label columns become classes (default: ct-rate)")
+    group.add_argument("--labels", type=Path, metavar="CSV", help="label table (default: the manifest's labels)")
+    group.add_argument("--bootstrap", type=int, metavar="N", help="resamples of the intervals; 0: none (default: 1000)")
+    group.add_argument("--seed", type=int, help="of the bootstrap (default: 0)")
+    args = parser.parse_args(argv)
+    args.run = args.run or Path(f"runs/clip1-{args.model}")
+    given = [name for name in ZEROSHOT if getattr(args, name) is not None]
+    if given and args.task != "zeroshot":
+        raise InputError(f"--{given[0].replace('_', '-')}: belongs to --task zeroshot, not {args.task}")
+    vars(args).update({name: value for name, value in ZEROSHOT.items() if name not in given})
+    for name, least in (("batch_size", 1), ("workers", 0), ("figure_volumes", 0), ("bootstrap", 0), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
+    return args
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    if args.batch_size < 1 or args.workers < 0:
-        raise InputError("--batch-size: expected 1 or more, --workers: 0 or more")
+    if args.figures:
+        figures.new_figure(1, 1)  # says now, not after hours, that matplotlib is missing
     ranks = distributed.start(args.device)
     try:
         run = load_dual_encoder(args.run, args.checkpoint)
         manifest = load_manifest(args.data or run.data)
         manifest.require(run.recipe, str(args.run))
         manifest.check([args.split])
-        dataset = CTReportDataset(manifest, args.split, run.tokenizer, run.config.max_text)
+        style = run.config.model
+        dataset = CTReportDataset(manifest, args.split, run.tokenizer, run.config.max_text, style=style)
         run.model.to(ranks.device)
-        image, text = embed(run.model, dataset, ranks, args.batch_size, workers=args.workers, progress=True)
-        if ranks.main:
-            retrieval(args, run, manifest, image, text, ranks.device)
+        {"retrieval": retrieval, "zeroshot": classify}[args.task](args, run, manifest, dataset, ranks)
+        if args.figures and ranks.main:
+            saliency_figures(args, run, manifest, ranks.device)
     finally:
         distributed.stop()
     return 0
@@ -72,11 +99,13 @@ def retrieval(
     args: argparse.Namespace,
     run: DualEncoderRun,
     manifest: Manifest,
-    image: torch.Tensor,
-    text: torch.Tensor,
-    device: torch.device,
+    dataset: CTReportDataset,
+    ranks: distributed.Ranks,
 ) -> None:
-    entries = manifest.entries(args.split)
+    image, text = embed(run.model, dataset, ranks, args.batch_size, workers=args.workers, progress=True)
+    if not ranks.main:
+        return
+    entries, device = manifest.entries(args.split), ranks.device
     names = sorted({entry["scan"] for entry in entries})
     number = {name: i for i, name in enumerate(names)}
     scans = torch.tensor([number[entry["scan"]] for entry in entries], device=device)
@@ -104,6 +133,71 @@ def retrieval(
         file.write(save({"image": image, "text": text}, {"ids": "\n".join(entry["id"] for entry in entries)}))
     print_table(results, exact, per_scan)
     print(f"written to {out}")
+    if args.figures:
+        figures.recall_figure(args.figures / "recall.png", exact.ranks)
+
+
+def classify(
+    args: argparse.Namespace,
+    run: DualEncoderRun,
+    manifest: Manifest,
+    dataset: CTReportDataset,
+    ranks: distributed.Ranks,
+) -> None:
+    ids = [entry["id"] for entry in manifest.entries(args.split)]
+    table = read_label_table(args.labels) if args.labels else manifest_labels(manifest, args.split)
+    label_set = load_label_set(args.label_set)
+    task = zeroshot.define_task(zeroshot.load_prompts(args.prompts), label_set, table, ids)
+    image = zeroshot.embed_images(run.model, dataset, ranks, args.batch_size, args.workers)
+    if not ranks.main:
+        return
+    scores = zeroshot.score(run, image, task)
+    report = classification_report(task.labels, scores, task.names, task.means, args.bootstrap, args.seed)
+    results = {
+        "n": len(ids),
+        "split": args.split,
+        "data": str(manifest.folder),
+        "checkpoint": str(run.checkpoint),
+        "labels": {"table": str(table.source), "set": args.label_set},
+        "prompts": {"source": args.prompts, "texts": task.texts},
+        "bootstrap": {"resamples": args.bootstrap, "seed": args.seed},
+        **report,
+        "notes": task.notes,
+    }
+    out = args.out or args.run / "eval"
+    write_json(out / "zeroshot.json", results)
+    zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task, scores)
+    zeroshot.print_table(results)
+    print(f"written to {out}")
+    if args.figures:
+        figures.roc_figure(args.figures / "roc.png", task.labels, scores, task.names)
+
+
+@torch.inference_mode()
+def saliency_figures(
+    args: argparse.Namespace, run: DualEncoderRun, manifest: Manifest, device: torch.device
+) -> None:
+    vision, recipe = run.model.vision, manifest.recipe
+    entries = manifest.entries(args.split)[: args.figure_volumes]
+    if entries and not hasattr(vision, "saliency"):
+        print("saliency: only REAF's encoder chooses regions, so no pictures of them")
+        entries = []
+    for entry in entries:
+        volume = read_prepared(manifest, entry)
+        maps, masks = (of(volume[None].to(device)) for of in (vision.saliency, vision.region_mask))
+        if not maps:
+            print("saliency: this encoder fuses no layers, so it chooses no regions")
+            break
+        regions = {name: (values * masks[name])[0] for name, values in maps.items()}
+        figures.saliency_figure(
+            args.figures / f"saliency_{entry['id']}.png",
+            volume[0],
+            regions,
+            entry["id"],
+            recipe.axes,
+            recipe.spacing if recipe.fit == "crop" else None,
+        )
+    print(f"pictures in {args.figures}")
 
 
 def write_queries(path: Path, entries: list[dict], exact: CrossRetrieval, per_scan: CrossRetrieval) -> None:

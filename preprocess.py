@@ -3,6 +3,8 @@
     python preprocess.py --dataset phantom --out data/phantom                  # synthetic CT, nothing to download
     python preprocess.py --dataset ct-rate --root CT-RATE --out data/ct-rate --workers 16
     python preprocess.py --dataset nifti --root scans --csv scans/reports.csv --out data/mine --recipe reaf
+    python preprocess.py --dataset reaf --root /data/ct_rate --out data/reaf   # REAF's .pt, .pt.gz, .nii.gz and reports
+    python preprocess.py --dataset reaf --root /data/ct_rate --out data/as-is --as-is    # a list of them, nothing else
 
 Run it again and it does what is missing. Files that cannot be used are listed with the reason in OUT/refused.csv.
 """
@@ -16,7 +18,8 @@ from pathlib import Path
 from reaf_hsenet.config import FITS, PRESETS, RECIPES
 from reaf_hsenet.data.datasets import Source, read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
-from reaf_hsenet.data.prepare import Options, prepare
+from reaf_hsenet.data.prepare import Options, list_as_is, prepare
+from reaf_hsenet.data.reaf_dataset import read_reaf
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES
 from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
 
@@ -24,7 +27,7 @@ from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, choices=("phantom", "ct-rate", "nifti"))
+    data.add_argument("--dataset", required=True, choices=("phantom", "ct-rate", "nifti", "reaf"))
     data.add_argument(
         "--root", type=Path, help="folder of the raw data (phantom: where it is written, default OUT/raw)"
     )
@@ -36,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--impressions", action="store_true", help="ct-rate: add the impressions to the findings"
     )
     recipe = parser.add_argument_group("recipe (defaults are the method's own)")
-    recipe.add_argument("--recipe", choices=tuple(RECIPES), default="hsenet")
+    recipe.add_argument("--recipe", choices=tuple(RECIPES), help="default: hsenet; of --dataset reaf: reaf")
     recipe.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels of the result")
     recipe.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="mm to resample to")
     recipe.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="HU")
@@ -63,6 +66,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     run = parser.add_argument_group("run")
     run.add_argument("--workers", type=int, default=1)
+    run.add_argument(
+        "--as-is",
+        action="store_true",
+        help="write a manifest of the files themselves, to be read and processed at training time",
+    )
     run.add_argument("--allow-refused", action="store_true", help="exit 0 even when files were refused")
     phantom = parser.add_argument_group("phantom")
     phantom.add_argument("--train-size", type=int, default=2000)
@@ -83,17 +91,23 @@ def main(argv: list[str]) -> int:
     raise_on_sigterm()
     if args.workers < 1:
         raise InputError(f"--workers {args.workers}: expected 1 or more")
+    name = args.recipe or ("reaf" if args.dataset == "reaf" else "hsenet")
     changes = {k: tuple(v) for k in ("size", "spacing", "window") if (v := getattr(args, k)) is not None}
-    if args.dataset == "phantom" and args.recipe == "hsenet":
+    if args.dataset == "phantom" and name == "hsenet":
         changes.setdefault("size", PRESETS["hsenet-tiny"].vision.size)
     if args.fit:
         changes["fit"] = args.fit
-    recipe = replace(RECIPES[args.recipe], **changes)
+    recipe = replace(RECIPES[name], **changes)
     options = Options(recipe, args.rescale, args.orientation, args.assume_orientation, args.dtype)
     text = "findings and impressions" if args.impressions else "findings"
+    if args.dataset == "reaf":
+        text = "report"
     try:
         source = read_source(args)
-        manifest, refused = prepare(source, args.out, options, text, args.workers)
+        if args.as_is:
+            manifest, refused = list_as_is(source, args.out, options, text)
+        else:
+            manifest, refused = prepare(source, args.out, options, text, args.workers)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None
     report(manifest, refused)
@@ -111,6 +125,8 @@ def read_source(args: argparse.Namespace) -> Source:
         raise InputError(f"--dataset {args.dataset} needs --root, the folder of the raw data")
     if args.dataset == "ct-rate":
         return read_ct_rate(args.root, args.impressions)
+    if args.dataset == "reaf":
+        return read_reaf(args.root)
     return read_nifti_folder(args.root, args.csv)
 
 
@@ -120,7 +136,9 @@ def report(manifest, refused) -> None:
         f"{manifest.folder / 'manifest.json'}: {counts} volumes of {manifest.recipe.size}, {manifest.recipe.name}"
     )
     decisions = Counter(
-        entry["source"]["rescale"].split(" (")[0] for split in manifest.splits.values() for entry in split
+        entry["source"].get("rescale", "decided when read").split(" (")[0]
+        for split in manifest.splits.values()
+        for entry in split
     )
     for decision, count in decisions.most_common():
         print(f"  rescale, {count} volumes: {decision}")

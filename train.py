@@ -10,48 +10,29 @@
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from reaf_hsenet import __version__, distributed
+from reaf_hsenet import distributed
 from reaf_hsenet.calibration import calibrate
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import (
-    NO_AUGMENTATION,
-    PRESETS,
-    RECIPES,
-    ClipConfig,
-    Recipe,
-    TrainConfig,
-    from_dict,
-    stage_config,
-    to_dict,
-)
-from reaf_hsenet.data.datasets import read_ct_rate
-from reaf_hsenet.data.loader import Batch, CTReportDataset, plain_batch
-from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
-from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.data.text import clean_report
+from reaf_hsenet.config import FUSIONS, PRESETS, RECIPES, to_dict
+from reaf_hsenet.data.loader import CTReportDataset, plain_batch
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.embedding import embed, retrieval_score
 from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
 from reaf_hsenet.files import folder_lock
 from reaf_hsenet.losses import contrastive_logits, contrastive_loss, gather_with_grad
-from reaf_hsenet.models.clip import DualEncoder, build_dual_encoder, set_grad_checkpoint
+from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder, freeze_text, set_grad_checkpoint
 from reaf_hsenet.models.layers import count_parameters
-from reaf_hsenet.pretrained import bert_config, bert_state, find_folder, load_strictly, read_weights
-from reaf_hsenet.tokenizer import WordPiece, load_wordpiece, train_wordpiece
+from reaf_hsenet.pretrained import initial_state, load_matching, load_strictly, read_checkpoint
+from reaf_hsenet.run_setup import Setup, new_setup, resumed_setup
 from reaf_hsenet.trainer import Trainer
 
-PHANTOM = Path("data/phantom")
-PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 2000, 160, 0
 STAGES = ("clip1",)
 
 
@@ -74,6 +55,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--patch", type=int, nargs=3, metavar=("D", "H", "W"), help="patch size, when not the preset's"
     )
     model.add_argument("--logit-scale", choices=("raw", "exp"), help="raw: as HSENet publishes; exp: as CLIP")
+    model.add_argument(
+        "--init", help="checkpoint to start from: a MAE ViT-B/16, HLIP or REAF; file, folder or hub id"
+    )
+    model.add_argument(
+        "--unfreeze-text",
+        type=blocks,
+        metavar="N|all",
+        help="last blocks of the text encoder to train (reaf: 0; LayerNorms always are)",
+    )
+    model.add_argument("--lora", nargs="+", choices=("vision", "text"), help="towers to train by adapters only")
+    model.add_argument("--lora-r", type=int, help="rank (default 8)")
+    model.add_argument("--lora-alpha", type=float, help="scale, times 1 / rank (default 8)")
+    model.add_argument("--lora-dropout", type=float, help="default 0")
+    model.add_argument(
+        "--lora-targets", nargs="+", help="layers: query, key, value, proj, fc1, fc2 (default: query value)"
+    )
+    reaf = parser.add_argument_group("REAF's encoder (defaults are the published ones)")
+    reaf.add_argument("--fusion", choices=(*FUSIONS, "last", "none"), help="over layers; none: HLIP's encoder")
+    reaf.add_argument("--fusion-seed", type=int, help="of random_weighted_mean")
+    reaf.add_argument("--regions", type=int, help="salient regions that are kept; 0: no regions")
+    reaf.add_argument("--region-size", type=int, nargs=3, metavar=("D", "H", "W"), help="patches")
+    reaf.add_argument("--suppression", type=float, help="factor outside the regions")
+    reaf.add_argument("--class-score", choices=("first_patch", "class_token"))
+    reaf.add_argument("--remainder", choices=("suppressed", "regions"), help="patches that fill no whole region")
+    reaf.add_argument("--slice-class", choices=("first", "mean"), help="class token of the slice branch")
+    reaf.add_argument("--scan-layers", type=int, nargs="+", metavar="I", help="blocks that see the whole scan")
+    reaf.add_argument("--drop-path", type=float)
     recipe = parser.add_argument_group("recipe (defaults are the stage's own, see config.py)")
     recipe.add_argument("--epochs", type=int)
     recipe.add_argument("--max-steps", type=int, help="number of optimizer steps, in place of epochs")
@@ -89,6 +97,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     recipe.add_argument(
         "--grad-checkpoint", action="store_true", default=None, help="less memory, a third more time"
     )
+    recipe.add_argument(
+        "--grad-cache", type=int, metavar="CHUNK", help="the whole batch's gradients, CHUNK volumes at a time"
+    )
     recipe.add_argument("--no-augment", action="store_true")
     recipe.add_argument("--seed", type=int)
     run = parser.add_argument_group("run")
@@ -100,9 +111,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--keep", type=int, help="checkpoints to keep, beside the best")
     run.add_argument("--log", choices=("tensorboard", "wandb"), help="also log there, when it is installed")
     run.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
+    run.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     run.add_argument("--workers", type=int, help="loader processes (default: 4 with a GPU, else 0)")
     run.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     return parser.parse_args(argv)
+
+
+def blocks(text: str) -> int | str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of blocks nor all")
+    return text if text == "all" else int(text)
 
 
 def main(argv: list[str]) -> int:
@@ -119,6 +137,9 @@ def main(argv: list[str]) -> int:
         "save_every",
         "keep",
         "log_every",
+        "grad_cache",
+        "lora_r",
+        "lora_alpha",
     )
     for name in positive:
         value = getattr(args, name)
@@ -126,7 +147,14 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected more than 0")
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers {args.workers}: expected 0 or more")
-    for name, low, high in (("seed", 0, 2**31), ("weight_decay", 0, math.inf), ("warmup", 0, 1)):
+    for name, low, high in (
+        ("seed", 0, 2**31),
+        ("weight_decay", 0, math.inf),
+        ("warmup", 0, 1),
+        ("suppression", 0, 1),
+        ("drop_path", 0, 0.99),
+        ("lora_dropout", 0, 0.99),
+    ):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
@@ -157,16 +185,18 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
         manifest, settings = setup.manifest, setup.settings
         manifest.check(["train", "validation"])
         data = partial(
-            CTReportDataset, manifest, tokenizer=setup.tokenizer, max_text=setup.model_config.max_text
+            CTReportDataset,
+            manifest,
+            tokenizer=setup.tokenizer,
+            max_text=setup.model_config.max_text,
+            style=args.model,
         )
         train_set = data(split="train", augmentation=settings.augment, seed=settings.seed)
         validation_set = data(split="validation")
 
-        def loss(model: DualEncoder, batch: Batch) -> tuple[torch.Tensor, dict]:
-            image, text, scale = model(batch.volume, batch.ids, batch.mask)
-            with torch.autocast(ranks.device.type, enabled=False):
-                image, text = gather_with_grad(image.float()), gather_with_grad(text.float())
-                return contrastive_loss(contrastive_logits(image, text, scale)), {"logit_scale": scale.item()}
+        def loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            image, text = gather_with_grad(image.float()), gather_with_grad(text.float())
+            return contrastive_loss(contrastive_logits(image, text, scale)), {"logit_scale": scale.detach()}
 
         def validate(model: DualEncoder) -> tuple[float, dict]:
             return retrieval_score(
@@ -174,15 +204,23 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             )
 
         model = build_dual_encoder(setup.model_config)
-        if setup.text_weights is not None:
-            load_strictly(model.text, setup.text_weights, args.text_model)
-        if settings.calibrate and not args.resume:
-            sample = plain_batch(data(split="train"), settings.calibrate)
-            calibrate(model, sample.volume, sample.ids if setup.text_weights is None else None, sample.mask)
+        if not args.resume:
+            start_weights(model, setup, data, args, say)
+        if setup.model_config.lora:
+            try:
+                adapt(model, setup.model_config.lora)
+            except ValueError as error:
+                raise InputError(f"--lora-targets: {error}") from error
+        if settings.text_blocks is not None:
+            freeze_text(model, settings.text_blocks)
         set_grad_checkpoint(model, settings.grad_checkpoint)
+        if args.compile:
+            for block in [*model.vision.blocks, *model.text.blocks]:
+                block.compile()
         workers = args.workers if args.workers is not None else 4 if ranks.device.type == "cuda" else 0
         trainer = Trainer(
             model,
+            lambda model, batch: model(batch.volume, batch.ids, batch.mask),
             loss,
             validate,
             train_set,
@@ -194,6 +232,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             args.log_every,
             make_writer(args.log, run, ranks),
         )
+        trainer.optimizer.register_step_post_hook(lambda *_: model.clamp_scale())
         if args.resume:
             trainer.resume()
         elif ranks.main:
@@ -202,7 +241,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             run.write_config(setup.to_json(args, ranks, trainer.total))
         say(
             f"{run.folder}: {args.stage}, {setup.preset}, {count_parameters(model) / 1e6:.1f} M parameters, "
-            f"{len(train_set)} volumes, global batch {settings.batch_size * settings.accumulate * ranks.world}, "
+            f"{count_parameters(model, trained=True) / 1e6:.1f} M trained, {len(train_set)} volumes, global batch {settings.batch_size * settings.accumulate * ranks.world}, "
             f"{settings.precision} on {ranks.world} x {ranks.device.type}, step {trainer.progress.step} of "
             f"{trainer.total}"
         )
@@ -212,174 +251,19 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
         return code
 
 
-@dataclass
-class Setup:
-    """All that a run is made of, whether new or resumed."""
-
-    preset: str
-    manifest: Manifest
-    model_config: ClipConfig
-    settings: TrainConfig
-    tokenizer: WordPiece
-    max_steps: int | None = None
-    text_weights: dict | None = None
-
-    def to_json(self, args: argparse.Namespace, ranks: Ranks, total: int) -> dict:
-        return {
-            "version": __version__,
-            "stage": args.stage,
-            "preset": self.preset,
-            "model": to_dict(self.model_config),
-            "recipe": to_dict(self.manifest.recipe),
-            "train": to_dict(self.settings),
-            "world": ranks.world,
-            "max_steps": args.max_steps or self.max_steps,
-            "total_steps": total,
-            "data": str(self.manifest.folder.absolute()),
-            "torch": torch.__version__,
-        }
-
-
-def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
-    preset = args.preset or (f"{args.model}-base" if args.data else f"{args.model}-tiny")
-    if preset not in PRESETS or PRESETS[preset].model != args.model:
-        known = ", ".join(name for name, c in PRESETS.items() if c.model == args.model) or "none yet"
-        raise InputError(f"--preset {preset}: {args.model} has {known}")
-    config = PRESETS[preset]
-    vision = {k: tuple(v) for k in ("size", "patch") if (v := getattr(args, k)) is not None}
-    config = replace(config, vision=replace(config.vision, **vision))
-    if args.logit_scale:
-        config = replace(config, logit_scale=args.logit_scale)
-    if args.data is None:
-        say(
-            f"no --data: phantom CTs of {PHANTOM} and preset {preset}; real data: preprocess.py, then --data FOLDER"
-        )
-        manifest = phantom_manifest(ranks, config.vision.size)
-    else:
-        manifest = load_manifest(args.data)
-    manifest.require(replace(manifest.recipe, name=args.model, size=config.vision.size), f"preset {preset}")
-    settings = train_settings(args, stage_config(args.stage, args.model, preset), ranks, manifest, say)
-    torch.manual_seed(settings.seed)
-    weights = None
-    if args.text_model:
-        folder = find_folder(
-            args.text_model,
-            ["config.json", "vocab.txt", "tokenizer_config.json", "*.safetensors", "pytorch_model.bin"],
-        )
-        tokenizer, text = load_wordpiece(folder), bert_config(folder)
-        weights = bert_state(read_weights(folder))
-        config = replace(config, text=text, max_text=min(config.max_text, text.positions))
-    else:
-        reports = sorted({entry["text"] for entry in manifest.entries("train")})
-        tokenizer = train_wordpiece([clean_report(r) for r in reports], config.text.vocab)
-        config = replace(config, text=replace(config.text, vocab=len(tokenizer.vocab)))
-        if preset.endswith("-base"):
-            say(
-                "no --text-model: the text encoder starts from nothing; the published one starts from a BERT, "
-                "for example --text-model google-bert/bert-base-uncased"
-            )
-    return Setup(preset, manifest, config, settings, tokenizer, None, weights)
-
-
-def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
-    """Everything from the run's config.json; a flag that would change what is trained is refused."""
-    values = run.read_config()
-    for flag in (
-        "preset",
-        "text_model",
-        "size",
-        "patch",
-        "logit_scale",
-        "batch_size",
-        "accumulate",
-        "lr",
-        "weight_decay",
-        "warmup",
-        "clip_norm",
-        "no_augment",
-        "seed",
-    ):
-        value = getattr(args, flag)
-        if value is not None and value is not False:
-            raise InputError(
-                f"--{flag.replace('_', '-')}: with --resume a run keeps its settings ({run.folder}); "
-                "leave the flag out, or start another run with --out"
-            )
-    config = from_dict(ClipConfig, values["model"])
-    if (values["stage"], config.model) != (args.stage, args.model):
-        raise InputError(
-            f"{run.folder}: is a {values['stage']} run of {config.model}, not {args.stage} of {args.model}"
-        )
-    manifest = load_manifest(args.data or Path(values["data"]))
-    manifest.require(from_dict(Recipe, values["recipe"]), str(run.folder))
-    settings = from_dict(TrainConfig, values["train"])
-    whole = settings.batch_size * values["world"]
-    if whole % ranks.world:
-        raise InputError(
-            f"{run.folder}: its global batch of {whole} cannot be shared by {ranks.world} processes"
-        )
-    kept = {
-        k: v
-        for k in (
-            "epochs",
-            "precision",
-            "grad_checkpoint",
-            "validate_every",
-            "validate_samples",
-            "save_every",
-            "keep",
-        )
-        if (v := getattr(args, k)) is not None
-    }
-    settings = replace(settings, batch_size=whole // ranks.world, **kept)
-    return Setup(
-        values["preset"], manifest, config, settings, load_wordpiece(run.folder), values["max_steps"]
-    )
-
-
-def train_settings(
-    args: argparse.Namespace, config: TrainConfig, ranks: Ranks, manifest: Manifest, say
-) -> TrainConfig:
-    names = {f.name for f in fields(TrainConfig)}
-    changes = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    if args.no_augment:
-        changes["augment"] = NO_AUGMENTATION
-    if args.precision is None and ranks.device.type == "cpu":
-        changes["precision"] = "fp32"
-    config = replace(config, **changes)
-    rows = len(manifest.entries("train"))
-    if rows < max(2, ranks.world):
-        raise InputError(
-            f"{manifest.folder / 'manifest.json'}: {rows} training volumes for {ranks.world} processes; "
-            "a contrastive batch needs at least 2, and each process 1"
-        )
-    if config.batch_size * ranks.world < 2:
-        raise InputError("--batch-size 1 with one process: a contrastive batch needs 2 volumes or more")
-    if config.batch_size * ranks.world > rows:
-        if args.batch_size is not None:
-            raise InputError(
-                f"--batch-size {args.batch_size}: with {ranks.world} processes a batch needs "
-                f"{config.batch_size * ranks.world} volumes, there are {rows}"
-            )
-        say(
-            f"batch size {rows // ranks.world} in place of {config.batch_size}: there are {rows} training volumes"
-        )
-        config = replace(config, batch_size=rows // ranks.world)
-    return config
-
-
-def phantom_manifest(ranks: Ranks, size: tuple[int, int, int]) -> Manifest:
-    """The built-in phantom data set, made by the first rank when it is missing."""
-    out = PHANTOM / "x".join(map(str, size))
-    if ranks.main and not (out / "manifest.json").is_file():
-        cores = len(os.sched_getaffinity(0))
-        write_phantom_dataset(
-            PHANTOM / "raw", PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED, workers=cores, progress=True
-        )
-        recipe = replace(RECIPES["hsenet"], size=size)
-        prepare(read_ct_rate(PHANTOM / "raw"), out, Options(recipe), workers=cores)
-    distributed.barrier()
-    return load_manifest(out)
+def start_weights(model: DualEncoder, setup: Setup, data: Callable, args: argparse.Namespace, say) -> None:
+    """Pretrained weights as the command line names them; what starts from nothing is calibrated where the recipe says."""
+    if setup.text_weights is not None:
+        load_strictly(model.text, setup.text_weights, args.text_model)
+    if args.init:
+        vision = setup.model_config.vision
+        state = initial_state(read_checkpoint(args.init), args.init, vision.patch, vision.grid)
+        if setup.text_weights is None:
+            state = {n: t for n, t in state.items() if not n.startswith("text")}  # of another vocabulary
+        say(load_matching(model, state, args.init))
+    elif setup.settings.calibrate:
+        sample = plain_batch(data(split="train"), setup.settings.calibrate)
+        calibrate(model, sample.volume, sample.ids if setup.text_weights is None else None, sample.mask)
 
 
 def already_there(args: argparse.Namespace, run: Run, setup: Setup, say) -> int:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from reaf_hsenet.models.clip import DualEncoder
+from reaf_hsenet.models.reaf import REAF
 from reaf_hsenet.models.vit3d import ViT3D
 
 POSITION_STD = 0.7
 
 
 @torch.no_grad()
-def calibrate_vision(vision: ViT3D, volumes: Tensor) -> None:
-    """Patch tokens become (deviation from the mean patch of their place) / std + a random code of the place.
+def calibrate_vision(vision: ViT3D | REAF, volumes: Tensor) -> None:
+    """Patch tokens become (deviation from the mean patch of their place) / std + a code of the place.
 
     volumes: (n, 1, D, H, W). The mean patch goes into the position table, as its negative.
     """
@@ -26,7 +27,8 @@ def calibrate_vision(vision: ViT3D, volumes: Tensor) -> None:
     factor = 1 / (tokens - mean).std()
     vision.patch_embed.proj.weight.mul_(factor)
     vision.patch_embed.proj.bias.mul_(factor)
-    nn.init.normal_(vision.pos_embed, std=POSITION_STD)
+    if isinstance(vision.pos_embed, nn.Parameter):  # REAF's sines and cosines are such a code already
+        nn.init.normal_(vision.pos_embed, std=POSITION_STD)
     vision.pos_embed.sub_(factor * mean)
 
 

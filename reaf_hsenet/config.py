@@ -96,6 +96,56 @@ class VisionConfig:
         return tuple(s // p for s, p in zip(self.size, self.patch, strict=True))
 
 
+FUSIONS = ("mean", "max", "weighted_mean", "inverse_weighted_mean", "random_weighted_mean")
+
+
+@dataclass(frozen=True)
+class ReafVisionConfig(VisionConfig):
+    """REAF's slice/scan ViT. Its oddities are the defaults, each with a sound variant (models/reaf.py, saliency.py).
+
+    fusion: one of FUSIONS; `last`, the last layer alone; None, HLIP's encoder, without fusion and saliency.
+    regions: of region_size tokens that keep weight 1 in the saliency map; 0, no map of regions.
+    """
+
+    size: Size3 = (112, 336, 336)
+    patch: Size3 = (8, 24, 24)
+    scan_layers: tuple[int, ...] = (2, 5, 8, 11)
+    fusion: str | None = "weighted_mean"
+    fusion_seed: int = 0
+    regions: int = 3
+    region_size: Size3 = (3, 3, 3)
+    suppression: float = 0.1
+    class_score: str = "first_patch"  # or class_token
+    remainder: str = "suppressed"  # or regions
+    slice_class: str = "first"  # or mean
+    drop_path: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        choices = {
+            "fusion": (*FUSIONS, "last", None),
+            "class_score": ("first_patch", "class_token"),
+            "remainder": ("suppressed", "regions"),
+            "slice_class": ("first", "mean"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(map(str, known))}")
+        if min(self.region_size) < 1 or self.regions < 0:
+            raise InputError(
+                f"--region-size {self.region_size}, --regions {self.regions}: expected positive sizes and 0 or more"
+            )
+        if self.regions and any(r > n for r, n in zip(self.region_size, self.grid, strict=True)):
+            raise InputError(
+                f"--region-size {self.region_size}: does not fit the grid of {self.grid} patches; choose a smaller "
+                "one, or a larger --size or smaller --patch"
+            )
+        if self.width % 6:
+            raise InputError(f"width {self.width}: three axes of sines and cosines need a multiple of 6")
+        if not all(0 <= i < self.depth for i in self.scan_layers):
+            raise InputError(f"scan_layers {self.scan_layers}: there are {self.depth} layers, counted from 0")
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """BERT or RoBERTa encoder, as its config.json says."""
@@ -115,6 +165,17 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of a dual encoder (models/lora.py). towers: of `vision` and `text`, those that get them."""
+
+    towers: tuple[str, ...]
+    r: int = 8
+    alpha: float = 8
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("query", "value")
+
+
+@dataclass(frozen=True)
 class ClipConfig:
     """Dual encoder. logit_scale `raw` multiplies by the parameter itself, as HSENet publishes; `exp` is CLIP's."""
 
@@ -122,19 +183,44 @@ class ClipConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embed: int = 768
+    projection_bias: bool = True
     logit_scale: str = "raw"
     max_text: int = 512
+    lora: LoraConfig | None = None
 
 
+# Small enough for a laptop's processor. The text encoder trains on its own vocabulary, from the reports.
+TINY_TEXT = TextConfig(
+    vocab=1000, width=128, depth=1, heads=4, mlp=512, positions=320, dropout=0.0, attention_dropout=0.0
+)
 PRESETS = {
     "hsenet-base": ClipConfig(),
-    # Small enough for a laptop's processor. Its text encoder trains on its own vocabulary, from the reports.
     "hsenet-tiny": ClipConfig(
         vision=VisionConfig(size=(32, 64, 64), patch=(8, 16, 16), width=128, depth=2, heads=4, mlp=512),
-        text=TextConfig(
-            vocab=1000, width=128, depth=1, heads=4, mlp=512, positions=320, dropout=0.0, attention_dropout=0.0
-        ),
+        text=TINY_TEXT,
         embed=128,
+        max_text=320,
+    ),
+    "reaf-base": ClipConfig(
+        model="reaf", vision=ReafVisionConfig(), embed=512, projection_bias=False, logit_scale="exp"
+    ),
+    "reaf-tiny": ClipConfig(
+        model="reaf",
+        vision=ReafVisionConfig(
+            size=(32, 64, 64),
+            patch=(8, 16, 16),
+            width=144,
+            depth=3,
+            heads=4,
+            mlp=576,
+            scan_layers=(2,),
+            region_size=(2, 2, 2),
+            drop_path=0.0,
+        ),
+        text=TINY_TEXT,
+        embed=128,
+        projection_bias=False,
+        logit_scale="exp",
         max_text=320,
     ),
 }
@@ -155,6 +241,9 @@ class Augmentation:
 class TrainConfig:
     """One training stage. warmup is the share of all steps; no_decay is the published rule of each method.
 
+    first_step: 0, the warm-up starts at a rate of 0; 1, at the first step's share of it, as REAF does.
+    text_blocks: last blocks of the text encoder that are trained, the rest frozen but for its LayerNorms; None: all.
+    grad_cache: volumes per pass of --grad-cache (grad_cache.py); None: the whole batch in one pass.
     calibrate: training volumes that set the start of an encoder trained from nothing (calibration.py); 0: plain start.
     """
 
@@ -176,6 +265,9 @@ class TrainConfig:
     validate_samples: int = 512
     save_every: int = 1000
     keep: int = 1
+    first_step: int = 0
+    text_blocks: int | None = None
+    grad_cache: int | None = None
     calibrate: int = 0
 
 
@@ -226,16 +318,15 @@ STAGES = {
         grad_checkpoint=True,
         seed=0,
         augment=NO_AUGMENTATION,
+        first_step=1,
+        text_blocks=0,
     ),
 }
 
 # What belongs to one stage only. Relation loss: weight * max(0, 1 - step / steps). Text lengths are tokens, the 256
-# visual tokens of report generation and question answering included. REAF's LoRA is off in its recipe.
+# visual tokens of report generation and question answering included. REAF's LoRA, off in its recipe, is LoraConfig.
 RELATION = {"weight": 0.1, "steps": 5000}
-LORA = {
-    "hsenet": {"r": 16, "alpha": 32, "dropout": 0.05, "targets": "every linear layer of the decoder but lm_head"},
-    "reaf": {"r": 8, "alpha": 8, "dropout": 0.0, "targets": "query and value of the text encoder"},
-}
+DECODER_LORA = {"r": 16, "alpha": 32, "dropout": 0.05, "targets": "every linear layer of the decoder but lm_head"}
 TEXT_LENGTH = {"clip1": 512, "clip2": 512, "mrg": 800, "vqa": 330}
 GENERATION = {
     "mrg": {"new_tokens": 512, "sample": False, "prompt": "Can you summarize with findings the images presented?"},
@@ -256,6 +347,24 @@ TINY_STAGES = {
         "augment": NO_AUGMENTATION,
         "calibrate": 256,
     },
+    ("clip1", "reaf"): {
+        "lr": 1e-3,
+        "weight_decay": 0.3,
+        "warmup": 0.1,
+        "epochs": 14,
+        "batch_size": 64,
+        "clip_norm": 1.0,
+        "precision": "fp32",
+        "grad_checkpoint": False,
+        "validate_every": 0.125,
+        "text_blocks": None,
+        "calibrate": 256,
+    },
+}
+# Phantoms for the tiny presets: coarse enough that the whole chest is in the crop.
+TINY_RECIPES = {
+    "hsenet": replace(RECIPES["hsenet"], size=PRESETS["hsenet-tiny"].vision.size),
+    "reaf": replace(RECIPES["reaf"], size=PRESETS["reaf-tiny"].vision.size, spacing=(10.5, 5.5, 5.5)),
 }
 
 
@@ -274,7 +383,13 @@ def to_dict(config) -> dict:
 
 def from_dict(cls, values: dict):
     """Rebuild a dataclass from its JSON form (lists become tuples, nested dataclasses are rebuilt)."""
-    kinds = {"vision": VisionConfig, "text": TextConfig, "augment": Augmentation}
+    reaf = values.get("model") == "reaf"
+    kinds = {
+        "vision": ReafVisionConfig if reaf else VisionConfig,
+        "text": TextConfig,
+        "augment": Augmentation,
+        "lora": LoraConfig,
+    }
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:

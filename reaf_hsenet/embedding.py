@@ -14,7 +14,7 @@ from reaf_hsenet.data.loader import CTReportDataset, InOrder, batches, make_load
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.metrics.retrieval import cross_retrieval
-from reaf_hsenet.models.clip import DualEncoder, build_dual_encoder
+from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
 from reaf_hsenet.pretrained import load_strictly
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece
 
@@ -42,6 +42,8 @@ def load_dual_encoder(folder: Path, which: str = "best") -> DualEncoderRun:
     config = from_dict(ClipConfig, values["model"])
     state, checkpoint = run.load_model(which)
     model = build_dual_encoder(config)
+    if config.lora:
+        adapt(model, config.lora)
     load_strictly(model, state, str(checkpoint / "model.safetensors"))
     recipe = from_dict(Recipe, values["recipe"])
     return DualEncoderRun(

@@ -1,6 +1,7 @@
 """Published checkpoints -> this project's names: files, hub ids, renaming, strict loading.
 
-So far: BERT and RoBERTa folders (bert-base-uncased, BiomedBERT, CXR-BERT) and the ViT of M3D-CLIP and HSENet.
+So far: BERT and RoBERTa folders (bert-base-uncased, BiomedBERT, CXR-BERT), the ViT of M3D-CLIP and HSENet, the dual
+encoders of REAF and HLIP, and 2D MAE ViTs, which start REAF's encoder.
 Nothing is unpickled, and nothing is downloaded unless a hub id (ORGANISATION/NAME, or ORGANISATION/NAME@REVISION) is
 given where a folder is expected.
 """
@@ -10,6 +11,7 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from reaf_hsenet.config import TextConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json
+from reaf_hsenet.models.positions import depth_plus_2d, resample_3d
 
 State = dict[str, Tensor]
 
@@ -75,6 +78,80 @@ def bert_state(published: State) -> State:
     return state
 
 
+def reaf_vision_state(published: State, grid: tuple[int, int, int]) -> State:
+    """Names of REAF's and HLIP's trunk -> REAF's; a position table of another grid is resampled to `grid`."""
+    state = dict(published)
+    weight = state.get("patch_embed.proj.weight")
+    if weight is not None:
+        state["patch_embed.proj.weight"] = weight.flatten(1)  # a Conv3d whose stride is its kernel
+    table = state.pop("spatial_posemb", None)
+    if table is not None:
+        state["pos_embed"] = resample_3d(table, grid).flatten(1, 3)
+    return state
+
+
+def reaf_state(published: State, grid: tuple[int, int, int]) -> State:
+    """Names of REAF's and HLIP's dual encoder (open_clip), with or without `module.` -> DualEncoder's."""
+    parts: dict[str, State] = {"visual.trunk.": {}, "text.transformer.": {}}
+    state: State = {}
+    renamed = {
+        "visual.head.proj.weight": "vision_proj.weight",
+        "text.proj.weight": "text_proj.weight",
+        "logit_scale": "logit_scale",
+    }
+    for name, tensor in published.items():
+        name = name.removeprefix("module.")
+        prefix = next((p for p in parts if name.startswith(p)), None)
+        if prefix:
+            parts[prefix][name.removeprefix(prefix)] = tensor
+        else:
+            state[renamed.get(name, name)] = tensor
+    vision = reaf_vision_state(parts["visual.trunk."], grid)
+    state |= {f"vision.{n}": t for n, t in vision.items()}
+    return state | {f"text.{n}": t for n, t in bert_state(parts["text.transformer."]).items()}
+
+
+def mae_state(published: State, patch: tuple[int, int, int], grid: tuple[int, int, int]) -> State:
+    """A 2D MAE or timm ViT -> REAF's encoder, as HLIP and REAF inflate it.
+
+    The patch kernel is resized in the plane (bicubic, no antialiasing), summed over colours and spread evenly over
+    depth; the position table is resampled and gets a sine-cosine over depth; the class token takes its position with it.
+    """
+    state = dict(published)
+    table = state.pop("pos_embed")
+    if round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:  # one row more: the class token's
+        state["cls_token"] = state["cls_token"] + table[:, :1]
+        table = table[:, 1:]
+    state["pos_embed"] = depth_plus_2d(table, grid).flatten(1, 3)
+    kernel = state["patch_embed.proj.weight"]  # (C, 3, p, p)
+    if tuple(kernel.shape[2:]) != tuple(patch[1:]):
+        kernel = F.interpolate(kernel.float(), size=patch[1:], mode="bicubic")
+    kernel = kernel.sum(1).unsqueeze(1).expand(-1, patch[0], -1, -1) / patch[0]  # (C, p_d, p_h, p_w)
+    return state | {"patch_embed.proj.weight": kernel.flatten(1)}
+
+
+def initial_state(published: State, source: str, patch, grid: tuple[int, int, int]) -> State:
+    """A checkpoint to start a dual encoder from, under DualEncoder's names; recognised by its tensors' names.
+
+    A dual encoder of REAF, HLIP or this project, their vision trunk, or a 2D MAE or timm ViT. Raises InputError for
+    anything else.
+    """
+    names = {n.removeprefix("module.") for n in published}
+    if any(n.startswith("visual.trunk.") for n in names):
+        return reaf_state(published, grid)
+    if "vision.cls_token" in names:
+        return published
+    if "spatial_posemb" in names:
+        vision = reaf_vision_state(published, grid)
+    elif {"pos_embed", "patch_embed.proj.weight"} <= names and published["patch_embed.proj.weight"].ndim == 4:
+        vision = mae_state(published, patch, grid)
+    else:
+        raise InputError(
+            f"{source}: is not a checkpoint of REAF, HLIP or a MAE ViT; its names begin with {sorted(names)[0]!r}"
+        )
+    return {f"vision.{n}": t for n, t in vision.items()}
+
+
 def bert_config(folder: Path) -> TextConfig:
     """Read a config.json. Raises InputError for what this encoder does not compute."""
     path = Path(folder) / "config.json"
@@ -119,6 +196,13 @@ def find_folder(name: str, patterns: list[str]) -> Path:
         ) from error
 
 
+def read_checkpoint(name: str) -> State:
+    """The tensors of a file, a folder or a hub id; those of a training checkpoint's `model` or `state_dict`."""
+    if Path(name).is_file():
+        return read_weights_file(Path(name))
+    return read_weights(find_folder(name, ["*.safetensors", "pytorch_model.bin"]))
+
+
 def read_weights(folder: Path) -> State:
     """model.safetensors, or pytorch_model.bin, of a folder. Raises InputError when neither can be read."""
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -133,10 +217,14 @@ def read_weights_file(path: Path) -> State:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("model", "state_dict"):
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path}: holds more than tensors, which is not loaded; save its state_dict alone"
-        ) from error
+        with open(path, "rb") as file:  # a zip file, or a pickle as torch wrote before 1.6
+            pickled = file.read(1) in (b"P", b"\x80")
+        problem = "holds more than tensors, which is not loaded; save its state_dict alone"
+        raise InputError(f"{path}: {problem if pickled else 'is truncated or not a checkpoint'}") from error
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise InputError(
             f"{path}: is truncated or not a checkpoint ({' '.join(str(error).split())[:120]})"
@@ -144,6 +232,35 @@ def read_weights_file(path: Path) -> State:
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise InputError(f"{path}: is not a dictionary of tensors")
     return state
+
+
+def load_matching(module: nn.Module, state: State, source: str) -> str:
+    """Fill what `state` has of `module`. Returns an account of what was left as it was, and of what was not used.
+
+    Raises InputError when nothing matches, or a tensor of the same name has another shape.
+    """
+    own = module.state_dict()
+    matching = {n: t for n, t in state.items() if n in own}
+    shapes = [f"{n} is {tuple(t.shape)}, expected {tuple(own[n].shape)}" for n, t in matching.items()
+              if t.shape != own[n].shape]  # fmt: skip
+    if shapes or not matching:
+        problem = "; ".join(shapes[:4]) or f"it has {sorted(state)[0]!r} and the like"
+        raise InputError(f"{source}: does not fit this model: {problem}; choose the preset that it was made for")
+    module.load_state_dict(matching, strict=False)
+    left = [n for n, _ in module.named_parameters() if n not in state]
+    unused = [n for n in state if n not in own]
+    account = [f"{source}: {len(matching)} tensors loaded"]
+    account += [f"left at their start: {_summary(left)}"] * bool(left) + [f"not used: {_summary(unused)}"] * bool(unused)
+    return "; ".join(account)
+
+
+def _summary(names: list[str]) -> str:
+    """Names in short: those of a part with many are one, `text.blocks.* (192)`."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    short = [group if len(group) <= 2 else [f"{part}.* ({len(group)})"] for part, group in parts.items()]
+    return ", ".join(name for group in short for name in group)
 
 
 def load_strictly(module: nn.Module, state: State, source: str) -> None:

@@ -1,6 +1,6 @@
 """The one training loop: optimizer, schedule, precision, accumulation, validation, checkpoints, signals.
 
-A stage gives a model, a loss and a validation; everything else is here. The randomness of a step is a function of
+A stage gives a model, its outputs for a batch, the loss of these and a validation; everything else is here. The randomness of a step is a function of
 (seed, step, rank), and the samples of a step of (seed, epoch), so a resumed run needs no random state to continue.
 """
 
@@ -23,6 +23,7 @@ from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.data.loader import Batch, GlobalBatches, batches, make_loader
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.grad_cache import cached_backward
 from reaf_hsenet.pretrained import load_strictly
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,10 +54,10 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """Linear from 0 over the warm-up, then half a cosine to 0."""
+    """Linear from 0 (or from the first step's share) over the warm-up, then half a cosine to 0."""
     warmup = math.ceil(config.warmup * total)
     if step < warmup:
-        return config.lr * step / warmup
+        return config.lr * (step + config.first_step) / warmup
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -72,12 +73,14 @@ class Progress:
 
 
 class Trainer:
-    """loss(model, batch) -> (scalar, {name: number}); validate(model) -> (score to maximise, {name: number})."""
+    """encode(model, batch) -> outputs; loss(*outputs) -> (scalar, {name: number or 0-d tensor});
+    validate(model) -> (score to maximise, {name: number}). Outputs have the batch's rows first, or are scalars."""
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[nn.Module, Batch], tuple[Tensor, dict]],
+        encode: Callable[[nn.Module, Batch], tuple[Tensor, ...]],
+        loss: Callable[..., tuple[Tensor, dict]],
         validate: Callable[[nn.Module], tuple[float, dict]],
         dataset,
         config: TrainConfig,
@@ -89,13 +92,13 @@ class Trainer:
         writer: Callable[[dict], None] | None = None,
     ):
         self.config, self.run, self.ranks, self.writer = config, run, ranks, writer
-        self.loss, self.validate, self.log_every = loss, validate, log_every
+        self.encode, self.loss, self.validate, self.log_every = encode, loss, validate, log_every
         self.model = model.to(ranks.device)
         self.ddp = self.model
         if ranks.world > 1:
-            self.ddp = DistributedDataParallel(
-                self.model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None
-            )
+            devices = [ranks.device] if ranks.device.type == "cuda" else None
+            # Buffers are fixed tables, the same on every rank.
+            self.ddp = DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps
         )
@@ -157,7 +160,9 @@ class Trainer:
         """The rest of the epoch, as lists of `accumulate` batches."""
         self.sampler.start_at(self.progress.epoch, self.progress.batch)
         group = []
-        for batch in batches(self.loader, self.ranks.device):
+        # With gradient caching only a chunk of the batch is ever on the device.
+        place = torch.device("cpu") if self.config.grad_cache else self.ranks.device
+        for batch in batches(self.loader, place):
             group.append(batch)
             if len(group) == self.config.accumulate:
                 yield group
@@ -177,32 +182,54 @@ class Trainer:
         bar.update()
         last = progress.step == self.total
         if last or progress.step % self.log_every == 0:
-            loss = float(distributed.mean_over_ranks(loss))
-            self._log(bar, {"loss": loss, "lr": rate, "grad_norm": norm, **numbers})
+            numbers = {"loss": distributed.mean_over_ranks(loss), "lr": rate, "grad_norm": norm, **numbers}
+            self._log(bar, {name: float(value) for name, value in numbers.items()})
         stopped = 0 if last else distributed.any_rank(self.signal, ranks.device)
         best = self._validate(bar) if self._validation_due() and not stopped else False
         if best or last or stopped or progress.step % self.config.save_every == 0:
             self._save(best)
         return stopped
 
-    def _update(self, group: list[Batch]) -> tuple[Tensor, dict, float]:
+    def _update(self, group: list[Batch]) -> tuple[Tensor, dict, Tensor]:
         total = 0.0
         for i, batch in enumerate(group):
-            # Gradients are averaged over ranks once, with the last batch.
-            quiet = self.ranks.world > 1 and i < len(group) - 1
-            with self.ddp.no_sync() if quiet else nullcontext():
-                with self.autocast():
-                    loss, numbers = self.loss(self.ddp, batch)
-                loss = loss / len(group)
-                self.scaler.scale(loss).backward()
-            total = total + loss.detach()
+            loss, numbers = self._backward(batch, 1 / len(group), sync=i == len(group) - 1)
+            total = total + loss.detach() / len(group)
         self.scaler.unscale_(self.optimizer)
         clip = self.config.clip_norm if self.config.clip_norm is not None else math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return total, numbers, float(norm)
+        return total, numbers, norm
+
+    def _backward(self, batch: Batch, weight: float, sync: bool) -> tuple[Tensor, dict]:
+        """Add `weight` times the gradients of one batch; those of the last batch are averaged over ranks (`sync`)."""
+        result = {}
+
+        def loss_backward(outputs) -> None:
+            loss, result["numbers"] = self.loss(*outputs)
+            self.scaler.scale(loss * weight).backward()
+            result["loss"] = loss
+
+        if self.config.grad_cache is None:
+            loss_backward(self._encode(batch, sync))
+        else:
+            chunks = batch.split(self.config.grad_cache)
+            cached_backward(
+                lambda i: self._encode(chunks[i].to(self.ranks.device), sync and i == len(chunks) - 1),
+                len(chunks),
+                loss_backward,
+                self.ranks.device,
+            )
+        return result["loss"], result["numbers"]
+
+    def _encode(self, batch: Batch, sync: bool) -> tuple[Tensor, ...]:
+        """The outputs for a batch; the backward pass from them averages gradients over ranks when `sync`."""
+        model = self.ddp if torch.is_grad_enabled() else self.model
+        # Autocast in a context of its own: it keeps its copies of the weights, and those made without gradients have none.
+        with self.autocast(), nullcontext() if sync or self.ranks.world == 1 else self.ddp.no_sync():
+            return self.encode(model, batch)
 
     def autocast(self):
         return torch.autocast(

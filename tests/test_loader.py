@@ -1,6 +1,7 @@
 """What a training step sees: samples, augmentation, text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,17 @@ import torch
 
 from reaf_hsenet.config import NO_AUGMENTATION, Augmentation
 from reaf_hsenet.data.augment import augment
-from reaf_hsenet.data.loader import CTReportDataset, GlobalBatches, InOrder, batches, make_loader
+from reaf_hsenet.data.loader import (
+    CTReportDataset,
+    GlobalBatches,
+    InOrder,
+    batches,
+    make_loader,
+    read_prepared,
+)
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.text import clean_report, shorten_report
+from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece, train_wordpiece
 
 EXAMPLES = json.loads((Path(__file__).parent / "golden/augmentation_examples.json").read_text())
@@ -51,7 +60,7 @@ def test_flips_are_the_published_ones(axis):
 
 
 def test_scale_comes_before_shift_and_nothing_is_clipped():
-    volume = torch.rand(1, 2, 3, 3)
+    volume = torch.linspace(0, 1, 18).reshape(1, 2, 3, 3)
     found = augment(volume, Augmentation(), Chosen([1, 1, 1, 1, 0, 0], factor=0.1, offset=0.05))
     assert torch.allclose(found, volume * 1.1 + 0.05) and found.max() > 1.0
 
@@ -109,6 +118,26 @@ def test_a_sample_is_a_function_of_seed_epoch_and_row(dataset):
     again, ids_again, _ = dataset[2, 5]
     other, _, _ = dataset[3, 5]
     assert row == 5 and torch.equal(volume, again) and ids == ids_again and not torch.equal(volume, other)
+
+
+def test_a_prepared_volume_is_read_exactly_and_checked(prepared, tmp_path):
+    manifest = replace(load_manifest(prepared), folder=tmp_path)
+    voxels = np.random.default_rng(0).normal(size=(16, 32, 32)).astype(np.float16)
+    for dtype in ("float16", "float32"):
+        np.save(tmp_path / "a.npy", voxels.astype(dtype))
+        found = read_prepared(replace(manifest, dtype=dtype), {"volume": "a.npy"})
+        assert found.dtype == torch.float32 and np.array_equal(found[0].numpy(), voxels.astype(np.float32))
+    bad = voxels.copy()
+    for value in (np.nan, np.inf, -np.inf):
+        bad[3, 4, 5] = value
+        np.save(tmp_path / "b.npy", bad)
+        with pytest.raises(InputError, match="b.npy: holds NaN or infinite"):
+            read_prepared(manifest, {"volume": "b.npy"})
+    for name, array, words in (("c", voxels.view(np.int16), "holds int16, the manifest says float16"),
+                               ("d", voxels[:-1], "has shape")):
+        np.save(tmp_path / f"{name}.npy", array)
+        with pytest.raises(InputError, match=f"{name}.npy: {words}"):
+            read_prepared(manifest, {"volume": f"{name}.npy"})
 
 
 def test_loader_processes_change_nothing(dataset):

@@ -295,7 +295,10 @@ def test_two_runs_into_one_folder_are_refused(prepared, run_copy):
 def test_resume_keeps_the_runs_settings(run_copy, tmp_path):
     wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--lr", "1"], "--lr: with --resume")
     wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--seed", "0"], "--seed: with --resume")
+    wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--max-steps", "9"], "--max-steps.*has 8")
     wrong(["--stage", "clip1", "--out", str(tmp_path / "none"), "--resume"], "holds no run")
+    repeated = ["--seed", "42", "--size", "16", "32", "32", "--max-steps", "8", "--batch-size", "4"]
+    assert train.main(["--stage", "clip1", "--out", str(run_copy), "--resume", "--device", "cpu", *repeated]) == 0
 
 
 def test_a_volume_that_cannot_be_read_ends_training_with_its_name(prepared, tmp_path):

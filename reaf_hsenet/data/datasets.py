@@ -37,6 +37,18 @@ class Source:
     label_names: tuple[str, ...] = ()
     blank_orientation: str | None = None
 
+    def by_id(self) -> dict[str, Case]:
+        """All cases. Raises InputError when two have one id."""
+        cases: dict[str, Case] = {}
+        for case in (case for split in self.splits.values() for case in split):
+            if case.id in cases:
+                raise InputError(
+                    f"{self.kind}: id {case.id} is in two splits ({cases[case.id].path} and {case.path}); "
+                    "each volume needs its own"
+                )
+            cases[case.id] = case
+        return cases
+
 
 def read_csv(path: Path, columns: tuple[str, ...], key: str) -> dict[str, dict[str, str]]:
     """The rows of a csv by the column `key`. Raises InputError for an absent file, a missing column, a repeated key."""
@@ -110,7 +122,7 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
                     scan,
                     path,
                     text,
-                    _labels(labels, name, label_names, labels_csv),
+                    label_row(labels, name, label_names, labels_csv),
                     _table_row(metadata.get(name)),
                     problem,
                 )
@@ -184,9 +196,10 @@ def _ct_rate_text(row: dict[str, str] | None, impressions: bool, table: Path) ->
     return " ".join(given), None if given else f"has an empty report in {table.name}"
 
 
-def _labels(
+def label_row(
     table: dict[str, dict[str, str]], name: str, names: tuple[str, ...], path: Path
 ) -> tuple[int, ...] | None:
+    """The labels of a volume; None when the table has no row of it. Raises InputError unless all are 0 or 1."""
     row = table.get(name)
     if row is None:
         return None

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from reaf_hsenet.config import Augmentation
 from reaf_hsenet.data.augment import augment
-from reaf_hsenet.data.manifest import Manifest
-from reaf_hsenet.data.text import clean_report, shorten_report
+from reaf_hsenet.data.manifest import Manifest, table_row
+from reaf_hsenet.data.reading import read_input
+from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer import WordPiece
 
@@ -30,6 +31,12 @@ class Batch:
         move = [t.to(device, non_blocking=True) for t in (self.volume, self.ids, self.mask)]
         return Batch(*move, self.index)
 
+    def split(self, rows: int) -> list["Batch"]:
+        """Parts of `rows` volumes; the last may have fewer."""
+        parts = [t.split(rows) for t in (self.volume, self.ids, self.mask)]
+        index = [self.index[i : i + rows] for i in range(0, len(self.index), rows)]
+        return [Batch(*p) for p in zip(*parts, index, strict=True)]
+
 
 class CTReportDataset(Dataset):
     """A split of a manifest. Items are asked for as (epoch, row): their randomness is a function of seed and both."""
@@ -42,7 +49,9 @@ class CTReportDataset(Dataset):
         max_text: int,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        style: str = "hsenet",
     ):
+        self.style = style
         self.manifest, self.entries = manifest, manifest.entries(split)
         self.tokenizer, self.max_text = tokenizer, max_text
         self.augmentation, self.seed = augmentation, seed
@@ -62,6 +71,9 @@ class CTReportDataset(Dataset):
         return volume, self.encode(self.entries[row]["text"], rng), row
 
     def encode(self, text: str, rng: np.random.Generator) -> list[int]:
+        """The token ids of a report, cleaned and shortened as the method `style` does."""
+        if self.style == "reaf":
+            return self.tokenizer.encode(plain_report(text), self.max_text)
         text = clean_report(text)
         text = shorten_report(text, self.max_text, lambda t: len(self.tokenizer.encode(t)), rng)
         return self.tokenizer.encode(text, self.max_text)
@@ -75,8 +87,13 @@ class CTReportDataset(Dataset):
 
 
 def read_prepared(manifest: Manifest, entry: dict) -> Tensor:
-    """(1, D, H, W) float32. Raises InputError, naming the file, when it is absent, damaged or of another size."""
+    """(1, D, H, W) float32: a prepared .npy, or a source file processed on the fly.
+
+    Raises InputError, naming the file, when it is absent, damaged or of another size.
+    """
     path = manifest.folder / entry["volume"]
+    if path.suffix != ".npy":
+        return torch.from_numpy(read_input(path, manifest.recipe, manifest.reading, table_row(entry))[0])
     try:
         voxels = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -85,10 +102,14 @@ def read_prepared(manifest: Manifest, entry: dict) -> Tensor:
         ) from error
     if voxels.shape != tuple(manifest.recipe.size):
         raise InputError(f"{path}: has shape {voxels.shape}, the manifest says {manifest.recipe.size}")
-    volume = torch.from_numpy(voxels.astype(np.float32))[None]
-    if not torch.isfinite(volume).all():
+    if voxels.dtype != manifest.dtype:
+        raise InputError(f"{path}: holds {voxels.dtype}, the manifest says {manifest.dtype}")
+    # numpy allocates large arrays and tests for NaN several times as fast as torch, torch converts so.
+    volume = np.empty(voxels.shape, np.float32)
+    torch.from_numpy(volume).copy_(torch.from_numpy(voxels))
+    if not np.isfinite(volume).all():
         raise InputError(f"{path}: holds NaN or infinite values; delete it and run preprocess.py again")
-    return volume
+    return torch.from_numpy(volume)[None]
 
 
 class GlobalBatches(Sampler):

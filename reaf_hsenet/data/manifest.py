@@ -1,18 +1,25 @@
-"""The manifest of a prepared data set: manifest.json beside volumes/*.npy.
+"""The manifest of a data set: manifest.json, beside volumes/*.npy or of source files as they are.
 
-{"schema": 1, "dataset": ..., "recipe": {...}, "dtype": "float16", "text": ..., "labels": [names],
- "splits": {"train": [entry, ...], "validation": [...]}}
-entry: {"id", "scan", "volume" (path below the folder), "text", "labels" (or null), "source": {file, sha256, shape,
-spacing, orientation, rescale, hu_range}}
+{"schema": 1, "dataset": ..., "recipe": {...}, "dtype": "float16" (of the .npy files), "text": ..., "labels": [names],
+ "reading": {rescale, orientation, assume_orientation} (of the source files; optional),
+ "splits": {"train": [entry, ...], "validation": [...], "test": [...]}}
+entry: {"id", "scan", "volume" (path, absolute or below the folder), "text", "labels" (or null), "source": {file,
+sha256, shape, spacing, orientation, rescale, hu_range}, "table": {spacing, slope, intercept} (of a source file;
+optional)}. Volumes that end in .npy are prepared, others are source files; both may stand side by side.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from reaf_hsenet.config import Recipe, from_dict, to_dict
+from reaf_hsenet.config import RECIPES, Recipe, from_dict, to_dict
+from reaf_hsenet.data.datasets import Case, Source
+from reaf_hsenet.data.reading import Reading
+from reaf_hsenet.data.reaf_dataset import is_reaf_layout, read_reaf
+from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json, write_json
 
@@ -28,10 +35,17 @@ class Manifest:
     text: str
     labels: list[str]
     splits: dict[str, list[dict]]
+    reading: Reading = Reading()
+
+    @property
+    def name(self) -> Path:
+        """What messages call it: the file, or the folder of a published layout that was read without one."""
+        path = self.folder / "manifest.json"
+        return path if path.is_file() else self.folder
 
     @property
     def file_size(self) -> int:
-        """Bytes of a volume's .npy file: numpy's header of 128 bytes, then the voxels."""
+        """Bytes of a prepared volume's .npy file: numpy's header of 128 bytes, then the voxels."""
         return 128 + int(np.prod(self.recipe.size)) * np.dtype(self.dtype).itemsize
 
     def save(self) -> None:
@@ -43,7 +57,13 @@ class Manifest:
         }
         write_json(
             self.folder / "manifest.json",
-            {**head, "text": self.text, "labels": self.labels, "splits": self.splits},
+            {
+                **head,
+                "text": self.text,
+                "labels": self.labels,
+                "reading": to_dict(self.reading),
+                "splits": self.splits,
+            },
         )
 
     def entries(self, split: str) -> list[dict]:
@@ -51,12 +71,12 @@ class Manifest:
         entries = self.splits.get(split, [])
         if not entries:
             raise InputError(
-                f"{self.folder / 'manifest.json'}: the {split} split is empty; prepare some volumes for it"
+                f"{self.name}: the {split} split is empty; prepare some volumes for it"
             )
         return entries
 
     def check(self, splits: list[str]) -> None:
-        """See that every volume is there and whole. Raises InputError with the first that is not."""
+        """See that every volume is there, a prepared one whole. Raises InputError with the first that is not."""
         for split in splits:
             for entry in self.entries(split):
                 path = self.folder / entry["volume"]
@@ -66,13 +86,13 @@ class Manifest:
                     raise InputError(
                         f"{path}: is in the manifest but absent; run preprocess.py again"
                     ) from error
-                if size != self.file_size:
+                if path.suffix == ".npy" and size != self.file_size:
                     raise InputError(
                         f"{path}: has {size} bytes, expected {self.file_size} for "
                         f"{self.recipe.size} {self.dtype}; delete it and run preprocess.py again"
                     )
                 if not entry["text"].strip():
-                    raise InputError(f"{self.folder / 'manifest.json'}: the report of {entry['id']} is empty")
+                    raise InputError(f"{self.name}: the report of {entry['id']} is empty")
 
     def require(self, recipe: Recipe, wanted_by: str) -> None:
         """Raises InputError unless the volumes are of this recipe, which `wanted_by` needs."""
@@ -80,7 +100,7 @@ class Manifest:
         other = [key for key in want if have[key] != want[key]]
         if other:
             raise InputError(
-                f"{self.folder / 'manifest.json'}: its volumes have {_settings(have, other)}, but {wanted_by} needs "
+                f"{self.name}: its volumes have {_settings(have, other)}, but {wanted_by} needs "
                 f"{_settings(want, other)}; prepare them so with preprocess.py"
             )
 
@@ -93,11 +113,67 @@ def _settings(recipe: dict, keys: list[str]) -> str:
     return ", ".join(f"{'recipe' if k == 'name' else k} {v}" for k, v in shown.items())
 
 
+def make_entry(case: Case, folder: Path, volume: Path, source: dict) -> dict:
+    """The entry of `volume`: its path is relative where it lies below the manifest's folder."""
+    return {
+        "id": case.id,
+        "scan": case.scan,
+        "volume": str(volume.relative_to(folder) if volume.is_relative_to(folder) else volume.absolute()),
+        "text": case.text,
+        "labels": None if case.labels is None else list(case.labels),
+        "source": source,
+    }
+
+
+def as_is_manifest(
+    source: Source, folder: Path, recipe: Recipe, reading: Reading, text: str, dtype: str = "float16"
+) -> tuple[Manifest, list[tuple[str, str]]]:
+    """A manifest whose volumes are the source files themselves, and the refused (file, reason) pairs.
+
+    Nothing is opened: reading and processing are left to training.
+    """
+    manifest = Manifest(folder, source.kind, recipe, dtype, text, list(source.label_names), {}, reading)
+    refused = [(str(case.path), case.problem) for case in source.by_id().values() if case.problem]
+    for split, cases in source.splits.items():
+        manifest.splits[split] = []
+        for case in (c for c in cases if not c.problem):
+            entry = make_entry(case, folder, case.path, {"file": str(case.path)})
+            if case.table != TableRow():
+                entry["table"] = {
+                    "spacing": case.table.spacing and [_json_number(s) for s in case.table.spacing],
+                    "slope": _json_number(case.table.slope),
+                    "intercept": _json_number(case.table.intercept),
+                }
+            manifest.splits[split].append(entry)
+    return manifest, refused
+
+
+def _json_number(value: float | None) -> float | str | None:
+    """JSON has no NaN, which a table row without a usable spacing holds."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def table_row(entry: dict) -> TableRow:
+    """The metadata table's row of a source file. Raises ValueError or TypeError where it is not of numbers."""
+    if "table" not in entry:
+        return TableRow()
+    spacing, slope, intercept = (entry["table"][key] for key in ("spacing", "slope", "intercept"))
+    if spacing is not None:
+        x, y, z = map(float, spacing)
+        spacing = (x, y, z)
+    return TableRow(spacing, *(None if v is None else float(v) for v in (slope, intercept)))
+
+
 def load_manifest(folder: Path) -> Manifest:
-    """Read a prepared folder's manifest. Raises InputError when it is absent, damaged or of another schema."""
+    """Read a folder's manifest; a folder without one that has REAF's published layout is read as it is.
+
+    Raises InputError when there is neither, and for a manifest that is damaged or of another schema.
+    """
     folder = Path(folder)
     path = folder / "manifest.json"
     if not path.is_file():
+        if is_reaf_layout(folder):
+            return _published_reaf(folder)
         raise InputError(f"{path}: no such file; make it with preprocess.py --out {folder}")
     values = read_json(path)
     if values.get("schema") != SCHEMA:
@@ -113,14 +189,31 @@ def load_manifest(folder: Path) -> Manifest:
             values["text"],
             values["labels"],
             values["splits"],
+            from_dict(Reading, values.get("reading", {})),
         )
         ids = [entry["id"] for split in manifest.splits.values() for entry in split]
         for split in manifest.splits.values():
             for entry in split:
                 entry["scan"], entry["volume"], entry["text"], entry["labels"]  # KeyError if absent
+                table_row(entry)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: {error} is missing; prepare the data set again") from error
+    except ValueError as error:
+        raise InputError(
+            f"{path}: the table row of {entry['id']} is not of numbers ({error}); prepare the data set again"
+        ) from error
     if len(ids) != len(set(ids)):
         repeated = next(i for i in ids if ids.count(i) > 1)
         raise InputError(f"{path}: id {repeated} is listed twice; keep one")
+    return manifest
+
+
+def _published_reaf(folder: Path) -> Manifest:
+    manifest, refused = as_is_manifest(read_reaf(folder), folder, RECIPES["reaf"], Reading(), "report")
+    if refused:
+        path, reason = refused[0]
+        raise InputError(
+            f"{path}: {reason}; {len(refused)} volumes of {folder} cannot be used: make a manifest of the others "
+            f"with preprocess.py --dataset reaf --root {folder} --as-is --out FOLDER"
+        )
     return manifest

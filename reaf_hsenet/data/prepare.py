@@ -1,4 +1,7 @@
-"""A data set's CTs -> volumes/*.npy and a manifest, restartable: what is done is in progress.jsonl and on disk."""
+"""A data set's CTs -> volumes/*.npy and a manifest, restartable: what is done is in progress.jsonl and on disk.
+
+Or only a manifest of the CTs as they are, which training reads and processes itself.
+"""
 
 import csv
 import hashlib
@@ -8,7 +11,7 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,8 @@ from tqdm import tqdm
 
 from reaf_hsenet.config import Recipe, to_dict
 from reaf_hsenet.data.datasets import Case, Source
-from reaf_hsenet.data.manifest import Manifest
-from reaf_hsenet.data.preprocessing import preprocess
-from reaf_hsenet.data.volume import read_volume
+from reaf_hsenet.data.manifest import Manifest, as_is_manifest, make_entry
+from reaf_hsenet.data.reading import Reading, read_input
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import atomic_write, folder_lock
 
@@ -32,6 +34,14 @@ class Options:
     orientation: str = "header"
     assume_orientation: str | None = None
     dtype: str = "float16"
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.rescale, self.orientation, self.assume_orientation)
+
+    def for_source(self, source: Source) -> "Options":
+        """With the source's own orientation of blank headers, unless one was chosen."""
+        return replace(self, assume_orientation=self.assume_orientation or source.blank_orientation)
 
     def to_json(self) -> dict:
         return json.loads(json.dumps(to_dict(self)))
@@ -51,15 +61,12 @@ def prepare(
     an interrupt the same call continues.
     """
     out = Path(out)
-    if options.assume_orientation is None and source.blank_orientation is not None:
-        options = Options(**{**vars(options), "assume_orientation": source.blank_orientation})
-    cases = {case.id: case for split in source.splits.values() for case in split}
-    if len(cases) != sum(map(len, source.splits.values())):
-        raise InputError(f"{source.kind}: an id is in both splits; each volume needs its own")
+    options = options.for_source(source)
+    cases = source.by_id()
     with folder_lock(out):
         _remove_half_written(out)
         manifest = Manifest(
-            out, source.kind, options.recipe, options.dtype, text, list(source.label_names), {}
+            out, source.kind, options.recipe, options.dtype, text, list(source.label_names), {}, options.reading
         )
         journal = Journal(out / "progress.jsonl", options)
         done = journal.read(cases, manifest)
@@ -77,12 +84,32 @@ def prepare(
 
             _run(todo, out, options, workers, keep)
         for split, members in source.splits.items():
-            manifest.splits[split] = [_entry(c, done[c.id]) for c in members if c.id in done]
+            manifest.splits[split] = [
+                make_entry(c, out, out / volume_name(c.id), done[c.id]["source"]) for c in members if c.id in done
+            ]
         lines = [(str(cases[i].path), reason) for i, reason in sorted(refused.items())]
-        with atomic_write(out / "refused.csv") as file:
-            csv.writer(file).writerows([("file", "reason"), *lines])
-        manifest.save()
+        _save(manifest, lines)
     return manifest, lines
+
+
+def list_as_is(
+    source: Source, out: Path, options: Options, text: str = "findings"
+) -> tuple[Manifest, list[tuple[str, str]]]:
+    """Write a manifest.json of the source files themselves, and refused.csv; returns both. No volume is opened."""
+    out = Path(out)
+    with folder_lock(out):
+        if (out / "progress.jsonl").exists():
+            raise InputError(f"{out}: holds prepared volumes, which --as-is would hide; choose another --out")
+        reading = options.for_source(source).reading
+        manifest, lines = as_is_manifest(source, out, options.recipe, reading, text, options.dtype)
+        _save(manifest, lines)
+    return manifest, lines
+
+
+def _save(manifest: Manifest, refused: list[tuple[str, str]]) -> None:
+    with atomic_write(manifest.folder / "refused.csv") as file:
+        csv.writer(file).writerows([("file", "reason"), *refused])
+    manifest.save()
 
 
 class Journal:
@@ -135,10 +162,7 @@ def volume_name(case_id: str) -> str:
 def prepare_case(case: Case, out: Path, options: Options) -> tuple[Case, dict | None, str | None]:
     """Write one volume. Returns (case, record, None) or (case, None, reason it was refused)."""
     try:
-        volume = read_volume(
-            case.path, case.table, options.rescale, options.orientation, options.assume_orientation
-        )
-        image = preprocess(volume, options.recipe)
+        image, record = read_input(case.path, options.recipe, options.reading, case.table)
     except InputError as error:
         return case, None, str(error).removeprefix(f"{case.path}: ")
     except MemoryError:
@@ -149,7 +173,7 @@ def prepare_case(case: Case, out: Path, options: Options) -> tuple[Case, dict | 
     with open(case.path, "rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
-    source = {"file": str(case.path), "sha256": digest.hexdigest(), **volume.record}
+    source = {"file": str(case.path), "sha256": digest.hexdigest(), **record}
     return case, {"id": case.id, "stamp": _stamp(case), "source": source}, None
 
 
@@ -188,18 +212,6 @@ def _run(todo: list[Case], out: Path, options: Options, workers: int, keep: Call
     finally:
         # After Ctrl-C the volumes in work are finished, the others left for the next run.
         pool.shutdown(cancel_futures=True)
-
-
-def _entry(case: Case, record: dict) -> dict:
-    labels = None if case.labels is None else list(case.labels)
-    return {
-        "id": case.id,
-        "scan": case.scan,
-        "volume": volume_name(case.id),
-        "text": case.text,
-        "labels": labels,
-        "source": record["source"],
-    }
 
 
 def _stamp(case: Case) -> str | None:

@@ -33,6 +33,15 @@ def _lerp(array: np.ndarray, axis: int, low: np.ndarray, high: np.ndarray, weigh
     return step
 
 
+def _pick(array: np.ndarray, indices: list[np.ndarray]) -> np.ndarray:
+    """The voxels at the given indices of each axis; a view where these are ranges."""
+    for axis, index in enumerate(indices):
+        span = slice(int(index[0]), int(index[0]) + len(index))
+        is_range = np.array_equal(index, np.arange(span.start, span.stop))
+        array = array[(slice(None),) * axis + (span if is_range else index,)]
+    return array
+
+
 class ResampledGrid:
     """The CT resampled to a spacing: (D, H, W) voxels, computed only where they are asked for.
 
@@ -50,8 +59,10 @@ class ResampledGrid:
 
     def at(self, *indices: np.ndarray) -> np.ndarray:
         """(len(d), len(h), len(w)) float32 voxels at the given indices of each axis."""
-        block = self.voxels
         picked = [[part[i] for part in n] for n, i in zip(self.neighbours, indices, strict=True)]
+        if not any(weight.any() for _, _, weight in picked):  # on the target grid already: no arithmetic
+            return self._clamped(_pick(self.voxels, [low for low, _, _ in picked]).copy())
+        block = self.voxels
         # The axis that shrinks most first: least work for the others.
         for axis in sorted(range(3), key=lambda a: len(indices[a]) / self.voxels.shape[a]):
             block = (
@@ -64,10 +75,15 @@ class ResampledGrid:
     def _first(self, axis, low, high, weight):
         used, places = np.unique(np.concatenate((low, high)), return_inverse=True)
         # Not np.take: it copies the whole array first unless that is in C order, and a turned CT is not.
-        block = self.voxels[(slice(None),) * axis + (used,)].astype(np.float32, order="C", copy=False)
+        block = self._clamped(self.voxels[(slice(None),) * axis + (used,)])
+        return _lerp(block, axis, places[: len(low)], places[len(low) :], weight)
+
+    def _clamped(self, block: np.ndarray) -> np.ndarray:
+        """A fresh block of voxels as float32 in C order."""
+        block = block.astype(np.float32, order="C", copy=False)
         if self.window is not None:
             np.clip(block, *self.window, out=block)
-        return _lerp(block, axis, places[: len(low)], places[len(low) :], weight)
+        return block
 
     def plane(self, axis: int, index: int) -> np.ndarray:
         """One resampled plane, perpendicular to `axis`."""
@@ -115,15 +131,18 @@ def preprocess(volume: Volume, recipe: Recipe) -> np.ndarray:
         low, high = recipe.window
 
     def scaled(block: np.ndarray) -> np.ndarray:
-        block = (block - np.float32(low)) / np.float32(high - low)
-        return block if recipe.scale == "minmax" else np.clip(block, 0, 1)
+        block -= np.float32(low)  # in place, as below: the block is fresh and large
+        block /= np.float32(high - low)
+        return block if recipe.scale == "minmax" else np.clip(block, 0, 1, out=block)
 
     if recipe.fit == "crop":
         image = _centre_crop(grid, recipe.size, scaled)
     else:
         box = grid.foreground(low) if recipe.fit == "foreground" else [(0, n) for n in grid.shape]
         image = _resize(grid, box, recipe.size, scaled)
-    return ((image - np.float32(recipe.mean)) / np.float32(recipe.std))[None]
+    image -= np.float32(recipe.mean)
+    image /= np.float32(recipe.std)
+    return image[None]
 
 
 def resampled_grid(volume: Volume, recipe: Recipe) -> ResampledGrid:

@@ -1,5 +1,6 @@
-"""Report text as the published HSENet pipeline prepares it: cleaning, and shortening of what is too long."""
+"""Report text as the published pipelines prepare it: cleaning, and HSENet's shortening of what is too long."""
 
+import html
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,11 @@ QUOTES_AND_BRACKETS = str.maketrans("", "", "\"'()")
 def clean_report(text: str) -> str:
     """Remove double and single quotes and round brackets."""
     return text.translate(QUOTES_AND_BRACKETS)
+
+
+def plain_report(text: str) -> str:
+    """REAF's (open_clip's) cleaning: HTML entities resolved, twice, and runs of white space made one space."""
+    return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def shorten_report(

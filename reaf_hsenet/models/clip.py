@@ -1,4 +1,4 @@
-"""Dual encoder: a CT and its report as two unit vectors of one space (HSENet section 3.1, M3D-CLIP).
+"""Dual encoder: a CT and its report as two unit vectors of one space (HSENet section 3.1, M3D-CLIP; REAF).
 
 volume (B, 1, D, H, W) -> class token -> Linear -> l2 norm; report ids (B, T) -> token 0 -> Linear -> l2 norm.
 """
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reaf_hsenet.models.layers import init_weights
+from reaf_hsenet.models.lora import add_lora
+from reaf_hsenet.models.reaf import REAF
 from reaf_hsenet.models.text_encoder import TextEncoder
 from reaf_hsenet.models.vit3d import ViT3D
 
@@ -21,17 +23,18 @@ class DualEncoder(nn.Module):
 
     def __init__(
         self,
-        vision: ViT3D,
+        vision: ViT3D | REAF,
         text: TextEncoder,
         vision_width: int,
         text_width: int,
         embed: int,
         logit_scale: str,
+        projection_bias: bool = True,
     ):
         super().__init__()
         self.vision, self.text = vision, text
-        self.vision_proj = nn.Linear(vision_width, embed)
-        self.text_proj = nn.Linear(text_width, embed)
+        self.vision_proj = nn.Linear(vision_width, embed, bias=projection_bias)
+        self.text_proj = nn.Linear(text_width, embed, bias=projection_bias)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.scale_kind = logit_scale
         for projection in (self.vision_proj, self.text_proj):
@@ -47,9 +50,13 @@ class DualEncoder(nn.Module):
 
     def scale(self) -> Tensor:
         """The factor of the cosines, a scalar."""
-        if self.scale_kind == "raw":
-            return self.logit_scale
-        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        return self.logit_scale if self.scale_kind == "raw" else self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Keep an exponential scale within 1 and 100, after an optimizer step; a raw one is left alone, as published."""
+        if self.scale_kind == "exp":
+            self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def forward(self, volume: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.encode_image(volume), self.encode_text(ids, mask), self.scale()
@@ -59,14 +66,50 @@ def set_grad_checkpoint(model: DualEncoder, on: bool) -> None:
     model.vision.grad_checkpoint = model.text.grad_checkpoint = on
 
 
+def freeze_text(model: DualEncoder, blocks: int) -> None:
+    """Freeze the text encoder but for its LayerNorms and its last `blocks` blocks (one more: the embeddings too).
+
+    Source: open_clip's lock_text_tower, as REAF uses it; the projection is always trained.
+    """
+    text = model.text
+    parts = [nn.ModuleList((text.word_embed, text.pos_embed, text.type_embed, text.norm)), *text.blocks]
+    for part in parts[: max(0, len(parts) - blocks)]:
+        for module in part.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad = isinstance(module, nn.LayerNorm)
+
+
+def adapt(model: DualEncoder, lora) -> None:
+    """Give the towers of a LoraConfig their adapters; of their blocks only these and the LayerNorms are then trained."""
+    for name in lora.towers:
+        tower = getattr(model, name)
+        for module in tower.blocks.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad = isinstance(module, nn.LayerNorm)
+        add_lora(tower.blocks, lora.targets, lora.r, lora.alpha, lora.dropout)
+
+
+def build_vision(config) -> ViT3D | REAF:
+    """Build from a VisionConfig or ReafVisionConfig."""
+    common = (config.size, config.patch, config.width, config.depth, config.heads, config.mlp)
+    if not hasattr(config, "scan_layers"):
+        return ViT3D(*common)
+    saliency = None
+    if config.regions:
+        names = ("region_size", "regions", "suppression", "class_score", "remainder")
+        saliency = {name: getattr(config, name) for name in names}
+    names = ("scan_layers", "fusion", "fusion_seed", "slice_class", "drop_path")
+    return REAF(*common, saliency=saliency, **{name: getattr(config, name) for name in names})
+
+
 def build_dual_encoder(config) -> DualEncoder:
-    """Build from a ClipConfig."""
-    vision, text = config.vision, config.text
+    """Build from a ClipConfig, without its adapters: pretrained weights come first, then adapt()."""
     return DualEncoder(
-        ViT3D(vision.size, vision.patch, vision.width, vision.depth, vision.heads, vision.mlp),
-        TextEncoder(**vars(text)),
-        vision.width,
-        text.width,
+        build_vision(config.vision),
+        TextEncoder(**vars(config.text)),
+        config.vision.width,
+        config.text.width,
         config.embed,
         config.logit_scale,
+        config.projection_bias,
     )

@@ -40,19 +40,42 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: in training a sequence's branch is 0 with probability p, and scaled by 1 / (1 - p) otherwise."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.p
+        return branch * (kept / (1 - self.p)).to(branch.dtype)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: x + attn(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int, mlp: int, qkv_bias: bool = True, eps: float = 1e-5):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp: int,
+        qkv_bias: bool = True,
+        eps: float = 1e-5,
+        drop_path: float = 0.0,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads, qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width, mlp)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed3D(nn.Module):
@@ -84,15 +107,18 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def count_parameters(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def run_block(block: nn.Module, x: Tensor, grad_checkpoint: bool, *args) -> Tensor:
+    """One block; with `grad_checkpoint` its inner activations are computed again in the backward pass."""
+    if grad_checkpoint and torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(block, x, *args, use_reentrant=False)
+    return block(x, *args)
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, grad_checkpoint: bool, *args) -> Tensor:
-    """Blocks in turn; with `grad_checkpoint` their inner activations are computed again in the backward pass."""
     for block in blocks:
-        if grad_checkpoint and torch.is_grad_enabled():
-            x = torch.utils.checkpoint.checkpoint(block, x, *args, use_reentrant=False)
-        else:
-            x = block(x, *args)
+        x = run_block(block, x, grad_checkpoint, *args)
     return x

@@ -4,19 +4,21 @@ Positions are 0, 1, ...; frequencies 10000^(-j / (C / 2)); an axis has all its s
 several axes each has an equal share of the channels, the last grid axis first: width, height, depth.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def sincos_1d(positions: Tensor, width: int) -> Tensor:
-    """(n,) -> (n, C)."""
+def sincos_1d(count: int, width: int) -> Tensor:
+    """Positions 0 .. count - 1 -> (count, C)."""
     if width % 2:
         raise ValueError(f"width {width} is odd; sines and cosines need an even one")
-    # float64 until the end: a float32 angle of a large position has lost digits of its sine.
-    frequency = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-    angle = positions.double()[:, None] * frequency
-    return torch.cat((angle.sin(), angle.cos()), dim=1).float()
+    # numpy's float32 throughout, as the published tables were made: a table rounded from float64 differs by 1e-6.
+    frequency = np.arange(width // 2, dtype=np.float32) / np.float32(width / 2)
+    frequency = np.float32(1) / np.float32(10000) ** frequency
+    angle = np.outer(np.arange(count, dtype=np.float32), frequency)
+    return torch.from_numpy(np.concatenate((np.sin(angle), np.cos(angle)), axis=1))
 
 
 def sincos_grid(grid: tuple[int, ...], width: int) -> Tensor:
@@ -28,7 +30,7 @@ def sincos_grid(grid: tuple[int, ...], width: int) -> Tensor:
     for axis in reversed(range(len(grid))):
         shape = [1] * len(grid) + [share]
         shape[axis] = grid[axis]
-        axes.append(sincos_1d(torch.arange(grid[axis]), share).view(shape).expand(*grid, share))
+        axes.append(sincos_1d(grid[axis], share).view(shape).expand(*grid, share))
     return torch.cat(axes, dim=-1)
 
 
@@ -57,5 +59,5 @@ def resample_2d(table: Tensor, grid: tuple[int, int]) -> Tensor:
 def depth_plus_2d(table: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Pretrained 2D table (1, n*n, C) -> (1, d, h, w, C): the plane's rows plus a 1D sine-cosine over depth."""
     plane = resample_2d(table, grid[1:])[:, None]  # (1, 1, h, w, C)
-    depth = sincos_1d(torch.arange(grid[0]), table.shape[-1])[None, :, None, None]  # (1, d, 1, 1, C)
+    depth = sincos_1d(grid[0], table.shape[-1])[None, :, None, None]  # (1, d, 1, 1, C)
     return plane + depth

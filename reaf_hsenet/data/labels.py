@@ -1,0 +1,97 @@
+"""Which volumes show which class: label tables, and how a data set's columns become classes.
+
+A label set is data, label_sets/<name>.json: `columns` (class -> columns of the raw table; 1 when any of them is 1),
+`scored_from` (class -> the prompts that score it, where it has none of its own) and `means` (the classes that a mean
+of the published results leaves out). A table that has a column of the class's own name needs no mapping.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reaf_hsenet.data.datasets import read_csv
+from reaf_hsenet.data.manifest import Manifest
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import read_json
+
+LABEL_SETS = ("ct-rate", "rad-chestct")
+KEYS = ("VolumeName", "NoteAcc_DEID", "id")
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    name: str
+    columns: dict[str, list[str]]
+    scored_from: dict[str, list[str]]
+    means: dict[str, list[str]]
+
+
+def load_label_set(name: str) -> LabelSet:
+    values = read_json(Path(__file__).parent / "label_sets" / f"{name}.json")
+    return LabelSet(name, values["columns"], values["scored_from"], values["means"])
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """source: the file. names: its columns. rows: volume id -> {column: 0 or 1, as written there}."""
+
+    source: Path
+    names: list[str]
+    rows: dict[str, dict]
+
+    def classes(self, label_set: LabelSet) -> dict[str, list[str]]:
+        """The classes that the table can tell, each with its columns."""
+        mapped = {c: raw for c, raw in label_set.columns.items() if set(raw) <= set(self.names)}
+        return {name: [name] for name in self.names} | {c: r for c, r in mapped.items() if c not in self.names}
+
+    def values(self, ids: list[str], columns: list[list[str]]) -> np.ndarray:
+        """(N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume, and values not 0 or 1."""
+        absent = next((i for i in ids if i not in self.rows), None)
+        if absent is not None:
+            raise InputError(
+                f"{self.source}: has no labels of volume {absent}; add its row, or name another table with --labels"
+            )
+        found = [[any([self._value(i, c) for c in group]) for group in columns] for i in ids]
+        return np.array(found, dtype=bool)
+
+    def _value(self, volume: str, column: str) -> bool:
+        value = self.rows[volume].get(column)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = None
+        if number not in (0, 1):
+            raise InputError(f"{self.source}: {column} of {volume} is {value!r}; expected 0 or 1")
+        return number == 1
+
+
+def manifest_labels(manifest: Manifest, split: str) -> LabelTable:
+    """The labels in the manifest. Raises InputError when it has none."""
+    source = manifest.name
+    if not manifest.labels:
+        raise InputError(f"{source}: its volumes have no labels; name a table of them with --labels")
+    labelled = [entry for entry in manifest.entries(split) if entry["labels"] is not None]
+    rows = {e["id"]: dict(zip(manifest.labels, e["labels"], strict=False)) for e in labelled}
+    return LabelTable(source, manifest.labels, rows)
+
+
+def read_label_table(path: Path) -> LabelTable:
+    """A csv with an id column of KEYS (volume names with or without .nii.gz) and a column a label."""
+    path = Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header = next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--labels {path}: cannot be read as a csv file ({error})") from error
+    key = next((k for k in KEYS if k in header), None)
+    if key is None:
+        raise InputError(f"--labels {path}: has no column of volume ids; expected {' or '.join(KEYS)}")
+    rows: dict[str, dict] = {}
+    for name, row in read_csv(path, (key,), key).items():
+        volume = name.removesuffix(".gz").removesuffix(".nii")
+        if volume in rows:
+            raise InputError(f"--labels {path}: volume {volume} is listed twice, also as {name}; keep one")
+        rows[volume] = row
+    return LabelTable(path, [name for name in header if name != key], rows)

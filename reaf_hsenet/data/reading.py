@@ -1,0 +1,154 @@
+"""One source file -> the network input of a recipe: .nii and .nii.gz, and REAF's .pt and .pt.gz volumes.
+
+A .pt file holds one tensor (D, H, W), leading axes of 1 allowed: HU on REAF's published grid (3 x 1 x 1 mm, axes to
+superior, posterior, left), or the finished input. Which of the two is decided per volume. Nothing is unpickled but
+a tensor.
+"""
+
+import gzip
+import io
+import pickle
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reaf_hsenet.config import RECIPES, Recipe
+from reaf_hsenet.data.preprocessing import preprocess
+from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, Volume, choose_rescale, read_volume
+from reaf_hsenet.errors import InputError
+
+PT_GRID = RECIPES["reaf"]
+# Where one volume is there in several formats, the first of these is read: the fastest.
+ENDINGS = (".pt", ".pt.gz", ".nii.gz", ".nii")
+NO_TABLE = TableRow()
+# What torch.load raises for damaged files, those of old torch versions included.
+DAMAGED = (
+    *(OSError, EOFError, zlib.error, struct.error, RuntimeError),
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError),
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How source files are read; see read_volume. It concerns .nii files, and `rescale` also .pt files."""
+
+    rescale: str = "auto"
+    orientation: str = "header"
+    assume_orientation: str | None = None
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("rescale", self.rescale, RESCALES),
+            ("orientation", self.orientation, ORIENTATIONS),
+        ):
+            if value not in known:
+                raise InputError(f"{name} {value!r}: expected one of {', '.join(known)}")
+
+
+def ending(name: str) -> str | None:
+    """The one of ENDINGS that a file's name has."""
+    return next((e for e in ENDINGS if name.endswith(e)), None)
+
+
+def stem(name: str) -> str:
+    """A file's name without its ending."""
+    return name.removesuffix(ending(name) or "")
+
+
+def read_input(
+    path: Path, recipe: Recipe, reading: Reading = Reading(), table: TableRow = NO_TABLE
+) -> tuple[np.ndarray, dict]:
+    """((1, D, H, W) float32 of recipe.size, record of what the file held). Raises InputError, naming the file."""
+    kind = ending(path.name)
+    if kind is None:
+        raise InputError(f"{path}: expected a file that ends in .npy, {', '.join(ENDINGS)}")
+    if kind in (".pt", ".pt.gz"):
+        voxels = _read_tensor(path)
+        if (finished := _finished(voxels, recipe)) is not None:
+            return finished
+        volume = _hu_volume(voxels, path, recipe, reading.rescale)
+    else:
+        volume = read_volume(path, table, reading.rescale, reading.orientation, reading.assume_orientation)
+    try:
+        return preprocess(volume, recipe), volume.record
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _read_tensor(path: Path) -> np.ndarray:
+    """(D, H, W) finite numbers, as they are in the file. A .gz is read whole, so that its CRC is checked."""
+    import torch  # here, not above: the workers that prepare NIfTI files start faster without it
+
+    try:
+        file = io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
+        tensor = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:100]
+        raise InputError(
+            f"{path}: holds something other than a tensor, which is not unpickled ({reason}); save the tensor alone "
+            "with torch.save"
+        ) from error
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise InputError(f"{path}: is truncated or damaged ({reason})") from error
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{path}: holds a {type(tensor).__name__}; expected one tensor (D, H, W)")
+    odd = tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool
+    if odd or tensor.layout != torch.strided:
+        raise InputError(f"{path}: holds a {tensor.dtype} {tensor.layout} tensor; expected dense real numbers")
+    shape = tuple(tensor.shape)
+    while tensor.ndim > 3 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    if tensor.ndim != 3 or min(tensor.shape) < 2:
+        raise InputError(f"{path}: holds a tensor of shape {shape}; expected one volume (D, H, W)")
+    voxels = (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
+    # The minimum of an array with NaN is NaN.
+    if not np.isfinite([voxels.min(), voxels.max()]).all():
+        raise InputError(f"{path}: holds NaN or infinite values; write it again")
+    return voxels
+
+
+def _input_range(recipe: Recipe) -> tuple[float, float]:
+    return -recipe.mean / recipe.std, (1 - recipe.mean) / recipe.std
+
+
+def _finished(voxels: np.ndarray, recipe: Recipe) -> tuple[np.ndarray, dict] | None:
+    """The input and its record when the voxels are a finished one: the recipe's size, values within its range.
+
+    HU never pass: air is below the range. float16 rounds the range's ends by less than 2e-3.
+    """
+    if voxels.shape != tuple(recipe.size):
+        return None
+    low, high = _input_range(recipe)
+    least, most = float(voxels.min()), float(voxels.max())
+    if not low - 2e-3 <= least < most <= high + 2e-3:
+        return None
+    decision = "none: the network's finished input"
+    record = {"shape": list(voxels.shape), "rescale": decision, "range": [least, most]}
+    return voxels.astype(np.float32, copy=False)[None], record
+
+
+def _hu_volume(voxels: np.ndarray, path: Path, recipe: Recipe, rescale: str) -> Volume:
+    """HU on REAF's published grid as a Volume, whose axes run to left, posterior, superior."""
+    try:
+        decision = choose_rescale(voxels, path, NO_TABLE, rescale)[2]
+    except InputError as error:
+        low, high = _input_range(recipe)
+        raise InputError(
+            f"{error}; its values run from {voxels.min():g} to {voxels.max():g}, a finished input is "
+            f"{'x'.join(map(str, recipe.size))} from {low:.3f} to {high:.3f}"
+        ) from error
+    order = [PT_GRID.axes.index(letter) for letter in "LPS"]
+    record = {
+        "shape": list(voxels.shape),
+        "spacing": list(PT_GRID.spacing),
+        "orientation": PT_GRID.axes,
+        "rescale": decision,
+        "hu_range": [float(voxels.min()), float(voxels.max())],
+    }
+    return Volume(voxels.transpose(order), tuple(PT_GRID.spacing[i] for i in order), record)

@@ -1,0 +1,123 @@
+"""Pictures of an evaluation, written as PNG files. They need matplotlib, which nothing else does."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import atomic_write
+from reaf_hsenet.metrics.classification import both_values, class_metrics, roc_curve
+
+
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure, size in inches. Raises InputError when matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("--figures: matplotlib is not installed; pip install matplotlib") from error
+    return Figure((width, height), layout="constrained")
+
+
+def roc_figure(path: Path, labels: np.ndarray, scores: np.ndarray, names: list[str]) -> None:
+    """A ROC curve a class with its AUROC. labels: (N, C) bool, scores: (N, C). One label value: no curve, AUROC -."""
+    figure = new_figure(9, 6)
+    from matplotlib import colormaps
+
+    axes, colours = figure.subplots(), colormaps["turbo"]
+    auroc = class_metrics(labels, scores, np.full(len(names), np.nan), np.ones((1, len(labels))))[0, 0]
+    for j, defined in enumerate(both_values(labels)):
+        points = roc_curve(labels[:, j], scores[:, j]) if defined else ([], [])
+        area = f"{auroc[j]:.3f}" if defined else "-"
+        colour = colours(j / max(1, len(names) - 1))
+        axes.plot(*points, color=colour, linestyle="-" if j % 2 else "--", label=f"{names[j]} {area}")
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    figure.legend(loc="outside right upper", fontsize="small", title="AUROC", frameon=False)
+    save(figure, path)
+
+
+def recall_figure(path: Path, ranks: dict[str, Tensor]) -> None:
+    """Recall at every k for each direction of retrieval. ranks: {direction: (Q,) from 1}."""
+    figure = new_figure(6, 4.5)
+    axes = figure.subplots()
+    for direction, found in ranks.items():
+        hits = torch.bincount(found.cpu(), minlength=2)[1:].cumsum(0) / len(found)
+        axes.plot(range(1, len(hits) + 1), hits.numpy(), drawstyle="steps-post", label=direction.replace("_", " "))
+    axes.set(xscale="log", ylim=(0, 1.02), xlabel="k", ylabel="recall at k")
+    largest = max(int(found.max()) for found in ranks.values())
+    ticks = [k for e in range(len(str(largest))) for k in (10**e, 2 * 10**e, 5 * 10**e) if k <= largest]
+    axes.set_xticks(ticks, ticks)
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def saliency_figure(
+    path: Path,
+    volume: Tensor,
+    regions: dict[str, Tensor],
+    title: str,
+    axes: str = "SPL",
+    spacing: tuple[float, float, float] | None = None,
+) -> None:
+    """Axial, coronal and sagittal planes through the strongest region, with all chosen regions drawn over them.
+
+    volume: (D, H, W). regions: {branch: (d, h, w)}, the saliency inside the chosen regions and 0 elsewhere; one row
+    of pictures a branch. axes: what D, H, W run to (S superior, P posterior, L left). spacing: mm in D, H, W; None
+    when the grid does not keep proportions.
+    """
+    turned = ["SPL".index(a) for a in axes]
+    order = [turned.index(i) for i in range(3)]  # to superior, posterior, left
+    volume = volume.permute(order).float().cpu()
+    figure = new_figure(12, 4.3 * len(regions))
+    shown = {"cmap": "gray", "vmin": float(volume.min()), "vmax": float(volume.max())}
+    for row, (name, values) in enumerate(regions.items()):
+        values = values.permute(order).float().cpu()
+        centre = [
+            int((p + 0.5) * n / g) for p, n, g in zip(strongest(values), volume.shape, values.shape, strict=True)
+        ]
+        drawn = F.interpolate(values[None, None], volume.shape, mode="nearest")[0, 0] > 0
+        for column, plane in enumerate(("axial", "coronal", "sagittal")):
+            place = figure.add_subplot(len(regions), 3, 3 * row + column + 1)
+            picture, mask = (t.select(column, centre[column]) for t in (volume, drawn))
+            if column:  # superior is up
+                picture, mask = picture.flip(0), mask.flip(0)
+            ratio = "auto"
+            if spacing is not None:
+                in_plane = [spacing[order[i]] for i in range(3) if i != column]
+                ratio = in_plane[0] / in_plane[1]
+            place.imshow(picture.numpy(), aspect=ratio, **shown)
+            overlay = np.ma.masked_equal(mask.numpy().astype(float), 0)
+            place.imshow(overlay, aspect=ratio, cmap="autumn", vmin=0, vmax=2, alpha=0.3)
+            if mask.any() and not mask.all():
+                place.contour(mask.numpy().astype(float), [0.5], colors="red", linewidths=1)
+            place.set_title(f"{name}: {plane} plane {centre[column]}", fontsize="medium")
+            place.set_axis_off()
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def strongest(values: Tensor) -> list[int]:
+    """(d, h, w) -> the patch nearest to the centre of the connected patches around the largest value."""
+    chosen, region = values > 0, values == values.max()
+    while True:
+        grown = region[None, None].float()
+        for axis in range(3):  # by faces, not by corners: one axis at a time, inside what is chosen
+            kernel = [1, 1, 1]
+            kernel[axis] = 3
+            grown = F.max_pool3d(grown, kernel, 1, [k // 2 for k in kernel]) * chosen
+        grown = grown[0, 0] > 0
+        if torch.equal(grown, region):
+            break
+        region = grown
+    patches = region.nonzero().double()
+    return patches[(patches - patches.mean(0)).square().sum(1).argmin()].int().tolist()
+
+
+def save(figure, path: Path) -> None:
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")

@@ -1,0 +1,189 @@
+"""Zero-shot classification scores: ranking, argmax and threshold metrics per class, means, bootstrap intervals.
+
+labels: (N, C) bool, scores: (N, C) probabilities of N volumes and C classes, compared in float64. Metrics are arrays
+(..., M, C) in the order of METRICS, NaN where undefined. Source of the argmax and threshold rules: the published
+evaluation of REAF, HLIP and fVLM on CT-RATE. Its "acc (balanced)" is `thresholded.accuracy` here.
+
+A set of volumes is given as counts (R, N): how often volume n is in resample r. Ones give the metrics of the data
+itself. Scores are sorted once a class; a resample only changes the weights of the sorted volumes.
+"""
+
+import numpy as np
+
+AT_A_CUT = ("balanced_accuracy", "accuracy", "f1_weighted", "recall", "precision")
+METRICS = (
+    "auroc",
+    "average_precision",
+    *(f"argmax.{name}" for name in AT_A_CUT),
+    *(f"thresholded.{name}" for name in AT_A_CUT),
+)
+PER_BLOCK = 2**21  # counts of resamples held at a time
+
+
+def classification_report(
+    labels: np.ndarray,
+    scores: np.ndarray,
+    names: list[str],
+    means: dict[str, list[str]],
+    resamples: int = 0,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """{"classes": {name: metrics}, "means": {name: metrics}}, ready for JSON: an undefined metric is None.
+
+    means: for each mean the classes it leaves out. A class with one label value is in none; `classes` counts what is.
+    With resamples, `interval_95` holds [low, high] of every metric (percentile bootstrap over volumes). The
+    thresholds are found on the data itself, as published, and stay fixed in resamples.
+    """
+    thresholds = find_thresholds(labels, scores)
+    values = class_metrics(labels, scores, thresholds, np.ones((1, len(labels))))[0]
+    draws = bootstrap(labels, scores, thresholds, resamples, seed) if resamples else None
+    usable = both_values(labels)
+    report = {"classes": {}, "means": {}}
+    for j, name in enumerate(names):
+        report["classes"][name] = {
+            "positives": int(labels[:, j].sum()),
+            **_nested(values[:, j]),
+            "threshold": _or_none(thresholds[j]),
+            **_interval(None if draws is None else draws[:, :, j]),
+        }
+    for mean, left_out in means.items():
+        kept = usable & np.array([name not in left_out for name in names])
+        report["means"][mean] = {
+            "classes": int(kept.sum()),
+            **_nested(mean_over_classes(values, kept)),
+            **_interval(None if draws is None else mean_over_classes(draws, kept)),
+        }
+    return report
+
+
+def both_values(labels: np.ndarray) -> np.ndarray:
+    """(C,) bool: the class has volumes with and without it. Without that most metrics are undefined."""
+    return labels.any(0) & ~labels.all(0)
+
+
+def class_metrics(
+    labels: np.ndarray, scores: np.ndarray, thresholds: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """(R, M, C): every metric of every class on every resample.
+
+    argmax: positive when the score is above 0.5, so that a tie goes to the negative prompt. thresholded: when it is
+    above the class's threshold, NaN where that is NaN. Precision without any volume predicted positive is 0.
+    """
+    scores, counts = scores.astype(np.float64), counts.astype(np.float64)
+    ranked = [_ranking(labels[:, j], scores[:, j], counts) for j in range(labels.shape[1])]
+    parts = [np.array(ranked).transpose(2, 1, 0)]  # (C, 2, R) -> (R, 2, C)
+    parts += [_at_a_cut(labels, scores > cut, counts) for cut in (0.5, np.nan_to_num(thresholds))]
+    parts[2][..., np.isnan(thresholds)] = np.nan
+    return np.concatenate(parts, axis=1)
+
+
+def find_thresholds(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(C,): of linspace(0, 1, 100) the threshold whose (false, true positive rate) is nearest to (0, 1).
+
+    The published rule: searched on the evaluated data itself, and among equally near ones the largest. NaN for a
+    class with one label value.
+    """
+    grid = np.linspace(0, 1, 100)
+    found = np.full(labels.shape[1], np.nan)
+    for j in np.flatnonzero(both_values(labels)):
+        rates = []
+        for side in (labels[:, j], ~labels[:, j]):
+            ordered = np.sort(scores[side, j].astype(np.float64))
+            rates.append(1 - np.searchsorted(ordered, grid, side="right") / len(ordered))  # strictly above
+        distance = np.hypot(1 - rates[0], rates[1])
+        found[j] = grid[np.flatnonzero(distance == distance.min())[-1]]
+    return found
+
+
+def bootstrap(
+    labels: np.ndarray, scores: np.ndarray, thresholds: np.ndarray, resamples: int, seed: int
+) -> np.ndarray:
+    """(R, M, C): the metrics on N volumes drawn with replacement; NaN where the draw has one label value of a class."""
+    rng, n = np.random.default_rng(seed), len(labels)
+    found = np.empty((resamples, len(METRICS), labels.shape[1]))
+    block = max(1, PER_BLOCK // n)
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
+        drawn = rng.integers(n, size=(rows, n)) + np.arange(rows)[:, None] * n
+        counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+        values = class_metrics(labels, scores, thresholds, counts)
+        positives = counts @ labels
+        values[np.broadcast_to(((positives == 0) | (positives == n))[:, None], values.shape)] = np.nan
+        found[start : start + rows] = values
+    return found
+
+
+def mean_over_classes(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """(..., M, C) -> (..., M): mean over the kept classes that are not NaN, NaN where there is none."""
+    values = values[..., kept]
+    defined = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, values, 0).sum(-1) / defined.sum(-1)
+
+
+def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One class, (N,) each -> (false, true positive rates) from (0, 0) to (1, 1), one point a distinct score."""
+    true, false = _cumulated(labels, scores.astype(np.float64), np.ones((1, len(labels))))
+    return false[0] / false[0, -1], true[0] / true[0, -1]
+
+
+def _cumulated(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(R, K + 1) each: true and false positives above none, and from each of the K distinct scores up."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # ties enter together
+    weights = counts[:, order]
+    true = np.cumsum(weights * labels[order], axis=1)[:, last]
+    false = np.cumsum(weights, axis=1)[:, last] - true
+    return tuple(np.pad(x, ((0, 0), (1, 0))) for x in (true, false))
+
+
+def _ranking(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC, the area under the ROC curve, and AP, the sum of (R_i - R_(i-1)) P_i over distinct scores; (R,) each."""
+    true, false = _cumulated(labels, scores, counts)
+    gained = np.diff(true, axis=1)
+    with np.errstate(invalid="ignore"):
+        area = (np.diff(false, axis=1) * (true[:, 1:] - gained / 2)).sum(1) / (true[:, -1] * false[:, -1])
+        precision = np.nan_to_num(true[:, 1:] / (true[:, 1:] + false[:, 1:]))  # 0/0: nothing drawn down to here
+        return area, (gained * precision).sum(1) / true[:, -1]
+
+
+def _at_a_cut(labels: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(R, 5, C): the metrics AT_A_CUT of the confusion matrices."""
+    tp, fp = counts @ (labels & predicted), counts @ (~labels & predicted)
+    positives = counts @ labels
+    total = counts.sum(1, keepdims=True)
+    negatives = total - positives
+    fn, tn = positives - tp, negatives - fp
+    with np.errstate(invalid="ignore"):
+        recall, specificity = tp / positives, tn / negatives
+        precision = np.nan_to_num(tp / (tp + fp))
+        f1 = np.nan_to_num(2 * tp / (2 * tp + fp + fn))
+        f1_negative = np.nan_to_num(2 * tn / (2 * tn + fp + fn))
+    f1_weighted = (positives * f1 + negatives * f1_negative) / total
+    return np.stack([(recall + specificity) / 2, (tp + tn) / total, f1_weighted, recall, precision], axis=1)
+
+
+def _nested(values: np.ndarray) -> dict:
+    """(M,) or (M, 2) -> {"auroc": value, "argmax": {"recall": value, ...}, ...}."""
+    made: dict = {}
+    for name, value in zip(METRICS, values, strict=True):
+        group, _, metric = name.rpartition(".")
+        place = made.setdefault(group, {}) if group else made
+        place[metric] = _or_none(value) if value.ndim == 0 else [_or_none(v) for v in value]
+    return made
+
+
+def _interval(draws: np.ndarray | None) -> dict:
+    """draws (R, M) -> {"interval_95": ...}, over the resamples in which a metric is defined."""
+    if draws is None:
+        return {}
+    bounds = np.full((len(METRICS), 2), np.nan)
+    for m, column in enumerate(draws.T):
+        defined = column[~np.isnan(column)]
+        if len(defined):
+            bounds[m] = np.percentile(defined, (2.5, 97.5))
+    return {"interval_95": _nested(bounds)}
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,256 @@
+"""REAF, HLIP and MAE checkpoints load under their published names, from every file they come in, and start a run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fill
+import train
+from conftest import error_line, script
+from reaf_hsenet.config import ClipConfig, ReafVisionConfig, TextConfig
+from reaf_hsenet.data.prepare import Options, prepare
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.models.clip import build_dual_encoder
+from reaf_hsenet.models.positions import resample_3d
+from reaf_hsenet.pretrained import initial_state, load_matching, load_strictly, read_checkpoint, reaf_state
+
+CONFIG = ClipConfig(
+    "reaf",
+    ReafVisionConfig((8, 16, 16), (4, 8, 8), width=24, depth=3, heads=2, mlp=48, scan_layers=(2,),
+                     region_size=(1, 1, 1), drop_path=0.0),
+    TextConfig(vocab=40, width=16, depth=1, heads=2, mlp=32, positions=20),
+    embed=12, projection_bias=False, logit_scale="exp",
+)
+GRID = CONFIG.vision.grid
+
+
+def published_shapes(fusion=True) -> dict[str, list[int]]:
+    """Names and shapes as REAF's and HLIP's checkpoints have them (open_clip's TimmModel and HFTextEncoder)."""
+    c, t = CONFIG.vision.width, CONFIG.text.width
+    block = {"norm1.weight": [c], "norm1.bias": [c], "attn.qkv.weight": [3 * c, c], "attn.qkv.bias": [3 * c],
+             "attn.proj.weight": [c, c], "attn.proj.bias": [c], "norm2.weight": [c], "norm2.bias": [c],
+             "mlp.fc1.weight": [48, c], "mlp.fc1.bias": [48], "mlp.fc2.weight": [c, 48], "mlp.fc2.bias": [c]}
+    trunk = {"cls_token": [1, 1, c], "spatial_posemb": [1, *GRID, c], "patch_embed.proj.weight": [c, 1, 4, 8, 8],
+             "patch_embed.proj.bias": [c], "norm.weight": [c], "norm.bias": [c],
+             **{f"blocks.{i}.{n}": s for i in range(3) for n, s in block.items()}}
+    if fusion:
+        trunk |= {"fusion_layer.weight": [c, 2 * c], "fusion_layer.bias": [c]}
+    layer = {**{f"attention.self.{p}.{k}": [t, t] if k == "weight" else [t] for p in ("query", "key", "value")
+                for k in ("weight", "bias")},
+             "attention.output.dense.weight": [t, t], "attention.output.dense.bias": [t],
+             "attention.output.LayerNorm.weight": [t], "attention.output.LayerNorm.bias": [t],
+             "intermediate.dense.weight": [32, t], "intermediate.dense.bias": [32],
+             "output.dense.weight": [t, 32], "output.dense.bias": [t],
+             "output.LayerNorm.weight": [t], "output.LayerNorm.bias": [t]}
+    bert = {"embeddings.word_embeddings.weight": [40, t], "embeddings.position_embeddings.weight": [20, t],
+            "embeddings.token_type_embeddings.weight": [2, t], "embeddings.LayerNorm.weight": [t],
+            "embeddings.LayerNorm.bias": [t], "pooler.dense.weight": [t, t],
+            **{f"encoder.layer.0.{n}": s for n, s in layer.items()}}
+    return {"logit_scale": [], "visual.head.proj.weight": [12, c], "text.proj.weight": [12, t],
+            **{f"visual.trunk.{n}": s for n, s in trunk.items()},
+            **{f"text.transformer.{n}": s for n, s in bert.items()}}
+
+
+def published(fusion=True, prefix="") -> dict[str, torch.Tensor]:
+    return {prefix + n: torch.from_numpy(np.array(fill.fill(n, s, 0))) for n, s in published_shapes(fusion).items()}
+
+
+def published_mae(width=24, side=4) -> dict[str, torch.Tensor]:
+    shapes = {n.removeprefix("visual.trunk."): s for n, s in published_shapes().items() if ".blocks." in n or "norm" in n}
+    shapes = {n: s for n, s in shapes.items() if not n.startswith("text.")}
+    shapes |= {"cls_token": [1, 1, width], "pos_embed": [1, side * side + 1, width],
+               "patch_embed.proj.weight": [width, 3, 16, 16], "patch_embed.proj.bias": [width],
+               "mask_token": [1, 1, 8], "decoder_embed.weight": [8, width]}
+    return {n: torch.from_numpy(np.array(fill.fill(n, s, 0))) for n, s in shapes.items()}
+
+
+def fixed(model) -> dict[str, torch.Tensor]:
+    """What no checkpoint of REAF holds: the fusion's constant weights."""
+    return {n: t for n, t in model.state_dict().items() if n.startswith("vision.fusion.")}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_whole_dual_encoder_loads_strictly_under_reafs_names(prefix):
+    model, source = build_dual_encoder(CONFIG), published(prefix=prefix)
+    load_strictly(model, reaf_state(source, GRID) | fixed(model), "REAF")
+    state, plain = model.state_dict(), published()
+    kernel = plain["visual.trunk.patch_embed.proj.weight"]
+    conv = torch.nn.functional.conv3d(torch.ones(1, 1, 8, 16, 16), kernel, stride=(4, 8, 8)).flatten(2).mT
+    ours = model.vision.patch_embed(torch.ones(1, 1, 8, 16, 16)) - state["vision.patch_embed.proj.bias"]
+    assert torch.allclose(ours, conv, atol=1e-5)
+    query = plain["text.transformer.encoder.layer.0.attention.self.query.weight"]
+    assert torch.equal(state["text.blocks.0.attn.qkv.weight"][:16], query)
+    assert torch.equal(state["vision.pos_embed"], plain["visual.trunk.spatial_posemb"].flatten(1, 3))
+    assert model.scale().item() == pytest.approx(plain["logit_scale"].exp().item())
+
+
+def test_every_tensor_of_the_checkpoint_has_a_place():
+    """Each changes the model when it is changed, except BERT's pooler, which REAF does not use."""
+    model = build_dual_encoder(CONFIG)
+    expected = {n: t.clone() for n, t in (reaf_state(published(), GRID) | fixed(model)).items()}
+    for name in published_shapes():
+        other = published()
+        other[name] = other[name] + 1
+        state = reaf_state(other, GRID)
+        changed = [n for n in state if not torch.equal(state[n], expected[n])]
+        assert len(changed) == (0 if "pooler" in name else 1), name
+
+
+def test_a_missing_tensor_is_named():
+    model, source = build_dual_encoder(CONFIG), published()
+    del source["visual.trunk.blocks.1.attn.qkv.bias"]
+    with pytest.raises(InputError, match=r"vision.blocks.1.attn.qkv.bias is missing"):
+        load_strictly(model, reaf_state(source, GRID) | fixed(model), "REAF")
+
+
+def test_a_position_table_of_another_grid_is_resampled():
+    source = published()
+    table = source["visual.trunk.spatial_posemb"]
+    state = reaf_state(source, (2, 3, 3))
+    assert torch.equal(state["vision.pos_embed"], resample_3d(table, (2, 3, 3)).flatten(1, 3))
+
+
+def test_hlip_starts_all_but_the_fusion_and_says_so():
+    model = build_dual_encoder(CONFIG)
+    before = model.vision.fusion_layer.weight.clone()
+    account = load_matching(model, initial_state(published(fusion=False), "hlip.pt", (4, 8, 8), GRID), "hlip.pt")
+    assert torch.equal(model.vision.fusion_layer.weight, before)
+    assert "fusion_layer" in account and "left at their start" in account and "hlip.pt" in account
+    assert torch.equal(model.vision.blocks[2].mlp.fc1.weight, published()["visual.trunk.blocks.2.mlp.fc1.weight"])
+
+
+def test_a_mae_checkpoint_is_inflated_and_its_decoder_not_used():
+    model = build_dual_encoder(CONFIG)
+    source = published_mae()
+    account = load_matching(model, initial_state(source, "mae.pth", (4, 8, 8), GRID), "mae.pth")
+    assert "decoder_embed" in account and "mask_token" in account and "text.blocks.* (" in account
+    assert torch.equal(model.vision.cls_token, source["cls_token"] + source["pos_embed"][:, :1])
+    # A volume that is constant over depth sees the sum of the kernel's colours, once.
+    plane = torch.nn.functional.interpolate(source["patch_embed.proj.weight"], size=(8, 8), mode="bicubic").sum(1)
+    ones = model.vision.patch_embed(torch.ones(1, 1, 8, 16, 16))[0, 0] - model.vision.patch_embed.proj.bias
+    assert torch.allclose(ones, plane.sum((1, 2)), atol=1e-4)
+
+
+FILES = {
+    "epoch_50.pt": lambda path, state: torch.save({"epoch": 50, "name": "REAF", "state_dict": state}, path),
+    "mae_pretrain.pth": lambda path, state: torch.save({"model": state}, path),
+    "weights.bin": lambda path, state: torch.save(state, path),
+    "model.safetensors": lambda path, state: save_file(state, path),
+    "folder/model.safetensors": lambda path, state: (path.parent.mkdir(), save_file(state, path)),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_checkpoint_files_of_every_kind_are_read(tmp_path, name):
+    state = published(prefix="module.")
+    FILES[name](tmp_path / name, state)
+    found = read_checkpoint(str(tmp_path / name.split("/")[0]))
+    assert found.keys() == state.keys() and all(torch.equal(found[n], state[n]) for n in state)
+
+
+@pytest.mark.parametrize(("state", "words"), [
+    ({"layer1.0.conv1.weight": torch.zeros(2)}, "is not a checkpoint of REAF, HLIP or a MAE ViT.*layer1"),
+    (published_mae(width=12), r"does not fit this model: vision\.\S+ is"),
+])
+def test_other_checkpoints_are_refused_by_name(state, words):
+    with pytest.raises(InputError, match=words):
+        load_matching(build_dual_encoder(CONFIG), initial_state(state, "x.pt", (4, 8, 8), GRID), "x.pt")
+
+
+@pytest.fixture(scope="module")
+def prepared_reaf(phantom_root, tmp_path_factory) -> Path:
+    """The small phantoms in REAF's recipe at 16 x 32 x 32."""
+    from reaf_hsenet.config import TINY_RECIPES
+    from reaf_hsenet.data.datasets import read_ct_rate
+
+    out = tmp_path_factory.mktemp("prepared") / "reaf"
+    recipe = replace(TINY_RECIPES["reaf"], size=(16, 32, 32), spacing=(21.0, 11.0, 11.0))
+    prepare(read_ct_rate(phantom_root), out, Options(recipe), progress=False)
+    return out
+
+
+def tiny(data, out, *more) -> list[str]:
+    return ["--stage", "clip1", "--model", "reaf", "--size", "16", "32", "32", "--batch-size", "4", "--log-every", "1",
+            "--region-size", "1", "1", "1", "--device", "cpu", "--data", str(data), "--out", str(out),
+            "--preset", "reaf-tiny", *map(str, more)]
+
+
+def test_reaf_trains_resumes_and_starts_another_run(prepared_reaf, tmp_path, capsys):
+    from test_train import same_weights
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = ("--drop-path", 0.3, "--fusion", "random_weighted_mean", "--class-score", "class_token")
+    assert train.main(tiny(prepared_reaf, whole, "--max-steps", 4, *settings)) == 0
+    assert train.main(tiny(prepared_reaf, parts, "--max-steps", 4, "--save-every", 2, "--keep", 9, *settings)) == 0
+    (parts / "checkpoints/last").write_text("step-000002\n")
+    assert train.main(tiny(prepared_reaf, parts, "--resume", *settings)) == 0
+    assert same_weights(whole, parts)
+    vision = json.loads((whole / "config.json").read_text())["model"]["vision"]
+    assert vision["fusion"] == "random_weighted_mean" and vision["class_score"] == "class_token"
+    weights = whole / "checkpoints/step-000004"
+    assert train.main(tiny(prepared_reaf, tmp_path / "next", "--max-steps", 1, "--init", weights)) == 0
+    assert "text.blocks.* (" in capsys.readouterr().out  # of another vocabulary, so left at its start
+
+
+def test_grad_cache_trains_as_one_pass_does(prepared_reaf, tmp_path):
+    from test_train import weights
+
+    runs = {}
+    for chunk in (None, 1, 3):
+        flags = ("--grad-cache", chunk) if chunk else ()
+        assert train.main(tiny(prepared_reaf, tmp_path / f"{chunk}", "--max-steps", 2, *flags)) == 0
+        runs[chunk] = weights(tmp_path / f"{chunk}")
+    for chunk in (1, 3):
+        for name, tensor in runs[None].items():
+            # Adam divides by the gradient's size: where that is 1e-6 its rounding shows. lr is 1e-3.
+            assert (runs[chunk][name] - tensor).abs().max() < 1e-4, (chunk, name)
+
+
+def test_the_frozen_text_encoder_trains_its_layer_norms_only(prepared_reaf, tmp_path):
+    from test_train import weights
+
+    start, end = tmp_path / "start", tmp_path / "end"
+    for out, steps in ((start, 1), (end, 3)):  # the first step has a rate of 0 in neither
+        flags = ("--max-steps", steps, "--unfreeze-text", 0, "--weight-decay", 0.5)
+        assert train.main(tiny(prepared_reaf, out, *flags)) == 0
+    start, end = weights(start), weights(end)
+    for name in start:
+        if name.startswith("text.") and "norm" not in name:
+            assert torch.equal(start[name], end[name]), name
+        elif "fusion.weights" not in name and not name.endswith(("fusion.scan.weights", "fusion.slice.weights", "pos_embed")):
+            assert not torch.equal(start[name], end[name]), name
+
+
+def test_lora_runs_train_and_evaluate(prepared_reaf, tmp_path):
+    import evaluate
+
+    out = tmp_path / "lora"
+    assert train.main(tiny(prepared_reaf, out, "--max-steps", 2, "--lora", "text", "vision", "--lora-r", 2)) == 0
+    assert evaluate.main(["--task", "retrieval", "--run", str(out), "--device", "cpu"]) == 0
+
+
+def test_wrong_reaf_flags_are_named(prepared_reaf, tmp_path):
+    def line(*flags, data=prepared_reaf):
+        with pytest.raises(InputError) as caught:
+            train.main(tiny(data, tmp_path / "r", *flags))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "--region-size (9, 9, 9): does not fit the grid of (2, 2, 2)" in line("--region-size", 9, 9, 9)
+    assert "--fusion" in line("--fusion", "median")
+    assert "--drop-path 1.0" in line("--drop-path", 1)
+    assert "--unfreeze-text" in line("--unfreeze-text", "some")
+    assert "--grad-cache 0" in line("--grad-cache", 0)
+    assert "--lora-r: needs --lora" in line("--lora-r", 4)
+    assert "name no linear layer" in line("--lora", "vision", "--lora-targets", "gate")
+    assert "scan_layers (7,)" in line("--scan-layers", 7)
+    (tmp_path / "x.pt").write_bytes(b"no")
+    assert "x.pt: is truncated or not a checkpoint" in line("--init", tmp_path / "x.pt")
+    assert "nowhere.pt: no such folder" in line("--init", "./nowhere.pt")
+    hsenet = script("train.py", "--stage", "clip1", "--data", prepared_reaf, "--regions", 2, cwd=tmp_path)
+    assert "--regions: is an option of --model reaf" in error_line(hsenet)
