@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from reaf_hsenet.config import FITS, PRESETS, RECIPES
+from reaf_hsenet.config import FITS, RECIPES, TINY_RECIPES
 from reaf_hsenet.data.datasets import Source, read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
@@ -93,11 +93,9 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--workers {args.workers}: expected 1 or more")
     name = args.recipe or ("reaf" if args.dataset == "reaf" else "hsenet")
     changes = {k: tuple(v) for k in ("size", "spacing", "window") if (v := getattr(args, k)) is not None}
-    if args.dataset == "phantom" and name == "hsenet":
-        changes.setdefault("size", PRESETS["hsenet-tiny"].vision.size)
     if args.fit:
         changes["fit"] = args.fit
-    recipe = replace(RECIPES[name], **changes)
+    recipe = replace((TINY_RECIPES if args.dataset == "phantom" else RECIPES)[name], **changes)
     options = Options(recipe, args.rescale, args.orientation, args.assume_orientation, args.dtype)
     text = "findings and impressions" if args.impressions else "findings"
     if args.dataset == "reaf":

@@ -2,6 +2,7 @@
 
     torchrun train.py --stage clip1                                   # phantom data, tiny preset, a laptop is enough
     torchrun --nproc-per-node 8 train.py --stage clip1 --data data/ct-rate --text-model google-bert/bert-base-uncased
+    torchrun train.py --stage clip1 --model reaf                      # the second method, also on phantoms
     torchrun train.py --stage clip1 --resume                          # continue, exactly, where the run stopped
 
 `python train.py` does the same with one process. Ctrl-C or SIGTERM writes a checkpoint first.

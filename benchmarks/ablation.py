@@ -46,14 +46,11 @@ def run(*command: str) -> None:
 
 def test_data(method: str) -> Path:
     """Patients that no choice was made on, in the method's recipe for phantoms."""
-    from reaf_hsenet.config import TINY_RECIPES
-
-    recipe, out = TINY_RECIPES[method], ROOT / f"data/ablation-{method}"
+    out = ROOT / f"data/ablation-{method}"
     if not (out / "manifest.json").is_file():
         # A training split is asked of the generator; its smallest is enough.
-        run("preprocess.py", "--dataset", "phantom", "--out", str(out), "--recipe", method, "--size",
-            *map(str, recipe.size), "--spacing", *map(str, recipe.spacing), "--seed", str(TEST_SEED),
-            "--train-size", "1", "--valid-size", str(TEST_SIZE), "--workers", "2")  # fmt: skip
+        run("preprocess.py", "--dataset", "phantom", "--out", str(out), "--recipe", method,
+            "--seed", str(TEST_SEED), "--train-size", "1", "--valid-size", str(TEST_SIZE), "--workers", "2")  # fmt: skip
     return out
 
 
@@ -120,5 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()
