@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reaf_hsenet.config import FUSIONS, PRESETS, ReafVisionConfig
 from reaf_hsenet.errors import InputError
@@ -230,6 +231,36 @@ def test_base_preset_has_the_published_sizes():
     assert model.vision_proj.weight.shape == (512, 768) and model.vision_proj.bias is None
     assert model.vision.blocks[0].attn.qkv.bias is not None and model.vision.norm.eps == 1e-6
     assert sorted(model.vision.scan_layers) == [2, 5, 8, 11] and model.scale_kind == "exp"
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on every operation whose result the host must wait for, on any device."""
+
+    READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
+             torch.ops.aten.masked_select, torch.ops.aten.unique_dim, torch.ops.aten._unique2}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in self.READS, f"{function} reads a value on the host"
+        return function(*args, **(kwargs or {}))
+
+
+def test_forward_and_backward_never_wait_for_a_value():
+    model, volume = encoder(drop_path=0.5).train(), volumes()
+    with NoHostReads():
+        model(volume)[:, 0].sum().backward()
+    with pytest.raises(AssertionError, match="reads a value"), NoHostReads():
+        volume.sum().item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_forward_on_a_gpu_does_not_synchronise():
+    model, volume = encoder(drop_path=0.5).train().cuda(), volumes().cuda()
+    model(volume)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(volume)[:, 0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_blocks_compile_without_graph_breaks():
