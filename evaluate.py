@@ -3,6 +3,7 @@
     python evaluate.py --task retrieval                                # runs/clip1-hsenet on its validation split
     python evaluate.py --task retrieval --run RUN --data FOLDER        # any run, any prepared data set
     python evaluate.py --task zeroshot --prompts organ                 # CT-RATE's classes, with another template
+    python evaluate.py --task retrieval --compare RUN RUN              # evaluated runs side by side
 
 Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv, embeddings.safetensors; zeroshot.json,
 zeroshot_scores.csv. With --figures DIR also pictures (needs matplotlib).
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from reaf_hsenet import distributed, figures, zeroshot
+from reaf_hsenet import comparison, distributed, figures, zeroshot
 from reaf_hsenet.data.labels import LABEL_SETS, load_label_set, manifest_labels, read_label_table
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
@@ -37,8 +38,9 @@ OVERLAPS = {
     "per_k_excluding_all_reconstructions_of_the_query_scan": "label overlap, without its scan",
 }
 
-# The defaults of the flags that only zero-shot classification has.
-ZEROSHOT = {"prompts": "volume", "label_set": "ct-rate", "labels": None, "bootstrap": 1000, "seed": 0}
+# The defaults of the flags that only zero-shot classification has, and of those that --compare has too.
+ZEROSHOT = {"prompts": "volume", "label_set": "ct-rate", "labels": None}
+BOOTSTRAP = {"bootstrap": 1000, "seed": 0}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -46,6 +48,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--task", choices=("retrieval", "zeroshot"), required=True)
     parser.add_argument("--run", type=Path, help="run folder of train.py (default: runs/clip1-MODEL)")
     parser.add_argument("--model", choices=("hsenet", "reaf"), default="hsenet", help="whose default run folder")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="two or more evaluated runs: their scores, and differences from the first with bootstrap intervals",
+    )
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--data", type=Path, help="prepared data set (default: the run's own)")
     parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
@@ -64,10 +73,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--seed", type=int, help="of the bootstrap (default: 0)")
     args = parser.parse_args(argv)
     args.run = args.run or Path(f"runs/clip1-{args.model}")
-    given = [name for name in ZEROSHOT if getattr(args, name) is not None]
+    own = ZEROSHOT if args.compare else ZEROSHOT | BOOTSTRAP
+    given = [name for name in own if getattr(args, name) is not None]
     if given and args.task != "zeroshot":
         raise InputError(f"--{given[0].replace('_', '-')}: belongs to --task zeroshot, not {args.task}")
-    vars(args).update({name: value for name, value in ZEROSHOT.items() if name not in given})
+    for name, value in (ZEROSHOT | BOOTSTRAP).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.compare and len(args.compare) < 2:
+        raise InputError("--compare: expected two or more runs")
     for name, least in (("batch_size", 1), ("workers", 0), ("figure_volumes", 0), ("bootstrap", 0), ("seed", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
@@ -76,16 +90,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    if args.figures:
-        figures.new_figure(1, 1)  # says now, not after hours, that matplotlib is missing
+    if args.compare:
+        results = comparison.compare(args.task, args.compare, args.bootstrap, args.seed)
+        comparison.print_comparison(results, args.compare)
+        if args.out:
+            write_json(args.out / f"comparison_{args.task}.json", {"runs": list(map(str, args.compare)), **results})
+        return 0
+    if args.figures:  # what is wrong with it is said now, not after hours
+        figures.new_figure(1, 1)
+        if args.figures.exists() and not args.figures.is_dir():
+            raise InputError(f"--figures {args.figures}: is a file; expected a folder to write into")
     ranks = distributed.start(args.device)
     try:
         run = load_dual_encoder(args.run, args.checkpoint)
         manifest = load_manifest(args.data or run.data)
         manifest.require(run.recipe, str(args.run))
-        manifest.check([args.split])
-        style = run.config.model
-        dataset = CTReportDataset(manifest, args.split, run.tokenizer, run.config.max_text, style=style)
+        if run.guided:
+            manifest.require_slices(run.slices, str(args.run))
+        manifest.check([args.split], slices=run.guided, reports=args.task == "retrieval")
+        dataset = CTReportDataset(
+            manifest,
+            args.split,
+            run.tokenizer,
+            run.config.max_text,
+            style=run.config.model,
+            slices=run.guided,
+        )
         run.model.to(ranks.device)
         {"retrieval": retrieval, "zeroshot": classify}[args.task](args, run, manifest, dataset, ranks)
         if args.figures and ranks.main:
@@ -148,7 +178,9 @@ def classify(
     table = read_label_table(args.labels) if args.labels else manifest_labels(manifest, args.split)
     label_set = load_label_set(args.label_set)
     task = zeroshot.define_task(zeroshot.load_prompts(args.prompts), label_set, table, ids)
-    image = zeroshot.embed_images(run.model, dataset, ranks, args.batch_size, args.workers)
+    image, _ = embed(
+        run.model, dataset, ranks, args.batch_size, workers=args.workers, progress=True, reports=False
+    )
     if not ranks.main:
         return
     scores = zeroshot.score(run, image, task)
@@ -179,16 +211,13 @@ def saliency_figures(
 ) -> None:
     vision, recipe = run.model.vision, manifest.recipe
     entries = manifest.entries(args.split)[: args.figure_volumes]
-    if entries and not hasattr(vision, "saliency"):
-        print("saliency: only REAF's encoder chooses regions, so no pictures of them")
-        entries = []
     for entry in entries:
         volume = read_prepared(manifest, entry)
-        maps, masks = (of(volume[None].to(device)) for of in (vision.saliency, vision.region_mask))
-        if not maps:
-            print("saliency: this encoder fuses no layers, so it chooses no regions")
+        found = vision.salient_regions(volume[None].to(device)) if hasattr(vision, "salient_regions") else {}
+        if not found:
+            print("saliency: this encoder chooses no regions, so there are no pictures of them")
             break
-        regions = {name: (values * masks[name])[0] for name, values in maps.items()}
+        regions = {name: r[0] for name, r in found.items()}
         figures.saliency_figure(
             args.figures / f"saliency_{entry['id']}.png",
             volume[0],

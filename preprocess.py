@@ -5,13 +5,16 @@
     python preprocess.py --dataset nifti --root scans --csv scans/reports.csv --out data/mine --recipe reaf
     python preprocess.py --dataset reaf --root /data/ct_rate --out data/reaf   # REAF's .pt, .pt.gz, .nii.gz and reports
     python preprocess.py --dataset reaf --root /data/ct_rate --out data/as-is --as-is    # a list of them, nothing else
+    python preprocess.py --slices biomedclip/open_clip_pytorch_model.bin --out data/ct-rate --device cuda   # for stage 2
 
-Run it again and it does what is missing. Files that cannot be used are listed with the reason in OUT/refused.csv.
+Run it again and it does what is missing; --slices is also a step of its own, for a folder that has volumes. Files that
+cannot be used are listed with the reason in OUT/refused.csv.
 """
 
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from reaf_hsenet.data.datasets import Source, read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
 from reaf_hsenet.data.reaf_dataset import read_reaf
+from reaf_hsenet.data.slices import SLICE_RECIPES, SLICES, require_pillow
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES
 from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
 
@@ -27,7 +31,11 @@ from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, choices=("phantom", "ct-rate", "nifti", "reaf"))
+    data.add_argument(
+        "--dataset",
+        choices=("phantom", "ct-rate", "nifti", "reaf"),
+        help="may be left out with --slices, for volumes that OUT holds already",
+    )
     data.add_argument(
         "--root", type=Path, help="folder of the raw data (phantom: where it is written, default OUT/raw)"
     )
@@ -64,6 +72,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="CODES",
         help="axis codes of files whose header has none, for example LPS",
     )
+    slices = parser.add_argument_group("slice features, for stage 2")
+    slices.add_argument(
+        "--slices",
+        metavar="ENCODER",
+        help="also encode 32 axial slices of each volume: file, folder or hub id of a 2D ViT (published: BiomedCLIP)",
+    )
+    slices.add_argument("--slice-batch", type=int, default=64, help="slices per forward pass")
+    slices.add_argument(
+        "--slice-recipe",
+        choices=tuple(SLICE_RECIPES),
+        help="how slices are taken from a CT (default: hsenet; of --dataset phantom: phantom)",
+    )
+    slices.add_argument(
+        "--jpeg-slices", action="store_true", help="through JPEG files, as published (needs Pillow)"
+    )
+    slices.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     run = parser.add_argument_group("run")
     run.add_argument("--workers", type=int, default=1)
     run.add_argument(
@@ -91,6 +115,16 @@ def main(argv: list[str]) -> int:
     raise_on_sigterm()
     if args.workers < 1:
         raise InputError(f"--workers {args.workers}: expected 1 or more")
+    if args.dataset is None and args.slices is None:
+        raise InputError("--dataset is missing; say which, or give --slices ENCODER for volumes that --out holds already")
+    features = slice_step(args)
+    refused = prepare_volumes(args) if args.dataset else []
+    refused += features()
+    return 3 if refused and not args.allow_refused else 0
+
+
+def prepare_volumes(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The volumes, or a list of the files as they are. Returns what was refused."""
     name = args.recipe or ("reaf" if args.dataset == "reaf" else "hsenet")
     changes = {k: tuple(v) for k in ("size", "spacing", "window") if (v := getattr(args, k)) is not None}
     if args.fit:
@@ -109,7 +143,40 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None
     report(manifest, refused)
-    return 3 if refused and not args.allow_refused else 0
+    return refused
+
+
+def slice_step(args: argparse.Namespace) -> Callable[[], list[tuple[str, str]]]:
+    """The step that adds slice features, to be called when there are volumes; its encoder is read here already."""
+    if args.slices is None:
+        if args.jpeg_slices:
+            raise InputError("--jpeg-slices: needs --slices ENCODER")
+        return list
+    if args.slice_batch < 1:
+        raise InputError(f"--slice-batch {args.slice_batch}: expected 1 or more")
+    if args.jpeg_slices:
+        require_pillow()
+    # Here, not above: the workers that prepare volumes start faster without torch.
+    from reaf_hsenet import distributed
+    from reaf_hsenet.data.slice_features import add_slice_features, load_slice_encoder
+
+    device = distributed.start(args.device).device
+    recipe = args.slice_recipe or ("phantom" if args.dataset == "phantom" else "hsenet")
+    encoder, provenance = load_slice_encoder(args.slices, args.jpeg_slices, recipe)
+
+    def step() -> list[tuple[str, str]]:
+        try:
+            refused = add_slice_features(
+                args.out, encoder, provenance, args.workers, device, batch=args.slice_batch
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None
+        made = f"({SLICES}, {encoder.width}) slice features of {args.slices}"
+        print(f"{args.out / 'manifest.json'}: {made}, sha256 {provenance['sha256'][:12]}")
+        report_refused(args.out, refused)
+        return refused
+
+    return step
 
 
 def read_source(args: argparse.Namespace) -> Source:
@@ -140,10 +207,14 @@ def report(manifest, refused) -> None:
     )
     for decision, count in decisions.most_common():
         print(f"  rescale, {count} volumes: {decision}")
+    report_refused(manifest.folder, refused)
+
+
+def report_refused(folder: Path, refused: list[tuple[str, str]]) -> None:
     for path, reason in refused[:10]:
         print(f"refused: {path}: {reason}", file=sys.stderr)
     if refused:
-        print(f"{len(refused)} files refused, see {manifest.folder / 'refused.csv'}", file=sys.stderr)
+        print(f"{len(refused)} files refused, see {folder / 'refused.csv'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

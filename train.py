@@ -1,8 +1,9 @@
-"""Train a stage: clip1, the dual encoder of CT volumes and reports.
+"""Train a stage: clip1, the dual encoder of CT volumes and reports; clip2, the same guided by 2D slices.
 
     torchrun train.py --stage clip1                                   # phantom data, tiny preset, a laptop is enough
     torchrun --nproc-per-node 8 train.py --stage clip1 --data data/ct-rate --text-model google-bert/bert-base-uncased
     torchrun train.py --stage clip1 --model reaf                      # the second method, also on phantoms
+    torchrun train.py --stage clip2                                   # HSENet's stage 2, from the run of stage 1
     torchrun train.py --stage clip1 --resume                          # continue, exactly, where the run stopped
 
 `python train.py` does the same with one process. Ctrl-C or SIGTERM writes a checkpoint first.
@@ -16,25 +17,23 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from reaf_hsenet import distributed
 from reaf_hsenet.calibration import calibrate
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import FUSIONS, PRESETS, RECIPES, to_dict
+from reaf_hsenet.config import FUSIONS, NO_AUGMENTATION, PRESETS, RECIPES, to_dict
+from reaf_hsenet.contrastive import Contrastive, Guided, Teacher, encode
 from reaf_hsenet.data.loader import CTReportDataset, plain_batch
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.embedding import embed, retrieval_score
 from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
 from reaf_hsenet.files import folder_lock
-from reaf_hsenet.losses import contrastive_logits, contrastive_loss, gather_with_grad
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder, freeze_text, set_grad_checkpoint
 from reaf_hsenet.models.layers import count_parameters
-from reaf_hsenet.pretrained import initial_state, load_matching, load_strictly, read_checkpoint
+from reaf_hsenet.pretrained import load_matching, load_strictly
 from reaf_hsenet.run_setup import Setup, new_setup, resumed_setup
-from reaf_hsenet.trainer import Trainer
+from reaf_hsenet.trainer import PRECISIONS, Trainer
 
-STAGES = ("clip1",)
+STAGES = ("clip1", "clip2")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -57,7 +56,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     model.add_argument("--logit-scale", choices=("raw", "exp"), help="raw: as HSENet publishes; exp: as CLIP")
     model.add_argument(
-        "--init", help="checkpoint to start from: a MAE ViT-B/16, HLIP or REAF; file, folder or hub id"
+        "--init",
+        help="checkpoint to start from: a run, M3D-CLIP, HSENet, HLIP, REAF or MAE ViT-B/16; file, folder or hub id",
     )
     model.add_argument(
         "--unfreeze-text",
@@ -83,6 +83,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     reaf.add_argument("--slice-class", choices=("first", "mean"), help="class token of the slice branch")
     reaf.add_argument("--scan-layers", type=int, nargs="+", metavar="I", help="blocks that see the whole scan")
     reaf.add_argument("--drop-path", type=float)
+    guided = parser.add_argument_group("stage clip2 (defaults are the published ones)")
+    guided.add_argument(
+        "--teacher", type=Path, help="run of stage clip1 (default: --init if it is one, else runs/clip1-hsenet)"
+    )
+    guided.add_argument("--relation", type=float, help="weight of the relation loss at the first step")
+    guided.add_argument("--relation-steps", type=int, help="steps until it is 0")
+    guided.add_argument("--no-guidance", action="store_true", help="a plain 3D ViT, without slices")
+    guided.add_argument(
+        "--slices-stay", action="store_true", help="slice features do not follow a flip, as published"
+    )
     recipe = parser.add_argument_group("recipe (defaults are the stage's own, see config.py)")
     recipe.add_argument("--epochs", type=int)
     recipe.add_argument("--max-steps", type=int, help="number of optimizer steps, in place of epochs")
@@ -150,6 +160,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--workers {args.workers}: expected 0 or more")
     for name, low, high in (
         ("seed", 0, 2**31),
+        ("fusion_seed", 0, 2**31),
         ("weight_decay", 0, math.inf),
         ("warmup", 0, 1),
         ("suppression", 0, 1),
@@ -184,20 +195,30 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             if ranks.main:
                 run.forget_after(0)
         manifest, settings = setup.manifest, setup.settings
-        manifest.check(["train", "validation"])
+        guided = setup.guided
+        manifest.check(["train", "validation"], slices=guided)
         data = partial(
             CTReportDataset,
             manifest,
             tokenizer=setup.tokenizer,
             max_text=setup.model_config.max_text,
             style=args.model,
+            slices=guided,
         )
-        train_set = data(split="train", augmentation=settings.augment, seed=settings.seed)
+        train_set = data(
+            split="train",
+            augmentation=settings.augment,
+            seed=settings.seed,
+            slices_follow=settings.slices_follow,
+        )
         validation_set = data(split="validation")
-
-        def loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, dict]:
-            image, text = gather_with_grad(image.float()), gather_with_grad(text.float())
-            return contrastive_loss(contrastive_logits(image, text, scale)), {"logit_scale": scale.detach()}
+        stage = Contrastive()
+        if setup.teacher is not None:
+            dtype = PRECISIONS[settings.precision]
+            chunk = settings.grad_cache or settings.batch_size
+            changes = settings.augment != NO_AUGMENTATION
+            teacher = Teacher(setup.teacher.model, ranks.device, dtype, chunk, changes)
+            stage = Guided(teacher, settings.relation, settings.relation_steps)
 
         def validate(model: DualEncoder) -> tuple[float, dict]:
             return retrieval_score(
@@ -207,13 +228,17 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
         model = build_dual_encoder(setup.model_config)
         if not args.resume:
             start_weights(model, setup, data, args, say)
+        if settings.text_blocks is not None:
+            if settings.text_blocks > len(model.text.blocks) + 1:
+                raise InputError(
+                    f"--unfreeze-text {settings.text_blocks}: the text encoder has {len(model.text.blocks)} blocks; say all"
+                )
+            freeze_text(model, settings.text_blocks)
         if setup.model_config.lora:
             try:
                 adapt(model, setup.model_config.lora)
             except ValueError as error:
                 raise InputError(f"--lora-targets: {error}") from error
-        if settings.text_blocks is not None:
-            freeze_text(model, settings.text_blocks)
         set_grad_checkpoint(model, settings.grad_checkpoint)
         if args.compile:
             for block in [*model.vision.blocks, *model.text.blocks]:
@@ -221,8 +246,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
         workers = args.workers if args.workers is not None else 4 if ranks.device.type == "cuda" else 0
         trainer = Trainer(
             model,
-            lambda model, batch: model(batch.volume, batch.ids, batch.mask),
-            loss,
+            encode,
+            stage.loss,
             validate,
             train_set,
             settings,
@@ -242,7 +267,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             run.write_config(setup.to_json(args, ranks, trainer.total))
         say(
             f"{run.folder}: {args.stage}, {setup.preset}, {count_parameters(model) / 1e6:.1f} M parameters, "
-            f"{count_parameters(model, trained=True) / 1e6:.1f} M trained, {len(train_set)} volumes, global batch {settings.batch_size * settings.accumulate * ranks.world}, "
+            f"{count_parameters(model, trained=True) / 1e6:.1f} M trained, {len(train_set)} volumes, "
+            f"global batch {settings.batch_size * settings.accumulate * ranks.world}, "
             f"{settings.precision} on {ranks.world} x {ranks.device.type}, step {trainer.progress.step} of "
             f"{trainer.total}"
         )
@@ -256,12 +282,8 @@ def start_weights(model: DualEncoder, setup: Setup, data: Callable, args: argpar
     """Pretrained weights as the command line names them; what starts from nothing is calibrated where the recipe says."""
     if setup.text_weights is not None:
         load_strictly(model.text, setup.text_weights, args.text_model)
-    if args.init:
-        vision = setup.model_config.vision
-        state = initial_state(read_checkpoint(args.init), args.init, vision.patch, vision.grid)
-        if setup.text_weights is None:
-            state = {n: t for n, t in state.items() if not n.startswith("text")}  # of another vocabulary
-        say(load_matching(model, state, args.init))
+    if setup.init_state is not None:
+        say(load_matching(model, setup.init_state, setup.origin["init"]))
     elif setup.settings.calibrate:
         sample = plain_batch(data(split="train"), setup.settings.calibrate)
         calibrate(model, sample.volume, sample.ids if setup.text_weights is None else None, sample.mask)
@@ -272,7 +294,7 @@ def already_there(args: argparse.Namespace, run: Run, setup: Setup, say) -> int:
     values, last = run.read_config(), run.pointer("last")
     same = values["model"] == json.loads(json.dumps(to_dict(setup.model_config)))
     same &= values["train"] == json.loads(json.dumps(to_dict(setup.settings)))
-    same &= values["max_steps"] == args.max_steps and values["data"] == str(setup.manifest.folder.absolute())
+    same &= values["max_steps"] == args.max_steps and values["data"] == str(setup.manifest.location.absolute())
     if same and last is not None and last.name == f"step-{values['total_steps']:06d}":
         say(f"{run.folder}: this run is finished already; evaluate it, or train another with --out FOLDER")
         return 0

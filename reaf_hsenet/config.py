@@ -147,6 +147,15 @@ class ReafVisionConfig(VisionConfig):
 
 
 @dataclass(frozen=True)
+class GuidedVisionConfig(VisionConfig):
+    """HSENet's 2E3 encoder: slices features of slice_width a volume score its patches (models/slice_guidance.py)."""
+
+    slices: int = 32
+    slice_width: int = 768
+    guidance_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """BERT or RoBERTa encoder, as its config.json says."""
 
@@ -244,6 +253,8 @@ class TrainConfig:
     first_step: 0, the warm-up starts at a rate of 0; 1, at the first step's share of it, as REAF does.
     text_blocks: last blocks of the text encoder that are trained, the rest frozen but for its LayerNorms; None: all.
     grad_cache: volumes per pass of --grad-cache (grad_cache.py); None: the whole batch in one pass.
+    relation: weight of stage 2's relation loss at step 0, which falls to 0 at relation_steps.
+    slices_follow: a volume's slice features follow its depth flip; HSENet publishes that they do not.
     calibrate: training volumes that set the start of an encoder trained from nothing (calibration.py); 0: plain start.
     """
 
@@ -268,6 +279,9 @@ class TrainConfig:
     first_step: int = 0
     text_blocks: int | None = None
     grad_cache: int | None = None
+    relation: float = 0.0
+    relation_steps: int = 5000
+    slices_follow: bool = True
     calibrate: int = 0
 
 
@@ -279,7 +293,14 @@ STAGES = {
         lr=1e-4, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, warmup=0.03, epochs=50, batch_size=3
     ),
     ("clip2", "hsenet"): TrainConfig(
-        lr=1e-4, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, warmup=0.03, epochs=50, batch_size=3
+        lr=1e-4,
+        weight_decay=0.1,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        warmup=0.03,
+        epochs=50,
+        batch_size=3,
+        relation=0.1,
     ),
     ("mrg", "hsenet"): TrainConfig(
         lr=1e-4,
@@ -323,9 +344,8 @@ STAGES = {
     ),
 }
 
-# What belongs to one stage only. Relation loss: weight * max(0, 1 - step / steps). Text lengths are tokens, the 256
-# visual tokens of report generation and question answering included. REAF's LoRA, off in its recipe, is LoraConfig.
-RELATION = {"weight": 0.1, "steps": 5000}
+# What belongs to one stage only. Text lengths are tokens, the 256 visual tokens of report generation and question
+# answering included. REAF's LoRA, off in its recipe, is LoraConfig.
 DECODER_LORA = {"r": 16, "alpha": 32, "dropout": 0.05, "targets": "every linear layer of the decoder but lm_head"}
 TEXT_LENGTH = {"clip1": 512, "clip2": 512, "mrg": 800, "vqa": 330}
 GENERATION = {
@@ -346,6 +366,17 @@ TINY_STAGES = {
         "validate_every": 0.125,
         "augment": NO_AUGMENTATION,
         "calibrate": 256,
+    },
+    ("clip2", "hsenet"): {
+        "lr": 1e-3,
+        "weight_decay": 0.3,
+        "warmup": 0.1,
+        "epochs": 10,
+        "batch_size": 64,
+        "precision": "fp32",
+        "validate_every": 0.125,
+        "augment": NO_AUGMENTATION,
+        "relation_steps": 150,
     },
     ("clip1", "reaf"): {
         "lr": 1e-3,
@@ -383,9 +414,10 @@ def to_dict(config) -> dict:
 
 def from_dict(cls, values: dict):
     """Rebuild a dataclass from its JSON form (lists become tuples, nested dataclasses are rebuilt)."""
-    reaf = values.get("model") == "reaf"
+    vision = values.get("vision", {})
+    guided = GuidedVisionConfig if "slice_width" in vision else VisionConfig
     kinds = {
-        "vision": ReafVisionConfig if reaf else VisionConfig,
+        "vision": ReafVisionConfig if "scan_layers" in vision else guided,
         "text": TextConfig,
         "augment": Augmentation,
         "lora": LoraConfig,

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import ClipConfig, Recipe, from_dict
+from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe, from_dict
 from reaf_hsenet.data.loader import CTReportDataset, InOrder, batches, make_loader
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
@@ -21,23 +21,36 @@ from reaf_hsenet.tokenizer import WordPiece, load_wordpiece
 
 @dataclass
 class DualEncoderRun:
-    """A trained dual encoder with what its inputs must be."""
+    """A trained dual encoder with what its inputs must be. origin: what its weights started from."""
 
+    folder: Path
+    stage: str
+    preset: str
     model: DualEncoder
     config: ClipConfig
     recipe: Recipe
     tokenizer: WordPiece
     checkpoint: Path
     data: Path
+    origin: dict
+    slices: dict | None
+
+    @property
+    def guided(self) -> bool:
+        """Whether volumes come with slice features."""
+        return isinstance(self.config.vision, GuidedVisionConfig)
 
 
 def load_dual_encoder(folder: Path, which: str = "best") -> DualEncoderRun:
-    """Rebuild a clip1 run's model. Raises InputError when the folder holds no such run or its weights do not fit."""
+    """Rebuild a clip1 or clip2 run's model.
+
+    Raises InputError when the folder holds no such run or its weights do not fit.
+    """
     run = Run(folder)
     values = run.read_config()
-    if values.get("stage") != "clip1":
+    if values.get("stage") not in ("clip1", "clip2"):
         raise InputError(
-            f"{folder}: is a run of stage {values.get('stage')!r}; expected a dual encoder, stage clip1"
+            f"{folder}: is a run of stage {values.get('stage')!r}; expected a dual encoder, stage clip1 or clip2"
         )
     config = from_dict(ClipConfig, values["model"])
     state, checkpoint = run.load_model(which)
@@ -47,7 +60,17 @@ def load_dual_encoder(folder: Path, which: str = "best") -> DualEncoderRun:
     load_strictly(model, state, str(checkpoint / "model.safetensors"))
     recipe = from_dict(Recipe, values["recipe"])
     return DualEncoderRun(
-        model.eval(), config, recipe, load_wordpiece(folder), checkpoint, Path(values["data"])
+        folder=Path(folder),
+        stage=values["stage"],
+        preset=values.get("preset", ""),
+        model=model.eval(),
+        config=config,
+        recipe=recipe,
+        tokenizer=load_wordpiece(folder),
+        checkpoint=checkpoint,
+        data=Path(values["data"]),
+        origin=values.get("origin") or {},
+        slices=values.get("slices"),
     )
 
 
@@ -60,8 +83,12 @@ def embed(
     rows: int | None = None,
     workers: int = 0,
     progress: bool = False,
+    reports: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Unit vectors of the first `rows` volumes and reports, (N, C) each, on the CPU and the same on every rank."""
+    """Unit vectors of the first `rows` volumes and reports, (N, C) each, on the CPU and the same on every rank.
+
+    Without `reports` there are none of them, (N, 0).
+    """
     rows = min(rows or len(dataset), len(dataset))
     loader = make_loader(dataset, InOrder(rows, batch, ranks.rank, ranks.world), workers)
     index, image, text = [], [], []
@@ -73,8 +100,10 @@ def embed(
         disable=not (progress and ranks.main),
     ):
         index += part.index
-        image.append(model.encode_image(part.volume).float().cpu())
-        text.append(model.encode_text(part.ids, part.mask).float().cpu())
+        image.append(model.encode_image(part.volume, part.slices).float().cpu())
+        text.append(
+            model.encode_text(part.ids, part.mask).float().cpu() if reports else torch.empty(len(part.index), 0)
+        )
     parts = distributed.gather_objects((index, image, text))
     order = torch.tensor([i for index, _, _ in parts for i in index]).argsort()
     image = torch.cat([x for _, images, _ in parts for x in images])[order]

@@ -1,4 +1,4 @@
-"""Training losses. Contrastive: symmetric cross-entropy of scaled cosines over the whole (global) batch."""
+"""Training losses: contrastive, over the whole (global) batch, and HSENet's relation between two models' logits."""
 
 import torch
 import torch.distributed as dist
@@ -41,3 +41,17 @@ def contrastive_loss(logits: Tensor) -> Tensor:
     """(B, B) logits whose diagonal holds the pairs -> mean of both directions' cross-entropy, a scalar."""
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Logits (B, B) of both stages -> their mean squared difference, a scalar.
+
+    HSENet averages it over both directions, which are each other's transpose, so that one is enough. The teacher's
+    logits are of its own features and the student's scale, and carry no gradient.
+    """
+    return F.mse_loss(student, teacher.detach())
+
+
+def relation_weight(step: int, weight: float, steps: int) -> float:
+    """`weight` at step 0, falling linearly to 0 at `steps`, and 0 from then on."""
+    return weight * max(0.0, 1 - step / steps)

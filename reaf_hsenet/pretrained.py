@@ -29,6 +29,12 @@ VIT3D_NAMES = (
     (r"^patch_embedding\.patch_embeddings\.1\.", "patch_embed.proj."),
     (r"\.mlp\.linear([12])\.", r".mlp.fc\1."),
     (r"\.attn\.out_proj\.", ".attn.proj."),
+    (r"^slice_guided_attention\.Wq\.", "guidance.query."),
+    (r"^slice_guided_attention\.Wk\.", "guidance.key."),
+    (r"^slice_guided_attention\.Wv\.", "guidance.value."),
+    (r"^slice_guided_attention\.output_linear\.", "guidance.proj."),
+    (r"^slice_guided_attention\.norm\.", "guidance.norm."),
+    (r"^patch_score_proj\.", "score."),
 )
 
 BERT_NAMES = (
@@ -60,8 +66,17 @@ def rename(state: State, rules: tuple[tuple[str, str], ...]) -> State:
     return renamed
 
 
+def slice_encoder_state(published: State) -> State:
+    """Names of BiomedCLIP's checkpoint (`visual.trunk.`), or of timm's and MAE's ViT -> SliceEncoder's."""
+    names = {n.removeprefix("visual.trunk."): n for n in published if n.startswith("visual.trunk.")}
+    names = names or {n: n for n in published}
+    keep = re.compile(r"(cls_token|pos_embed|patch_embed\.proj\.\w+|blocks\..+|norm\.\w+)")
+    state = {n: published[full] for n, full in names.items() if keep.fullmatch(n)}
+    return rename(state, ((r"^patch_embed\.proj\.", "patch_embed."),))
+
+
 def vit3d_state(published: State) -> State:
-    """Names of monai's ViT (M3D-CLIP, HSENet) -> ViT3D's."""
+    """Names of monai's ViT (M3D-CLIP, HSENet's two stages) -> ViT3D's and ViT2E3's."""
     return rename(published, VIT3D_NAMES)
 
 
@@ -130,26 +145,59 @@ def mae_state(published: State, patch: tuple[int, int, int], grid: tuple[int, in
     return state | {"patch_embed.proj.weight": kernel.flatten(1)}
 
 
-def initial_state(published: State, source: str, patch, grid: tuple[int, int, int]) -> State:
+def m3d_clip_state(published: State) -> State:
+    """Names of M3D-CLIP's and HSENet's dual encoders -> DualEncoder's; of stage 2 without the teacher it carries."""
+    state: State = {}
+    parts: dict[str, State] = {"vision_encoder.": {}, "language_encoder.": {}}
+    renamed = (("mm_vision_proj.", "vision_proj."), ("mm_language_proj.", "text_proj."))
+    for name, tensor in published.items():
+        if name.startswith("stage1_pretrained_CLIP."):
+            continue
+        prefix = next((p for p in parts if name.startswith(p)), None)
+        if prefix:
+            parts[prefix][name.removeprefix(prefix)] = tensor
+        else:
+            for old, new in renamed:
+                name = name.replace(old, new) if name.startswith(old) else name
+            state[name] = tensor
+    state |= {f"vision.{n}": t for n, t in vit3d_state(parts["vision_encoder."]).items()}
+    return state | {f"text.{n}": t for n, t in bert_state(parts["language_encoder."]).items()}
+
+
+def teacher_state(published: State) -> State:
+    """The stage-1 dual encoder inside a published stage-2 checkpoint, under DualEncoder's names; empty if there is none."""
+    prefix = "stage1_pretrained_CLIP."
+    return m3d_clip_state({n.removeprefix(prefix): t for n, t in published.items() if n.startswith(prefix)})
+
+
+def initial_state(published: State, source: str, model: str, patch, grid: tuple[int, int, int]) -> State:
     """A checkpoint to start a dual encoder from, under DualEncoder's names; recognised by its tensors' names.
 
-    A dual encoder of REAF, HLIP or this project, their vision trunk, or a 2D MAE or timm ViT. Raises InputError for
-    anything else.
+    Of hsenet: M3D-CLIP or HSENet. Of reaf: the dual encoder or the vision trunk of REAF or HLIP, or a 2D MAE or timm
+    ViT. Of both: this project's own. Raises InputError for anything else.
     """
-    names = {n.removeprefix("module.") for n in published}
-    if any(n.startswith("visual.trunk.") for n in names):
-        return reaf_state(published, grid)
-    if "vision.cls_token" in names:
-        return published
-    if "spatial_posemb" in names:
-        vision = reaf_vision_state(published, grid)
-    elif {"pos_embed", "patch_embed.proj.weight"} <= names and published["patch_embed.proj.weight"].ndim == 4:
-        vision = mae_state(published, patch, grid)
+    state = {n.removeprefix("module."): t for n, t in published.items()}
+    if "vision.cls_token" in state:
+        if any("lora_" in n for n in state):
+            raise InputError(f"{source}: holds LoRA adapters; name the run's folder, whose config.json says how to add them")
+        # A fusion's constant weights are the run's own choice, not what was learned.
+        return {n: t for n, t in state.items() if not n.startswith("vision.fusion.")}
+    if any(n.startswith("vision_encoder.") for n in state):
+        kind, found = "hsenet", m3d_clip_state(state)
+    elif any(n.startswith("visual.trunk.") for n in state):
+        kind, found = "reaf", reaf_state(state, grid)
+    elif "spatial_posemb" in state:
+        kind, found = "reaf", {f"vision.{n}": t for n, t in reaf_vision_state(state, grid).items()}
+    elif {"pos_embed", "patch_embed.proj.weight"} <= set(state) and state["patch_embed.proj.weight"].ndim == 4:
+        kind, found = "reaf", {f"vision.{n}": t for n, t in mae_state(state, patch, grid).items()}
     else:
         raise InputError(
-            f"{source}: is not a checkpoint of REAF, HLIP or a MAE ViT; its names begin with {sorted(names)[0]!r}"
+            f"{source}: is not a checkpoint of REAF, HLIP, M3D-CLIP, HSENet or a MAE ViT; its names begin with "
+            f"{sorted(state)[0]!r}"
         )
-    return {f"vision.{n}": t for n, t in vision.items()}
+    if kind != model:
+        raise InputError(f"{source}: starts --model {kind}, not {model}; choose a checkpoint of {model}'s family")
+    return found
 
 
 def bert_config(folder: Path) -> TextConfig:
@@ -200,16 +248,17 @@ def read_checkpoint(name: str) -> State:
     """The tensors of a file, a folder or a hub id; those of a training checkpoint's `model` or `state_dict`."""
     if Path(name).is_file():
         return read_weights_file(Path(name))
-    return read_weights(find_folder(name, ["*.safetensors", "pytorch_model.bin"]))
+    return read_weights(find_folder(name, ["*.safetensors", "*pytorch_model.bin"]))
 
 
 def read_weights(folder: Path) -> State:
-    """model.safetensors, or pytorch_model.bin, of a folder. Raises InputError when neither can be read."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    """The weights of a folder, as transformers or open_clip name them. Raises InputError when there are none."""
+    names = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+    for name in names:
         path = Path(folder) / name
         if path.is_file():
             return read_weights_file(path)
-    raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin")
+    raise InputError(f"{folder}: has none of {', '.join(names)}")
 
 
 def read_weights_file(path: Path) -> State:

@@ -14,8 +14,10 @@ from reaf_hsenet.config import (
     PRESETS,
     TINY_RECIPES,
     ClipConfig,
+    GuidedVisionConfig,
     LoraConfig,
     Recipe,
+    TextConfig,
     TrainConfig,
     from_dict,
     stage_config,
@@ -27,8 +29,18 @@ from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.pretrained import bert_config, bert_state, find_folder, read_weights
+from reaf_hsenet.models.lora import merged_state
+from reaf_hsenet.phantom_slices import add_phantom_slices
+from reaf_hsenet.pretrained import (
+    bert_config,
+    bert_state,
+    find_folder,
+    initial_state,
+    read_checkpoint,
+    read_weights,
+)
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece, train_wordpiece
 
 VISION_FLAGS = (
@@ -65,6 +77,8 @@ FIXED_FLAGS = (
     "clip_norm",
     "no_augment",
     "unfreeze_text",
+    "relation",
+    "relation_steps",
     "seed",
     "max_steps",
 )
@@ -84,6 +98,12 @@ class Setup:
     max_steps: int | None = None
     text_weights: dict | None = None
     origin: dict | None = None  # what the weights started from
+    teacher: DualEncoderRun | None = None
+    init_state: dict | None = None
+
+    @property
+    def guided(self) -> bool:
+        return isinstance(self.model_config.vision, GuidedVisionConfig)
 
     def to_json(self, args: argparse.Namespace, ranks: Ranks, total: int) -> dict:
         return {
@@ -93,22 +113,29 @@ class Setup:
             "model": to_dict(self.model_config),
             "recipe": to_dict(self.manifest.recipe),
             "origin": self.origin,
+            "slices": self.manifest.slices if self.guided else None,
             "train": to_dict(self.settings),
             "world": ranks.world,
             "max_steps": args.max_steps or self.max_steps,
             "total_steps": total,
-            "data": str(self.manifest.folder.absolute()),
+            "data": str(self.manifest.location.absolute()),
             "torch": torch.__version__,
         }
 
 
 def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
-    preset = args.preset or (f"{args.model}-base" if args.data else f"{args.model}-tiny")
+    init_run = load_dual_encoder(Path(args.init)) if args.init and Run(args.init).exists else None
+    teacher = find_teacher(args, init_run) if args.stage == "clip2" else None
+    preset = args.preset or (teacher.preset if teacher else f"{args.model}-{'base' if args.data else 'tiny'}")
     if preset not in PRESETS or PRESETS[preset].model != args.model:
         known = ", ".join(name for name, c in PRESETS.items() if c.model == args.model) or "none yet"
         raise InputError(f"--preset {preset}: {args.model} has {known}")
-    config = model_config(args, PRESETS[preset])
-    if args.data is None:
+    config = model_config(args, teacher.config if teacher else PRESETS[preset])
+    if teacher is not None:
+        manifest = load_manifest(args.data or teacher.data)
+        config = guided_config(args, config, teacher, manifest, ranks, say)
+        manifest = load_manifest(manifest.location)  # with slice features that were missing
+    elif args.data is None:
         say(
             f"no --data: phantom CTs of {PHANTOM} and preset {preset}; real data: preprocess.py, then --data FOLDER"
         )
@@ -121,15 +148,17 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
         say("no --text-model: the text encoder starts from nothing and is trained whole, not frozen")
         settings = replace(settings, text_blocks=None)
     torch.manual_seed(settings.seed)
-    weights = None
+    words, weights = init_run or teacher, None  # whose vocabulary is taken
     if args.text_model:
-        folder = find_folder(
-            args.text_model,
-            ["config.json", "vocab.txt", "tokenizer_config.json", "*.safetensors", "pytorch_model.bin"],
-        )
-        tokenizer, text = load_wordpiece(folder), bert_config(folder)
-        weights = bert_state(read_weights(folder))
+        tokenizer, text, weights = read_text_model(args.text_model)
+        if teacher is not None and tokenizer.vocab != teacher.tokenizer.vocab:
+            raise InputError(
+                f"--text-model {args.text_model}: has another vocabulary than the teacher, {teacher.folder}; train "
+                "stage clip1 with it first, or leave the flag out"
+            )
         config = replace(config, text=text, max_text=min(config.max_text, text.positions))
+    elif words is not None:
+        tokenizer, config = words.tokenizer, replace(config, text=words.config.text, max_text=words.config.max_text)
     else:
         reports = sorted({entry["text"] for entry in manifest.entries("train")})
         tokenizer = train_wordpiece([clean_report(r) for r in reports], config.text.vocab)
@@ -139,8 +168,78 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
                 "no --text-model: the text encoder starts from nothing; the published one starts from a BERT, "
                 "for example --text-model google-bert/bert-base-uncased"
             )
-    origin = {"text_model": args.text_model, "init": args.init}
-    return Setup(preset, manifest, config, settings, tokenizer, args.max_steps, weights, origin)
+    known_words = args.text_model or (words.origin.get("text_model") if words else None)
+    origin = {"text_model": known_words, "init": args.init, "teacher": str(teacher.folder) if teacher else None}
+    state = None
+    if init_run or teacher and not args.init:
+        start = init_run or teacher
+        origin["init"] = str(start.folder)
+        state = initial_state(merged_state(start.model), origin["init"], args.model, None, None)
+        if args.text_model and tokenizer.vocab != start.tokenizer.vocab:
+            state = without_text(state)
+    elif args.init:
+        state = initial_state(
+            read_checkpoint(args.init), args.init, args.model, config.vision.patch, config.vision.grid
+        )
+        # Published text encoders know the words of a published vocabulary only.
+        state = state if known_words else without_text(state)
+    return Setup(
+        preset, manifest, config, settings, tokenizer, args.max_steps, weights, origin, teacher, init_state=state
+    )
+
+
+def without_text(state: dict) -> dict:
+    return {name: tensor for name, tensor in state.items() if not name.startswith("text")}
+
+
+def read_text_model(name: str) -> tuple[WordPiece, TextConfig, dict]:
+    """Tokenizer, configuration and weights of a BERT folder or hub id."""
+    patterns = ["config.json", "vocab.txt", "tokenizer_config.json", "*.safetensors", "pytorch_model.bin"]
+    folder = find_folder(name, patterns)
+    return load_wordpiece(folder), bert_config(folder), bert_state(read_weights(folder))
+
+
+def find_teacher(args: argparse.Namespace, init_run: DualEncoderRun | None) -> DualEncoderRun:
+    """The stage-1 run that stage 2 learns from: --teacher, or --init when it is one, or the default run."""
+    if args.model != "hsenet":
+        raise InputError(f"--stage clip2: is a stage of hsenet, not of {args.model}")
+    if args.teacher is None and init_run is not None and init_run.stage == "clip1":
+        return init_run
+    folder = args.teacher or Path("runs/clip1-hsenet")
+    if not Run(folder).exists:
+        raise InputError(f"{folder}: no run of stage clip1, the teacher; train it first, or name one with --teacher")
+    teacher = load_dual_encoder(folder)
+    if (teacher.stage, teacher.config.model) != ("clip1", "hsenet"):
+        raise InputError(f"{folder}: is a {teacher.stage} run of {teacher.config.model}; the teacher is hsenet's clip1")
+    return teacher
+
+
+def guided_config(args, config: ClipConfig, teacher: DualEncoderRun, manifest: Manifest, ranks, say) -> ClipConfig:
+    """The student's configuration: the teacher's, with slice guidance. Phantoms without slice features get some."""
+    if args.preset and PRESETS[args.preset].vision.width != teacher.config.vision.width:
+        raise InputError(
+            f"--preset {args.preset}: has width {PRESETS[args.preset].vision.width}, the teacher {teacher.folder} has "
+            f"{teacher.config.vision.width}; leave the flag out, or choose another --teacher"
+        )
+    for name in ("size", "patch"):
+        if getattr(config.vision, name) != getattr(teacher.config.vision, name):
+            raise InputError(f"--{name}: stage clip2 has its teacher's, {getattr(teacher.config.vision, name)}")
+    if args.no_guidance:
+        return config
+    if manifest.slices is None:
+        if args.data is not None or manifest.folder.parent.name != PHANTOM.name:
+            raise InputError(
+                f"{manifest.name}: has no slice features; make them with preprocess.py --slices ENCODER --out "
+                f"{manifest.folder}"
+            )
+        if ranks.main:
+            add_phantom_slices(manifest.folder, teacher, ranks.device, say)
+        distributed.barrier()
+        manifest = load_manifest(manifest.folder)
+    vision = GuidedVisionConfig(
+        **vars(config.vision), slices=manifest.slices["slices"], slice_width=manifest.slices["width"]
+    )
+    return replace(config, vision=vision)
 
 
 def model_config(args: argparse.Namespace, config: ClipConfig) -> ClipConfig:
@@ -162,8 +261,14 @@ def model_config(args: argparse.Namespace, config: ClipConfig) -> ClipConfig:
     if settings and not args.lora:
         raise InputError(f"--lora-{next(iter(settings))}: needs --lora vision, text or both")
     if args.lora:
+        for tower, started in (("vision", args.init), ("text", args.text_model or args.init or args.stage == "clip2")):
+            if tower in args.lora and not started:
+                flag = "--init" if tower == "vision" else "--text-model"
+                raise InputError(f"--lora {tower}: needs weights to adapt, {flag}; a new encoder is trained whole")
+        if "text" in args.lora and args.unfreeze_text not in (None, 0):
+            raise InputError("--unfreeze-text: with --lora text its blocks are trained by adapters; leave one out")
         settings["targets"] = tuple(settings.get("targets", LoraConfig.targets))
-        config = replace(config, lora=LoraConfig(tuple(args.lora), **settings))
+        config = replace(config, lora=LoraConfig(tuple(sorted(set(args.lora))), **settings))
     return config
 
 
@@ -188,6 +293,7 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
         given = getattr(args, flag)
         if given is None or given is False:
             continue
+        given = sorted(set(given)) if flag == "lora" else given
         given = tuple(given) if isinstance(given, list) else None if given in ("none", "all") else given
         if given != fixed.get(flag):
             raise InputError(
@@ -215,7 +321,10 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
     }
     settings = replace(settings, batch_size=whole // ranks.world, **kept)
     tokenizer, steps = load_wordpiece(run.folder), values["max_steps"]
-    return Setup(values["preset"], manifest, config, settings, tokenizer, steps, origin=origin)
+    if values.get("slices"):
+        manifest.require_slices(values["slices"], str(run.folder))
+    teacher = load_dual_encoder(Path(origin["teacher"])) if origin.get("teacher") else None
+    return Setup(values["preset"], manifest, config, settings, tokenizer, steps, origin=origin, teacher=teacher)
 
 
 def train_settings(
@@ -223,6 +332,8 @@ def train_settings(
 ) -> TrainConfig:
     names = {f.name for f in fields(TrainConfig)}
     changes = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    if args.slices_stay:
+        changes["slices_follow"] = False
     if args.no_augment:
         changes["augment"] = NO_AUGMENTATION
     if args.unfreeze_text is not None:

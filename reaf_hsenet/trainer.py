@@ -1,7 +1,8 @@
 """The one training loop: optimizer, schedule, precision, accumulation, validation, checkpoints, signals.
 
-A stage gives a model, its outputs for a batch, the loss of these and a validation; everything else is here. The randomness of a step is a function of
-(seed, step, rank), and the samples of a step of (seed, epoch), so a resumed run needs no random state to continue.
+A stage gives a model, its outputs for a batch, the loss of these and a validation; everything else is here. The
+randomness of a step is a function of (seed, step, rank), and the samples of a step of (seed, epoch), so a resumed run
+needs no random state to continue.
 """
 
 import math
@@ -73,14 +74,14 @@ class Progress:
 
 
 class Trainer:
-    """encode(model, batch) -> outputs; loss(*outputs) -> (scalar, {name: number or 0-d tensor});
+    """encode(model, batch) -> outputs; loss(outputs, batch, step) -> (scalar, {name: number or 0-d tensor});
     validate(model) -> (score to maximise, {name: number}). Outputs have the batch's rows first, or are scalars."""
 
     def __init__(
         self,
         model: nn.Module,
         encode: Callable[[nn.Module, Batch], tuple[Tensor, ...]],
-        loss: Callable[..., tuple[Tensor, dict]],
+        loss: Callable[[tuple[Tensor, ...], Batch, int], tuple[Tensor, dict]],
         validate: Callable[[nn.Module], tuple[float, dict]],
         dataset,
         config: TrainConfig,
@@ -172,7 +173,8 @@ class Trainer:
     def _step(self, group: list[Batch], bar: tqdm) -> int:
         """One optimizer step, and what is due after it. Returns the number of a signal to stop for, or 0."""
         progress, ranks = self.progress, self.ranks
-        torch.manual_seed((self.config.seed * 1_000_003 + progress.step) * 65_536 + ranks.rank)
+        seed = (self.config.seed * 1_000_003 + progress.step) * 65_536 + ranks.rank
+        torch.manual_seed(seed % 2**63)
         rate = learning_rate(progress.step, self.total, self.config)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
@@ -208,7 +210,7 @@ class Trainer:
         result = {}
 
         def loss_backward(outputs) -> None:
-            loss, result["numbers"] = self.loss(*outputs)
+            loss, result["numbers"] = self.loss(outputs, batch, self.progress.step)
             self.scaler.scale(loss * weight).backward()
             result["loss"] = loss
 

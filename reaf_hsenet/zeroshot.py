@@ -12,17 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from reaf_hsenet import distributed
 from reaf_hsenet.data.labels import LabelSet, LabelTable
-from reaf_hsenet.data.loader import CTReportDataset, InOrder, batches, make_loader
-from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.embedding import DualEncoderRun
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write, read_json
 from reaf_hsenet.metrics.classification import AT_A_CUT, both_values
-from reaf_hsenet.models.clip import DualEncoder
 
 PROMPTS = ("volume", "organ")
 
@@ -132,23 +127,6 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
     means = {"mean": []}
     means |= {name: out for name, out in label_set.means.items() if set(out) & set(scored_from)}
     return Task({p: prompts.texts[p] for ps in scored_from.values() for p in ps}, scored_from, labels, means, notes)
-
-
-@torch.inference_mode()
-def embed_images(
-    model: DualEncoder, dataset: CTReportDataset, ranks: Ranks, batch: int, workers: int = 0
-) -> Tensor:
-    """(N, C) unit vectors of the split's volumes, on the CPU and the same on every rank."""
-    loader = make_loader(dataset, InOrder(len(dataset), batch, ranks.rank, ranks.world), workers)
-    index, image = [], []
-    for part in tqdm(
-        batches(loader, ranks.device), total=len(loader), desc="embed", unit="batch", disable=not ranks.main
-    ):
-        index += part.index
-        image.append(model.encode_image(part.volume).float().cpu())
-    parts = distributed.gather_objects((index, image))
-    order = torch.tensor([i for index, _ in parts for i in index]).argsort()
-    return torch.cat([x for _, images in parts for x in images])[order]
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reaf_hsenet.config import NO_AUGMENTATION, Augmentation
-from reaf_hsenet.data.augment import augment
+from reaf_hsenet.data.augment import augment, augment_with_slices
 from reaf_hsenet.data.loader import (
     CTReportDataset,
     GlobalBatches,
@@ -17,6 +17,7 @@ from reaf_hsenet.data.loader import (
     batches,
     make_loader,
     read_prepared,
+    read_slices,
 )
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.text import clean_report, shorten_report
@@ -78,6 +79,16 @@ def test_augmentations_happen_as_often_as_the_recipe_says():
     assert torch.equal(augment(volume, NO_AUGMENTATION, rng), volume)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_depth_flip_reverses_slice_features(axis):
+    decisions = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]  # and a rotation and both intensities, which do not touch them
+    decisions[1 + axis] = 0.0
+    volume, slices = torch.tensor(EXAMPLES["input"]), torch.arange(12.0).reshape(4, 3)
+    turned, found = augment_with_slices(volume, slices, Augmentation(), Chosen(decisions, factor=0.1, offset=0.1))
+    assert torch.equal(found, slices.flip(0) if axis == 0 else slices)
+    assert torch.equal(turned, augment(volume, Augmentation(), Chosen(decisions, factor=0.1, offset=0.1)))
+
+
 def epoch(rows, per_rank, world, seed=1, number=0, first=0):
     """The batches of all ranks, concatenated in rank order."""
     ranks = [GlobalBatches(rows, per_rank, r, world, seed) for r in range(world)]
@@ -118,6 +129,67 @@ def test_a_sample_is_a_function_of_seed_epoch_and_row(dataset):
     again, ids_again, _ = dataset[2, 5]
     other, _, _ = dataset[3, 5]
     assert row == 5 and torch.equal(volume, again) and ids == ids_again and not torch.equal(volume, other)
+
+
+@pytest.fixture
+def with_slices(prepared, tmp_path):
+    """The prepared volumes by reference, with features (4, 3) that name volume and slice."""
+    manifest = load_manifest(prepared)
+    manifest.slices = {"encoder": "numbers", "sha256": "0", "slices": 4, "width": 3}
+    for row, entry in enumerate(manifest.entries("train")):
+        entry["slices"] = str(tmp_path / f"{row}.npy")
+        np.save(entry["slices"], (10 * row + np.arange(4)[:, None] * np.ones(3)).astype(np.float16))
+    return manifest
+
+
+def data_with_slices(manifest, dataset, **options):
+    return CTReportDataset(manifest, "train", dataset.tokenizer, 64, Augmentation(flip=0.5), seed=3, **options)
+
+
+def test_slice_features_come_with_their_volume_and_follow_its_depth(dataset, with_slices):
+    plain, following, stiff = (
+        data_with_slices(with_slices, dataset, **options)
+        for options in ({}, {"slices": True}, {"slices": True, "slices_follow": False})
+    )
+    reversed_rows = 0
+    for row in range(len(plain)):
+        volume, ids, _, slices = following[0, row]
+        assert torch.equal(volume, plain[0, row][0]) and ids == plain[0, row][1] and slices.dtype == torch.float32
+        rows = (10 * row + torch.arange(4.0))[:, None].expand(4, 3)
+        assert torch.equal(stiff[0, row][3], rows)
+        assert torch.equal(slices, rows) or torch.equal(slices, rows.flip(0))
+        reversed_rows += torch.equal(slices, rows.flip(0))
+    assert 0 < reversed_rows < len(plain)
+
+
+def test_a_batch_moves_and_splits_its_slice_features(dataset, with_slices):
+    with_features = data_with_slices(with_slices, dataset, slices=True)
+    batch = with_features.collate([with_features[0, row] for row in range(5)]).to(torch.device("cpu"))
+    assert batch.slices.shape == (5, 4, 3)
+    parts = batch.split(2)
+    assert [p.slices.shape[0] for p in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([p.slices for p in parts]), batch.slices)
+    plain = dataset.collate([dataset[0, row] for row in range(3)])
+    assert plain.to(torch.device("cpu")).slices is None and [p.slices for p in plain.split(2)] == [None, None]
+
+
+def test_wrong_slice_features_are_refused_by_name(with_slices, tmp_path):
+    entry = {"id": "x", "slices": str(tmp_path / "x.npy")}
+    wrong = {
+        r"x.npy: holds torch.float16 \(3, 3\); expected slice features \(4, 3\)": np.zeros((3, 3), np.float16),
+        r"x.npy: holds torch.float16 \(4, 5\)": np.zeros((4, 5), np.float16),
+        "x.npy: holds torch.int64": np.zeros((4, 3), np.int64),
+        "x.npy: holds NaN or infinite": np.full((4, 3), np.nan, np.float16),
+    }
+    for words, array in wrong.items():
+        np.save(entry["slices"], array)
+        with pytest.raises(InputError, match=words):
+            read_slices(with_slices, entry)
+    Path(entry["slices"]).write_bytes(b"\x93NUMPY")
+    with pytest.raises(InputError, match="x.npy: cannot be read .*preprocess.py --slices again"):
+        read_slices(with_slices, entry)
+    with pytest.raises(InputError, match="y has no slice features; make them with preprocess.py --slices"):
+        read_slices(with_slices, {"id": "y"})
 
 
 def test_a_prepared_volume_is_read_exactly_and_checked(prepared, tmp_path):

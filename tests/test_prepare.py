@@ -119,7 +119,7 @@ def test_a_corrected_table_prepares_its_volume_again(tree, tmp_path):
 def test_an_interrupt_leaves_whole_files_only_and_the_next_run_continues(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
     command = [sys.executable, str(ROOT / "preprocess.py"), "--dataset", "phantom", "--root", str(raw), "--out",
-               str(out), "--train-size", "60", "--valid-size", "4", "--size", "16", "64", "64", "--workers", "2"]
+               str(out), "--train-size", "60", "--valid-size", "4", "--size", "48", "160", "160", "--workers", "2"]
     for wanted, number in ((130, signal.SIGINT), (143, signal.SIGTERM)):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         before = len(list(out.glob("volumes/*.npy")))
@@ -132,7 +132,7 @@ def test_an_interrupt_leaves_whole_files_only_and_the_next_run_continues(tmp_pat
         assert "Traceback" not in errors
         volumes = list(out.glob("volumes/*.npy"))
         assert before < len(volumes) < 64
-        assert {p.stat().st_size for p in volumes} == {128 + 2 * 16 * 64 * 64}
+        assert {p.stat().st_size for p in volumes} == {128 + 2 * 48 * 160 * 160}
         assert not (out / "manifest.json").exists()
     times = {p: p.stat().st_mtime_ns for p in volumes}
     done = subprocess.run(command, capture_output=True, text=True)

@@ -118,16 +118,16 @@ def test_gradients_flow_through_norms_and_not_through_the_mask():
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_saliency_and_mask_for_pictures_are_those_of_the_map():
+def test_salient_regions_for_pictures_are_those_of_the_map():
     model, volume = encoder(), volumes()
     with torch.no_grad():
-        maps, masks = model.saliency(volume), model.region_mask(volume)
-        branches = model.encode(volume).branches
+        regions, branches = model.salient_regions(volume), model.encode(volume).branches
     for name in ("scan", "slice"):
-        assert maps[name].shape == masks[name].shape == (3, *SMALL.grid)
+        assert regions[name].shape == (3, *SMALL.grid) and ((regions[name] > 0).sum((1, 2, 3)) == 6).all()
         norms = branches[name].fused[:, 1:].norm(dim=-1).unflatten(1, SMALL.grid)
-        assert torch.allclose(maps[name], torch.where(masks[name], norms, 0.1 * norms))
-        assert (masks[name].sum((1, 2, 3)) == 6).all()
+        kept = torch.where(regions[name] > 0, norms, 0.1 * norms)
+        assert torch.allclose(branches[name].map[:, 1:].unflatten(1, SMALL.grid), kept)
+    assert encoder(regions=0).salient_regions(volume) == {} == encoder(fusion=None).salient_regions(volume)
 
 
 def test_fusion_weights_are_the_named_ones():

@@ -1,6 +1,9 @@
 """REAF, HLIP and MAE checkpoints load under their published names, from every file they come in, and start a run."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from safetensors.torch import save_file
 
 import fill
 import train
-from conftest import error_line, script
+from conftest import ROOT, error_line, script
 from reaf_hsenet.config import ClipConfig, ReafVisionConfig, TextConfig
 from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.errors import InputError
@@ -118,7 +121,7 @@ def test_a_position_table_of_another_grid_is_resampled():
 def test_hlip_starts_all_but_the_fusion_and_says_so():
     model = build_dual_encoder(CONFIG)
     before = model.vision.fusion_layer.weight.clone()
-    account = load_matching(model, initial_state(published(fusion=False), "hlip.pt", (4, 8, 8), GRID), "hlip.pt")
+    account = load_matching(model, initial_state(published(fusion=False), "hlip.pt", "reaf", (4, 8, 8), GRID), "hlip.pt")
     assert torch.equal(model.vision.fusion_layer.weight, before)
     assert "fusion_layer" in account and "left at their start" in account and "hlip.pt" in account
     assert torch.equal(model.vision.blocks[2].mlp.fc1.weight, published()["visual.trunk.blocks.2.mlp.fc1.weight"])
@@ -127,13 +130,22 @@ def test_hlip_starts_all_but_the_fusion_and_says_so():
 def test_a_mae_checkpoint_is_inflated_and_its_decoder_not_used():
     model = build_dual_encoder(CONFIG)
     source = published_mae()
-    account = load_matching(model, initial_state(source, "mae.pth", (4, 8, 8), GRID), "mae.pth")
+    account = load_matching(model, initial_state(source, "mae.pth", "reaf", (4, 8, 8), GRID), "mae.pth")
     assert "decoder_embed" in account and "mask_token" in account and "text.blocks.* (" in account
     assert torch.equal(model.vision.cls_token, source["cls_token"] + source["pos_embed"][:, :1])
     # A volume that is constant over depth sees the sum of the kernel's colours, once.
     plane = torch.nn.functional.interpolate(source["patch_embed.proj.weight"], size=(8, 8), mode="bicubic").sum(1)
     ones = model.vision.patch_embed(torch.ones(1, 1, 8, 16, 16))[0, 0] - model.vision.patch_embed.proj.bias
     assert torch.allclose(ones, plane.sum((1, 2)), atol=1e-4)
+
+
+def test_a_mae_checkpoint_of_a_parallel_run_loads_and_starts_reaf_only():
+    source = {f"module.{n}": t for n, t in published_mae().items()}
+    state = initial_state(source, "mae.pth", "reaf", (4, 8, 8), GRID)
+    plain = initial_state(published_mae(), "mae.pth", "reaf", (4, 8, 8), GRID)
+    assert all(torch.equal(state[n], plain[n]) for n in plain)
+    with pytest.raises(InputError, match="mae.pth: starts --model reaf, not hsenet"):
+        initial_state(source, "mae.pth", "hsenet", (4, 8, 8), GRID)
 
 
 FILES = {
@@ -154,12 +166,12 @@ def test_checkpoint_files_of_every_kind_are_read(tmp_path, name):
 
 
 @pytest.mark.parametrize(("state", "words"), [
-    ({"layer1.0.conv1.weight": torch.zeros(2)}, "is not a checkpoint of REAF, HLIP or a MAE ViT.*layer1"),
+    ({"layer1.0.conv1.weight": torch.zeros(2)}, "is not a checkpoint of REAF, HLIP, M3D-CLIP, HSENet or a MAE ViT.*layer1"),
     (published_mae(width=12), r"does not fit this model: vision\.\S+ is"),
 ])
 def test_other_checkpoints_are_refused_by_name(state, words):
     with pytest.raises(InputError, match=words):
-        load_matching(build_dual_encoder(CONFIG), initial_state(state, "x.pt", (4, 8, 8), GRID), "x.pt")
+        load_matching(build_dual_encoder(CONFIG), initial_state(state, "x.pt", "reaf", (4, 8, 8), GRID), "x.pt")
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +204,9 @@ def test_reaf_trains_resumes_and_starts_another_run(prepared_reaf, tmp_path, cap
     assert same_weights(whole, parts)
     vision = json.loads((whole / "config.json").read_text())["model"]["vision"]
     assert vision["fusion"] == "random_weighted_mean" and vision["class_score"] == "class_token"
-    weights = whole / "checkpoints/step-000004"
+    weights = whole / "checkpoints/step-000004"  # weights alone, without the run's vocabulary
     assert train.main(tiny(prepared_reaf, tmp_path / "next", "--max-steps", 1, "--init", weights)) == 0
-    assert "text.blocks.* (" in capsys.readouterr().out  # of another vocabulary, so left at its start
+    assert "text.blocks.* (" in capsys.readouterr().out  # so left at its start
 
 
 def test_grad_cache_trains_as_one_pass_does(prepared_reaf, tmp_path):
@@ -226,15 +238,77 @@ def test_the_frozen_text_encoder_trains_its_layer_norms_only(prepared_reaf, tmp_
             assert not torch.equal(start[name], end[name]), name
 
 
-def test_lora_runs_train_and_evaluate(prepared_reaf, tmp_path):
+@pytest.fixture(scope="module")
+def started(prepared_reaf, tmp_path_factory) -> Path:
+    """A run of one step, to start others from."""
+    out = tmp_path_factory.mktemp("runs") / "started"
+    assert train.main(tiny(prepared_reaf, out, "--max-steps", 1)) == 0
+    return out
+
+
+@pytest.mark.parametrize("frozen", [(), ("--unfreeze-text", 0)])
+def test_lora_trains_the_adapters_of_both_towers_and_leaves_their_matrices(prepared_reaf, started, tmp_path, frozen):
     import evaluate
+    from test_train import weights
 
-    out = tmp_path / "lora"
-    assert train.main(tiny(prepared_reaf, out, "--max-steps", 2, "--lora", "text", "vision", "--lora-r", 2)) == 0
+    out, flags = tmp_path / "lora", ("--init", started, "--lora", "text", "vision", "--lora-r", 2)
+    assert train.main(tiny(prepared_reaf, out, "--max-steps", 3, *flags, *frozen)) == 0
+    base, found = weights(started), weights(out)
+    adapters = [n for n in found if n.endswith("lora_b")]
+    assert len(adapters) == 4 and all(found[n].abs().max() > 0 for n in adapters)
+    for tower in ("text", "vision"):
+        name = f"{tower}.blocks.0.attn.qkv"
+        assert torch.equal(found[f"{name}.base.weight"], base[f"{name}.weight"])
     assert evaluate.main(["--task", "retrieval", "--run", str(out), "--device", "cpu"]) == 0
+    # A run that starts from it has the adapters in its matrices.
+    assert train.main(tiny(prepared_reaf, tmp_path / "next", "--max-steps", 1, "--init", out, "--lr", "1e-9")) == 0
+    merged = weights(tmp_path / "next")["vision.blocks.0.attn.qkv.weight"]
+    a, b = (weights(out, "best")[f"vision.blocks.0.attn.qkv.lora_{x}"] for x in "ab")
+    query = base["vision.blocks.0.attn.qkv.weight"][:144] + 4 * b[0] @ a[0]  # alpha 8, r 2
+    assert torch.allclose(merged[:144], query, atol=1e-5)
 
 
-def test_wrong_reaf_flags_are_named(prepared_reaf, tmp_path):
+def test_a_run_to_start_from_gives_weights_and_words_not_settings(prepared_reaf, started, tmp_path, capsys):
+    from reaf_hsenet.models.fusion import layer_weights
+    from test_train import weights
+
+    out = tmp_path / "mean"
+    flags = ("--init", started, "--fusion", "mean", "--lr", "1e-9", "--max-steps", 1)
+    assert train.main(tiny(prepared_reaf, out, *flags)) == 0
+    assert "left at their start" not in capsys.readouterr().out
+    found, base = weights(out), weights(started)
+    assert torch.equal(found["vision.fusion.slice.weights"], layer_weights("mean", 2))
+    assert torch.allclose(found["text.word_embed.weight"], base["text.word_embed.weight"], atol=1e-6)
+    assert (out / "vocab.txt").read_text() == (started / "vocab.txt").read_text()
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+
+
+def test_two_processes_with_grad_cache_train_as_one_process_does(prepared_reaf, tmp_path):
+    from test_train import weights
+
+    runs = {}
+    for port, (name, batch, more) in enumerate((("one", 4, ()), ("two", 2, ("--grad-cache", "1")),
+                                                ("accumulate", 2, ("--grad-cache", "1", "--accumulate", "2")),
+                                                ("accumulate-one", 4, ("--accumulate", "2")))):
+        flags = ["--max-steps", "2", "--batch-size", str(batch), *more]
+        command = tiny(prepared_reaf, tmp_path / name)
+        command[command.index("--batch-size") : command.index("--batch-size") + 2] = []
+        if name.endswith("one"):
+            assert train.main([*command, *flags]) == 0
+        else:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run([*TORCHRUN, str(29611 + port), str(ROOT / "train.py"), *command, *flags],
+                                  capture_output=True, text=True, timeout=240, env=environment)
+            assert done.returncode == 0, done.stderr
+        runs[name] = weights(tmp_path / name)
+    for name, alone in (("two", "one"), ("accumulate", "accumulate-one")):
+        for key, tensor in runs[alone].items():
+            assert (runs[name][key] - tensor).abs().max() < 1e-4, (name, key)  # see the test above
+
+
+def test_wrong_reaf_flags_are_named(prepared_reaf, started, tmp_path):
     def line(*flags, data=prepared_reaf):
         with pytest.raises(InputError) as caught:
             train.main(tiny(data, tmp_path / "r", *flags))
@@ -247,10 +321,18 @@ def test_wrong_reaf_flags_are_named(prepared_reaf, tmp_path):
     assert "--unfreeze-text" in line("--unfreeze-text", "some")
     assert "--grad-cache 0" in line("--grad-cache", 0)
     assert "--lora-r: needs --lora" in line("--lora-r", 4)
-    assert "name no linear layer" in line("--lora", "vision", "--lora-targets", "gate")
+    assert "--lora vision: needs weights to adapt, --init" in line("--lora", "vision")
+    assert "--lora text: needs weights to adapt, --text-model" in line("--lora", "text")
+    lora = ("--init", started, "--lora", "text", "text")
+    assert "gate name no linear layer" in line(*lora, "--lora-targets", "gate")
+    assert "--unfreeze-text: with --lora text" in line(*lora, "--unfreeze-text", 1)
+    assert "--unfreeze-text 50: the text encoder has 1 blocks" in line("--unfreeze-text", 50)
+    assert "--fusion-seed 3000000000" in line("--fusion-seed", 3_000_000_000)
     assert "scan_layers (7,)" in line("--scan-layers", 7)
     (tmp_path / "x.pt").write_bytes(b"no")
     assert "x.pt: is truncated or not a checkpoint" in line("--init", tmp_path / "x.pt")
     assert "nowhere.pt: no such folder" in line("--init", "./nowhere.pt")
+    torch.save({f"module.{n}": t for n, t in published_mae(width=144).items()}, tmp_path / "mae.pth")
+    assert "mae.pth: does not fit this model" in line("--init", tmp_path / "mae.pth")
     hsenet = script("train.py", "--stage", "clip1", "--data", prepared_reaf, "--regions", 2, cwd=tmp_path)
     assert "--regions: is an option of --model reaf" in error_line(hsenet)

@@ -20,6 +20,7 @@ from reaf_hsenet import zeroshot
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import PRESETS, to_dict
 from reaf_hsenet.data.labels import LabelTable, load_label_set, read_label_table
+from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.embedding import load_dual_encoder
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import build_dual_encoder
@@ -368,21 +369,19 @@ def test_figures_of_a_model_without_regions_are_the_curves_alone(run, tmp_path, 
     assert evaluate.main(["--task", "retrieval", "--run", str(run), "--out", str(tmp_path), "--device", "cpu",
                           "--figures", str(tmp_path / "pictures")]) == 0
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["recall.png", "roc.png"]
-    assert "saliency: only REAF's encoder" in capsys.readouterr().out
+    assert "saliency: this encoder chooses no regions" in capsys.readouterr().out
 
 
 def test_saliency_is_drawn_of_the_first_volumes_of_an_encoder_that_has_it(prepared, tmp_path, monkeypatch, capsys):
     """The regions handed to the picture are the map inside the mask, of the volume that the file is named after."""
     pytest.importorskip("matplotlib")
     from reaf_hsenet import figures
-    from reaf_hsenet.data.manifest import load_manifest
 
     def mean_map(volume):
         return torch.nn.functional.avg_pool3d(volume, (8, 16, 16))[:, 0] + 1
 
     vision = SimpleNamespace(
-        saliency=lambda volume: {"scan": mean_map(volume)},
-        region_mask=lambda volume: {"scan": mean_map(volume) >= mean_map(volume).max()},
+        salient_regions=lambda volume: {"scan": mean_map(volume) * (mean_map(volume) >= mean_map(volume).max())},
     )
     handed, draw = [], figures.saliency_figure
     monkeypatch.setattr(figures, "saliency_figure", lambda *a: (handed.append(a), draw(*a)))
@@ -397,12 +396,42 @@ def test_saliency_is_drawn_of_the_first_volumes_of_an_encoder_that_has_it(prepar
         assert (regions["scan"] > 0).sum() == 1 and regions["scan"].max() == mean_map(stored[None, None]).max()
         assert (axes, spacing) == ("SLP", None)
 
-    vision.saliency = vision.region_mask = lambda volume: {}
+    vision.salient_regions = lambda volume: {}
     evaluate.saliency_figures(args, fake, load_manifest(prepared), torch.device("cpu"))
-    assert len(handed) == 2 and "fuses no layers, so it chooses no regions" in capsys.readouterr().out
+    assert len(handed) == 2 and "chooses no regions" in capsys.readouterr().out
 
 
 def test_prompts_and_label_sets_are_installed_with_the_package():
     settings = (ROOT / "pyproject.toml").read_text()
     assert '"reaf_hsenet.data" = ["prompts/*.json", "label_sets/*.json"]' in settings
     assert {p.stem for p in (ROOT / "reaf_hsenet/data/prompts").glob("*.json")} == set(zeroshot.PROMPTS)
+
+
+def test_labels_are_found_by_the_last_part_of_an_id_and_under_any_ending(tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("VolumeName,Emphysema\nval_0_a_1.pt.gz,1\nval_0_a_2.nii.gz,0\n")
+    values = read_label_table(table).values(["deep/er/val_0_a_1", "val_0_a_2"], [["Emphysema"]])
+    assert values.tolist() == [[True], [False]]
+
+
+def test_test_volumes_need_no_report(prepared, tmp_path):
+    from reaf_hsenet.data.datasets import read_nifti_folder
+
+    (tmp_path / "scans").mkdir()
+    for name in "ab":
+        (tmp_path / f"scans/{name}.nii.gz").touch()
+    table = tmp_path / "scans/table.csv"
+    table.write_text("id,text,split\na,,test\nb,,train\n")
+    splits = read_nifti_folder(tmp_path / "scans", table).splits
+    assert splits["test"][0].problem is None and "empty text" in splits["train"][0].problem
+    manifest = load_manifest(prepared)
+    manifest.entries("validation")[0]["text"] = ""
+    manifest.check(["validation"], reports=False)
+    with pytest.raises(InputError, match="the report of .* is empty"):
+        manifest.check(["validation"])
+
+
+def test_figures_into_a_file_are_refused_before_anything_is_computed(run, tmp_path):
+    (tmp_path / "figures").touch()
+    with pytest.raises(InputError, match="--figures .*figures: is a file"):
+        evaluate.main(["--task", "zeroshot", "--run", str(run), "--figures", str(tmp_path / "figures")])

@@ -1,7 +1,8 @@
-"""HSENet's training augmentations of a volume (1, D, H, W) in [0, 1], as tensor operations.
+"""HSENet's training augmentations of a volume (1, D, H, W) in [0, 1] and its slice features, as tensor operations.
 
 In order: rotation by a multiple of 90 degrees in the (H, W) plane, flips of D, H and W, intensity scale, intensity
-shift. Nothing is clipped, as published: values may leave [0, 1].
+shift. Nothing is clipped, as published: values may leave [0, 1]. Slice features follow a flip of D alone: they are one
+vector a slice, encoded once, so that turns in the plane and intensities leave them as they are.
 """
 
 import numpy as np
@@ -13,14 +14,24 @@ from reaf_hsenet.config import Augmentation
 
 def augment(volume: Tensor, config: Augmentation, rng: np.random.Generator) -> Tensor:
     """A new (1, D, H, W) volume; every decision is drawn from `rng`, whether or not it is taken."""
+    return augment_with_slices(volume, None, config, rng)[0]
+
+
+def augment_with_slices(
+    volume: Tensor, slices: Tensor | None, config: Augmentation, rng: np.random.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """The same, and the slice features (S, C) in the order that the new volume has them."""
     rotate, *flips, scale, shift = rng.random(6)
     turns = int(rng.integers(1, 4))
     factor, offset = rng.uniform(-config.intensity, config.intensity, 2)
     if rotate < config.rotate:
         volume = torch.rot90(volume, turns, dims=(2, 3))
-    volume = volume.flip([axis for axis, u in enumerate(flips, start=1) if u < config.flip])
+    flipped = [axis for axis, u in enumerate(flips, start=1) if u < config.flip]
+    volume = volume.flip(flipped)
+    if slices is not None and 1 in flipped:
+        slices = slices.flip(0)
     if scale < config.scale:
         volume = volume * (1 + factor)
     if shift < config.shift:
         volume = volume + offset
-    return volume
+    return volume, slices

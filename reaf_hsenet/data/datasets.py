@@ -140,8 +140,8 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
     """Any folder of .nii / .nii.gz files and a csv with the columns id and text.
 
     id: the file's path below `root`, with or without its ending. Optional columns: `scan` (the acquisition that
-    several volumes share) and `split` (train or validation); without it the share `validation` of the scans, chosen
-    by a hash of their names, is for validation.
+    several volumes share) and `split` (train, validation or test); without it the share `validation` of the scans,
+    chosen by a hash of their names, is for validation. A test volume may have an empty text: zero-shot needs none.
     """
     root = Path(root)
     if not root.is_dir():
@@ -152,7 +152,7 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
             raise InputError(f"{root}: has {len(found)} csv files; name the one with id and text with --csv")
         table = found[0]
     rows = read_csv(table, ("id", "text"), "id")
-    cases: dict[str, list[Case]] = {"train": [], "validation": []}
+    cases: dict[str, list[Case]] = {"train": [], "validation": [], "test": []}
     scans = sorted({r.get("scan") or _stem(i) for i, r in rows.items()}, key=_hash)
     held_out = set(scans[: math.ceil(validation * len(scans)) if len(scans) > 1 else 0])
     seen: dict[str, str] = {}
@@ -166,14 +166,14 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
         path = next((p for p in (root / f"{stem}.nii.gz", root / f"{stem}.nii") if p.is_file()), None)
         text = row["text"].strip()
         problem = None if path else "is listed in the table but absent"
-        if not text:
-            problem = f"has an empty text in {table.name}"
         scan = row.get("scan") or stem
         split = row.get("split") or ("validation" if scan in held_out else "train")
         if split not in cases:
-            raise InputError(f"{table}: id {name} has split {split!r}; expected train or validation")
+            raise InputError(f"{table}: id {name} has split {split!r}; expected {', '.join(cases)}")
+        if not text and split != "test":
+            problem = f"has an empty text in {table.name}"
         cases[split].append(Case(stem, scan, path or root / f"{stem}.nii.gz", text, problem=problem))
-    return Source("nifti", cases)
+    return Source("nifti", {split: members for split, members in cases.items() if members or split != "test"})
 
 
 def _optional_csv(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from reaf_hsenet.data.datasets import read_csv
 from reaf_hsenet.data.manifest import Manifest
+from reaf_hsenet.data.reading import stem
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json
 
@@ -48,16 +49,21 @@ class LabelTable:
 
     def values(self, ids: list[str], columns: list[list[str]]) -> np.ndarray:
         """(N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume, and values not 0 or 1."""
-        absent = next((i for i in ids if i not in self.rows), None)
-        if absent is not None:
-            raise InputError(
-                f"{self.source}: has no labels of volume {absent}; add its row, or name another table with --labels"
-            )
-        found = [[any([self._value(i, c) for c in group]) for group in columns] for i in ids]
+        rows = [self._row(i) for i in ids]
+        found = [[any([self._value(i, row, c) for c in group]) for group in columns] for i, row in zip(ids, rows, strict=True)]
         return np.array(found, dtype=bool)
 
-    def _value(self, volume: str, column: str) -> bool:
-        value = self.rows[volume].get(column)
+    def _row(self, volume: str) -> dict:
+        """By the id, or by its last part: tables know nothing of the folders that volumes lie in."""
+        row = self.rows.get(volume) or self.rows.get(volume.rpartition("/")[2])
+        if row is None:
+            raise InputError(
+                f"{self.source}: has no labels of volume {volume}; add its row, or name another table with --labels"
+            )
+        return row
+
+    def _value(self, volume: str, row: dict, column: str) -> bool:
+        value = row.get(column)
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -78,7 +84,7 @@ def manifest_labels(manifest: Manifest, split: str) -> LabelTable:
 
 
 def read_label_table(path: Path) -> LabelTable:
-    """A csv with an id column of KEYS (volume names with or without .nii.gz) and a column a label."""
+    """A csv with an id column of KEYS (volume names with or without ending) and a column a label."""
     path = Path(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -90,7 +96,7 @@ def read_label_table(path: Path) -> LabelTable:
         raise InputError(f"--labels {path}: has no column of volume ids; expected {' or '.join(KEYS)}")
     rows: dict[str, dict] = {}
     for name, row in read_csv(path, (key,), key).items():
-        volume = name.removesuffix(".gz").removesuffix(".nii")
+        volume = stem(name)
         if volume in rows:
             raise InputError(f"--labels {path}: volume {volume} is listed twice, also as {name}; keep one")
         rows[volume] = row

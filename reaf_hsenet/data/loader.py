@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from reaf_hsenet.config import Augmentation
-from reaf_hsenet.data.augment import augment
+from reaf_hsenet.data.augment import augment_with_slices
 from reaf_hsenet.data.manifest import Manifest, table_row
-from reaf_hsenet.data.reading import read_input
+from reaf_hsenet.data.reading import load_tensor, read_input
 from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer import WordPiece
@@ -20,26 +21,33 @@ from reaf_hsenet.tokenizer import WordPiece
 
 @dataclass
 class Batch:
-    """volume: (B, 1, D, H, W) float32. ids, mask: (B, T). index: rows of the split."""
+    """volume: (B, 1, D, H, W) float32. ids, mask: (B, T). index: rows of the split. slices: (B, S, C) or None."""
 
     volume: Tensor
     ids: Tensor
     mask: Tensor
     index: list[int]
+    slices: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        move = [t.to(device, non_blocking=True) for t in (self.volume, self.ids, self.mask)]
-        return Batch(*move, self.index)
+        volume, ids, mask, slices = (
+            t if t is None else t.to(device, non_blocking=True) for t in (self.volume, self.ids, self.mask, self.slices)
+        )
+        return Batch(volume, ids, mask, self.index, slices)
 
     def split(self, rows: int) -> list["Batch"]:
         """Parts of `rows` volumes; the last may have fewer."""
         parts = [t.split(rows) for t in (self.volume, self.ids, self.mask)]
         index = [self.index[i : i + rows] for i in range(0, len(self.index), rows)]
-        return [Batch(*p) for p in zip(*parts, index, strict=True)]
+        slices = [None] * len(index) if self.slices is None else self.slices.split(rows)
+        return [Batch(*p) for p in zip(*parts, index, slices, strict=True)]
 
 
 class CTReportDataset(Dataset):
-    """A split of a manifest. Items are asked for as (epoch, row): their randomness is a function of seed and both."""
+    """A split of a manifest. Items are asked for as (epoch, row): their randomness is a function of seed and both.
+
+    slices: items carry slice features. slices_follow: a flip of the volume's depth reverses them (published: not).
+    """
 
     def __init__(
         self,
@@ -50,8 +58,10 @@ class CTReportDataset(Dataset):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         style: str = "hsenet",
+        slices: bool = False,
+        slices_follow: bool = True,
     ):
-        self.style = style
+        self.style, self.slices, self.slices_follow = style, slices, slices_follow
         self.manifest, self.entries = manifest, manifest.entries(split)
         self.tokenizer, self.max_text = tokenizer, max_text
         self.augmentation, self.seed = augmentation, seed
@@ -64,11 +74,14 @@ class CTReportDataset(Dataset):
         rng = np.random.default_rng((self.seed, epoch, row))
         try:
             volume = read_prepared(self.manifest, self.entries[row])
+            slices = read_slices(self.manifest, self.entries[row]) if self.slices else None
         except InputError as error:
             return error  # raised by the main process: a worker's exception would carry its traceback
         if self.augmentation is not None:
-            volume = augment(volume, self.augmentation, rng)
-        return volume, self.encode(self.entries[row]["text"], rng), row
+            volume, following = augment_with_slices(volume, slices, self.augmentation, rng)
+            slices = following if self.slices_follow else slices
+        item = volume, self.encode(self.entries[row]["text"], rng), row
+        return (*item, slices) if self.slices else item
 
     def encode(self, text: str, rng: np.random.Generator) -> list[int]:
         """The token ids of a report, cleaned and shortened as the method `style` does."""
@@ -82,8 +95,9 @@ class CTReportDataset(Dataset):
         for item in items:
             if isinstance(item, InputError):
                 return item
-        volumes, rows, index = zip(*items, strict=True)
-        return Batch(torch.stack(volumes), *self.tokenizer.batch(list(rows)), list(index))
+        volumes, rows, index, *slices = zip(*items, strict=True)
+        features = torch.stack(slices[0]) if slices else None
+        return Batch(torch.stack(volumes), *self.tokenizer.batch(list(rows)), list(index), features)
 
 
 def read_prepared(manifest: Manifest, entry: dict) -> Tensor:
@@ -94,15 +108,18 @@ def read_prepared(manifest: Manifest, entry: dict) -> Tensor:
     path = manifest.folder / entry["volume"]
     if path.suffix != ".npy":
         return torch.from_numpy(read_input(path, manifest.recipe, manifest.reading, table_row(entry))[0])
-    try:
-        voxels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); delete it and run preprocess.py again"
-        ) from error
+    voxels = _load(path)
+    if manifest.published and voxels.ndim == 4 and len(voxels) == 1:
+        voxels = voxels[0]
     if voxels.shape != tuple(manifest.recipe.size):
         raise InputError(f"{path}: has shape {voxels.shape}, the manifest says {manifest.recipe.size}")
-    if voxels.dtype != manifest.dtype:
+    if manifest.published:
+        if voxels.dtype.kind != "f" or voxels.min() < -1e-3 or voxels.max() > 1.001:
+            raise InputError(
+                f"{path}: holds {voxels.dtype} from {voxels.min()} to {voxels.max()}; expected a prepared volume of "
+                "floats in [0, 1]"
+            )
+    elif voxels.dtype != manifest.dtype:
         raise InputError(f"{path}: holds {voxels.dtype}, the manifest says {manifest.dtype}")
     # numpy allocates large arrays and tests for NaN several times as fast as torch, torch converts so.
     volume = np.empty(voxels.shape, np.float32)
@@ -110,6 +127,31 @@ def read_prepared(manifest: Manifest, entry: dict) -> Tensor:
     if not np.isfinite(volume).all():
         raise InputError(f"{path}: holds NaN or infinite values; delete it and run preprocess.py again")
     return torch.from_numpy(volume)[None]
+
+
+def read_slices(manifest: Manifest, entry: dict) -> Tensor:
+    """(S, C) float32 slice features of a volume, from inferior to superior.
+
+    Raises InputError, naming the file, when they are absent, damaged or of another length or width.
+    """
+    path = manifest.slices_path(entry)
+    features = load_tensor(path) if path.suffix == ".pt" else torch.from_numpy(_load(path, " --slices"))
+    expected = manifest.slices["slices"], manifest.slices["width"]
+    if tuple(features.shape) != expected or not features.is_floating_point():
+        raise InputError(f"{path}: holds {features.dtype} {tuple(features.shape)}; expected slice features {expected}")
+    features = features.float()
+    if not torch.isfinite(features).all():
+        raise InputError(f"{path}: holds NaN or infinite values; make it again")
+    return features
+
+
+def _load(path: Path, step: str = "") -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); delete it and run preprocess.py{step} again"
+        ) from error
 
 
 class GlobalBatches(Sampler):

@@ -2,10 +2,12 @@
 
 {"schema": 1, "dataset": ..., "recipe": {...}, "dtype": "float16" (of the .npy files), "text": ..., "labels": [names],
  "reading": {rescale, orientation, assume_orientation} (of the source files; optional),
+ "slices": {encoder, sha256 of its weights, width, slices, ...} (of slices/*.npy; optional),
  "splits": {"train": [entry, ...], "validation": [...], "test": [...]}}
 entry: {"id", "scan", "volume" (path, absolute or below the folder), "text", "labels" (or null), "source": {file,
 sha256, shape, spacing, orientation, rescale, hu_range}, "table": {spacing, slope, intercept} (of a source file;
-optional)}. Volumes that end in .npy are prepared, others are source files; both may stand side by side.
+optional), "slices" (path; optional)}. Volumes that end in .npy are prepared, others are source files; both may stand
+side by side.
 """
 
 import math
@@ -17,6 +19,7 @@ import numpy as np
 
 from reaf_hsenet.config import RECIPES, Recipe, from_dict, to_dict
 from reaf_hsenet.data.datasets import Case, Source
+from reaf_hsenet.data.hsenet_json import FEATURES, read_hsenet_json
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.reaf_dataset import is_reaf_layout, read_reaf
 from reaf_hsenet.data.volume import TableRow
@@ -28,6 +31,8 @@ SCHEMA = 1
 
 @dataclass
 class Manifest:
+    """published: HSENet's own json, where the data set is that: its arrays are of any float type, checked when read."""
+
     folder: Path
     dataset: str
     recipe: Recipe
@@ -36,17 +41,29 @@ class Manifest:
     labels: list[str]
     splits: dict[str, list[dict]]
     reading: Reading = Reading()
+    slices: dict | None = None
+    published: Path | None = None
+
+    @property
+    def location(self) -> Path:
+        """What `--data` calls it, and load_manifest reads again."""
+        return self.published or self.folder
 
     @property
     def name(self) -> Path:
         """What messages call it: the file, or the folder of a published layout that was read without one."""
         path = self.folder / "manifest.json"
-        return path if path.is_file() else self.folder
+        return self.published or (path if path.is_file() else self.folder)
 
     @property
     def file_size(self) -> int:
         """Bytes of a prepared volume's .npy file: numpy's header of 128 bytes, then the voxels."""
         return 128 + int(np.prod(self.recipe.size)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def slices_size(self) -> int:
+        """Bytes of a volume's float16 slice features, likewise."""
+        return 128 + 2 * self.slices["slices"] * self.slices["width"]
 
     def save(self) -> None:
         head = {
@@ -62,6 +79,7 @@ class Manifest:
                 "text": self.text,
                 "labels": self.labels,
                 "reading": to_dict(self.reading),
+                **({"slices": self.slices} if self.slices else {}),
                 "splits": self.splits,
             },
         )
@@ -75,24 +93,60 @@ class Manifest:
             )
         return entries
 
-    def check(self, splits: list[str]) -> None:
-        """See that every volume is there, a prepared one whole. Raises InputError with the first that is not."""
+    def check(self, splits: list[str], slices: bool = False, reports: bool = True) -> None:
+        """See that every volume is there, a prepared one whole; with `slices`, its slice features too; and its report.
+
+        Raises InputError with the first that is not.
+        """
         for split in splits:
             for entry in self.entries(split):
                 path = self.folder / entry["volume"]
-                try:
-                    size = os.stat(path).st_size
-                except OSError as error:
-                    raise InputError(
-                        f"{path}: is in the manifest but absent; run preprocess.py again"
-                    ) from error
-                if path.suffix == ".npy" and size != self.file_size:
+                size = self._bytes(path, "correct its path" if self.published else "run preprocess.py again")
+                if path.suffix == ".npy" and not self.published and size != self.file_size:
                     raise InputError(
                         f"{path}: has {size} bytes, expected {self.file_size} for "
                         f"{self.recipe.size} {self.dtype}; delete it and run preprocess.py again"
                     )
-                if not entry["text"].strip():
+                if reports and not entry["text"].strip():
                     raise InputError(f"{self.name}: the report of {entry['id']} is empty")
+                if slices:
+                    path = self.slices_path(entry)
+                    size = self._bytes(path, self._make_slices)
+                    if not self.published and size != self.slices_size:
+                        shape = self.slices["slices"], self.slices["width"]
+                        raise InputError(
+                            f"{path}: has {size} bytes, expected {self.slices_size} for {shape} float16; "
+                            f"{self._make_slices}"
+                        )
+
+    def _bytes(self, path: Path, advice: str) -> int:
+        try:
+            return os.stat(path).st_size
+        except OSError as error:
+            where = self.published.name if self.published else "the manifest"
+            raise InputError(f"{path}: is in {where} but absent; {advice}") from error
+
+    @property
+    def _make_slices(self) -> str:
+        if self.published:
+            return f"{FEATURES} says where they are"
+        return f"make them with preprocess.py --slices ENCODER --out {self.folder}"
+
+    def slices_path(self, entry: dict) -> Path:
+        """The slice features of a volume. Raises InputError when it has none."""
+        if self.slices is None or "slices" not in entry:
+            raise InputError(f"{self.name}: {entry['id']} has no slice features; {self._make_slices}")
+        return self.folder / entry["slices"]
+
+    def require_slices(self, provenance: dict, wanted_by: str) -> None:
+        """Raises InputError unless the slice features are of this provenance, wherever its weights lay.
+
+        HSENet's json does not say what made its features: only their shape is compared.
+        """
+        if self.slices is None:
+            raise InputError(f"{self.name}: has no slice features; {self._make_slices}")
+        if other := different_slices(self.slices, provenance):
+            raise InputError(f"{self.name}: its slice features have another {other} than {wanted_by}; {self._make_slices}")
 
     def require(self, recipe: Recipe, wanted_by: str) -> None:
         """Raises InputError unless the volumes are of this recipe, which `wanted_by` needs."""
@@ -113,8 +167,28 @@ def _settings(recipe: dict, keys: list[str]) -> str:
     return ", ".join(f"{'recipe' if k == 'name' else k} {v}" for k, v in shown.items())
 
 
+def different_slices(have: dict, want: dict) -> str:
+    """The settings in which two provenances of slice features differ, as text; the encoder's name says nothing."""
+    return ", ".join(k for k in want if k != "encoder" and k in have and have[k] != want[k])
+
+
+def origin(entry: dict) -> dict:
+    """What an entry's volume was made of: equal for two entries of one file that was read in one way."""
+    source = entry["source"]
+    if "sha256" in source:  # then it does not matter where the file is
+        source = {k: v for k, v in source.items() if k != "file"}
+    return {"source": source, "table": entry.get("table")}
+
+
 def make_entry(case: Case, folder: Path, volume: Path, source: dict) -> dict:
     """The entry of `volume`: its path is relative where it lies below the manifest's folder."""
+    table = {}
+    if case.table != TableRow():
+        table["table"] = {
+            "spacing": case.table.spacing and [_json_number(s) for s in case.table.spacing],
+            "slope": _json_number(case.table.slope),
+            "intercept": _json_number(case.table.intercept),
+        }
     return {
         "id": case.id,
         "scan": case.scan,
@@ -122,6 +196,7 @@ def make_entry(case: Case, folder: Path, volume: Path, source: dict) -> dict:
         "text": case.text,
         "labels": None if case.labels is None else list(case.labels),
         "source": source,
+        **table,
     }
 
 
@@ -135,16 +210,9 @@ def as_is_manifest(
     manifest = Manifest(folder, source.kind, recipe, dtype, text, list(source.label_names), {}, reading)
     refused = [(str(case.path), case.problem) for case in source.by_id().values() if case.problem]
     for split, cases in source.splits.items():
-        manifest.splits[split] = []
-        for case in (c for c in cases if not c.problem):
-            entry = make_entry(case, folder, case.path, {"file": str(case.path)})
-            if case.table != TableRow():
-                entry["table"] = {
-                    "spacing": case.table.spacing and [_json_number(s) for s in case.table.spacing],
-                    "slope": _json_number(case.table.slope),
-                    "intercept": _json_number(case.table.intercept),
-                }
-            manifest.splits[split].append(entry)
+        manifest.splits[split] = [
+            make_entry(case, folder, case.path, {"file": str(case.path.absolute())}) for case in cases if not case.problem
+        ]
     return manifest, refused
 
 
@@ -165,11 +233,13 @@ def table_row(entry: dict) -> TableRow:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read a folder's manifest; a folder without one that has REAF's published layout is read as it is.
+    """Read a folder's manifest; a folder in REAF's published layout and HSENet's json file are read as they are.
 
     Raises InputError when there is neither, and for a manifest that is damaged or of another schema.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return _published_hsenet(folder)
     path = folder / "manifest.json"
     if not path.is_file():
         if is_reaf_layout(folder):
@@ -190,7 +260,10 @@ def load_manifest(folder: Path) -> Manifest:
             values["labels"],
             values["splits"],
             from_dict(Reading, values.get("reading", {})),
+            values.get("slices"),
         )
+        if manifest.slices is not None:
+            manifest.slices["width"], manifest.slices["slices"]  # KeyError if absent
         ids = [entry["id"] for split in manifest.splits.values() for entry in split]
         for split in manifest.splits.values():
             for entry in split:
@@ -206,6 +279,12 @@ def load_manifest(folder: Path) -> Manifest:
         repeated = next(i for i in ids if ids.count(i) > 1)
         raise InputError(f"{path}: id {repeated} is listed twice; keep one")
     return manifest
+
+
+def _published_hsenet(path: Path) -> Manifest:
+    splits, features = read_hsenet_json(path)
+    text, recipe = "report", RECIPES["hsenet"]
+    return Manifest(path.parent, "hsenet", recipe, "float32", text, [], splits, slices=features, published=path)
 
 
 def _published_reaf(folder: Path) -> Manifest:

@@ -8,9 +8,10 @@ import hashlib
 import json
 import multiprocessing
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +20,16 @@ from tqdm import tqdm
 
 from reaf_hsenet.config import Recipe, to_dict
 from reaf_hsenet.data.datasets import Case, Source
-from reaf_hsenet.data.manifest import Manifest, as_is_manifest, make_entry
-from reaf_hsenet.data.reading import Reading, read_input
+from reaf_hsenet.data.manifest import (
+    Manifest,
+    as_is_manifest,
+    load_manifest,
+    make_entry,
+    origin,
+    table_row,
+)
+from reaf_hsenet.data.reading import Reading, read_input, read_slice_images
+from reaf_hsenet.data.slices import SliceRecipe
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import atomic_write, folder_lock
 
@@ -64,12 +73,19 @@ def prepare(
     options = options.for_source(source)
     cases = source.by_id()
     with folder_lock(out):
-        _remove_half_written(out)
+        remove_half_written(out)
         manifest = Manifest(
             out, source.kind, options.recipe, options.dtype, text, list(source.label_names), {}, options.reading
         )
-        journal = Journal(out / "progress.jsonl", options)
-        done = journal.read(cases, manifest)
+        journal = Journal(out / "progress.jsonl", options.to_json(), "volumes prepared")
+
+        def whole(record: dict) -> bool:
+            """Is the volume whole, and has its source not changed since?"""
+            case, volume = cases.get(record["id"]), out / volume_name(record["id"])
+            unchanged = case and not case.problem and _stamp(case) == record["stamp"]
+            return bool(unchanged) and volume.is_file() and volume.stat().st_size == manifest.file_size
+
+        done = journal.read(whole)
         refused = {i: c.problem for i, c in cases.items() if c.problem}
         todo = [c for i, c in cases.items() if i not in done and i not in refused]
         with tqdm(total=len(todo), desc="volumes", unit="", disable=not progress or not todo) as bar:
@@ -85,7 +101,12 @@ def prepare(
             _run(todo, out, options, workers, keep)
         for split, members in source.splits.items():
             manifest.splits[split] = [
-                make_entry(c, out, out / volume_name(c.id), done[c.id]["source"]) for c in members if c.id in done
+                # The file is where it is now, which may be another place than when the volume was made.
+                make_entry(
+                    c, out, out / volume_name(c.id), {**done[c.id]["source"], "file": str(c.path.absolute())}
+                )
+                for c in members
+                if c.id in done
             ]
         lines = [(str(cases[i].path), reason) for i, reason in sorted(refused.items())]
         _save(manifest, lines)
@@ -107,39 +128,59 @@ def list_as_is(
 
 
 def _save(manifest: Manifest, refused: list[tuple[str, str]]) -> None:
-    with atomic_write(manifest.folder / "refused.csv") as file:
-        csv.writer(file).writerows([("file", "reason"), *refused])
+    _keep_slices(manifest)
+    write_refused(manifest.folder, refused)
     manifest.save()
 
 
+def write_refused(folder: Path, refused: list[tuple[str, str]]) -> None:
+    with atomic_write(folder / "refused.csv") as file:
+        csv.writer(file).writerows([("file", "reason"), *refused])
+
+
+def _keep_slices(manifest: Manifest) -> None:
+    """The slice features that the folder's manifest lists, of the volumes that are still made of the same source."""
+    if not (manifest.folder / "manifest.json").is_file():
+        return
+    try:
+        before = load_manifest(manifest.folder)
+    except InputError:
+        return  # it is replaced; `--slices` finds the features again
+    manifest.slices = before.slices
+    listed = {e["id"]: e for entries in before.splits.values() for e in entries if "slices" in e}
+    for entry in (e for entries in manifest.splits.values() for e in entries):
+        old = listed.get(entry["id"])
+        if old and origin(old) == origin(json.loads(json.dumps(entry))):
+            entry["slices"] = old["slices"]
+
+
 class Journal:
-    """One line per prepared volume. The first line holds the options: another recipe needs another folder."""
+    """One line per finished volume. The first line says how all were made: another way needs another folder.
 
-    def __init__(self, path: Path, options: Options):
-        self.path, self.head = path, options.to_json()
+    ignored: settings of that line that may differ.
+    """
 
-    def read(self, cases: dict[str, Case], manifest: Manifest) -> dict[str, dict]:
-        """Records by id of the volumes whose file is whole and whose source has not changed since."""
+    def __init__(self, path: Path, head: dict, holds: str, ignored: tuple[str, ...] = ()):
+        self.path, self.head, self.holds, self.ignored = path, head, holds, ignored
+
+    def read(self, whole: Callable[[dict], bool]) -> dict[str, dict]:
+        """Records by id of the volumes that `whole` still finds as they were left."""
         done: dict[str, dict] = {}
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             head = json.loads(lines[0]) if lines else None
-            if lines and head != self.head:
-                changed = [k for k in self.head if head.get(k) != self.head[k]]
+            changed = [k for k in self.head if lines and k not in self.ignored and head.get(k) != self.head[k]]
+            if changed:
                 raise InputError(
-                    f"{self.path.parent}: holds volumes prepared with another {', '.join(changed)}; "
-                    "choose another --out"
+                    f"{self.path.parent}: holds {self.holds} with another {', '.join(changed)}; choose another --out"
                 )
             for line in lines[1:]:
                 try:
                     record = json.loads(line)
                 except ValueError:
                     continue  # the last line of a run that was killed while writing it
-                case = cases.get(record["id"])
-                unchanged = case and not case.problem and _stamp(case) == record["stamp"]
-                volume = manifest.folder / volume_name(record["id"])
-                if unchanged and volume.is_file() and volume.stat().st_size == manifest.file_size:
-                    done[case.id] = record
+                if whole(record):
+                    done[record["id"]] = record
         with atomic_write(self.path) as file:
             for line in (self.head, *done.values()):
                 file.write(json.dumps(line) + "\n")
@@ -177,6 +218,41 @@ def prepare_case(case: Case, out: Path, options: Options) -> tuple[Case, dict | 
     return case, {"id": case.id, "stamp": _stamp(case), "source": source}, None
 
 
+def entry_slices(
+    entry: dict, reading: Reading, recipe: SliceRecipe, size: int, jpeg: bool
+) -> tuple[dict, np.ndarray | None, str | None]:
+    """(entry, (32, size, size) uint8 pictures of its source file, None) or (entry, None, reason it was refused)."""
+    path = Path(entry["source"]["file"])
+    try:
+        images, record = read_slice_images(path, recipe, size, jpeg, reading, table_row(entry))
+    except InputError as error:
+        return entry, None, str(error).removeprefix(f"{path}: ")
+    except MemoryError:
+        return entry, None, "needs more memory than there is; use fewer --workers"
+    other = [k for k, v in record.items() if entry["source"].get(k, v) != v]
+    if other:
+        reason = f"its {', '.join(other)} differs from the prepared volume's; run preprocess.py --dataset again"
+        return entry, None, reason
+    return entry, images, None
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that leave Ctrl-C to this one. After an error what is in work is finished, the rest is not begun."""
+    # spawn: a forked child of a process with threads can hang.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    )
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker was killed, most likely for want of memory; run again with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _run(todo: list[Case], out: Path, options: Options, workers: int, keep: Callable[..., None]) -> None:
     """prepare_case for each case, in `workers` processes; keep(*result) as each is done."""
     if workers == 1 or len(todo) < 2:
@@ -193,11 +269,7 @@ def _run(todo: list[Case], out: Path, options: Options, workers: int, keep: Call
             except OutputError as error:
                 failures.append(error)
 
-    # spawn: a forked child of a process with threads can hang.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    )
-    try:
+    with worker_pool(workers) as pool:
         futures = [pool.submit(prepare_case, case, out, options) for case in todo]
         for future in futures:
             future.add_done_callback(finished)
@@ -205,13 +277,6 @@ def _run(todo: list[Case], out: Path, options: Options, workers: int, keep: Call
             future.result()
             if failures:
                 raise failures[0]
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a worker was killed, most likely for want of memory; run again with fewer --workers"
-        ) from error
-    finally:
-        # After Ctrl-C the volumes in work are finished, the others left for the next run.
-        pool.shutdown(cancel_futures=True)
 
 
 def _stamp(case: Case) -> str | None:
@@ -223,6 +288,6 @@ def _stamp(case: Case) -> str | None:
     return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns, {case.table}"
 
 
-def _remove_half_written(out: Path) -> None:
-    for path in [*out.glob(".*.tmp"), *out.glob("volumes/**/.*.tmp")]:
+def remove_half_written(out: Path) -> None:
+    for path in [*out.glob(".*.tmp"), *out.glob("volumes/**/.*.tmp"), *out.glob("slices/**/.*.tmp")]:
         path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from reaf_hsenet.config import RECIPES, Recipe
 from reaf_hsenet.data.preprocessing import preprocess
+from reaf_hsenet.data.slices import SliceRecipe, slice_images
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, Volume, choose_rescale, read_volume
 from reaf_hsenet.errors import InputError
 
@@ -78,8 +79,20 @@ def read_input(
         raise InputError(f"{path}: {error}") from error
 
 
-def _read_tensor(path: Path) -> np.ndarray:
-    """(D, H, W) finite numbers, as they are in the file. A .gz is read whole, so that its CRC is checked."""
+def read_slice_images(
+    path: Path, recipe: SliceRecipe, size: int, jpeg: bool, reading: Reading, table: TableRow = NO_TABLE
+) -> tuple[np.ndarray, dict]:
+    """((32, size, size) uint8 pictures, record of what the file held). Raises InputError, naming the file."""
+    if ending(path.name) not in (".nii", ".nii.gz"):
+        raise InputError(
+            f"{path}: slices are taken from the CT itself, in HU at its own resolution; expected .nii or .nii.gz"
+        )
+    volume = read_volume(path, table, reading.rescale, reading.orientation, reading.assume_orientation)
+    return slice_images(volume, recipe, size, jpeg), volume.record
+
+
+def load_tensor(path: Path):
+    """The one tensor of a .pt or .pt.gz file. A .gz is read whole, so that its CRC is checked."""
     import torch  # here, not above: the workers that prepare NIfTI files start faster without it
 
     try:
@@ -97,16 +110,22 @@ def _read_tensor(path: Path) -> np.ndarray:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise InputError(f"{path}: is truncated or damaged ({reason})") from error
     if not isinstance(tensor, torch.Tensor):
-        raise InputError(f"{path}: holds a {type(tensor).__name__}; expected one tensor (D, H, W)")
+        raise InputError(f"{path}: holds a {type(tensor).__name__}; expected one tensor")
     odd = tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool
     if odd or tensor.layout != torch.strided:
         raise InputError(f"{path}: holds a {tensor.dtype} {tensor.layout} tensor; expected dense real numbers")
+    return tensor.detach()
+
+
+def _read_tensor(path: Path) -> np.ndarray:
+    """(D, H, W) finite numbers, as they are in the file."""
+    tensor = load_tensor(path)
     shape = tuple(tensor.shape)
     while tensor.ndim > 3 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.ndim != 3 or min(tensor.shape) < 2:
         raise InputError(f"{path}: holds a tensor of shape {shape}; expected one volume (D, H, W)")
-    voxels = (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
+    voxels = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     # The minimum of an array with NaN is NaN.
     if not np.isfinite([voxels.min(), voxels.max()]).all():
         raise InputError(f"{path}: holds NaN or infinite values; write it again")

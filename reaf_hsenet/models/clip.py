@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reaf_hsenet.models.layers import init_weights
 from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.reaf import REAF
+from reaf_hsenet.models.slice_guidance import ViT2E3
 from reaf_hsenet.models.text_encoder import TextEncoder
 from reaf_hsenet.models.vit3d import ViT3D
 
@@ -40,9 +41,10 @@ class DualEncoder(nn.Module):
         for projection in (self.vision_proj, self.text_proj):
             init_weights(projection)
 
-    def encode_image(self, volume: Tensor) -> Tensor:
-        """(B, 1, D, H, W) -> unit vectors (B, embed)."""
-        return F.normalize(self.vision_proj(self.vision(volume)[:, 0]), dim=-1)
+    def encode_image(self, volume: Tensor, slices: Tensor | None = None) -> Tensor:
+        """(B, 1, D, H, W), and slice features (B, S, C_2d) for a 2E3 encoder -> unit vectors (B, embed)."""
+        tokens = self.vision(volume) if slices is None else self.vision(volume, slices)
+        return F.normalize(self.vision_proj(tokens[:, 0]), dim=-1)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T), (B, T) -> unit vectors (B, embed)."""
@@ -58,8 +60,10 @@ class DualEncoder(nn.Module):
         if self.scale_kind == "exp":
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-    def forward(self, volume: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.encode_image(volume), self.encode_text(ids, mask), self.scale()
+    def forward(
+        self, volume: Tensor, ids: Tensor, mask: Tensor, slices: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.encode_image(volume, slices), self.encode_text(ids, mask), self.scale()
 
 
 def set_grad_checkpoint(model: DualEncoder, on: bool) -> None:
@@ -90,8 +94,12 @@ def adapt(model: DualEncoder, lora) -> None:
 
 
 def build_vision(config) -> ViT3D | REAF:
-    """Build from a VisionConfig or ReafVisionConfig."""
+    """Build from a VisionConfig, GuidedVisionConfig or ReafVisionConfig."""
     common = (config.size, config.patch, config.width, config.depth, config.heads, config.mlp)
+    if hasattr(config, "slice_width"):
+        return ViT2E3(
+            *common, slices=config.slices, slice_width=config.slice_width, dropout=config.guidance_dropout
+        )
     if not hasattr(config, "scan_layers"):
         return ViT3D(*common)
     saliency = None

@@ -36,7 +36,7 @@ class LoraLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(len(adapted), base.out_features // parts, r, **like))
         for a in self.lora_a:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.unmerged: Tensor | None = None
+        self.register_buffer("merged", None, persistent=False)
 
     def update(self) -> Tensor:
         """What the adapters add to the matrix, (out, in)."""
@@ -45,29 +45,22 @@ class LoraLinear(nn.Module):
         return delta.flatten(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if self.unmerged is not None:
-            return y
-        x = self.dropout(x)
-        y = y.unflatten(-1, (self.parts, -1))
-        out = list(y.unbind(-2))
+        if self.merged is not None:
+            return F.linear(x, self.merged, self.base.bias)
+        y = self.base(x).unflatten(-1, (self.parts, -1))
+        out, x = list(y.unbind(-2)), self.dropout(x)
         for i, a, b in zip(self.adapted, self.lora_a, self.lora_b, strict=True):
             out[i] = out[i] + self.scale * F.linear(F.linear(x, a), b)
         return torch.cat(out, dim=-1)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the adapters to the matrix, which makes the layer as fast as the base; the matrix itself is kept."""
-        if self.unmerged is None:
-            self.unmerged = self.base.weight.clone()
-            self.base.weight += self.update()
+        """Compute with W + (alpha / r) B A, as fast as the base. W itself stays, and is what state_dict holds."""
+        self.merged = self.base.weight + self.update()
 
-    @torch.no_grad()
     def unmerge(self) -> None:
-        """Back to the matrix before merge, bit for bit."""
-        if self.unmerged is not None:
-            self.base.weight.copy_(self.unmerged)
-            self.unmerged = None
+        """Back to W and its adapters."""
+        self.merged = None
 
 
 QKV = {"query": 0, "key": 1, "value": 2}
@@ -106,3 +99,14 @@ def unmerge_lora(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, LoraLinear):
             layer.unmerge()
+
+
+@torch.no_grad()
+def merged_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of the same model without adapters, which are added to the matrices they adapt."""
+    state = module.state_dict()
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLinear):
+            state[f"{name}.base.weight"] = layer.base.weight + layer.update()
+            del state[f"{name}.lora_a"], state[f"{name}.lora_b"]
+    return {name.replace(".base.", "."): tensor for name, tensor in state.items()}

@@ -133,14 +133,15 @@ class REAF(nn.Module):
     def forward(self, volume: Tensor) -> Tensor:
         return self.encode(volume).tokens
 
-    def saliency(self, volume: Tensor) -> dict[str, Tensor]:
-        """The map over patches, (B, d, h, w), of each branch; for pictures."""
-        return {k: b.map[:, 1:].unflatten(1, self.grid) for k, b in self.encode(volume).branches.items()}
+    def salient_regions(self, volume: Tensor) -> dict[str, Tensor]:
+        """By branch (B, d, h, w): the fused tokens' norms inside the chosen regions, 0 elsewhere; for pictures.
 
-    def region_mask(self, volume: Tensor) -> dict[str, Tensor]:
-        """True inside the chosen regions, (B, d, h, w), of each branch; for pictures."""
-        masks = {}
+        Empty when no regions are chosen.
+        """
+        found = {}
+        if not isinstance(self.enhancer, RegionalSaliency):
+            return found
         for name, branch in self.encode(volume).branches.items():
             norms = torch.linalg.vector_norm(branch.fused[:, 1:], dim=-1)
-            masks[name] = self.enhancer.region_mask(norms).unflatten(1, self.grid)
-        return masks
+            found[name] = (norms * self.enhancer.region_mask(norms)).unflatten(1, self.grid)
+        return found

@@ -66,8 +66,5 @@ class RegionalSaliency(nn.Module):
 class PlainSaliency(nn.Module):
     """The norms alone, no region enhanced: what is left of the map without the enhancer."""
 
-    def region_mask(self, norms: Tensor) -> Tensor:
-        return torch.ones_like(norms, dtype=torch.bool)
-
     def forward(self, tokens: Tensor) -> Tensor:
         return torch.linalg.vector_norm(tokens, dim=-1)

@@ -1,0 +1,113 @@
+"""Several evaluated runs side by side, with paired bootstrap intervals of their differences from the first.
+
+Volumes are drawn with replacement, the same for every run, so that what is hard for all runs cancels out. Reads what
+evaluate.py wrote: eval/retrieval_queries.csv and eval/zeroshot_scores.csv.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.metrics.classification import (
+    METRICS,
+    bootstrap,
+    both_values,
+    class_metrics,
+    find_thresholds,
+    mean_over_classes,
+)
+
+FILES = {"retrieval": "retrieval_queries.csv", "zeroshot": "zeroshot_scores.csv"}
+RECALL_KS = (1, 5, 10, 50)
+SHOWN = ("auroc", "average_precision", "thresholded.balanced_accuracy", "thresholded.f1_weighted")
+
+
+def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[str, list[dict]]:
+    """{measure: [{"value", "difference", "interval_95"} per run]}; the first run has no difference.
+
+    Raises InputError for a run that was not evaluated, or on other volumes than the first.
+    """
+    tables = [read_table(folder / "eval" / FILES[task], task, folder) for folder in folders]
+    ids = list(tables[0])
+    for folder, table in zip(folders[1:], tables[1:], strict=True):
+        if table.keys() != tables[0].keys():
+            raise InputError(
+                f"{folder}: was evaluated on other volumes than {folders[0]} ({len(table)} and {len(ids)}); evaluate "
+                "both on the same split of the same data"
+            )
+    measure = {"retrieval": _recalls, "zeroshot": _class_scores}[task]
+    found = [measure([table[i] for i in ids], resamples, seed) for table in tables]
+    shared = [name for name in found[0] if all(name in other for other in found)]
+    results: dict[str, list[dict]] = {}
+    for name in shared:
+        first, rows = found[0][name], []
+        for k, (value, draws) in enumerate(run[name] for run in found):
+            row = {"value": float(value)}
+            if k:
+                row["difference"] = float(value - first[0])
+                low, high = np.nanpercentile(draws - first[1], (2.5, 97.5)) if resamples else (None, None)
+                row["interval_95"] = [low, high]
+            rows.append(row)
+        results[name] = rows
+    return results
+
+
+def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, str]]:
+    """The rows of a results csv by id."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = {row["id"]: row for row in csv.DictReader(file)}
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; run evaluate.py --task {task} --run {folder} first") from error
+    except KeyError as error:
+        raise InputError(f"{path}: has no column {error}; run evaluate.py --task {task} --run {folder} again") from error
+    if not rows:
+        raise InputError(f"{path}: is empty; run evaluate.py --task {task} --run {folder} again")
+    return rows
+
+
+def _draws(n: int, resamples: int, seed: int) -> np.ndarray:
+    """(R, N): how often each volume is in a resample."""
+    rng = np.random.default_rng(seed)
+    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)] or [np.ones(n)])
+
+
+def _recalls(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
+    """R@K of both directions: (value, (R,) bootstrap values)."""
+    counts, found = _draws(len(rows), resamples, seed), {}
+    for direction in ("report_to_volume", "volume_to_report"):
+        ranks = np.array([int(row[f"{direction}_rank"]) for row in rows])
+        for k in (k for k in RECALL_KS if k < len(rows)):
+            hit = ranks <= k
+            found[f"{direction.replace('_', ' ')}, R@{k}"] = (hit.mean(), counts @ hit / len(rows))
+    return found
+
+
+def _class_scores(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
+    """Mean over classes of the metrics SHOWN, and every class's AUROC."""
+    names = [name for name in rows[0] if f"label: {name}" in rows[0]]
+    scores = np.array([[float(row[n]) for n in names] for row in rows], dtype=np.float32)
+    labels = np.array([[row[f"label: {n}"] == "1" for n in names] for row in rows])
+    thresholds, kept = find_thresholds(labels, scores), both_values(labels)
+    values = class_metrics(labels, scores, thresholds, np.ones((1, len(rows))))[0]
+    draws = bootstrap(labels, scores, thresholds, resamples, seed) if resamples else values[None]
+    mean, mean_draws = mean_over_classes(values, kept), mean_over_classes(draws, kept)
+    found = {f"mean {m}": (mean[METRICS.index(m)], mean_draws[:, METRICS.index(m)]) for m in SHOWN}
+    auroc = METRICS.index("auroc")
+    return found | {f"AUROC, {n}": (values[auroc, j], draws[:, auroc, j]) for j, n in enumerate(names) if kept[j]}
+
+
+def print_comparison(results: dict[str, list[dict]], folders: list[Path]) -> None:
+    for k, folder in enumerate(folders):
+        print(f"[{k + 1}] {folder}")
+    width = max(map(len, results)) + 1
+    print(f"{'':<{width}}{'[1]':>7}" + "".join(f"{f'[{k + 1}]':>7}{'difference, 95%':>26}" for k in range(1, len(folders))))
+    for name, runs in results.items():
+        cells = f"{runs[0]['value']:>7.3f}"
+        for run in runs[1:]:
+            low, high = run["interval_95"]
+            interval = "" if low is None else f" ({low:+.3f} to {high:+.3f})"
+            cells += f"{run['value']:>7.3f}{format(run['difference'], '+.3f') + interval:>26}"
+        print(f"{name:<{width}}{cells}")

@@ -1,0 +1,241 @@
+"""A prepared data set's slices -> slices/<id>.npy, float16 (S, C): HSENet's stage 2 encodes them once, with a frozen ViT.
+
+Restartable: what is done is in slices.jsonl and on disk. The manifest says which encoder made the features.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from reaf_hsenet.data.manifest import Manifest, different_slices, load_manifest, origin
+from reaf_hsenet.data.prepare import Journal, entry_slices, remove_half_written, worker_pool, write_refused
+from reaf_hsenet.data.reading import ending
+from reaf_hsenet.data.slices import MEAN, SLICE_RECIPES, SLICES, STD
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import atomic_write, folder_lock, read_json, write_json
+from reaf_hsenet.models.slice_encoder import SliceEncoder
+from reaf_hsenet.pretrained import load_strictly, read_checkpoint, slice_encoder_state
+
+SETTINGS = ("size", "patch", "width", "depth", "heads", "mlp")
+REFUSED = "slices: "  # begins the reasons of refused.csv that are of this step
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(S, H, W) uint8 -> (S, 3, H, W) float32, grey as colour, with CLIP's mean and standard deviation."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    return ((images.float() / 255)[:, None] - mean) / std
+
+
+def describe(encoder: SliceEncoder, name: str, jpeg: bool = False, recipe: str = "hsenet") -> dict:
+    """The provenance of features: `name` of the encoder, the hash of its weights, its settings, how slices are taken."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(encoder.state_dict().items()):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {
+        "encoder": name,
+        "sha256": digest.hexdigest(),
+        **_settings(encoder),
+        "slices": SLICES,
+        "jpeg": jpeg,
+        "recipe": recipe,
+    }
+
+
+def _settings(encoder: SliceEncoder) -> dict[str, int]:
+    block = encoder.blocks[0]
+    patch, mlp = encoder.patch_embed.kernel_size[0], block.mlp.fc1.out_features
+    values = (encoder.size, patch, encoder.width, len(encoder.blocks), block.attn.heads, mlp)
+    return dict(zip(SETTINGS, values, strict=True))
+
+
+def save_slice_encoder(folder: Path, encoder: SliceEncoder) -> None:
+    """Write slice_encoder.json and model.safetensors, which `--slices FOLDER` reads."""
+    write_json(Path(folder) / "slice_encoder.json", _settings(encoder))
+    with atomic_write(Path(folder) / "model.safetensors", "wb") as file:
+        file.write(save({n: t.detach().cpu().contiguous() for n, t in encoder.state_dict().items()}))
+
+
+def load_slice_encoder(name: str, jpeg: bool = False, recipe: str = "hsenet") -> tuple[SliceEncoder, dict]:
+    """A folder of save_slice_encoder, or a file, folder or hub id of BiomedCLIP or of a 2D ViT; and its provenance.
+
+    Raises InputError for anything else.
+    """
+    own = Path(name) / "slice_encoder.json"
+    state = read_checkpoint(name)
+    if own.is_file():
+        settings = read_json(own)
+        if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
+            raise InputError(f"{own}: expected {', '.join(SETTINGS)}")
+        source = own
+    else:
+        state = slice_encoder_state(state)
+        settings, source = _published_settings(state, name), name
+    if not all(isinstance(v, int) and v > 0 for v in settings.values()):
+        raise InputError(f"{source}: {settings}; expected whole numbers above 0")
+    if settings["width"] % settings["heads"] or settings["size"] % settings["patch"]:
+        raise InputError(f"{source}: {settings}; expected a width of whole heads and a size of whole patches")
+    encoder = SliceEncoder(**settings)
+    load_strictly(encoder, state, name)
+    return encoder.eval(), describe(encoder, name, jpeg, recipe)
+
+
+def _published_settings(state: dict[str, Tensor], name: str) -> dict[str, int]:
+    """Of a checkpoint under SliceEncoder's names, from its shapes; published ViTs have heads of 64 channels."""
+    try:
+        width, _, patch, _ = state["patch_embed.weight"].shape
+        mlp = state["blocks.0.mlp.fc1.weight"].shape[0]
+        side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{name}: is not a 2D ViT such as BiomedCLIP's visual.trunk, nor a folder with slice_encoder.json"
+        ) from error
+    depth = 1 + max(int(m.group(1)) for n in state if (m := re.match(r"blocks\.(\d+)\.", n)))
+    return dict(zip(SETTINGS, (side * patch, patch, width, depth, max(1, width // 64), mlp), strict=True))
+
+
+def add_slice_features(
+    folder: Path,
+    encoder: SliceEncoder,
+    provenance: dict,
+    workers: int = 1,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    batch: int = 64,
+) -> list[tuple[str, str]]:
+    """Encode what is missing of a prepared folder's volumes, then list it in manifest.json.
+
+    provenance: of load_slice_encoder or describe. batch: slices per forward pass.
+    Returns the refused (file, reason) pairs, which refused.csv has too: these volumes get no features. Raises
+    InputError when the folder has the features of another encoder.
+    """
+    folder = Path(folder)
+    if not (folder / "manifest.json").is_file():
+        raise InputError(f"{folder / 'manifest.json'}: no such file; prepare volumes first, with preprocess.py --dataset")
+    with folder_lock(folder):
+        remove_half_written(folder)
+        manifest = load_manifest(folder)
+        entries = [e for split in manifest.splits.values() for e in split]
+        _refuse_tensors(entries)
+        if other := different_slices(manifest.slices or {}, provenance):
+            raise InputError(f"{folder}: holds slice features with another {other}; choose another --out")
+        manifest.slices = provenance
+        origins = {e["id"]: _origin(e) for e in entries}
+        journal = Journal(folder / "slices.jsonl", provenance, "slice features", ignored=("encoder",))
+
+        def whole(record: dict) -> bool:
+            path = folder / slices_name(record["id"])
+            same = origins.get(record["id"]) == record["origin"]
+            return same and path.is_file() and path.stat().st_size == manifest.slices_size
+
+        done = journal.read(whole)
+        todo = [e for e in entries if e["id"] not in done]
+        refused: list[tuple[str, str]] = []
+        encoder = encoder.to(device).eval()
+        waiting: list[tuple[dict, np.ndarray]] = []
+
+        def encode_waiting() -> None:
+            features = _encode(encoder, np.concatenate([images for _, images in waiting]), device, batch)
+            for (entry, _), rows in zip(waiting, np.split(features, len(waiting)), strict=True):
+                if not np.isfinite(rows).all():
+                    raise InputError(f"{provenance['encoder']}: gives {entry['id']} NaN, or values beyond float16's")
+                with atomic_write(folder / slices_name(entry["id"]), "wb") as file:
+                    np.save(file, rows)
+                done[entry["id"]] = {"id": entry["id"], "origin": origins[entry["id"]]}
+                journal.add(done[entry["id"]])
+            waiting.clear()
+
+        with (
+            tqdm(total=len(todo), desc="slices", unit="", disable=not progress or not todo) as bar,
+            closing(_pictures(todo, manifest, encoder.size, workers)) as pictures,
+        ):
+            for entry, images, reason in pictures:
+                if images is None:
+                    refused.append((entry["source"]["file"], REFUSED + reason))
+                else:
+                    waiting.append((entry, images))
+                if len(waiting) * SLICES >= batch:
+                    encode_waiting()
+                bar.update()
+            if waiting:
+                encode_waiting()
+        for entry in entries:
+            entry.pop("slices", None)
+            if entry["id"] in done:
+                entry["slices"] = slices_name(entry["id"])
+        write_refused(folder, [*_other_refused(folder), *refused])
+        manifest.save()
+    return refused
+
+
+def slices_name(volume_id: str) -> str:
+    return f"slices/{volume_id}.npy"
+
+
+def _refuse_tensors(entries: list[dict]) -> None:
+    tensors = [e for e in entries if ending(e["source"]["file"]) in (".pt", ".pt.gz")]
+    if tensors:
+        raise InputError(
+            f"{tensors[0]['source']['file']}: --slices needs the CT itself, in HU at its own resolution; "
+            f"{len(tensors)} volumes come from .pt files, prepare them from .nii or .nii.gz"
+        )
+
+
+def _origin(entry: dict) -> dict:
+    """What features are made from, as JSON gives it back; a source file as it is, by its size and time."""
+    facts = origin(entry)
+    if "sha256" not in entry["source"]:
+        path = Path(entry["source"]["file"])
+        facts["file"] = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+    return json.loads(json.dumps(facts))
+
+
+def _pictures(
+    todo: list[dict], manifest: Manifest, size: int, workers: int
+) -> Iterator[tuple[dict, np.ndarray | None, str | None]]:
+    """entry_slices of each entry, in order, made in `workers` processes that are at most two volumes each ahead."""
+    recipe, jpeg = SLICE_RECIPES[manifest.slices["recipe"]], manifest.slices["jpeg"]
+    take = partial(entry_slices, reading=manifest.reading, recipe=recipe, size=size, jpeg=jpeg)
+    if workers == 1 or len(todo) < 2:
+        yield from map(take, todo)
+        return
+    with worker_pool(workers) as pool:
+        ahead = deque()
+        for entry in todo:
+            ahead.append(pool.submit(take, entry))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+@torch.inference_mode()
+def _encode(encoder: SliceEncoder, images: np.ndarray, device, batch: int) -> np.ndarray:
+    """(S, H, W) uint8 -> (S, C) float16."""
+    try:
+        parts = [encoder(normalise(part.to(device))) for part in torch.from_numpy(images).split(batch)]
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(f"--slice-batch {batch}: does not fit the GPU's memory; choose a smaller one") from error
+    return torch.cat(parts).half().cpu().numpy()
+
+
+def _other_refused(folder: Path) -> list[tuple[str, str]]:
+    """The rows of refused.csv that are of volumes, not of slices."""
+    path = folder / "refused.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    return [(file, reason) for file, reason in rows if not reason.startswith(REFUSED)]
