@@ -43,7 +43,8 @@ class Contrastive:
 class Teacher:
     """A frozen dual encoder in evaluation mode, whose features are computed once where they cannot change.
 
-    Reports: once per distinct sequence of tokens. Volumes: once, when `images_change` (augmentation) is off.
+    Reports: once per distinct sequence of tokens. Volumes: once, when `images_change` (augmentation) is off. What is
+    kept is computed alone: in a batch its last digits would depend on the others, and a resumed run would differ.
     """
 
     def __init__(
@@ -54,25 +55,27 @@ class Teacher:
         self.texts: dict[bytes, Tensor] = {}
         self.images: dict[int, Tensor] = {}
 
+    @torch.no_grad()
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, C) of the volumes and of the reports; only a chunk of the batch is on the device at a time."""
-        ids, mask = batch.ids.cpu(), batch.mask.cpu()
-        reports = [row[real.bool()].numpy().tobytes() for row, real in zip(ids, mask, strict=True)]
-        text = self._each_once(self.texts, reports, self.model.encode_text, (ids, mask))
-        images = {} if self.images_change else self.images
-        return self._each_once(images, batch.index, self.model.encode_image, (batch.volume,)), text
+        text = []
+        for ids, mask in zip(batch.ids.cpu(), batch.mask.cpu(), strict=True):
+            ids = ids[mask.bool()]
+            key = ids.numpy().tobytes()
+            if key not in self.texts:
+                self.texts[key] = self._encode(self.model.encode_text, ids[None], torch.ones_like(ids)[None])[0]
+            text.append(self.texts[key])
+        if self.images_change:
+            image = [self._encode(self.model.encode_image, part) for part in batch.volume.split(self.chunk)]
+            return torch.cat(image), torch.stack(text)
+        for row, volume in zip(batch.index, batch.volume, strict=True):
+            if row not in self.images:
+                self.images[row] = self._encode(self.model.encode_image, volume[None])[0]
+        return torch.stack([self.images[row] for row in batch.index]), torch.stack(text)
 
-    @torch.no_grad()
-    def _each_once(self, known: dict, keys: list, encode: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-        """The features of every key; encode(*rows of inputs) for those that are not known yet, which are then."""
-        new = list({key: i for i, key in enumerate(keys) if key not in known}.items())
-        for start in range(0, len(new), self.chunk):
-            part = new[start : start + self.chunk]
-            rows = [i for _, i in part]
-            with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-                features = encode(*(t[rows].to(self.device) for t in inputs)).float()
-            known.update((key, row) for (key, _), row in zip(part, features, strict=True))
-        return torch.stack([known[key] for key in keys])
+    def _encode(self, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            return encode(*(t.to(self.device) for t in inputs)).float()
 
 
 class Guided(Contrastive):
