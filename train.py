@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     reaf.add_argument("--drop-path", type=float)
     guided = parser.add_argument_group("stage clip2 (defaults are the published ones)")
     guided.add_argument(
-        "--teacher", type=Path, help="run of stage clip1 (default: --init if it is one, else runs/clip1-hsenet)"
+        "--teacher", help="run of stage clip1 (default: --init if it is one, else runs/clip1-hsenet)"
     )
     guided.add_argument("--relation", type=float, help="weight of the relation loss at the first step")
     guided.add_argument("--relation-steps", type=int, help="steps until it is 0")

@@ -10,6 +10,7 @@ fusion and saliency in a step, and the memory of a step with gradient checkpoint
 import argparse
 import statistics
 import time
+from functools import partial
 
 from measure import compare, measure
 
@@ -58,14 +59,17 @@ def timms(threads: int):
     import torch
 
     # timm imports torchvision, whose own operators need a build for this very torch. None is used here.
-    torch.library.Library("torchvision", "DEF").define("nms(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    operators = torch.library.Library("torchvision", "DEF")  # they last as long as this name
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
     from timm.models.vision_transformer import Block
 
     model = _model(threads)
     for i, block in enumerate(model.blocks):
-        theirs = Block(768, 12, qkv_bias=True, norm_layer=lambda width: torch.nn.LayerNorm(width, 1e-6))
+        theirs = Block(768, 12, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
         theirs.load_state_dict(block.state_dict())
         model.blocks[i] = theirs
+    del operators
     return _step(model)
 
 

@@ -17,7 +17,6 @@ from reaf_hsenet.config import (
     GuidedVisionConfig,
     LoraConfig,
     Recipe,
-    TextConfig,
     TrainConfig,
     from_dict,
     stage_config,
@@ -77,8 +76,11 @@ FIXED_FLAGS = (
     "clip_norm",
     "no_augment",
     "unfreeze_text",
+    "teacher",
     "relation",
     "relation_steps",
+    "no_guidance",
+    "slices_stay",
     "seed",
     "max_steps",
 )
@@ -144,38 +146,19 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
         manifest = load_manifest(args.data)
     manifest.require(replace(manifest.recipe, name=args.model, size=config.vision.size), f"preset {preset}")
     settings = train_settings(args, stage_config(args.stage, args.model, preset), ranks, manifest, say)
-    if settings.text_blocks is not None and args.unfreeze_text is None and not args.text_model:
+    words = init_run or teacher  # a run whose vocabulary is taken
+    if settings.text_blocks is not None and args.unfreeze_text is None and not (args.text_model or words):
         say("no --text-model: the text encoder starts from nothing and is trained whole, not frozen")
         settings = replace(settings, text_blocks=None)
     torch.manual_seed(settings.seed)
-    words, weights = init_run or teacher, None  # whose vocabulary is taken
-    if args.text_model:
-        tokenizer, text, weights = read_text_model(args.text_model)
-        if teacher is not None and tokenizer.vocab != teacher.tokenizer.vocab:
-            raise InputError(
-                f"--text-model {args.text_model}: has another vocabulary than the teacher, {teacher.folder}; train "
-                "stage clip1 with it first, or leave the flag out"
-            )
-        config = replace(config, text=text, max_text=min(config.max_text, text.positions))
-    elif words is not None:
-        tokenizer, config = words.tokenizer, replace(config, text=words.config.text, max_text=words.config.max_text)
-    else:
-        reports = sorted({entry["text"] for entry in manifest.entries("train")})
-        tokenizer = train_wordpiece([clean_report(r) for r in reports], config.text.vocab)
-        config = replace(config, text=replace(config.text, vocab=len(tokenizer.vocab)))
-        if preset.endswith("-base"):
-            say(
-                "no --text-model: the text encoder starts from nothing; the published one starts from a BERT, "
-                "for example --text-model google-bert/bert-base-uncased"
-            )
+    tokenizer, config, weights = text_side(args, config, manifest, words, teacher, preset, say)
     known_words = args.text_model or (words.origin.get("text_model") if words else None)
     origin = {"text_model": known_words, "init": args.init, "teacher": str(teacher.folder) if teacher else None}
-    state = None
-    if init_run or teacher and not args.init:
-        start = init_run or teacher
+    start, state = init_run or (teacher if not args.init else None), None
+    if start is not None:
         origin["init"] = str(start.folder)
         state = initial_state(merged_state(start.model), origin["init"], args.model, None, None)
-        if args.text_model and tokenizer.vocab != start.tokenizer.vocab:
+        if tokenizer.vocab != start.tokenizer.vocab:
             state = without_text(state)
     elif args.init:
         state = initial_state(
@@ -188,15 +171,41 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
     )
 
 
+def text_side(
+    args: argparse.Namespace,
+    config: ClipConfig,
+    manifest: Manifest,
+    words: DualEncoderRun | None,
+    teacher: DualEncoderRun | None,
+    preset: str,
+    say,
+) -> tuple[WordPiece, ClipConfig, dict | None]:
+    """Tokenizer, the configuration with its text encoder, and that encoder's weights where --text-model has them."""
+    if args.text_model:
+        patterns = ["config.json", "vocab.txt", "tokenizer_config.json", "*.safetensors", "pytorch_model.bin"]
+        folder = find_folder(args.text_model, patterns)
+        tokenizer, text = load_wordpiece(folder), bert_config(folder)
+        if teacher is not None and tokenizer.vocab != teacher.tokenizer.vocab:
+            raise InputError(
+                f"--text-model {args.text_model}: has another vocabulary than the teacher, {teacher.folder}; train "
+                "stage clip1 with it first, or leave the flag out"
+            )
+        config = replace(config, text=text, max_text=min(config.max_text, text.positions))
+        return tokenizer, config, bert_state(read_weights(folder))
+    if words is not None:
+        return words.tokenizer, replace(config, text=words.config.text, max_text=words.config.max_text), None
+    reports = sorted({entry["text"] for entry in manifest.entries("train")})
+    tokenizer = train_wordpiece([clean_report(r) for r in reports], config.text.vocab)
+    if preset.endswith("-base"):
+        say(
+            "no --text-model: the text encoder starts from nothing; the published one starts from a BERT, "
+            "for example --text-model google-bert/bert-base-uncased"
+        )
+    return tokenizer, replace(config, text=replace(config.text, vocab=len(tokenizer.vocab))), None
+
+
 def without_text(state: dict) -> dict:
     return {name: tensor for name, tensor in state.items() if not name.startswith("text")}
-
-
-def read_text_model(name: str) -> tuple[WordPiece, TextConfig, dict]:
-    """Tokenizer, configuration and weights of a BERT folder or hub id."""
-    patterns = ["config.json", "vocab.txt", "tokenizer_config.json", "*.safetensors", "pytorch_model.bin"]
-    folder = find_folder(name, patterns)
-    return load_wordpiece(folder), bert_config(folder), bert_state(read_weights(folder))
 
 
 def find_teacher(args: argparse.Namespace, init_run: DualEncoderRun | None) -> DualEncoderRun:
@@ -287,6 +296,8 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
     fixed = {**vars(settings), **vars(config.vision), "logit_scale": config.logit_scale, "preset": values["preset"]}
     fixed |= {"max_steps": values["max_steps"], "unfreeze_text": settings.text_blocks, **origin}
     fixed["no_augment"] = settings.augment == NO_AUGMENTATION
+    fixed |= {"slices_stay": not settings.slices_follow}
+    fixed |= {"no_guidance": args.stage == "clip2" and not isinstance(config.vision, GuidedVisionConfig)}
     fixed |= {f"lora_{k}": v for k, v in vars(config.lora).items()} if config.lora else {}
     fixed["lora"] = config.lora and config.lora.towers
     for flag in FIXED_FLAGS:
