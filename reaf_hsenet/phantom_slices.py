@@ -34,7 +34,7 @@ def add_phantom_slices(folder: Path, teacher: DualEncoderRun, device: torch.devi
     manifest, workers = load_manifest(folder), len(os.sched_getaffinity(0))
     encoder = train_slice_encoder(manifest, teacher, device, workers)
     save_slice_encoder(folder / "slice_encoder", encoder)
-    add_slice_features(folder, encoder, describe(encoder, "phantoms", recipe=RECIPE), workers, device)
+    add_slice_features(folder, encoder, describe(encoder, "phantoms", recipe=RECIPE), workers, device, batch=1024)
 
 
 def train_slice_encoder(

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -243,6 +244,10 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
     )
+    # One thread each, where nothing else is asked for: as many workers as cores, each with as many threads, would wait
+    # for one another. They read this as they start; here the libraries are loaded already.
+    threads = [name for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if name not in os.environ]
+    os.environ.update(dict.fromkeys(threads, "1"))
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -251,6 +256,8 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+        for name in threads:
+            del os.environ[name]
 
 
 def _run(todo: list[Case], out: Path, options: Options, workers: int, keep: Callable[..., None]) -> None:
