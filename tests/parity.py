@@ -14,7 +14,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import fill as kit  # noqa: E402
+from parity_case import STRICT32, STRICT64, Case, Check, NotBuilt, equal  # noqa: E402
+from parity_text import check_tokenizers  # noqa: E402
 from reaf_hsenet.config import RECIPES, TextConfig  # noqa: E402
 from reaf_hsenet.data.datasets import read_ct_rate  # noqa: E402
 from reaf_hsenet.data.labels import load_label_set  # noqa: E402
@@ -56,88 +58,6 @@ from reaf_hsenet.pretrained import (  # noqa: E402
     slice_encoder_state,
     vit3d_state,
 )
-from reaf_hsenet.tokenizer import load_wordpiece  # noqa: E402
-
-
-class NotBuilt(Exception):
-    """The case is of a part that this project does not have yet."""
-
-
-@dataclass
-class Check:
-    """One comparison: the error and what is allowed, in the same unit."""
-
-    name: str
-    error: float
-    allowed: float
-
-    @property
-    def ratio(self) -> float:
-        return self.error / self.allowed if self.allowed else float("inf") * self.error if self.error else 0.0
-
-
-class Case:
-    """A case file, its tensors, and the deterministic weights and inputs it names."""
-
-    def __init__(self, path: Path, real: Path):
-        self.values = json.loads(path.read_text())
-        self.path, self.folder, self.real = path, path.parent, real
-        tensors = path.with_suffix(".safetensors")
-        self.stored = load_file(tensors) if tensors.is_file() else {}
-        self.module = self.values.get("module")
-        self.name = self.values.get("case", path.stem)
-
-    def __getitem__(self, key: str):
-        return self.values[key]
-
-    def weights(self) -> dict[str, Tensor]:
-        seed = self.values["seed"]
-        return {n: torch.from_numpy(kit.fill(n, s, seed)) for n, s in self.values["weights"].items()}
-
-    def input(self, name: str) -> Tensor:
-        spec = self.values["inputs"][name]
-        make = {"volume": kit.volume, "features": kit.features, "fill": kit.fill}[spec["kind"]]
-        return torch.from_numpy(make(spec["name"], spec["shape"], spec["seed"]))
-
-    def compare(self, found: dict[str, Tensor], allowed: float, suffix: str = "") -> Iterator[Check]:
-        """Checks of the stored samples, or of mean, std and l2 where no sample is stored.
-
-        allowed: in units of the output's standard deviation.
-        """
-        for name, spec in self.values["outputs"].items():
-            tensor = found[name]
-            if list(tensor.shape) != spec["shape"]:
-                yield Check(f"{name} shape {list(tensor.shape)}", float("inf"), 1.0)
-                continue
-            key = name + suffix
-            if key in self.stored:
-                index = spec["sample_index"]
-                sample = tensor if index in ("full", None) else tensor[_index(index)]
-                error = (sample.double() - self.stored[key].double()).abs().max().item()
-                factor = ATTENTION32 if "attention" in name and not suffix else allowed
-                yield Check(key, error, factor * (spec["std"] or 1.0))
-            elif not suffix:
-                values = tensor.double()
-                yield Check(f"{name} mean", abs(values.mean().item() - spec["mean"]), allowed * spec["std"])
-                spread = abs(values.std(correction=0).item() - spec["std"])
-                yield Check(f"{name} std", spread, allowed * spec["std"])
-                yield Check(f"{name} l2", abs(values.norm().item() - spec["l2"]), allowed * spec["l2"])
-
-
-def _index(text: str) -> tuple:
-    """`[:, ::97, :]` -> slices."""
-    parts = [p.strip() for p in text.strip("[]").split(",")]
-    made = []
-    for part in parts:
-        if ":" in part:
-            made.append(slice(*(int(x) if x.strip() else None for x in part.split(":"))))
-        else:
-            made.append(int(part))
-    return tuple(made)
-
-
-STRICT32, STRICT64 = 1e-5, 1e-9  # of the output's standard deviation
-ATTENTION32 = 2e-5  # of softmax weights, whose spread is small: what the kit measured of a plain implementation
 
 
 def check_fill(case: Case) -> Iterator[Check]:
@@ -384,7 +304,7 @@ def check_reaf(case: Case) -> Iterator[Check]:
         yield from case.compare(found, allowed, suffix)
         for name, branch in encoding.branches.items():
             want, weights = case["values"][f"softmax_of_{name}_map"], branch.map[0].softmax(-1)
-            yield _equal(f"{name} largest weight{suffix}", weights.argmax().item(), want["largest_at"][0])
+            yield equal(f"{name} largest weight{suffix}", weights.argmax().item(), want["largest_at"][0])
             yield Check(f"{name} class weight{suffix}", abs(weights[0].item() - want["class_token_weight"][0]), 1e-5)
 
 
@@ -410,43 +330,10 @@ def check_mae(case: Case) -> Iterator[Check]:
     config = case["config"]
     patch, grid = tuple(config["patch_size"]), tuple(config["grid"])
     found = mae_state({name: case.input(name) for name in case["inputs"]}, patch, grid)
-    yield _equal("names", sorted(found), sorted({"pos_embed"} | set(case["values"]["output_keys"]) - {"spatial_posemb"}))
+    yield equal("names", sorted(found), sorted({"pos_embed"} | set(case["values"]["output_keys"]) - {"spatial_posemb"}))
     found["spatial_posemb"] = found.pop("pos_embed").unflatten(1, grid)
     found["patch_embed.proj.weight"] = found["patch_embed.proj.weight"].unflatten(1, (1, *patch))
     yield from case.compare(found, STRICT32)
-
-
-def check_tokenizers(case: Case) -> Iterator[Check]:
-    expected = case["outputs"]["wordpiece"]
-    tokenizer = load_wordpiece((case.folder / "tokenizers" / case["config"]["wordpiece"]["file"]).parent)
-    yield _equal("wordpiece vocabulary", len(tokenizer.vocab), expected["vocab_size"])
-    for name, want in expected["texts"].items():
-        text = case["texts"][name]
-        plain = tokenizer.encode(text, special_tokens=False)
-        yield _equal(f"wordpiece {name} ids", tokenizer.encode(text), want["ids"])
-        yield _equal(f"wordpiece {name} plain ids", plain, want["ids_without_special_tokens"])
-        yield _equal(f"wordpiece {name} decoded", tokenizer.decode(plain), want["decoded"])
-        skipped = tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True)
-        yield _equal(f"wordpiece {name} decoded without special tokens", skipped, want["decoded_skip_special"])
-        if "tokens" in want:
-            yield _equal(f"wordpiece {name} tokens", [tokenizer.vocab[i] for i in tokenizer.encode(text)], want["tokens"])
-    for key in (k for k in expected if k.startswith("max_length_")):
-        length = int(key.split("_")[2])
-        for name, want in expected[key].items():
-            ids, mask = tokenizer.batch([tokenizer.encode(case["texts"][name], length)], length)
-            yield _equal(f"wordpiece {name} padded", ids[0].tolist(), want["input_ids"])
-            yield _equal(f"wordpiece {name} mask", mask[0].tolist(), want["attention_mask"])
-    if "pair" in expected:
-        ids, types = tokenizer.encode_pair(*expected["pair"]["texts"])
-        yield _equal("wordpiece pair", ids, expected["pair"]["input_ids"])
-        yield _equal("wordpiece pair types", types, expected["pair"]["token_type_ids"])
-    others = [n for n in case["outputs"] if n != "wordpiece"]
-    if others:
-        print(f"SKIP {case.name} [{', '.join(others)}]: not built yet")
-
-
-def _equal(name: str, found, expected) -> Check:
-    return Check(name, 0.0 if found == expected else float("inf"), 1.0)
 
 
 PREPROCESS_RECIPES = {
@@ -480,12 +367,12 @@ def _check_input(case: Case, volume: Volume, label: str, want: dict) -> Iterator
     recipe = PREPROCESS_RECIPES[case.name]
     mine = replace(recipe, fit=label.split("/")[2] if label.count("/") > 1 else recipe.fit)
     image, grid = torch.from_numpy(preprocess(volume, mine)), resampled_grid(volume, mine)
-    yield _equal(f"{label} shape", list(image.shape), want["output"]["shape"])
+    yield equal(f"{label} shape", list(image.shape), want["output"]["shape"])
     if "resampled" in want:
-        yield _equal(f"{label} resampled shape", list(grid.shape), want["resampled"]["shape"])
+        yield equal(f"{label} resampled shape", list(grid.shape), want["resampled"]["shape"])
     if "crop_start" in want:
         box = [list(side) for side in zip(*grid.foreground(grid.range()[0]), strict=True)]
-        yield _equal(f"{label} crop", box, [want["crop_start"], want["crop_end"]])
+        yield equal(f"{label} crop", box, [want["crop_start"], want["crop_end"]])
     for sample in ("strided", "center"):
         stored = case.stored[f"{label}/{sample}"]
         error = (_sample(image, stored, sample, case["samples"]) - stored).abs().max().item()
@@ -504,14 +391,14 @@ def _check_slices(case: Case, volume: Volume, recipe: str, label: str, want: dic
         # The published script leaves this volume's axes; turned so that x is up, ours must agree.
         volume = Volume(volume.hu.transpose(1, 2, 0), volume.spacing)
     slices = axial_slices(volume, SLICE_RECIPES[recipe])
-    yield _equal(f"{label} uint8 shape", list(slices.shape), want["uint8_rotated"]["shape"])
+    yield equal(f"{label} uint8 shape", list(slices.shape), want["uint8_rotated"]["shape"])
     yield Check(f"{label} uint8 mean", abs(slices.mean() - want["uint8_rotated"]["mean"]), MEAN_UINT8)
     if f"{label}/uint8_strided" in case.stored:
         error = np.abs(slices[::4, ::8, ::8] - case.stored[f"{label}/uint8_strided"].numpy().astype(int))
         yield Check(f"{label} uint8", float(error.max()), 1)
         yield Check(f"{label} uint8 differing", float((error > 0).mean()), DIFFERING)
     images = normalise(torch.from_numpy(fit(slices, want["output"]["shape"][-1])))
-    yield _equal(f"{label} shape", list(images.shape), want["output"]["shape"])
+    yield equal(f"{label} shape", list(images.shape), want["output"]["shape"])
     pairs = {s: (_sample(images, case.stored[f"{label}/{s}"], s, case["samples"]), s) for s in ("strided", "center")}
     yield Check(f"{label} mean", abs(images.double().mean().item() - want["output"]["mean"]), MEAN_GREY)
     if f"{label}/with_jpeg_strided" in case.stored:
@@ -576,7 +463,7 @@ def _check_classification(case: Case) -> Iterator[Check]:
                 got = mine["auroc" if key == "auc" else key]
                 got = got if metric is None else got[metric]
                 if number is None or got is None:
-                    yield _equal(f"{name} {key} {metric or ''}", got, number)
+                    yield equal(f"{name} {key} {metric or ''}", got, number)
                 else:
                     yield Check(f"{name} {key} {metric or ''}", abs(got - number), 1e-9)
 
