@@ -1,4 +1,5 @@
-"""Training losses: contrastive, over the whole (global) batch, and HSENet's relation between two models' logits."""
+"""Training losses: contrastive, over the whole (global) batch, HSENet's relation between two models' logits, and the
+next token's cross-entropy."""
 
 import torch
 import torch.distributed as dist
@@ -55,3 +56,11 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def relation_weight(step: int, weight: float, steps: int) -> float:
     """`weight` at step 0, falling linearly to 0 at `steps`, and 0 from then on."""
     return weight * max(0.0, 1 - step / steps)
+
+
+def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, a scalar, in float32. logits: (B, T, V).
+
+    labels: (B, T), the ids themselves, -100 where nothing is learned; the logits at t are compared with t + 1.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

@@ -25,7 +25,9 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import fill as kit  # noqa: E402
 from parity_case import STRICT32, STRICT64, Case, Check, NotBuilt, equal  # noqa: E402
-from parity_text import check_tokenizers  # noqa: E402
+from parity_decoder import check_decoder  # noqa: E402
+from parity_lora import check_lora  # noqa: E402
+from parity_text import check_llm_inputs, check_tokenizers  # noqa: E402
 from reaf_hsenet.config import RECIPES, TextConfig  # noqa: E402
 from reaf_hsenet.data.datasets import read_ct_rate  # noqa: E402
 from reaf_hsenet.data.labels import load_label_set  # noqa: E402
@@ -498,7 +500,10 @@ CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
     "reaf": check_reaf,
     "reaf_fusion_saliency": check_fusion_saliency,
     "mae_inflation": check_mae,
+    "decoder": check_decoder,
+    "lora": check_lora,
     "tokenizers": check_tokenizers,
+    "llm_inputs": check_llm_inputs,
     "preprocess": check_preprocess,
     "metrics": check_metrics,
 }

@@ -7,6 +7,7 @@ import torch
 
 from reaf_hsenet.config import LoraConfig
 from reaf_hsenet.models.clip import adapt, build_dual_encoder
+from reaf_hsenet.models.layers import FusedLinear
 from reaf_hsenet.models.lora import LoraLinear, add_lora, merge_lora, merged_state, unmerge_lora
 from test_models import TINY, batch
 
@@ -29,14 +30,15 @@ def adapted(lora=LORA):
 
 
 def test_an_adapted_third_of_a_fused_matrix_is_the_formula():
-    base = torch.nn.Linear(6, 12)
-    layer = random_adapters(LoraLinear(base, r=2, alpha=8, parts=3, adapted=(0, 2)))
+    base = FusedLinear(6, {"query": 6, "key": 2, "value": 4})
+    layer = random_adapters(LoraLinear(base, r=2, alpha=8, adapted=("query", "value")))
     x = torch.randn(4, 5, 6)
     y, plain = layer(x), base(x)
-    for third, (a, b) in zip((0, 2), zip(layer.lora_a, layer.lora_b, strict=True), strict=True):
-        columns = slice(4 * third, 4 * third + 4)
-        assert torch.allclose(y[..., columns], plain[..., columns] + 4 * x @ a.T @ b.T, atol=1e-5)
-    assert torch.equal(y[..., 4:8], plain[..., 4:8])
+    assert [(start, end) for start, end, _, _ in layer.pairs()] == [(0, 6), (8, 12)]
+    for start, end, a, b in layer.pairs():
+        expected = plain[..., start:end] + 4 * x @ a.T @ b.T
+        assert torch.allclose(y[..., start:end], expected, atol=1e-5)
+    assert torch.equal(y[..., 6:8], plain[..., 6:8])
 
 
 def test_an_adapted_model_starts_as_the_base():

@@ -3,87 +3,99 @@
 A starts as peft 0.14 starts it (Kaiming-uniform, a = sqrt(5)), B as zeros, so that an adapted model starts as the base.
 """
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reaf_hsenet.models.int8 import Int8Linear
+
 
 class LoraLinear(nn.Module):
-    """An adapted nn.Linear. Of a matrix of `parts` stacked ones (a fused qkv has 3) only those in `adapted` change.
+    """An adapted Linear. adapted: the parts of a fused matrix that change, each with an adapter of its own; none means
+    that one adapter changes the whole matrix.
 
-    x (..., in) -> (..., out). A: (len(adapted), r, in), B: (len(adapted), out / parts, r).
+    x (..., in) -> (..., out). lora_a: (n * r, in), lora_b: (rows of the n adapted parts, r), part after part.
+    Adapters are float32 whatever the base's type; outside autocast they compute in that of x.
     """
 
     def __init__(
-        self,
-        base: nn.Linear,
-        r: int,
-        alpha: float,
-        dropout: float = 0.0,
-        parts: int = 1,
-        adapted: tuple[int, ...] = (0,),
+        self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, adapted: tuple[str, ...] = ()
     ):
         super().__init__()
-        if r < 1 or base.out_features % parts or not all(0 <= i < parts for i in adapted):
-            raise ValueError(f"rank {r}, parts {adapted} of {parts}: do not fit {base.out_features} outputs")
-        self.base, self.scale = base.requires_grad_(False), alpha / r
-        self.parts, self.adapted = parts, tuple(adapted)
+        parts = getattr(base, "parts", {})
+        if r < 1 or not all(name in parts for name in adapted):
+            raise ValueError(f"rank {r}, parts {adapted} of {tuple(parts)}: do not fit {base.out_features} outputs")
+        self.base, self.r, self.scale, self.adapted = base.requires_grad_(False), r, alpha / r, tuple(adapted)
         self.dropout = nn.Dropout(dropout)
-        like = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_a = nn.Parameter(torch.empty(len(adapted), r, base.in_features, **like))
-        self.lora_b = nn.Parameter(torch.zeros(len(adapted), base.out_features // parts, r, **like))
-        for a in self.lora_a:
+        ends, start = {"": (0, base.out_features)}, 0
+        for name, size in parts.items():
+            ends[name] = (start, start + size)
+            start += size
+        self.spans = [ends[name] for name in self.adapted or ("",)]
+        rows = sum(end - start for start, end in self.spans)
+        device = next(itertools.chain(base.parameters(), base.buffers())).device
+        self.lora_a = nn.Parameter(torch.empty(len(self.spans) * r, base.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(rows, r, device=device))
+        for a in self.lora_a.split(r):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         self.register_buffer("merged", None, persistent=False)
+        self.train(base.training)
 
-    def update(self) -> Tensor:
-        """What the adapters add to the matrix, (out, in)."""
-        delta = torch.zeros_like(self.base.weight).unflatten(0, (self.parts, -1))
-        delta[list(self.adapted)] = self.scale * self.lora_b @ self.lora_a
-        return delta.flatten(0, 1)
+    def pairs(self) -> list[tuple[int, int, Tensor, Tensor]]:
+        """(first row, end row, A (r, in), B (rows, r)) of each adapter."""
+        b = self.lora_b.split([end - start for start, end in self.spans])
+        return [(*span, *ab) for span, ab in zip(self.spans, zip(self.lora_a.split(self.r), b, strict=True), strict=True)]
+
+    def merged_weight(self) -> Tensor:
+        """W + (alpha / r) B A, (out, in)."""
+        weight = self.base.weight.detach().clone()
+        for start, end, a, b in self.pairs():
+            weight[start:end] += (self.scale * b @ a).to(weight.dtype)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None:
             return F.linear(x, self.merged, self.base.bias)
-        y = self.base(x).unflatten(-1, (self.parts, -1))
-        out, x = list(y.unbind(-2)), self.dropout(x)
-        for i, a, b in zip(self.adapted, self.lora_a, self.lora_b, strict=True):
-            out[i] = out[i] + self.scale * F.linear(F.linear(x, a), b)
-        return torch.cat(out, dim=-1)
+        y = self.base(x)
+        low = F.linear(self.dropout(x), self.lora_a.to(x.dtype)) * self.scale  # (..., n * r)
+        if not self.adapted:
+            return y + F.linear(low, self.lora_b.to(x.dtype))
+        added, last = [], 0
+        for (start, end, _, b), part in zip(self.pairs(), low.split(self.r, dim=-1), strict=True):
+            added += [y[..., last:start], y[..., start:end] + F.linear(part, b.to(x.dtype))]
+            last = end
+        return torch.cat((*added, y[..., last:]), dim=-1)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Compute with W + (alpha / r) B A, as fast as the base. W itself stays, and is what state_dict holds."""
-        self.merged = self.base.weight + self.update()
+        self.merged = self.merged_weight()
 
     def unmerge(self) -> None:
         """Back to W and its adapters."""
         self.merged = None
 
 
-QKV = {"query": 0, "key": 1, "value": 2}
-
-
 def add_lora(module: nn.Module, targets: tuple[str, ...], r: int, alpha: float, dropout: float = 0.0) -> int:
     """Adapt the Linear layers of `module` that `targets` name, and freeze them. Returns how many were adapted.
 
-    A target is the last part of a layer's name (proj, fc1, ...), or query, key or value: that third of a fused qkv.
-    Raises ValueError for a target that names no layer.
+    A target is the last part of a layer's name (proj, fc1, qkv_proj, ...), or a part of a fused matrix (query of qkv,
+    gate_proj of gate_up_proj). Raises ValueError for a target that names no layer.
     """
     adapted, unused = 0, set(targets)
     for name, child in list(module.named_modules()):
-        if not isinstance(child, nn.Linear):
+        if not isinstance(child, (nn.Linear, Int8Linear)):
             continue
         leaf = name.rpartition(".")[2]
-        wanted = [t for t in targets if t == leaf or (leaf == "qkv" and t in QKV)]
-        if not wanted:
+        parts = tuple(part for part in getattr(child, "parts", ()) if part in targets)
+        if leaf not in targets and not parts:
             continue
-        thirds = tuple(sorted(QKV[t] for t in wanted if t in QKV)) if leaf not in wanted else ()
-        layer = LoraLinear(child, r, alpha, dropout, *((3, thirds) if thirds else ()))
-        module.get_submodule(name.rpartition(".")[0]).register_module(leaf, layer)
-        adapted, unused = adapted + 1, unused - set(wanted)
+        wanted = () if leaf in targets else parts
+        module.get_submodule(name.rpartition(".")[0]).register_module(leaf, LoraLinear(child, r, alpha, dropout, wanted))
+        adapted, unused = adapted + 1, unused - {leaf, *parts}
     if unused:
         raise ValueError(f"LoRA targets {', '.join(sorted(unused))} name no linear layer of this model")
     return adapted
@@ -107,6 +119,6 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
     state = module.state_dict()
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLinear):
-            state[f"{name}.base.weight"] = layer.base.weight + layer.update()
+            state[f"{name}.base.weight"] = layer.merged_weight()
             del state[f"{name}.lora_a"], state[f"{name}.lora_b"]
     return {name.replace(".base.", "."): tensor for name, tensor in state.items()}

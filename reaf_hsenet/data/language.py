@@ -1,0 +1,74 @@
+"""Layout of the language model's inputs, as HSENet publishes it: bos, image tokens, prompt, space, answer, stop token.
+
+Visual features replace the embeddings of the image tokens, columns 1 .. n after bos at column 0.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.tokenizer import Tokenizer
+
+IGNORED = -100  # a label that is not learned
+IMAGE_TOKEN = "<im_patch>"
+ADDED_TOKENS = (IMAGE_TOKEN, "<bx_start>", "<bx_end>", "[SEG]")
+
+
+class LanguageExample(NamedTuple):
+    """Token ids, attention mask and labels of one question with its answer, unpadded lists of equal length."""
+
+    ids: list[int]
+    mask: list[int]
+    labels: list[int]
+
+
+def add_image_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Ids of ADDED_TOKENS, after the tokenizer's own. [SEG] alone is an ordinary token, which decoded text keeps."""
+    return tokenizer.add_tokens(list(ADDED_TOKENS[:-1])) + tokenizer.add_tokens([ADDED_TOKENS[-1]], special=False)
+
+
+def question_text(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> str:
+    """bos as text, one <im_patch> per visual token, the prompt. To be encoded with special_tokens=False."""
+    if image_tokens and tokenizer.bos is None:
+        raise InputError(
+            "the tokenizer has no bos token, after which the image tokens stand: name one in its tokenizer_config.json"
+        )
+    return (tokenizer.bos or "") + IMAGE_TOKEN * image_tokens + prompt
+
+
+def language_example(tokenizer: Tokenizer, question: str, answer: str, max_length: int) -> LanguageExample:
+    """question: as question_text makes it. answer: a report after clean_report, or an answer as it is.
+
+    At most max_length tokens. Learned are the answer, with the space before it, and the stop token; one that pads
+    (unk, or bos and eos of GPT-2's family) is not learned inside an answer. The stop token has mask 0, since it is
+    predicted from the answer's last token and nothing follows it; a text that fills max_length has none.
+    Raises InputError when the question leaves no room for an answer.
+    """
+    if tokenizer.eos_id is None:
+        raise InputError("the tokenizer has no eos token to end an answer: name one in its tokenizer_config.json")
+    asked = len(tokenizer.encode(question, special_tokens=False))
+    if asked >= max_length:
+        raise InputError(
+            f"a question of {asked} tokens, image tokens included, leaves no room for an answer in a text of at most "
+            f"{max_length}: raise the text length or shorten the question ({question[-40:]!r})"
+        )
+    ids = tokenizer.encode(f"{question} {answer}", max_length, special_tokens=False)
+    labels = [IGNORED if i < asked or token == tokenizer.pad_id else token for i, token in enumerate(ids)]
+    mask = [1] * len(ids)
+    if len(ids) < max_length:
+        ids, mask, labels = [*ids, tokenizer.eos_id], [*mask, 0], [*labels, tokenizer.eos_id]
+    return LanguageExample(ids, mask, labels)
+
+
+def collate_examples(
+    tokenizer: Tokenizer, examples: Sequence[LanguageExample], length: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, mask, labels), (B, T) int64 padded on the right; T is `length` or the longest example's."""
+    ids, valid = tokenizer.batch([example.ids for example in examples], length)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    mask[valid.bool()] = torch.tensor([value for example in examples for value in example.mask])
+    labels[valid.bool()] = torch.tensor([value for example in examples for value in example.labels])
+    return ids, mask, labels

@@ -1,0 +1,310 @@
+"""Tokenizers of every family: rules that the golden cases do not show, saving, and what a wrong folder is told."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, processors
+from tokenizers import Tokenizer as Backend
+
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.tokenizer import Tokenizer, WordPiece, check_fits, load_tokenizer, load_wordpiece
+
+GOLDEN = Path(__file__).parent / "golden"
+FOLDERS = GOLDEN / "tokenizers"
+FAMILIES = ("bytebpe", "bytebpe_split", "sentencepiece", "sentencepiece_unigram", "wordpiece")
+CASE = json.loads((GOLDEN / "tokenizers.json").read_text())
+ADDED = ["<one>", "<one>two", "[three]"]
+
+
+def gpt2_folder(source: str, folder: Path) -> Path:
+    """vocab.json and merges.txt of a golden tokenizer.json, which is copied beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(FOLDERS / source / "tokenizer.json", folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(values["model"]["vocab"]))
+    merges = "".join(f"{a} {b}\n" for a, b in values["model"]["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    listed = {str(t.pop("id")): t for t in values["added_tokens"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    return folder
+
+
+def llama3_folder(folder: Path) -> Path:
+    """A tokenizer.json that puts <|begin_of_text|> first; its eos is the end of a turn, its pad is not named."""
+    backend = Backend.from_file(str(FOLDERS / "bytebpe_split/tokenizer.json"))
+    backend.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
+    bos = "<|begin_of_text|>"
+    backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": {"content": bos, "lstrip": False}, "eos_token": "<|eot_id|>", "unk_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+def error_of(call, *arguments, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def same(one: Tokenizer, other: Tokenizer) -> bool:
+    for text in (*CASE["texts"].values(), "x<one>two y[three]z <one> <one>two"):
+        ids = one.encode(text)
+        assert other.encode(text) == ids
+        assert other.encode(text, 9, special_tokens=False) == one.encode(text, 9, special_tokens=False)
+        assert other.decode(ids) == one.decode(ids)
+        assert other.decode(ids, skip_special_tokens=True) == one.decode(ids, skip_special_tokens=True)
+    return [len(one), one.bos_id, one.eos_id, one.pad_id] == [len(other), other.bos_id, other.eos_id, other.pad_id]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_tokenizer_reads_back_the_same_with_its_added_tokens(family, tmp_path):
+    tokenizer = load_tokenizer(FOLDERS / family)
+    tokenizer.add_tokens(ADDED[:2])
+    tokenizer.add_tokens(ADDED[2:], special=False)
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert type(again) is type(tokenizer) and same(tokenizer, again)
+    assert again.tokens(again.add_tokens(ADDED)) == ADDED and len(again) == len(tokenizer)
+    assert "[three]" in again.decode(again.encode("a[three]<one>"), skip_special_tokens=True)
+    assert "<one>" not in again.decode(again.encode("a[three]<one>"), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pickled_tokenizer_is_the_same(family):
+    tokenizer = load_tokenizer(FOLDERS / family)
+    tokenizer.add_tokens(ADDED)
+    assert same(tokenizer, pickle.loads(pickle.dumps(tokenizer)))
+
+
+def test_sentencepiece_models_are_saved_byte_for_byte(tmp_path):
+    load_tokenizer(FOLDERS / "sentencepiece").save(tmp_path)
+    assert (tmp_path / "tokenizer.model").read_bytes() == (FOLDERS / "sentencepiece/tokenizer.model").read_bytes()
+
+
+def test_wordpiece_without_added_tokens_writes_the_files_of_a_bert_folder(tmp_path):
+    load_wordpiece(FOLDERS / "wordpiece").save(tmp_path)
+    assert (tmp_path / "vocab.txt").read_bytes() == (FOLDERS / "wordpiece/vocab.txt").read_bytes()
+    assert (tmp_path / "tokenizer_config.json").read_text() == '{"do_lower_case": true}'
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_added_tokens_are_never_split(family):
+    tokenizer = load_tokenizer(FOLDERS / family)
+    before, size = tokenizer.encode("nodule", special_tokens=False), len(tokenizer)
+    one, two, three = tokenizer.add_tokens(ADDED)
+    assert [one, two, three] == [size, size + 1, size + 2] and len(tokenizer) == size + 3
+    assert tokenizer.add_tokens(ADDED[::-1]) == [three, two, one] and len(tokenizer) == size + 3
+    ids = tokenizer.encode("nodule<one>two[three]<one>", special_tokens=False)
+    assert ids == [*before, two, three, one]  # the longest match, glued to a word
+    inside = tokenizer.encode("nod<one>ule", special_tokens=False)
+    assert inside.count(one) == 1 and 0 < inside.index(one) < len(inside) - 1
+    assert tokenizer.decode(tokenizer.encode("[three]", special_tokens=False)) == "[three]"
+    assert tokenizer.encode("<ONE>", special_tokens=False).count(one) == 0
+    assert tokenizer.id_of("[three]") == three
+
+
+@pytest.mark.parametrize("family", ("bytebpe", "bytebpe_split", "sentencepiece", "sentencepiece_unigram"))
+def test_added_tokens_come_back_in_the_decoded_text(family):
+    tokenizer = load_tokenizer(FOLDERS / family)
+    tokenizer.add_tokens(ADDED)
+    text = "<one><one>Where is the  nodule? no[three]dule <one>two \u00e9"
+    assert tokenizer.decode(tokenizer.encode(text, special_tokens=False)) == text
+    skipped = tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True)
+    assert skipped == "Where is the  nodule? nodule  \u00e9"
+
+
+def test_a_sentencepiece_text_begins_with_a_word_unless_a_special_token_comes_first():
+    tokenizer = load_tokenizer(FOLDERS / "sentencepiece")
+    tokenizer.add_tokens(["[three]"], special=False)
+    spelled = lambda text: tokenizer.tokens(tokenizer.encode(text, special_tokens=False))  # noqa: E731
+    assert spelled("The") == ["\u2581The"] and spelled("<s>The")[:2] == ["<s>", "T"]
+    assert spelled("<s> The") == ["<s>", "\u2581The"]
+    assert spelled("[three]") == ["\u2581", "[three]"] and spelled("") == []
+    assert spelled("a\u2581The") == spelled("a The")  # U+2581 in a text is a space
+
+
+def test_bos_of_sentencepiece_follows_the_folder(tmp_path):
+    shutil.copy(FOLDERS / "sentencepiece/tokenizer.model", tmp_path)
+    assert load_tokenizer(tmp_path).encode("a b c", 2) == load_tokenizer(tmp_path).encode("a b c")[:2]
+    assert load_tokenizer(tmp_path).encode("")[:1] == [1]
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    plain = load_tokenizer(tmp_path)
+    assert plain.encode("a") == plain.encode("a", special_tokens=False) and plain.bos_id == 1
+    plain.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("a") == plain.encode("a")
+
+
+def test_vocab_json_with_merges_has_the_golden_ids_of_gpt2(tmp_path):
+    tokenizer = load_tokenizer(gpt2_folder("bytebpe", tmp_path), "gpt2")
+    assert [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, len(tokenizer)] == [0, 0, 0, 399]
+    for name, want in CASE["outputs"]["bytebpe"]["texts"].items():
+        assert tokenizer.encode(CASE["texts"][name]) == want["ids"], name
+        assert tokenizer.decode(want["ids"], skip_special_tokens=True) == want["decoded_skip_special"]
+
+
+def test_vocab_json_is_split_as_gpt2_whatever_tokenizer_json_says(tmp_path):
+    folder = gpt2_folder("bytebpe_split", tmp_path / "both")
+    gpt2, first = load_tokenizer(folder, "gpt2"), load_tokenizer(folder)
+    text = "No effusion.\nImpression"
+    assert same(first, load_tokenizer(folder, "tokenizer.json"))
+    assert ".\u010a" in first.tokens(first.encode(text)) and ".\u010a" not in gpt2.tokens(gpt2.encode(text))
+    gpt2.save(tmp_path / "saved")
+    assert same(gpt2, load_tokenizer(tmp_path / "saved"))
+    assert same(gpt2, load_tokenizer(folder / "merges.txt"))
+
+
+def test_a_folder_is_searched_from_tokenizer_json_to_vocab_txt(tmp_path):
+    for family in FAMILIES[2:3] + FAMILIES[4:]:
+        shutil.copytree(FOLDERS / family, tmp_path, dirs_exist_ok=True)
+    assert load_tokenizer(tmp_path).bos == "<s>"
+    assert isinstance(load_tokenizer(tmp_path / "vocab.txt"), WordPiece)
+    assert isinstance(load_tokenizer(tmp_path, "wordpiece"), WordPiece)
+    gpt2_folder("bytebpe", tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert load_tokenizer(tmp_path).bos == "<|endoftext|>"
+
+
+def test_pad_is_unk_where_none_is_named(tmp_path):
+    shutil.copy(FOLDERS / "sentencepiece/tokenizer.model", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == ("<s>", "</s>", 1, 2, 0)
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "</s>", "eos_token": {"content": "<unk>"}}')
+    assert [load_tokenizer(tmp_path).pad_id, load_tokenizer(tmp_path).eos_id] == [2, 0]
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": "<s>"}, "eos_token": null}')
+    assert [load_tokenizer(tmp_path).pad_id, load_tokenizer(tmp_path).eos_id] == [1, 0]
+
+
+def test_llama_3_ends_and_pads_with_end_of_text(tmp_path):
+    tokenizer = load_tokenizer(llama3_folder(tmp_path))
+    end = tokenizer.id_of("<|end_of_text|>")
+    assert tokenizer.eos == "<|end_of_text|>" and tokenizer.eos_id == tokenizer.pad_id == end != tokenizer.bos_id
+    tokenizer.save(tmp_path / "saved")
+    assert same(tokenizer, load_tokenizer(tmp_path / "saved"))
+
+
+def test_special_tokens_around_a_text_come_from_tokenizer_json(tmp_path):
+    tokenizer = load_tokenizer(llama3_folder(tmp_path))
+    plain = tokenizer.encode("No effusion.", special_tokens=False)
+    assert tokenizer.encode("No effusion.") == [tokenizer.bos_id, *plain]
+    assert tokenizer.encode("No effusion.", 3) == [tokenizer.bos_id, *plain[:2]]
+    assert tokenizer.encode("No effusion.", 3, special_tokens=False) == plain[:3]
+
+
+def test_padding_and_truncation_that_a_tokenizer_json_carries_are_not_used(tmp_path):
+    backend = Backend.from_file(str(FOLDERS / "bytebpe/tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=6)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    want = CASE["outputs"]["bytebpe"]["texts"]["plain"]["ids"]
+    assert load_tokenizer(tmp_path).encode(CASE["texts"]["plain"]) == want
+
+
+def test_added_tokens_json_of_older_folders_is_read(tmp_path):
+    shutil.copy(FOLDERS / "sentencepiece/tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"[SEG]": 401, "<im_patch>": 400}')
+    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<im_patch>"]}')
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("<im_patch>a[SEG]", special_tokens=False)
+    assert ids[0] == 400 and ids[-1] == 401 and tokenizer.decode(ids, skip_special_tokens=True) == "a[SEG]"
+
+
+@pytest.mark.parametrize("family", ("bytebpe", "sentencepiece", "wordpiece"))
+def test_rows_are_padded_on_either_side(family):
+    tokenizer = load_tokenizer(FOLDERS / family)
+    pad = tokenizer.pad_id
+    ids, mask = tokenizer.batch([[7, 8, 9], [5]])
+    assert ids.tolist() == [[7, 8, 9], [5, pad, pad]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    ids, mask = tokenizer.batch([[7, 8, 9], [5], []], 4, side="left")
+    assert ids.tolist() == [[pad, 7, 8, 9], [pad, pad, pad, 5], [pad] * 4]
+    assert mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [0] * 4]
+
+
+def test_a_folder_without_a_tokenizer_is_told_what_was_looked_for(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    message = error_of(load_tokenizer, tmp_path)
+    assert str(tmp_path) in message
+    assert "tokenizer.json, vocab.json with merges.txt, tokenizer.model, vocab.txt" in message
+    assert "looked for tokenizer.model" in error_of(load_tokenizer, tmp_path, "sentencepiece")
+    assert "absent" in error_of(load_tokenizer, tmp_path / "absent")
+    assert "looked for" in error_of(load_tokenizer, FOLDERS / "wordpiece/vocab.txt", "gpt2")
+
+
+@pytest.mark.parametrize("name", ("tokenizer.json", "tokenizer.model", "vocab.json"))
+@pytest.mark.parametrize("content", (b"", b"{}", b'{"a": "b"}', b"\xff\xfe broken", b"[1, 2]"))
+def test_a_broken_file_is_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    message = error_of(load_tokenizer, tmp_path)
+    assert str(tmp_path / name) in message and "cannot be read" in message
+
+
+def test_a_broken_tokenizer_config_is_named(tmp_path):
+    shutil.copy(FOLDERS / "wordpiece/vocab.txt", tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    for content, reason in (("{", "not valid JSON"), ("[]", "expected a JSON object")):
+        path.write_text(content)
+        message = error_of(load_tokenizer, tmp_path)
+        assert str(path) in message and reason in message
+
+
+def test_an_added_token_with_another_id_is_refused(tmp_path):
+    shutil.copy(FOLDERS / "sentencepiece/tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<im_patch>": 32000}')
+    assert "<im_patch> has id 32000" in error_of(load_tokenizer, tmp_path)
+
+
+def test_a_token_is_added_after_the_last_id_or_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "<|endoftext|>": 9}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == 10 and tokenizer.encode("ba<|endoftext|>") == [1, 0, 9]
+    assert tokenizer.add_tokens(["<one>"]) == [10]
+    (tmp_path / "added_tokens.json").write_text('{"<|end|>": 12}')  # GPT-2's added ids may leave a gap
+    assert load_tokenizer(tmp_path).encode("a<|end|>b") == [0, 12, 1]
+    (tmp_path / "added_tokens.json").unlink()
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 9, "<|endoftext|>": 1}')
+    assert "gaps" in error_of(load_tokenizer(tmp_path).add_tokens, ["<one>"])  # the library would take id 3
+
+
+def test_wrong_forms_sides_tokens_and_ids_are_refused(tmp_path):
+    assert "form 'bpe'" in error_of(load_tokenizer, FOLDERS / "bytebpe", "bpe")
+    for family in FAMILIES:
+        tokenizer = load_tokenizer(FOLDERS / family)
+        assert "side 'middle'" in error_of(tokenizer.batch, [[1]], side="middle")
+        assert "<one>" in error_of(tokenizer.id_of, "<one>")
+        assert "token id 1000" in error_of(tokenizer.decode, [5, 1000])
+    backend = Backend.from_file(str(FOLDERS / "bytebpe/tokenizer.json"))
+    assert "no pad" in error_of(Tokenizer(backend, {}).batch, [[1]])
+
+
+def test_a_decoder_may_have_more_rows_than_its_tokenizer_has_tokens(tmp_path):
+    gpt2 = load_tokenizer(FOLDERS / "bytebpe")
+    check_fits(gpt2, 512, {"bos_token_id": 0, "eos_token_id": [0, 311], "pad_token_id": None}, "config.json")
+    check_fits(load_tokenizer(FOLDERS / "sentencepiece"), 400, {"bos": 1, "eos": 2}, "config.json")
+    check_fits(load_tokenizer(FOLDERS / "wordpiece"), 400, {"bos": 1}, "config.json")  # BERT has no bos
+    llama3 = load_tokenizer(llama3_folder(tmp_path))
+    for eos in ("<|end_of_text|>", "<|eot_id|>"):
+        check_fits(llama3, 512, {"eos": llama3.id_of(eos)}, "config.json")
+
+
+def test_a_tokenizer_of_another_family_is_refused():
+    sentencepiece = load_tokenizer(FOLDERS / "sentencepiece")
+    message = error_of(check_fits, sentencepiece, 399, {}, "models/phi/config.json")
+    assert "models/phi/config.json" in message and "399" in message and "400" in message
+    message = error_of(check_fits, sentencepiece, 500, {"bos": 1, "eos": [0, 7]}, "models/phi/config.json")
+    assert "models/phi/config.json: eos has id [0, 7], but [2]" in message
+    assert "bos has id [0], but [1]" in error_of(check_fits, sentencepiece, 500, {"bos_token_id": 0}, "config.json")
+
+
+def test_a_known_piece_becomes_whole_once_it_is_added():
+    tokenizer = load_tokenizer(FOLDERS / "bytebpe")
+    known = tokenizer.id_of("he")
+    assert tokenizer.encode("The").count(known) == 0
+    assert tokenizer.add_tokens(["he"]) == [known] and tokenizer.encode("The").count(known) == 1
+    assert isinstance(tokenizer.added[known], AddedToken) and len(tokenizer) == 399
