@@ -13,11 +13,13 @@ import tempfile
 import time
 
 import torch
+from torch import nn
 
 from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.generation import steps
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.int8 import quantise_decoder
+from reaf_hsenet.models.packed import PackedLinear, pack
 from reaf_hsenet.pretrained_decoder import save_decoder
 
 PROMPT, NEW = 300, 64
@@ -73,10 +75,13 @@ def theirs(model, ids: torch.Tensor) -> tuple[float, float, list]:
     return prefill, decode, torch.stack(tokens, 1).tolist()
 
 
-def bandwidth(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes a second of a matrix-vector product, whose matrix is far larger than any cache: the best of several."""
-    matrix, vector = torch.ones(16384, 16384, dtype=dtype, device=device), torch.ones(16384, dtype=dtype, device=device)
-    return matrix.nbytes / min(seconds(lambda: torch.mv(matrix, vector), device) for _ in range(8))
+@torch.inference_mode()
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second at which a product with one row reads a matrix far larger than any cache: the best of several."""
+    matrix = nn.Linear(8192, 16384, bias=False, device=device, dtype=torch.bfloat16)
+    row, size = torch.ones(1, 8192, dtype=torch.bfloat16, device=device), matrix.weight.nbytes
+    product = PackedLinear(matrix.weight) if device.type == "cpu" else matrix
+    return size / min(seconds(lambda: product(row), device) for _ in range(8))
 
 
 def products(device: torch.device, dtype: torch.dtype) -> float:
@@ -97,8 +102,13 @@ def compare(config: DecoderConfig, dtype: torch.dtype, batch: int, args, device:
         with tempfile.TemporaryDirectory() as folder:
             save_decoder(decoder, folder)
             reference = Phi3ForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    size = sum(p.nbytes for p in decoder.parameters())
     if int8:
         quantise_decoder(decoder)
+        size = sum(t.nbytes for t in (*decoder.parameters(), *decoder.buffers()))
+    used = sum(p.numel() for n, p in decoder.named_parameters() if p.dim() == 2 and n != "embed_tokens.weight")
+    if device.type == "cpu":
+        pack(decoder)
     runs = []
     for _ in range(args.pairs + 1):  # the first is a warm-up
         own = ours(decoder, ids, args.compile)
@@ -107,9 +117,7 @@ def compare(config: DecoderConfig, dtype: torch.dtype, batch: int, args, device:
         if reference and dtype == torch.float32 and own[2] != other[2]:
             raise SystemExit("the two chose different tokens")
     runs = runs[1:]
-    speed, peak = bandwidth(device, dtype), products(device, dtype)
-    size = sum(t.nbytes for t in (*decoder.parameters(), *decoder.buffers()))
-    used = sum(p.numel() for n, p in decoder.named_parameters() if p.dim() == 2 and n != "embed_tokens.weight")
+    speed, peak = bandwidth(device), products(device, dtype)
     name = f"{'int8, ' if int8 else ''}{str(dtype).split('.')[1]}, batch {batch}"
     limits = (2 * used * batch * PROMPT / peak, NEW * size / speed)
     for part, label, limit in ((0, f"prefill {PROMPT}", limits[0]), (1, f"decode {NEW}", limits[1])):

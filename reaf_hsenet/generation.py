@@ -3,7 +3,8 @@
 Prompts are ids or embeddings, padded on the left. Source of the rules: transformers 4.49's generate.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.decoder import Decoder, KVCache
+
+CACHE_STEP = 256  # compiled caches have sizes of multiples of this
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def steps(
     """Yield (tokens (B,), the logits (B, V) they were chosen from) until every row has stopped or `new_tokens` are made.
 
     ids (B, T) or embeddings (B, T, C), padded on the left where mask (B, T) is 0. A row that has stopped goes on with
-    `pad_id`. compiled: later steps run as one compiled graph (torch.compile, CUDA graphs on a GPU).
+    `pad_id`. compiled: later steps run as one compiled graph (torch.compile, CUDA graphs on a GPU), which is kept for
+    later calls of about this size.
 
     LongRoPE takes other factors for more tokens than the original context, which turn the cached keys too. At the step
     that passes it everything is computed anew, so that the result is the same as without a cache.
@@ -89,11 +93,13 @@ def steps(
     padded = mask is not None and not bool(mask.bool().all())
     lengths = mask.sum(1, keepdim=True) if padded else torch.full((batch, 1), length, device=device)
     longest = int(lengths.max())
-    cache = KVCache(config, batch, length + new_tokens, prompt.dtype, device, fixed=compiled)
+    if compiled:
+        cache, step = _compiled_step(decoder, batch, length + new_tokens, prompt)
+    else:
+        cache, step = KVCache(config, batch, length + new_tokens, prompt.dtype, device), decoder.forward
     seen = torch.ones(batch, cache.size, dtype=torch.bool, device=device) if padded or compiled else None
     if padded:
         seen[:, :length] = mask.bool()
-    step = _compiled_step(decoder, cache) if compiled else decoder.forward
     generator = torch.Generator(device).manual_seed(sampling.seed) if sampling.temperature else None
     stop = torch.tensor(stop_ids, device=device, dtype=torch.long)
     running, made = torch.ones(batch, dtype=torch.bool, device=device), []
@@ -127,12 +133,20 @@ def steps(
             logits = run(decoder.embed_tokens(token)[:, None], step)
 
 
-def _compiled_step(decoder: Decoder, cache: KVCache):
-    """One token's step whose shapes and addresses stay, so that it is compiled once and, on a GPU, recorded as a graph."""
-    for tensor in (*cache.layers, cache.next, cache.place):
-        torch._dynamo.mark_static_address(tensor)
-    compiled = torch.compile(decoder.forward, mode="reduce-overhead", fullgraph=True)
-    return lambda **inputs: compiled(**inputs).clone()  # the graph's own output is overwritten by the next step
+def _compiled_step(decoder: Decoder, batch: int, size: int, like: Tensor) -> tuple[KVCache, Callable]:
+    """An empty cache whose shapes and addresses stay, and one token's step over it, compiled once and kept with the
+    decoder."""
+    key = batch, math.ceil(size / CACHE_STEP) * CACHE_STEP, like.dtype, like.device
+    if key not in decoder.compiled_steps:
+        cache = KVCache(decoder.config, batch, key[1], like.dtype, like.device, fixed=True)
+        for tensor in (*cache.layers, cache.next, cache.place):
+            torch._dynamo.mark_static_address(tensor)
+        compiled = torch.compile(decoder.forward, mode="reduce-overhead", fullgraph=True)
+        # The graph's own output is overwritten by the next step.
+        decoder.compiled_steps[key] = cache, lambda **inputs: compiled(**inputs).clone()
+    cache, step = decoder.compiled_steps[key]
+    cache.clear()
+    return cache, step
 
 
 def generate(decoder: Decoder, **settings) -> Tensor:

@@ -19,6 +19,7 @@ from reaf_hsenet.files import read_json, write_json
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.int8 import Int8Linear, quantise
 from reaf_hsenet.models.lora import merged_state
+from reaf_hsenet.models.packed import PackedLinear
 from reaf_hsenet.pretrained import find_folder
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -181,8 +182,8 @@ def _some(items: list[str], separator: str = ", ") -> str:
 def decoder_state(decoder: Decoder, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights (or other tensors by our parameters' names: gradients) under their published names. Adapters are
     added to the matrices they adapt."""
-    if any(isinstance(layer, Int8Linear) for layer in decoder.modules()):
-        raise InputError("an int8 decoder does not have its weights any more; load it without int8 to save it")
+    if any(isinstance(layer, (Int8Linear, PackedLinear)) for layer in decoder.modules()):
+        raise InputError("an int8 or packed decoder is not exported: load it again without, and save that")
     tensors = merged_state(decoder) if tensors is None else tensors
     plain = {name.replace(".base.", "."): tensor for name, tensor in tensors.items()}
     return {

@@ -27,6 +27,8 @@ import fill as kit  # noqa: E402
 from parity_case import STRICT32, STRICT64, Case, Check, NotBuilt, equal  # noqa: E402
 from parity_decoder import check_decoder  # noqa: E402
 from parity_lora import check_lora  # noqa: E402
+from parity_metrics import check_porter, check_text_scores, check_vqa  # noqa: E402
+from parity_packer import check_packer_attention, check_projector, check_spatial_packer  # noqa: E402
 from parity_text import check_llm_inputs, check_tokenizers  # noqa: E402
 from reaf_hsenet.config import RECIPES, TextConfig  # noqa: E402
 from reaf_hsenet.data.datasets import read_ct_rate  # noqa: E402
@@ -437,6 +439,12 @@ def check_metrics(case: Case) -> Iterator[Check]:
     if "per_class" in case.values:
         yield from _check_classification(case)
         return
+    if "pairs" in case.values:
+        yield from check_text_scores(case)
+        return
+    if "samples" in case.values:
+        yield from check_vqa(case)
+        return
     if "volume_to_volume" not in case.values:
         raise NotBuilt(case.name)
     image, text = case.stored["image"], case.stored["text"]
@@ -493,6 +501,9 @@ CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
     "hsenet_vit_stage2": check_vit3d,
     "slice_guided_attention": check_slice_attention,
     "slice_encoder": check_slice_encoder,
+    "spatial_packer": check_spatial_packer,
+    "packer_attention": check_packer_attention,
+    "projector": check_projector,
     "relation_loss": check_relation,
     "text_encoder": check_text_encoder,
     "contrastive_loss": check_contrastive,
@@ -506,6 +517,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
     "llm_inputs": check_llm_inputs,
     "preprocess": check_preprocess,
     "metrics": check_metrics,
+    "porter": check_porter,
 }
 
 

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
+from reaf_hsenet.errors import InputError
 from reaf_hsenet.losses import language_loss
 from reaf_hsenet.models.decoder import Decoder, KVCache
 from reaf_hsenet.models.int8 import Int8Linear, quantise_decoder
-from reaf_hsenet.models.layers import FEW_ROWS, linear
 from reaf_hsenet.models.lora import LoraLinear, add_lora, merge_lora
+from reaf_hsenet.models.packed import PackedLinear, pack, packable
+from reaf_hsenet.pretrained_decoder import save_decoder
 
 SMALL = DecoderConfig("phi3", 96, 48, 2, 6, 2, 8, 64, 128, RopeConfig(dims=6), tied=True, pad_id=0)
 
@@ -78,13 +80,32 @@ def test_the_rotary_frequencies_stay_float32_in_a_bfloat16_model():
     assert torch.allclose(cos[0, 0, 0, :3], expected, atol=1e-6)
 
 
-def test_a_few_rows_are_multiplied_in_pieces_to_the_same_result():
-    torch.manual_seed(0)
-    weight, bias = torch.randn(24, 16), torch.randn(24)
-    with torch.no_grad():
-        for shape in ((1, 1, 16), (4, 1, 16), (FEW_ROWS, 16), (FEW_ROWS + 1, 16)):
-            x = torch.randn(shape)
-            assert torch.allclose(linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_weights_compute_the_same(dtype, tied):
+    decoder = small(tied=tied).to(dtype)
+    assert packable(next(decoder.parameters()))
+    with torch.inference_mode():
+        expected, weight = decoder(ids()), decoder.layers[0].mlp.down_proj.weight.clone()
+        pack(decoder)
+        found = decoder(ids())
+    layers = [m for m in decoder.modules() if isinstance(m, PackedLinear)]
+    assert len(layers) == 4 * 2 + 1 and isinstance(decoder.lm_head, PackedLinear)
+    assert torch.equal(decoder.layers[0].mlp.down_proj.weight, weight)
+    assert torch.equal(found, expected) if dtype == torch.bfloat16 else (found - expected).abs().max() < 1e-5
+
+
+def test_a_type_that_cannot_be_packed_stays():
+    decoder = small().double()
+    pack(decoder)
+    assert not packable(next(decoder.parameters())) and not any(isinstance(m, PackedLinear) for m in decoder.modules())
+
+
+def test_a_packed_decoder_is_not_exported(tmp_path):
+    decoder = small()
+    pack(decoder)
+    with pytest.raises(InputError, match="packed decoder is not exported"):
+        save_decoder(decoder, tmp_path / "out")
 
 
 def test_int8_weights_take_half_the_memory_and_change_logits_by_what_eight_bits_cost():
@@ -116,6 +137,15 @@ def test_int8_matrices_are_within_half_a_step_of_their_rows():
     assert ((made.weight - layer.weight).abs() <= step * 0.501).all()
     x = torch.randn(3, 64)
     assert torch.allclose(made(x), F.linear(x, made.weight, layer.bias), atol=1e-5)
+
+
+def test_int8_products_of_a_few_and_of_many_rows_agree():
+    torch.manual_seed(0)
+    made = Int8Linear(torch.nn.Linear(64, 32).to(torch.bfloat16))
+    x = torch.randn(2, 40, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        many, few = made(x), made(x[:, :3])
+    assert (few - many[:, :3]).abs().max() <= 0.01 * many.abs().max() and few.shape == (2, 3, 32)
 
 
 def test_int8_costs_a_product_of_gaussian_weights_less_than_a_hundredth():

@@ -91,6 +91,7 @@ def test_the_compiled_step_chooses_the_same_tokens(phi, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiled(f, backend="eager", fullgraph=fullgraph))
     ids, mask = left_padded([list(range(3, 60)), list(range(9, 50))], phi.config.pad_id)
+    phi.compiled_steps.clear()
     for start in ({"ids": ids, "mask": mask}, {"ids": ids[:1]}):
         plain = list(steps(phi, new_tokens=14, **start))
         fixed = list(steps(phi, new_tokens=14, compiled=True, **start))
@@ -107,8 +108,13 @@ def test_the_compiled_step_is_compiled_once(phi, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiled(f, backend=count, fullgraph=fullgraph))
     torch.compiler.reset()
-    list(steps(phi, ids=torch.tensor([[313, 4, 5]]), new_tokens=9, compiled=True))
+    phi.compiled_steps.clear()
+    first = generate(phi, ids=torch.tensor([[313, 4, 5]]), new_tokens=9, compiled=True)
+    again = generate(phi, ids=torch.tensor([[313, 4, 5, 6]]), new_tokens=30, compiled=True)
+    phi.compiled_steps.clear()
     assert len(graphs) == 1
+    assert torch.equal(first, generate(phi, ids=torch.tensor([[313, 4, 5]]), new_tokens=9))
+    assert torch.equal(again, generate(phi, ids=torch.tensor([[313, 4, 5, 6]]), new_tokens=30))
 
 
 def test_sampling_is_seeded(phi):

@@ -174,7 +174,7 @@ def test_adapters_are_saved_in_the_matrices_they_adapt(tmp_path):
 
 def test_an_int8_decoder_is_not_saved(tmp_path):
     decoder = load_decoder(str(folder_of(tmp_path / "a")), int8=True)
-    with pytest.raises(InputError, match="load it without int8"):
+    with pytest.raises(InputError, match="int8 or packed"):
         save_decoder(decoder, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 

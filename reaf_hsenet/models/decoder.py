@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
-from reaf_hsenet.models.layers import FusedLinear, Linear, linear, run_blocks
+from reaf_hsenet.models.layers import FusedLinear, run_blocks
 
 
 class RMSNorm(nn.Module):
@@ -96,7 +96,7 @@ class DecoderAttention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.qkv_proj = FusedLinear(config.width, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=False)
-        self.o_proj = Linear(q, config.width, bias=False)
+        self.o_proj = nn.Linear(q, config.width, bias=False)
 
     def forward(self, x: Tensor, rope, mask: Tensor | None, causal: bool, layer: Tensor | None, slots, end: int) -> Tensor:
         x = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads + 2 kv_heads, head_dim)
@@ -124,7 +124,7 @@ class GatedMlp(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.gate_up_proj = FusedLinear(config.width, {"gate_proj": config.mlp, "up_proj": config.mlp}, bias=False)
-        self.down_proj = Linear(config.mlp, config.width, bias=False)
+        self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -152,11 +152,12 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config, self.grad_checkpoint, self.rope = config, False, Rope(config.rope, config.head_dim)
+        self.compiled_steps = {}  # of generation.py
         # The pad's own row gets no gradient from look-ups, as published, even where it is bos and eos too.
         self.embed_tokens = nn.Embedding(config.vocab, config.width, padding_idx=config.pad_id)
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps)
-        self.lm_head = None if config.tied else Linear(config.width, config.vocab, bias=False)
+        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
@@ -211,4 +212,4 @@ class Decoder(nn.Module):
         return seen[:, None], False
 
     def logits(self, x: Tensor) -> Tensor:
-        return linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)

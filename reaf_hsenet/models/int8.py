@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW_ROWS = 8  # of a step; a processor's kernel then multiplies without writing the dequantised matrix down
+
 
 class Int8Linear(nn.Module):
     """x (..., in) -> (..., out): (x q^t) * scale + bias. Made of a Linear. Not trained."""
@@ -29,7 +31,11 @@ class Int8Linear(nn.Module):
         return (self.quantised * self.scale[:, None]).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.quantised.to(x.dtype)) * self.scale.to(x.dtype)
+        scale, rows = self.scale.to(x.dtype), x.numel() // x.shape[-1]
+        if x.is_cpu and x.dtype == torch.bfloat16 and rows <= FEW_ROWS and not torch.is_grad_enabled():
+            y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.quantised, scale).unflatten(0, x.shape[:-1])
+        else:
+            y = F.linear(x, self.quantised.to(x.dtype)) * scale
         return y if self.bias is None else y + self.bias
 
 

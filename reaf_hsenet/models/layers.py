@@ -8,27 +8,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-PIECES, FEW_ROWS = 4, 8
 
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^t + b. A few rows in float32 on a processor (the steps of a decoder) are multiplied with W in pieces side by
-    side: the library that torch calls runs such a product on one core only, at half the memory's speed."""
-    rows = x.numel() // x.shape[-1]
-    few = rows <= FEW_ROWS and x.is_cpu and weight.dtype == x.dtype == torch.float32
-    if not few or torch.is_grad_enabled() or len(weight) % PIECES or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    y = torch.bmm(x.reshape(1, rows, -1).expand(PIECES, -1, -1), weight.unflatten(0, (PIECES, -1)).mT)
-    y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class FusedLinear(Linear):
+class FusedLinear(nn.Linear):
     """Several linear layers of one input as one matrix. parts: the rows of each, by name, in their order."""
 
     def __init__(self, inputs: int, parts: dict[str, int], bias: bool = True):

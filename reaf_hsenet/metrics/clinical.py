@@ -1,0 +1,199 @@
+"""Clinical scores of generated reports: which of CT-RATE's 18 findings they name, and where and how large.
+
+Labels (n, 18) of 0 and 1, in the order of LABELS, come from the phantoms' exact labeler (`phantom_labels`) or from a
+BERT or RoBERTa classifier (`load_classifier`), such as CT-RATE's RadBertClassifier. Both label the generated text and,
+where there is no table of true labels, the reference.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reaf_hsenet.config import TextConfig
+from reaf_hsenet.data.phantom.findings import LABELS, LOBES, Finding, find, labels_of
+from reaf_hsenet.data.phantom.labeler import read_report
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import read_json
+from reaf_hsenet.metrics.bertscore import load_text_reader
+from reaf_hsenet.metrics.text import check_pairs
+from reaf_hsenet.models.text_encoder import Pooler, TextEncoder
+from reaf_hsenet.pretrained import State, bert_state, load_strictly, read_weights, read_weights_file
+
+CT_RATE_FILE = "RadBertClassifier.pth"
+SIZE_TOLERANCE = (2.0, 0.1)  # mm, or of the reference's size: whichever is more
+
+
+def label_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """(n, C) 0/1 matrices -> precision, recall, f1, support (positives) and predicted (their number), (C,) each.
+
+    Recall is NaN without positives, F1 without positives and predictions. Precision without predictions is 0.
+    """
+    predicted, truth = predicted.astype(bool), truth.astype(bool)
+    hits, named, positives = (m.sum(0) for m in (predicted & truth, predicted, truth))
+    return _ratios(hits, named, positives) | {"support": positives, "predicted": named}
+
+
+def _ratios(hits: np.ndarray, named: np.ndarray, positives: np.ndarray) -> dict[str, np.ndarray]:
+    with np.errstate(invalid="ignore"):
+        return {
+            "precision": np.nan_to_num(hits / named),
+            "recall": hits / positives,
+            "f1": 2 * hits / (named + positives),
+        }
+
+
+def clinical_report(predicted: np.ndarray, truth: np.ndarray, names: Sequence[str] = LABELS) -> dict:
+    """Precision, recall and F1 of each finding; micro, over all pairs of report and finding; macro, over findings.
+
+    predicted, truth: (n, C) of 0 and 1. A finding without positives has no recall (None); `macro` leaves it out and
+    `left_out_of_macro` names it. Raises InputError for other shapes and values.
+    """
+    for kind, labels in (("generated", predicted), ("true", truth)):
+        if labels.shape != (len(truth), len(names)) or not len(labels) or not np.isin(labels, (0, 1)).all():
+            raise InputError(
+                f"{kind} labels: expected 0 and 1 in {len(names)} columns and as many rows, one or more, as there are "
+                f"true ones ({len(truth)}), found shape {labels.shape} or other values"
+            )
+    scores = label_scores(predicted, truth)
+    kept = scores["support"] > 0
+    totals = [np.array(np.sum(x)) for x in (np.logical_and(predicted, truth), scores["predicted"], scores["support"])]
+    metrics = ("precision", "recall", "f1")
+    classes = {name: {m: _or_none(values[j]) for m, values in scores.items()} for j, name in enumerate(names)}
+    return {
+        "reports": len(truth),
+        "classes": classes,
+        "micro": {m: _or_none(v) for m, v in _ratios(*totals).items()},
+        "macro": {m: _or_none(scores[m][kept].mean()) if kept.any() else None for m in metrics},
+        "classes_in_macro": int(kept.sum()),
+        "left_out_of_macro": [name for name, has in zip(names, kept, strict=True) if not has],
+    }
+
+
+def _or_none(value: np.generic) -> float | int | None:
+    return None if np.isnan(value) else value.item()
+
+
+def phantom_labels(texts: Sequence[str]) -> np.ndarray:
+    """(n, 18) int64: what the phantoms' labeler reads. Exact on phantom reports; rules only on others."""
+    return np.array([labels_of(read_report(text)) for text in texts]).reshape(-1, len(LABELS))
+
+
+def attribute_agreement(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict]:
+    """How often the generated text agrees on side, lobe and size, among the findings that both texts name.
+
+    Read by the phantoms' labeler. Only findings whose reference tells the attribute are `compared`; a generated text
+    that leaves it open does not agree. side, lobe: the same set. size: the largest, within SIZE_TOLERANCE;
+    mean_abs_error_mm is over the `both_stated`. None where there is nothing to compare.
+    """
+    check_pairs(predictions, references)
+    agrees: dict[str, list[bool]] = {"side": [], "lobe": [], "size": []}
+    errors = []
+    for texts in zip(predictions, references, strict=True):
+        reports = [read_report(text) for text in texts]
+        for label in LABELS:
+            generated, stated = (find(report, label) for report in reports)
+            if not generated or not stated:
+                continue
+            for attribute, read in (("side", _sides), ("lobe", _lobes)):
+                if read(stated):
+                    agrees[attribute].append(read(generated) == read(stated))
+            found, size = (max(f.size for f in findings) for findings in (generated, stated))
+            if size and label != "Cardiomegaly":  # whose size is a ratio
+                error = abs(found - size)
+                agrees["size"].append(bool(found) and error <= max(SIZE_TOLERANCE[0], SIZE_TOLERANCE[1] * size))
+                errors += [error] * bool(found)
+    report: dict[str, dict] = {
+        name: {"agreement": float(np.mean(values)) if values else None, "compared": len(values)}
+        for name, values in agrees.items()
+    }
+    error = float(np.mean(errors)) if errors else None
+    report["size"] |= {"both_stated": len(errors), "mean_abs_error_mm": error}
+    return report
+
+
+def _sides(findings: list[Finding]) -> set[str]:
+    """A coronary artery's right and left are its name."""
+    first = {f.place.split(" ")[0] for f in findings if f.label != "Coronary artery wall calcification"}
+    return first & {"right", "left"}
+
+
+def _lobes(findings: list[Finding]) -> set[str]:
+    return {f.place for f in findings} & set(LOBES)
+
+
+class ReportClassifier(nn.Module):
+    """ids (B, T) -> logits (B, 18): tanh of a Linear of the class token, and a Linear."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.encoder = TextEncoder(**vars(config))
+        self.pooler = Pooler(config.width)
+        self.head = nn.Linear(config.width, len(LABELS))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.pooler(self.encoder(ids, mask)))
+
+
+def load_classifier(
+    folder: Path, device: torch.device | str = "cpu", batch_size: int = 32
+) -> Callable[[Sequence[str]], np.ndarray]:
+    """A function from texts to labels (n, 18) int64: 1 where the sigmoid is 0.5 or more; none for an empty text.
+
+    folder: config.json, tokenizer, and weights under the names of transformers' BertForSequenceClassification or
+    RobertaForSequenceClassification, or CT-RATE's RadBertClassifier.pth. Where config.json names the classes, they are
+    put in the order of LABELS. Raises InputError, by name, for weights that do not fit, and for other classes.
+    """
+    folder, reader = Path(folder), load_text_reader(folder)
+    order = _label_order(folder / "config.json")
+    # A RadBERT folder that CT-RATE's file was put into has weights of its own, without a classifier.
+    file = folder / CT_RATE_FILE
+    published = read_weights_file(file) if file.is_file() else read_weights(folder)
+    source = str(file if file.is_file() else folder)
+    model = ReportClassifier(reader.config)
+    load_strictly(model, classifier_state(published), source)
+    model.eval().to(device)
+
+    @torch.no_grad()
+    def labels(texts: Sequence[str]) -> np.ndarray:
+        found = np.zeros((len(texts), len(LABELS)), dtype=np.int64)
+        ids = {i: reader.ids(text) for i, text in enumerate(texts) if text.strip()}
+        by_length = sorted(ids, key=lambda i: len(ids[i]))
+        for start in range(0, len(by_length), batch_size):
+            rows = by_length[start : start + batch_size]
+            logits = model(*reader.batch([ids[i] for i in rows], device))
+            found[rows] = (logits.sigmoid() >= 0.5).cpu().numpy()[:, order]
+        return found
+
+    return labels
+
+
+def classifier_state(published: State) -> State:
+    """Names of transformers' two classifiers and of RadBertClassifier (`model.`) -> ReportClassifier's."""
+    inner = {re.sub(r"^(module\.)?(bert|roberta|model)\.", "", name): t for name, t in published.items()}
+    roberta = "classifier.dense.weight" in inner  # RoBERTa's head has the pooler in it
+    renamed = {"classifier.dense.": "pooler.dense.", "classifier.out_proj.": "head."} if roberta else {
+        "pooler.dense.": "pooler.dense.", "classifier.": "head."}  # fmt: skip
+    state, encoder = {}, {}
+    for name, tensor in inner.items():
+        prefix = next((p for p in renamed if name.startswith(p)), None)
+        if prefix:
+            state[renamed[prefix] + name.removeprefix(prefix)] = tensor
+        else:
+            encoder[name] = tensor
+    return state | {f"encoder.{n}": t for n, t in bert_state(encoder).items()}
+
+
+def _label_order(path: Path) -> list[int]:
+    """The columns of the classifier's output in the order of LABELS, by id2label where it has names."""
+    named = {str(name).lower(): int(i) for i, name in read_json(path).get("id2label", {}).items()}
+    if all(re.fullmatch(r"label_\d+", name) for name in named):  # what transformers writes where nobody named them
+        return list(range(len(LABELS)))
+    wanted = {label.lower() for label in LABELS}
+    if set(named) != wanted or sorted(named.values()) != list(range(len(LABELS))):
+        other = ", ".join(sorted(set(named) ^ wanted)[:3]) or "ids other than 0 to 17"
+        raise InputError(f"{path}: id2label differs from CT-RATE's {len(LABELS)} labels in {other}; expected those")
+    return [named[label.lower()] for label in LABELS]
