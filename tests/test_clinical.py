@@ -120,6 +120,11 @@ def test_the_side_in_a_coronary_arterys_name_is_no_side():
     assert attribute_agreement(texts, texts)["side"] == {"agreement": None, "compared": 0}
 
 
+def test_a_cardiothoracic_ratio_is_no_size_in_mm():
+    texts = ["There is cardiomegaly; the cardiothoracic ratio is 0.6."]
+    assert attribute_agreement(texts, texts)["size"]["compared"] == 0
+
+
 def test_reports_that_cannot_be_paired_are_refused():
     for predictions, references in (([], []), (["a"], ["a", "b"])):
         with pytest.raises(InputError, match="expected one"):

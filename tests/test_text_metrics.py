@@ -110,6 +110,12 @@ def test_meteor_matches_stems_and_punishes_chunks():
     assert meteor_without_synonyms(["seen"], nodules) == pytest.approx(one_of_two)
 
 
+def test_meteor_pairs_words_from_the_last_one_back():
+    found = meteor_without_synonyms(["no", "effusion", "no"], ["no", "effusion"])
+    mean = (2 / 3) * 1 / (0.9 * 2 / 3 + 0.1)
+    assert found == pytest.approx(mean * (1 - 0.5))  # two chunks; from the front it would be one
+
+
 def test_stems_leave_short_and_irregular_words():
     words = {"is": "is", "skies": "sky", "lying": "lie", "ties": "tie", "opacities": "opac", "": "", "Éàü": "éàü"}
     assert {word: porter_stem(word) for word in words} == words

@@ -199,7 +199,7 @@ class MlpProjector(Projector):
         if inputs * outputs > MOST_MIXING_WEIGHTS:
             size, most = (f"{n / 1e9:,.1f} billion" for n in (inputs * outputs, MOST_MIXING_WEIGHTS))
             made_for = f"the token grid {self.grid} and the kernel {self.kernel}"
-            raise ValueError(f"the mlp projector has {size} numbers for {made_for}, at most {most}")
+            raise ValueError(f"the mlp projector's matrix has {size} numbers for {made_for}, at most {most}")
         self.mixing = nn.Linear(inputs, outputs)
 
     def pack(self, tokens: Tensor) -> Tensor:
