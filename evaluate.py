@@ -38,7 +38,11 @@ OVERLAPS = {
     "per_k_excluding_all_reconstructions_of_the_query_scan": "label overlap, without its scan",
 }
 
-# The defaults of the flags that only zero-shot classification has, and of those that --compare has too.
+# Defaults: of the flags of one run's evaluation, of those that only zero-shot classification has, and --compare too.
+ONE_RUN = {
+    **{"run": None, "model": "hsenet", "checkpoint": "best", "data": None, "split": "validation"},
+    **{"batch_size": 16, "workers": 0, "device": None, "figures": None, "figure_volumes": 4},
+}
 ZEROSHOT = {"prompts": "volume", "label_set": "ct-rate", "labels": None}
 BOOTSTRAP = {"bootstrap": 1000, "seed": 0}
 
@@ -47,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--task", choices=("retrieval", "zeroshot"), required=True)
     parser.add_argument("--run", type=Path, help="run folder of train.py (default: runs/clip1-MODEL)")
-    parser.add_argument("--model", choices=("hsenet", "reaf"), default="hsenet", help="whose default run folder")
+    parser.add_argument("--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)")
     parser.add_argument(
         "--compare",
         type=Path,
@@ -55,16 +59,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="RUN",
         help="two or more evaluated runs: their scores, and differences from the first with bootstrap intervals",
     )
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best")
     parser.add_argument("--data", type=Path, help="prepared data set (default: the run's own)")
-    parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
+    parser.add_argument("--split", choices=("train", "validation", "test"), help="default: validation")
     parser.add_argument("--out", type=Path, help="folder of the results (default: RUN/eval)")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, help="default: 16")
+    parser.add_argument("--workers", type=int, help="processes that read volumes (default: 0)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     group = parser.add_argument_group("pictures")
     group.add_argument("--figures", type=Path, metavar="DIR", help="write ROC or recall curves and saliency there")
-    group.add_argument("--figure-volumes", type=int, default=4, metavar="N", help="saliency of the first N volumes")
+    group.add_argument("--figure-volumes", type=int, metavar="N", help="saliency of the first N volumes (default: 4)")
     group = parser.add_argument_group("zero-shot classification")
     group.add_argument("--prompts", help="volume, organ or a json file (default: volume)")
     group.add_argument("--label-set", choices=LABEL_SETS, help="how label columns become classes (default: ct-rate)")
@@ -72,19 +76,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--bootstrap", type=int, metavar="N", help="resamples of the intervals; 0: none (default: 1000)")
     group.add_argument("--seed", type=int, help="of the bootstrap (default: 0)")
     args = parser.parse_args(argv)
-    args.run = args.run or Path(f"runs/clip1-{args.model}")
-    own = ZEROSHOT if args.compare else ZEROSHOT | BOOTSTRAP
-    given = [name for name in own if getattr(args, name) is not None]
-    if given and args.task != "zeroshot":
-        raise InputError(f"--{given[0].replace('_', '-')}: belongs to --task zeroshot, not {args.task}")
-    for name, value in (ZEROSHOT | BOOTSTRAP).items():
+    if args.compare:
+        foreign, where = ONE_RUN | ZEROSHOT, "the evaluation of one run, not to --compare"
+    else:
+        foreign = {} if args.task == "zeroshot" else ZEROSHOT | BOOTSTRAP
+        where = f"--task zeroshot, not {args.task}"
+    if given := [name for name in foreign if getattr(args, name) is not None]:
+        raise InputError(f"--{given[0].replace('_', '-')}: belongs to {where}")
+    for name, value in (ONE_RUN | ZEROSHOT | BOOTSTRAP).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.run = args.run or Path(f"runs/clip1-{args.model}")
     if args.compare and len(args.compare) < 2:
         raise InputError("--compare: expected two or more runs")
     for name, least in (("batch_size", 1), ("workers", 0), ("figure_volumes", 0), ("bootstrap", 0), ("seed", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
+    for name in ("out", "figures"):  # said now, not after hours
+        folder = getattr(args, name)
+        nearest = next((p for p in (folder, *folder.parents) if p.exists()), None) if folder else None
+        if nearest and not nearest.is_dir():
+            raise InputError(f"--{name} {nearest}: is a file; expected a folder to write into")
     return args
 
 
@@ -96,10 +108,8 @@ def main(argv: list[str]) -> int:
         if args.out:
             write_json(args.out / f"comparison_{args.task}.json", {"runs": list(map(str, args.compare)), **results})
         return 0
-    if args.figures:  # what is wrong with it is said now, not after hours
-        figures.new_figure(1, 1)
-        if args.figures.exists() and not args.figures.is_dir():
-            raise InputError(f"--figures {args.figures}: is a file; expected a folder to write into")
+    if args.figures:
+        figures.new_figure(1, 1)  # a missing matplotlib is said now, too
     ranks = distributed.start(args.device)
     try:
         run = load_dual_encoder(args.run, args.checkpoint)
@@ -149,6 +159,7 @@ def retrieval(
     results = {
         "n": len(entries),
         "scans": len(names),
+        "reports_sha256": comparison.fingerprint(entries),
         "split": args.split,
         "data": str(manifest.folder),
         "checkpoint": str(run.checkpoint),
@@ -174,7 +185,8 @@ def classify(
     dataset: CTReportDataset,
     ranks: distributed.Ranks,
 ) -> None:
-    ids = [entry["id"] for entry in manifest.entries(args.split)]
+    entries = manifest.entries(args.split)
+    ids = [entry["id"] for entry in entries]
     table = read_label_table(args.labels) if args.labels else manifest_labels(manifest, args.split)
     label_set = load_label_set(args.label_set)
     task = zeroshot.define_task(zeroshot.load_prompts(args.prompts), label_set, table, ids)
@@ -187,6 +199,7 @@ def classify(
     report = classification_report(task.labels, scores, task.names, task.means, args.bootstrap, args.seed)
     results = {
         "n": len(ids),
+        "reports_sha256": comparison.fingerprint(entries),
         "split": args.split,
         "data": str(manifest.folder),
         "checkpoint": str(run.checkpoint),

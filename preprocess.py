@@ -5,6 +5,8 @@
     python preprocess.py --dataset nifti --root scans --csv scans/reports.csv --out data/mine --recipe reaf
     python preprocess.py --dataset reaf --root /data/ct_rate --out data/reaf   # REAF's .pt, .pt.gz, .nii.gz and reports
     python preprocess.py --dataset reaf --root /data/ct_rate --out data/as-is --as-is    # a list of them, nothing else
+    python preprocess.py --dataset bimcv-r --root BIMCV-R --csv reports.csv --out data/bimcv-r
+    python preprocess.py --dataset radgenome --root TABLES --out data/ct-rate  # questions about volumes that are there
     python preprocess.py --slices biomedclip/open_clip_pytorch_model.bin --out data/ct-rate --device cuda   # for stage 2
 
 Run it again and it does what is missing; --slices is also a step of its own, for a folder that has volumes. Files that
@@ -19,9 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from reaf_hsenet.config import FITS, RECIPES, TINY_RECIPES
+from reaf_hsenet.data.bimcv import read_bimcv
 from reaf_hsenet.data.datasets import Source, read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
+from reaf_hsenet.data.questions import add_questions
+from reaf_hsenet.data.radgenome import KINDS
 from reaf_hsenet.data.reaf_dataset import read_reaf
 from reaf_hsenet.data.slices import SLICE_RECIPES, SLICES, require_pillow
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES
@@ -33,7 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
-        choices=("phantom", "ct-rate", "nifti", "reaf"),
+        choices=("phantom", "ct-rate", "nifti", "reaf", "bimcv-r", "radgenome"),
         help="may be left out with --slices, for volumes that OUT holds already",
     )
     data.add_argument(
@@ -41,10 +46,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     data.add_argument("--out", type=Path, required=True, help="folder to write")
     data.add_argument(
-        "--csv", type=Path, help="nifti: table with the columns id and text (optional: scan, split)"
+        "--csv",
+        type=Path,
+        help="nifti: table with the columns id and text (optional: scan, split); bimcv-r: with path and Report_en",
     )
     data.add_argument(
         "--impressions", action="store_true", help="ct-rate: add the impressions to the findings"
+    )
+    data.add_argument(
+        "--questions", nargs="+", choices=KINDS, default=list(KINDS), help="radgenome: kinds to add (default: all)"
     )
     recipe = parser.add_argument_group("recipe (defaults are the method's own)")
     recipe.add_argument("--recipe", choices=tuple(RECIPES), help="default: hsenet; of --dataset reaf: reaf")
@@ -78,14 +88,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="ENCODER",
         help="also encode 32 axial slices of each volume: file, folder or hub id of a 2D ViT (published: BiomedCLIP)",
     )
-    slices.add_argument("--slice-batch", type=int, default=64, help="slices per forward pass")
+    slices.add_argument("--slice-batch", type=int, help="slices per forward pass (default: 64)")
     slices.add_argument(
         "--slice-recipe",
         choices=tuple(SLICE_RECIPES),
-        help="how slices are taken from a CT (default: hsenet; of --dataset phantom: phantom)",
+        help="how slices are taken from a CT (default: hsenet; of --dataset phantom and bimcv-r: their own)",
     )
     slices.add_argument(
         "--jpeg-slices", action="store_true", help="through JPEG files, as published (needs Pillow)"
+    )
+    slices.add_argument(
+        "--replace-slices", action="store_true", help="remove features that OUT has of another encoder or recipe"
     )
     slices.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     run = parser.add_argument_group("run")
@@ -95,7 +108,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="write a manifest of the files themselves, to be read and processed at training time",
     )
-    run.add_argument("--allow-refused", action="store_true", help="exit 0 even when files were refused")
+    run.add_argument(
+        "--allow-refused",
+        action="store_true",
+        help="exit 0 even when files were refused; radgenome: leave out the rows of volumes that OUT does not hold",
+    )
     phantom = parser.add_argument_group("phantom")
     phantom.add_argument("--train-size", type=int, default=2000)
     phantom.add_argument("--valid-size", type=int, default=160)
@@ -118,7 +135,8 @@ def main(argv: list[str]) -> int:
     if args.dataset is None and args.slices is None:
         raise InputError("--dataset is missing; say which, or give --slices ENCODER for volumes that --out holds already")
     features = slice_step(args)
-    refused = prepare_volumes(args) if args.dataset else []
+    step = join_questions if args.dataset == "radgenome" else prepare_volumes
+    refused = step(args) if args.dataset else []
     refused += features()
     return 3 if refused and not args.allow_refused else 0
 
@@ -127,12 +145,14 @@ def prepare_volumes(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The volumes, or a list of the files as they are. Returns what was refused."""
     name = args.recipe or ("reaf" if args.dataset == "reaf" else "hsenet")
     changes = {k: tuple(v) for k in ("size", "spacing", "window") if (v := getattr(args, k)) is not None}
+    if args.dataset == "bimcv-r" and name == "hsenet":
+        changes.setdefault("spacing", None)  # published: BIMCV-R keeps its own grid
     if args.fit:
         changes["fit"] = args.fit
     recipe = replace((TINY_RECIPES if args.dataset == "phantom" else RECIPES)[name], **changes)
     options = Options(recipe, args.rescale, args.orientation, args.assume_orientation, args.dtype)
     text = "findings and impressions" if args.impressions else "findings"
-    if args.dataset == "reaf":
+    if args.dataset in ("reaf", "bimcv-r"):
         text = "report"
     try:
         source = read_source(args)
@@ -146,14 +166,29 @@ def prepare_volumes(args: argparse.Namespace) -> list[tuple[str, str]]:
     return refused
 
 
+def join_questions(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """RadGenome's questions for the volumes that --out holds. Returns what was refused."""
+    manifest, refused = add_questions(args.out, required_root(args), tuple(args.questions), args.allow_refused)
+    for kind in args.questions:
+        counts = {
+            split: sum(row["kind"] == kind for entry in entries for row in entry.get("qa", ()))
+            for split, entries in manifest.splits.items()
+        }
+        print(f"{manifest.name}: questions of {kind}: {', '.join(f'{n} {split}' for split, n in counts.items())}")
+    report_refused(args.out, refused)
+    return refused
+
+
 def slice_step(args: argparse.Namespace) -> Callable[[], list[tuple[str, str]]]:
     """The step that adds slice features, to be called when there are volumes; its encoder is read here already."""
     if args.slices is None:
-        if args.jpeg_slices:
-            raise InputError("--jpeg-slices: needs --slices ENCODER")
+        for name in ("slice_batch", "slice_recipe", "jpeg_slices", "replace_slices", "device"):
+            if getattr(args, name) not in (None, False):
+                raise InputError(f"--{name.replace('_', '-')}: needs --slices ENCODER")
         return list
-    if args.slice_batch < 1:
-        raise InputError(f"--slice-batch {args.slice_batch}: expected 1 or more")
+    batch = 64 if args.slice_batch is None else args.slice_batch
+    if batch < 1:
+        raise InputError(f"--slice-batch {batch}: expected 1 or more")
     if args.jpeg_slices:
         require_pillow()
     # Here, not above: the workers that prepare volumes start faster without torch.
@@ -161,13 +196,13 @@ def slice_step(args: argparse.Namespace) -> Callable[[], list[tuple[str, str]]]:
     from reaf_hsenet.data.slice_features import add_slice_features, load_slice_encoder
 
     device = distributed.start(args.device).device
-    recipe = args.slice_recipe or ("phantom" if args.dataset == "phantom" else "hsenet")
+    recipe = args.slice_recipe or {"phantom": "phantom", "bimcv-r": "bimcv"}.get(args.dataset, "hsenet")
     encoder, provenance = load_slice_encoder(args.slices, args.jpeg_slices, recipe)
 
     def step() -> list[tuple[str, str]]:
         try:
             refused = add_slice_features(
-                args.out, encoder, provenance, args.workers, device, batch=args.slice_batch
+                args.out, encoder, provenance, args.workers, device, batch=batch, replace=args.replace_slices
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None
@@ -186,13 +221,18 @@ def read_source(args: argparse.Namespace) -> Source:
             root, args.train_size, args.valid_size, args.seed, tuple(args.shape), args.workers, progress=True
         )
         return read_ct_rate(root, args.impressions)
+    root = required_root(args)
+    if args.dataset == "ct-rate":
+        return read_ct_rate(root, args.impressions)
+    if args.dataset == "reaf":
+        return read_reaf(root)
+    return (read_bimcv if args.dataset == "bimcv-r" else read_nifti_folder)(root, args.csv)
+
+
+def required_root(args: argparse.Namespace) -> Path:
     if args.root is None:
         raise InputError(f"--dataset {args.dataset} needs --root, the folder of the raw data")
-    if args.dataset == "ct-rate":
-        return read_ct_rate(args.root, args.impressions)
-    if args.dataset == "reaf":
-        return read_reaf(args.root)
-    return read_nifti_folder(args.root, args.csv)
+    return args.root
 
 
 def report(manifest, refused) -> None:

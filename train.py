@@ -34,6 +34,7 @@ from reaf_hsenet.run_setup import Setup, new_setup, resumed_setup
 from reaf_hsenet.trainer import PRECISIONS, Trainer
 
 STAGES = ("clip1", "clip2")
+GUIDED_FLAGS = ("teacher", "relation", "relation_steps", "no_guidance", "slices_stay")  # of stage clip2 alone
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -85,7 +86,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     reaf.add_argument("--drop-path", type=float)
     guided = parser.add_argument_group("stage clip2 (defaults are the published ones)")
     guided.add_argument(
-        "--teacher", help="run of stage clip1 (default: --init if it is one, else runs/clip1-hsenet)"
+        "--teacher", help="run of stage clip1 (default: --init or its teacher, else runs/clip1-hsenet)"
     )
     guided.add_argument("--relation", type=float, help="weight of the relation loss at the first step")
     guided.add_argument("--relation-steps", type=int, help="steps until it is 0")
@@ -149,6 +150,7 @@ def main(argv: list[str]) -> int:
         "keep",
         "log_every",
         "grad_cache",
+        "relation_steps",
         "lora_r",
         "lora_alpha",
     )
@@ -166,10 +168,16 @@ def main(argv: list[str]) -> int:
         ("suppression", 0, 1),
         ("drop_path", 0, 0.99),
         ("lora_dropout", 0, 0.99),
+        ("relation", 0, 1000),
     ):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+    for name in GUIDED_FLAGS if args.stage != "clip2" else ():
+        if (value := getattr(args, name)) is not None and value is not False:
+            raise InputError(f"--{name.replace('_', '-')}: is an option of --stage clip2; leave it out")
+    if args.no_guidance and args.slices_stay:
+        raise InputError("--slices-stay: with --no-guidance there are no slice features; leave one out")
     raise_on_sigterm()
     ranks = distributed.start(args.device)
     try:
@@ -219,6 +227,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             changes = settings.augment != NO_AUGMENTATION
             teacher = Teacher(setup.teacher.model, ranks.device, dtype, chunk, changes)
             stage = Guided(teacher, settings.relation, settings.relation_steps)
+            say(f"{setup.teacher.checkpoint}: the teacher")
 
         def validate(model: DualEncoder) -> tuple[float, dict]:
             return retrieval_score(
@@ -283,7 +292,7 @@ def start_weights(model: DualEncoder, setup: Setup, data: Callable, args: argpar
     if setup.text_weights is not None:
         load_strictly(model.text, setup.text_weights, args.text_model)
     if setup.init_state is not None:
-        say(load_matching(model, setup.init_state, setup.origin["init"]))
+        say(load_matching(model, setup.init_state, setup.origin["init"]) + setup.init_account)
     elif setup.settings.calibrate:
         sample = plain_batch(data(split="train"), setup.settings.calibrate)
         calibrate(model, sample.volume, sample.ids if setup.text_weights is None else None, sample.mask)
@@ -293,6 +302,7 @@ def already_there(args: argparse.Namespace, run: Run, setup: Setup, say) -> int:
     """A second start: fine when the same run is finished, else a mistake."""
     values, last = run.read_config(), run.pointer("last")
     same = values["model"] == json.loads(json.dumps(to_dict(setup.model_config)))
+    same &= values["origin"] == setup.origin
     same &= values["train"] == json.loads(json.dumps(to_dict(setup.settings)))
     same &= values["max_steps"] == args.max_steps and values["data"] == str(setup.manifest.location.absolute())
     if same and last is not None and last.name == f"step-{values['total_steps']:06d}":

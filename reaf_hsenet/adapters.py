@@ -18,6 +18,7 @@ from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.int8 import Int8Linear
 from reaf_hsenet.models.lora import LoraLinear, add_lora
 from reaf_hsenet.pretrained import find_folder, read_weights_file
+from reaf_hsenet.pretrained_decoder import first_six
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -116,8 +117,7 @@ def _load(decoder, state: dict[str, Tensor], r: int, alpha: float, dropout: floa
             layers.setdefault(place.layer, []).append(path)
     problems += [f"{' and '.join(p)} change the same matrix" for p in layers.values() if len(p) > 1 and not places[p[0]].part]
     if problems or not found:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise InputError(f"{source}: does not fit this decoder: {'; '.join(problems[:6]) or 'it has no adapters'}{more}")
+        raise InputError(f"{source}: does not fit this decoder: {first_six(problems, '; ') or 'it has no adapters'}")
     for layer, pieces in layers.items():
         parent, _, leaf = layer.rpartition(".")
         add_lora(decoder.get_submodule(parent), tuple(places[p].part or leaf for p in pieces), r, alpha, dropout)

@@ -1,15 +1,19 @@
 """Several evaluated runs side by side, with paired bootstrap intervals of their differences from the first.
 
 Volumes are drawn with replacement, the same for every run, so that what is hard for all runs cancels out. Reads what
-evaluate.py wrote: eval/retrieval_queries.csv and eval/zeroshot_scores.csv.
+evaluate.py wrote: eval/retrieval_queries.csv and eval/zeroshot_scores.csv, and beside them what was evaluated.
 """
 
 import csv
+import hashlib
+import json
+import math
 from pathlib import Path
 
 import numpy as np
 
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import read_json
 from reaf_hsenet.metrics.classification import (
     METRICS,
     bootstrap,
@@ -21,25 +25,34 @@ from reaf_hsenet.metrics.classification import (
 
 FILES = {"retrieval": "retrieval_queries.csv", "zeroshot": "zeroshot_scores.csv"}
 RECALL_KS = (1, 5, 10, 50)
+DIRECTIONS = ("report_to_volume", "volume_to_report")
 SHOWN = ("auroc", "average_precision", "thresholded.balanced_accuracy", "thresholded.f1_weighted")
 
 
 def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[str, list[dict]]:
     """{measure: [{"value", "difference", "interval_95"} per run]}; the first run has no difference.
 
-    Raises InputError for a run that was not evaluated, or on other volumes than the first.
+    Raises InputError for a run that was not evaluated, or on something else than the first.
     """
     tables = [read_table(folder / "eval" / FILES[task], task, folder) for folder in folders]
+    subjects = [evaluated(folder / "eval" / f"{task}.json", task, folder) for folder in folders]
     ids = list(tables[0])
-    for folder, table in zip(folders[1:], tables[1:], strict=True):
+    for folder, table, subject in zip(folders[1:], tables[1:], subjects[1:], strict=True):
+        other = [what for what in subject if subject[what] != subjects[0][what]]
         if table.keys() != tables[0].keys():
+            other = [f"volumes ({len(table)} and {len(ids)})"]
+        elif any(_labels(table[i]) != _labels(tables[0][i]) for i in ids):
+            other = other or ["classes or labels"]
+        if other:
             raise InputError(
-                f"{folder}: was evaluated on other volumes than {folders[0]} ({len(table)} and {len(ids)}); evaluate "
-                "both on the same split of the same data"
+                f"{folder}: was evaluated on other {' and '.join(other)} than {folders[0]}; evaluate both on the same "
+                "split of the same data, with the same prompts and labels"
             )
     measure = {"retrieval": _recalls, "zeroshot": _class_scores}[task]
     found = [measure([table[i] for i in ids], resamples, seed) for table in tables]
-    shared = [name for name in found[0] if all(name in other for other in found)]
+    shared = [name for name in found[0] if all(name in run and math.isfinite(run[name][0]) for run in found)]
+    if not shared:
+        raise InputError(f"{folders[0]}: its {len(ids)} volumes are too few to compare, or of one label; evaluate more")
     results: dict[str, list[dict]] = {}
     for name in shared:
         first, rows = found[0][name], []
@@ -47,25 +60,56 @@ def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[s
             row = {"value": float(value)}
             if k:
                 row["difference"] = float(value - first[0])
-                low, high = np.nanpercentile(draws - first[1], (2.5, 97.5)) if resamples else (None, None)
-                row["interval_95"] = [low, high]
+                differences = draws - first[1]
+                differences = differences[np.isfinite(differences)]  # a resample may lack a label
+                some = resamples and len(differences)
+                row["interval_95"] = np.percentile(differences, (2.5, 97.5)).tolist() if some else [None, None]
             rows.append(row)
         results[name] = rows
     return results
 
 
-def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, str]]:
-    """The rows of a results csv by id."""
+def fingerprint(entries: list[dict]) -> str:
+    """Of the ids and reports of a manifest's entries: the same however, and wherever, their volumes were prepared."""
+    reports = json.dumps(sorted((entry["id"], entry["text"]) for entry in entries))
+    return hashlib.sha256(reports.encode()).hexdigest()
+
+
+def evaluated(path: Path, task: str, folder: Path) -> dict[str, object]:
+    """What a results json says was evaluated, by what a message calls it."""
+    again, values = f"run evaluate.py --task {task} --run {folder} again", read_json(path)
+    try:
+        found = {"split": values["split"], "data": values["reports_sha256"]}
+        if task == "zeroshot":
+            found |= {"prompts": values["prompts"]["texts"], "label set": values["labels"]["set"]}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: does not say what was evaluated ({error}); {again}") from error
+    return found
+
+
+def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float]]:
+    """The rows of a results csv by id: the ranks of both directions, or the scores and labels of all classes."""
+    again = f"run evaluate.py --task {task} --run {folder} again"
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = {row["id"]: row for row in csv.DictReader(file)}
+            reader = csv.DictReader(file)
+            names = [n for n in reader.fieldnames or () if n != "id"]
+            names = [f"{d}_rank" for d in DIRECTIONS] if task == "retrieval" else names
+            rows = {row["id"]: {name: float(row[name]) for name in names} for row in reader}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; run evaluate.py --task {task} --run {folder} first") from error
     except KeyError as error:
-        raise InputError(f"{path}: has no column {error}; run evaluate.py --task {task} --run {folder} again") from error
+        raise InputError(f"{path}: has no column {error}; {again}") from error
+    except (ValueError, TypeError, csv.Error) as error:
+        raise InputError(f"{path}: is damaged ({error}); {again}") from error
     if not rows:
-        raise InputError(f"{path}: is empty; run evaluate.py --task {task} --run {folder} again")
+        raise InputError(f"{path}: is empty; {again}")
     return rows
+
+
+def _labels(row: dict[str, float]) -> dict[str, float | None]:
+    """The classes of a zero-shot row, and whether the volume has them; the names alone of a rank."""
+    return {name: value if name.startswith("label: ") else None for name, value in row.items()}
 
 
 def _draws(n: int, resamples: int, seed: int) -> np.ndarray:
@@ -77,7 +121,7 @@ def _draws(n: int, resamples: int, seed: int) -> np.ndarray:
 def _recalls(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
     """R@K of both directions: (value, (R,) bootstrap values)."""
     counts, found = _draws(len(rows), resamples, seed), {}
-    for direction in ("report_to_volume", "volume_to_report"):
+    for direction in DIRECTIONS:
         ranks = np.array([int(row[f"{direction}_rank"]) for row in rows])
         for k in (k for k in RECALL_KS if k < len(rows)):
             hit = ranks <= k
@@ -88,8 +132,8 @@ def _recalls(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
 def _class_scores(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
     """Mean over classes of the metrics SHOWN, and every class's AUROC."""
     names = [name for name in rows[0] if f"label: {name}" in rows[0]]
-    scores = np.array([[float(row[n]) for n in names] for row in rows], dtype=np.float32)
-    labels = np.array([[row[f"label: {n}"] == "1" for n in names] for row in rows])
+    scores = np.array([[row[n] for n in names] for row in rows], dtype=np.float32)
+    labels = np.array([[row[f"label: {n}"] == 1 for n in names] for row in rows])
     thresholds, kept = find_thresholds(labels, scores), both_values(labels)
     values = class_metrics(labels, scores, thresholds, np.ones((1, len(rows))))[0]
     draws = bootstrap(labels, scores, thresholds, resamples, seed) if resamples else values[None]

@@ -414,10 +414,7 @@ def to_dict(config) -> dict:
 
 def from_dict(cls, values: dict):
     """Rebuild a dataclass from its JSON form (lists become tuples, nested dataclasses are rebuilt)."""
-    vision = values.get("vision", {})
-    guided = GuidedVisionConfig if "slice_width" in vision else VisionConfig
     kinds = {
-        "vision": ReafVisionConfig if "scan_layers" in vision else guided,
         "text": TextConfig,
         "augment": Augmentation,
         "lora": LoraConfig,
@@ -428,7 +425,15 @@ def from_dict(cls, values: dict):
         raise InputError(f"{cls.__name__} has no setting {', '.join(unknown)}: written by another version?")
     made = {}
     for name, value in values.items():
-        if isinstance(value, dict) and name in kinds:
+        if isinstance(value, dict) and name == "vision":
+            value = vision_config(value)
+        elif isinstance(value, dict) and name in kinds:
             value = from_dict(kinds[name], value)
         made[name] = tuple(value) if isinstance(value, list) else value
     return cls(**made)
+
+
+def vision_config(values: dict) -> VisionConfig:
+    """The encoder's settings of whichever kind these are."""
+    guided = GuidedVisionConfig if "slice_width" in values else VisionConfig
+    return from_dict(ReafVisionConfig if "scan_layers" in values else guided, values)

@@ -4,6 +4,7 @@ Stage 2 (HSENet section 3.2) has a frozen stage-1 dual encoder as teacher: contr
 gathered batch.
 """
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -43,15 +44,23 @@ class Contrastive:
 class Teacher:
     """A frozen dual encoder in evaluation mode, whose features are computed once where they cannot change.
 
-    Reports: once per distinct sequence of tokens. Volumes: once, when `images_change` (augmentation) is off. What is
+    Reports: once per distinct sequence of tokens, of which the last `kept_reports` are kept: a report that is shortened
+    at random is another one every epoch. Volumes: once, when `images_change` (augmentation) is off. What is
     kept is computed alone: in a batch its last digits would depend on the others, and a resumed run would differ.
     """
 
     def __init__(
-        self, model: DualEncoder, device: torch.device, dtype: torch.dtype | None, chunk: int, images_change: bool
+        self,
+        model: DualEncoder,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        chunk: int,
+        images_change: bool,
+        kept_reports: int = 2**16,
     ):
         self.model = model.to(device).eval().requires_grad_(False)
         self.device, self.dtype, self.chunk, self.images_change = device, dtype, chunk, images_change
+        self.kept_reports = kept_reports
         self.texts: dict[bytes, Tensor] = {}
         self.images: dict[int, Tensor] = {}
 
@@ -61,10 +70,14 @@ class Teacher:
         text = []
         for ids, mask in zip(batch.ids.cpu(), batch.mask.cpu(), strict=True):
             ids = ids[mask.bool()]
-            key = ids.numpy().tobytes()
-            if key not in self.texts:
-                self.texts[key] = self._encode(self.model.encode_text, ids[None], torch.ones_like(ids)[None])[0]
-            text.append(self.texts[key])
+            key = hashlib.sha256(ids.numpy().tobytes()).digest()
+            found = self.texts.pop(key, None)
+            if found is None:
+                found = self._encode(self.model.encode_text, ids[None], torch.ones_like(ids)[None])[0]
+            self.texts[key] = found  # the last used is the last
+            if len(self.texts) > self.kept_reports:
+                del self.texts[next(iter(self.texts))]
+            text.append(found)
         if self.images_change:
             image = [self._encode(self.model.encode_image, part) for part in batch.volume.split(self.chunk)]
             return torch.cat(image), torch.stack(text)

@@ -13,13 +13,21 @@ from reaf_hsenet.files import read_json
 # Keys that change no output of a trained model, and keys of which one value is implemented.
 INERT = {
     "_name_or_path", "_attn_implementation_autoset", "architectures", "auto_map", "chunk_size_feed_forward", "do_sample",
-    "dtype", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "max_length", "name_or_path",
-    "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type", "return_dict", "temperature", "top_p",
-    "torch_dtype", "transformers_version", "use_cache",
+    "dtype", "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "max_length",
+    "name_or_path", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pretraining_tp",
+    "problem_type", "return_dict", "return_dict_in_generate", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k",
+    "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
+    "use_bfloat16", "use_cache",
 }  # fmt: skip
 ONLY = {
     "attention_bias": False, "attention_dropout": 0, "embd_pdrop": 0, "full_attn_mod": 1, "hidden_act": "silu",
     "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "resid_pdrop": 0,
+}  # fmt: skip
+# The same of what transformers 4 writes of every model's settings (to_dict), whatever they mean to it. Not written here.
+NEUTRAL = {
+    "add_cross_attention": False, "diversity_penalty": 0, "early_stopping": False, "encoder_no_repeat_ngram_size": 0,
+    "length_penalty": 1, "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1,
+    "pruned_heads": {}, "remove_invalid_values": False, "repetition_penalty": 1, "tie_encoder_decoder": False,
 }  # fmt: skip
 ROPE_KEYS = {
     "default": set(),
@@ -109,7 +117,7 @@ class DecoderConfig:
         family = left.pop("model_type", None)
         if family not in ("phi3", "llama"):
             raise InputError(f"{source}: model_type {family!r:.60} is not implemented; expected phi3 (Phi-3, Phi-4) or llama")
-        for key, only in ONLY.items():
+        for key, only in (ONLY | NEUTRAL).items():
             if left.pop(key, only) != only:
                 raise InputError(f"{source}: {key} {values[key]!r:.60} is not implemented; only {only!r} is")
 
@@ -124,6 +132,7 @@ class DecoderConfig:
         width, heads = take("hidden_size", int), take("num_attention_heads", int)
         head_dim, context = take("head_dim", int, width // heads), take("max_position_embeddings", int)
         bos, eos, pad = (left.pop(f"{token}_token_id", None) for token in ("bos", "eos", "pad"))
+        pad = None if pad == -1 else pad  # "none" of the first Llama files
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         rope = _rope(left, take, head_dim, context, family, source)
         made = dict(
@@ -133,6 +142,11 @@ class DecoderConfig:
             tied=take("tie_word_embeddings", bool, False), bos_id=bos, eos_ids=eos, pad_id=pad,
             window=left.pop("sliding_window", None) if family == "phi3" else None,
         )  # fmt: skip
+        kinds = left.pop("layer_types", None)
+        full = isinstance(kinds, list) and kinds.count("full_attention") == len(kinds) == made["layers"]
+        if kinds is not None and not (full and made["window"] is None):
+            expected = "full_attention of every layer, and no sliding_window beside it"
+            raise InputError(f"{source}: layer_types {kinds!r:.60} is not implemented; expected {expected}")
         if left:
             raise InputError(f"{source}: {', '.join(sorted(left))} not implemented; expected the settings of Phi-3, Phi-4 or Llama")
         try:

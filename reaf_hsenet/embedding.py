@@ -1,5 +1,6 @@
 """Dual-encoder runs at work: rebuild one from its folder, embed a split, score retrieval on it."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,14 @@ class DualEncoderRun:
     def guided(self) -> bool:
         """Whether volumes come with slice features."""
         return isinstance(self.config.vision, GuidedVisionConfig)
+
+    def sha256(self) -> str:
+        """Of the checkpoint's weights, by which a run knows its teacher wherever that is moved to."""
+        digest = hashlib.sha256()
+        with open(self.checkpoint / "model.safetensors", "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+        return digest.hexdigest()
 
 
 def load_dual_encoder(folder: Path, which: str = "best") -> DualEncoderRun:

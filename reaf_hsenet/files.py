@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -33,7 +33,8 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
             "another folder; what was complete before is kept"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # `path` is below a file, and nothing was written
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:

@@ -6,6 +6,7 @@ Prompts are ids or embeddings, padded on the left. Source of the rules: transfor
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.decoder import Decoder, KVCache
 
-CACHE_STEP = 256  # compiled caches have sizes of multiples of this
+CACHE_STEP, KEPT_STEPS = 256, 4  # compiled caches have sizes of multiples of this; so many are kept
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature {self.temperature}: expected 0 (greedy) or a positive number")
-        if self.top_k is not None and self.top_k < 1:
+        if self.temperature != 0 and not 1e-4 <= self.temperature < float("inf"):
+            raise InputError(f"temperature {self.temperature}: expected 0 (greedy), or 0.0001 and more")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise InputError(f"top_k {self.top_k}: expected a positive number of tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p {self.top_p}: expected a probability above 0, at most 1")
@@ -61,7 +62,6 @@ def row_positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)
 
 
-@torch.inference_mode()
 def steps(
     decoder: Decoder,
     ids: Tensor | None = None,
@@ -76,28 +76,56 @@ def steps(
     """Yield (tokens (B,), the logits (B, V) they were chosen from) until every row has stopped or `new_tokens` are made.
 
     ids (B, T) or embeddings (B, T, C), padded on the left where mask (B, T) is 0. A row that has stopped goes on with
-    `pad_id`. compiled: later steps run as one compiled graph (torch.compile, CUDA graphs on a GPU), which is kept for
-    later calls of about this size.
+    `pad_id` (by default the decoder's own, else the first stop token). The decoder runs in evaluation mode. compiled:
+    later steps run as one compiled graph (torch.compile, CUDA graphs on a GPU), which is kept for later calls of about
+    this size.
 
     LongRoPE takes other factors for more tokens than the original context, which turn the cached keys too. At the step
     that passes it everything is computed anew, so that the result is the same as without a cache.
     """
-    sampling, config = sampling or Sampling(), decoder.config
+    _check(decoder, ids, embeddings, mask, new_tokens)
+    if pad_id is None and stop_ids:
+        pad_id = decoder.config.pad_id if decoder.config.pad_id is not None else stop_ids[0]
     prompt = decoder.embed_tokens(ids) if embeddings is None else embeddings
-    (batch, length), device = prompt.shape[:2], prompt.device
-    if length + new_tokens > config.context:
+    size, compiled_step = prompt.shape[1] + new_tokens, None
+    if compiled:
+        compiled_step = _take_compiled(decoder, len(prompt), size, prompt)
+    cache = compiled_step.cache if compiled else KVCache(decoder.config, len(prompt), size, prompt.dtype, prompt.device)
+    training = decoder.training
+    decoder.eval()
+    try:
+        step = compiled_step or decoder.forward
+        yield from _steps(decoder, prompt, mask, new_tokens, stop_ids, sampling or Sampling(), pad_id, cache, step)
+    finally:
+        decoder.train(training)
+        if compiled:
+            _give_back(decoder, compiled_step)
+
+
+def _check(decoder: Decoder, ids: Tensor | None, embeddings: Tensor | None, mask: Tensor | None, new_tokens: int) -> None:
+    if (ids is None) == (embeddings is None):
+        raise InputError("a prompt is either ids or embeddings: give one of them")
+    batch, length = (embeddings if ids is None else ids).shape[:2]
+    if not batch or not length or new_tokens < 1:
+        raise InputError(f"{batch} prompts of {length} tokens, {new_tokens} new ones: expected at least one of each")
+    if length + new_tokens > decoder.config.context:
         raise InputError(
-            f"a prompt of {length} tokens and {new_tokens} new ones do not fit the decoder's context of {config.context}; "
-            "shorten the prompt or ask for fewer"
+            f"a prompt of {length} tokens and {new_tokens} new ones do not fit the decoder's context of "
+            f"{decoder.config.context}; shorten the prompt or ask for fewer"
         )
+    if mask is not None and bool((mask[:, 1:].bool() < mask[:, :-1].bool()).any()):
+        raise InputError("a prompt has padding after its text: pad on the left, batch(rows, side='left')")
+
+
+@torch.inference_mode()
+def _steps(
+    decoder: Decoder, prompt: Tensor, mask, new_tokens: int, stop_ids, sampling: Sampling, pad_id, cache: KVCache, step: Callable
+) -> Iterator[tuple[Tensor, Tensor]]:
+    config, (batch, length), device = decoder.config, prompt.shape[:2], prompt.device
     padded = mask is not None and not bool(mask.bool().all())
     lengths = mask.sum(1, keepdim=True) if padded else torch.full((batch, 1), length, device=device)
     longest = int(lengths.max())
-    if compiled:
-        cache, step = _compiled_step(decoder, batch, length + new_tokens, prompt)
-    else:
-        cache, step = KVCache(config, batch, length + new_tokens, prompt.dtype, device), decoder.forward
-    seen = torch.ones(batch, cache.size, dtype=torch.bool, device=device) if padded or compiled else None
+    seen = torch.ones(batch, cache.size, dtype=torch.bool, device=device) if padded or cache.fixed else None
     if padded:
         seen[:, :length] = mask.bool()
     generator = torch.Generator(device).manual_seed(sampling.seed) if sampling.temperature else None
@@ -113,7 +141,7 @@ def steps(
             positions = lengths + (first - length) + torch.arange(last - first, device=device)
         else:
             positions = row_positions(seen[:, :last])
-        known = seen if compiled or seen is None else seen[:, :last]
+        known = seen if cache.fixed or seen is None else seen[:, :last]
         return call(embeddings=x, mask=known, positions=positions, cache=cache, last=True)[:, -1]
 
     logits = run(prompt)
@@ -133,20 +161,36 @@ def steps(
             logits = run(decoder.embed_tokens(token)[:, None], step)
 
 
-def _compiled_step(decoder: Decoder, batch: int, size: int, like: Tensor) -> tuple[KVCache, Callable]:
-    """An empty cache whose shapes and addresses stay, and one token's step over it, compiled once and kept with the
-    decoder."""
-    key = batch, math.ceil(size / CACHE_STEP) * CACHE_STEP, like.dtype, like.device
-    if key not in decoder.compiled_steps:
-        cache = KVCache(decoder.config, batch, key[1], like.dtype, like.device, fixed=True)
-        for tensor in (*cache.layers, cache.next, cache.place):
+class CompiledStep:
+    """One token's step over a cache whose shapes and addresses stay: compiled once, on a GPU recorded as a graph."""
+
+    def __init__(self, decoder: Decoder, batch: int, size: int, like: Tensor):
+        self.key = batch, size, like.dtype, like.device
+        self.cache = KVCache(decoder.config, batch, size, like.dtype, like.device, fixed=True)
+        for tensor in (*self.cache.layers, self.cache.next, self.cache.place):
             torch._dynamo.mark_static_address(tensor)
-        compiled = torch.compile(decoder.forward, mode="reduce-overhead", fullgraph=True)
-        # The graph's own output is overwritten by the next step.
-        decoder.compiled_steps[key] = cache, lambda **inputs: compiled(**inputs).clone()
-    cache, step = decoder.compiled_steps[key]
-    cache.clear()
-    return cache, step
+        self.compiled = torch.compile(decoder.forward, mode="reduce-overhead", fullgraph=True)
+
+    def __call__(self, **inputs) -> Tensor:
+        return self.compiled(**inputs).clone()  # the graph's own output is overwritten by the next step
+
+
+# Of every decoder the compiled steps of the last few sizes. One in use is not here, so that no two calls share a cache.
+_COMPILED: WeakKeyDictionary[Decoder, list[CompiledStep]] = WeakKeyDictionary()
+
+
+def _take_compiled(decoder: Decoder, batch: int, size: int, like: Tensor) -> CompiledStep:
+    size = math.ceil(size / CACHE_STEP) * CACHE_STEP
+    for step in _COMPILED.setdefault(decoder, []):
+        if step.key == (batch, size, like.dtype, like.device):
+            _COMPILED[decoder].remove(step)
+            step.cache.clear()
+            return step
+    return CompiledStep(decoder, batch, size, like)
+
+
+def _give_back(decoder: Decoder, step: CompiledStep) -> None:
+    _COMPILED[decoder] = [*_COMPILED[decoder], step][-KEPT_STEPS:]
 
 
 def generate(decoder: Decoder, **settings) -> Tensor:

@@ -17,7 +17,13 @@ from tqdm import tqdm
 from reaf_hsenet.data.loader import CTReportDataset
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.prepare import entry_slices, worker_pool
-from reaf_hsenet.data.slice_features import add_slice_features, describe, normalise, save_slice_encoder
+from reaf_hsenet.data.slice_features import (
+    add_slice_features,
+    describe,
+    load_slice_encoder,
+    normalise,
+    save_slice_encoder,
+)
 from reaf_hsenet.data.slices import SLICE_RECIPES
 from reaf_hsenet.embedding import DualEncoderRun
 from reaf_hsenet.losses import contrastive_logits, contrastive_loss
@@ -29,16 +35,20 @@ STEPS, BATCH, SLICES_A_STEP, LEARNING_RATE, SEED = 240, 64, 8, 1e-3, 0
 
 
 def add_phantom_slices(folder: Path, teacher: DualEncoderRun, device: torch.device, say) -> None:
-    """Train the encoder on the folder's training split, then store the features of all its volumes."""
-    say(f"{folder}: has no slice features; training a small slice encoder on the phantoms' own reports")
-    manifest, workers = load_manifest(folder), len(os.sched_getaffinity(0))
-    encoder = train_slice_encoder(manifest, teacher, device, workers)
-    save_slice_encoder(folder / "slice_encoder", encoder)
+    """Train the encoder on the folder's training split, unless it is there, and store the features of all volumes."""
+    saved, workers = folder / "slice_encoder", len(os.sched_getaffinity(0))
+    if (saved / "model.safetensors").is_file():  # of a start that was interrupted: its features are kept too
+        say(f"{folder}: continuing the slice features of {saved}")
+        encoder, _ = load_slice_encoder(str(saved))
+    else:
+        say(f"{folder}: has no slice features; training a small slice encoder on the phantoms' own reports")
+        encoder = train_slice_encoder(load_manifest(folder), teacher, device, workers, STEPS)
+        save_slice_encoder(saved, encoder)
     add_slice_features(folder, encoder, describe(encoder, "phantoms", recipe=RECIPE), workers, device, batch=1024)
 
 
 def train_slice_encoder(
-    manifest: Manifest, teacher: DualEncoderRun, device: torch.device, workers: int = 1, steps: int = STEPS
+    manifest: Manifest, teacher: DualEncoderRun, device: torch.device, workers: int, steps: int
 ) -> SliceEncoder:
     """Contrastive training of slices against reports; some slices of every volume a step."""
     text = report_features(manifest, teacher, device)

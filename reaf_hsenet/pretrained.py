@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reaf_hsenet.config import TextConfig
+from reaf_hsenet.data.reading import DAMAGED
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json
 from reaf_hsenet.models.positions import depth_plus_2d, resample_3d
@@ -52,6 +53,9 @@ BERT_NAMES = (
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"^(blocks\.\d+)\.output\.LayerNorm\.", r"\1.norm2."),
 )
+# Heads of timm's ViTs, and MAE's decoder, which a slice encoder does not use.
+VIT_IGNORED = re.compile(r"^(head|fc_norm|pre_logits)\.|^decoder_|^mask_token$")
+
 # Heads of masked-language models and CXR-BERT's projection, which the dual encoders do not use.
 BERT_IGNORED = re.compile(r"^(cls\.|cls_projection_head\.|lm_head\.|pooler\.|.*position_ids$)")
 
@@ -67,11 +71,13 @@ def rename(state: State, rules: tuple[tuple[str, str], ...]) -> State:
 
 
 def slice_encoder_state(published: State) -> State:
-    """Names of BiomedCLIP's checkpoint (`visual.trunk.`), or of timm's and MAE's ViT -> SliceEncoder's."""
+    """Names of BiomedCLIP's checkpoint (`visual.trunk.`), or of timm's and MAE's ViT -> SliceEncoder's.
+
+    Only known heads are left out: a tensor that this encoder has no place for is for load_strictly to name.
+    """
     names = {n.removeprefix("visual.trunk."): n for n in published if n.startswith("visual.trunk.")}
     names = names or {n: n for n in published}
-    keep = re.compile(r"(cls_token|pos_embed|patch_embed\.proj\.\w+|blocks\..+|norm\.\w+)")
-    state = {n: published[full] for n, full in names.items() if keep.fullmatch(n)}
+    state = {n: published[full] for n, full in names.items() if not VIT_IGNORED.match(n)}
     return rename(state, ((r"^patch_embed\.proj\.", "patch_embed."),))
 
 
@@ -272,14 +278,15 @@ def read_weights_file(path: Path) -> State:
     except pickle.UnpicklingError as error:
         with open(path, "rb") as file:  # a zip file, or a pickle as torch wrote before 1.6
             pickled = file.read(1) in (b"P", b"\x80")
-        problem = "holds more than tensors, which is not loaded; save its state_dict alone"
+        # Of the older format, what is cut short in mid-name asks for a class that is not there.
+        problem = "holds more than tensors, which is not loaded, or is truncated; save its state_dict alone"
         raise InputError(f"{path}: {problem if pickled else 'is truncated or not a checkpoint'}") from error
-    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+    except (SafetensorError, *DAMAGED) as error:
         raise InputError(
             f"{path}: is truncated or not a checkpoint ({' '.join(str(error).split())[:120]})"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise InputError(f"{path}: is not a dictionary of tensors")
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
+        raise InputError(f"{path}: is not a dictionary of tensors by name")
     return state
 
 

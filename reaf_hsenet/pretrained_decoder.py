@@ -4,6 +4,7 @@ Tensors are read one by one into their final place, type and device, so that loa
 weights themselves. Nothing is read before all names, shapes and types are known to fit.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from reaf_hsenet.decoder_config import DecoderConfig
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import read_json, write_json
 from reaf_hsenet.models.decoder import Decoder
-from reaf_hsenet.models.int8 import Int8Linear, quantise
+from reaf_hsenet.models.int8 import Int8Linear, quantise, quantise_decoder
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.models.packed import PackedLinear
 from reaf_hsenet.pretrained import find_folder
@@ -25,6 +26,8 @@ from reaf_hsenet.pretrained import find_folder
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# The tokeniser's files too: the folder is then whole.
+FILES = ["config.json", INDEX, "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,15 @@ def load_decoder(name: str, dtype: torch.dtype | None = None, device="cpu", int8
     Raises InputError, naming the file or the tensors, when something is absent, damaged, of another shape or type, or
     not implemented.
     """
-    folder = find_folder(name, ["config.json", INDEX, "*.safetensors", "tokenizer*", "vocab.json", "merges.txt"])
+    if dtype is not None:
+        _check_dtype(dtype)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # an unknown name; a GPU that is not there
+        raise InputError(f"device {device}: expected cpu, or cuda or cuda:N where torch sees that GPU") from error
+    if Path(name).is_file():
+        raise InputError(f"{name}: is a file; name its folder, {Path(name).parent}, which has config.json too")
+    folder = find_folder(name, FILES)
     config, stored = DecoderConfig.from_folder(folder), stored_tensors(folder)
     layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
     if len(layers) != config.layers:
@@ -51,6 +62,11 @@ def load_decoder(name: str, dtype: torch.dtype | None = None, device="cpu", int8
         decoder = Decoder(config)
     fill(decoder, stored, str(folder), dtype, device, int8)
     return decoder.eval()
+
+
+def _check_dtype(dtype) -> None:
+    if dtype not in NAMES.values():
+        raise InputError(f"dtype {dtype!r}: expected {', '.join(map(str, NAMES.values()))}")
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -69,7 +85,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     files = {file: _contents(folder / file) for file in dict.fromkeys(places.values())}
     absent = [name for name, file in places.items() if name not in files[file]]
     if absent:
-        raise InputError(f"{index}: places {_some(absent)} in {places[absent[0]]}, which does not have it; fetch both again")
+        raise InputError(f"{index}: places {first_six(absent)} in {places[absent[0]]}, which does not have it; fetch both again")
     return {name: tensor for file in files.values() for name, tensor in file.items()} | {
         name: files[file][name] for name, file in places.items()
     }
@@ -145,6 +161,11 @@ def fill(decoder: Decoder, stored: dict[str, Stored], source: str, dtype, device
     parts = {}
     for name, (ours, start, end) in places.items():
         parts.setdefault(ours, []).append((name, start, end))
+    chosen = set()
+    if int8:  # the layers that quantise_decoder would take, of a copy that has no data
+        plan = copy.deepcopy(decoder).to("meta")
+        quantise_decoder(plan)
+        chosen = {name for name, layer in plan.named_modules() if isinstance(layer, Int8Linear)}
     for ours, pieces in parts.items():
         module = decoder.get_submodule(ours.rpartition(".")[0])
         kind = dtype or DTYPES[stored[pieces[0][0]].dtype]
@@ -152,7 +173,7 @@ def fill(decoder: Decoder, stored: dict[str, Stored], source: str, dtype, device
         for name, start, end in pieces:
             weight[start:end].copy_(stored[name].read())
         module.weight = nn.Parameter(weight, requires_grad=parameters[ours].requires_grad)
-        if int8 and isinstance(module, nn.Linear) and module is not decoder.lm_head:
+        if ours.removesuffix(".weight") in chosen:
             quantise(decoder, ours.removesuffix(".weight"))
 
 
@@ -171,10 +192,11 @@ def check(places: dict, parameters: dict, stored: dict[str, Stored], source: str
         problems = [f"{name} is {stored[name].dtype}, the others are {first}: name one dtype for all"
                     for name in known if stored[name].dtype != first]  # fmt: skip
     if problems:
-        raise InputError(f"{source}: does not fit this decoder: {_some(problems, '; ')}")
+        raise InputError(f"{source}: does not fit this decoder: {first_six(problems, '; ')}")
 
 
-def _some(items: list[str], separator: str = ", ") -> str:
+def first_six(items: list[str], separator: str = ", ") -> str:
+    """The items, of which those beyond six are counted only: an error is one line."""
     more = f" and {len(items) - 6} more" if len(items) > 6 else ""
     return separator.join(items[:6]) + more
 
@@ -192,8 +214,13 @@ def decoder_state(decoder: Decoder, tensors: dict[str, Tensor] | None = None) ->
 
 
 def save_decoder(decoder: Decoder, folder: Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9) -> None:
-    """Write config.json and safetensors, in shards of at most `shard_bytes` (or one tensor); transformers reads them."""
+    """Write config.json and safetensors, in shards of at most `shard_bytes` (or one tensor); transformers reads them.
+
+    An older save is removed first and config.json comes last, so that what an interruption leaves is refused, not mixed.
+    """
     folder, state = Path(folder), decoder_state(decoder)
+    for tensor in state.values():
+        _check_dtype(dtype or tensor.dtype)
     shards, size = [{}], 0
     for name, tensor in state.items():
         tensor = tensor.detach().to("cpu", dtype or tensor.dtype)
@@ -205,11 +232,11 @@ def save_decoder(decoder: Decoder, folder: Path, dtype: torch.dtype | None = Non
     kind = next(name for name, t in NAMES.items() if t == next(iter(shards[0].values())).dtype)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in (folder / "config.json", folder / INDEX, folder / SINGLE, *folder.glob("model-*-of-*.safetensors")):
+            old.unlink(missing_ok=True)
         names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         for name, shard in zip(names, shards, strict=True):
             save_file({n: t.contiguous() for n, t in shard.items()}, folder / name, metadata={"format": "pt"})
-        # What the folder held before in the other form would be read in place of this.
-        (folder / (INDEX if len(shards) == 1 else SINGLE)).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{folder}: cannot be written ({error}); free space or choose another folder") from error
     if len(shards) > 1:
@@ -224,7 +251,7 @@ def resize_vocabulary(decoder: Decoder, size: int, added: int) -> None:
     """`size` rows in the embedding and the head, the last `added` of them the mean of all others, as HSENet does it.
 
     Rows of the file beyond the tokeniser's own tokens (Phi-4-mini has some) are dropped. Raises InputError when there
-    are too few.
+    are too few, and, before anything is changed, for adapted, int8 and packed layers.
     """
     old = size - added
     if not 0 < old <= decoder.config.vocab:
@@ -232,11 +259,13 @@ def resize_vocabulary(decoder: Decoder, size: int, added: int) -> None:
             f"the tokeniser has {old} tokens of its own, the decoder {decoder.config.vocab} rows: they are of different models"
         )
     config = replace(decoder.config, vocab=size)  # which refuses special tokens that would be cut off
-    for layer in (decoder.embed_tokens, decoder.lm_head):
-        if layer is None:
-            continue
+    layers = [layer for layer in (decoder.embed_tokens, decoder.lm_head) if layer is not None]
+    for layer in layers:
+        if not isinstance(layer, (nn.Embedding, nn.Linear)):
+            raise InputError(f"a {type(layer).__name__} is not resized: resize the vocabulary before adapters, int8 and packing")
+    for layer in layers:
         rows = layer.weight[:old]
-        mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
+        mean = rows.mean(0, keepdim=True)  # torch adds up in float32 whatever the type
         layer.weight = nn.Parameter(torch.cat((rows, mean.expand(added, -1))), requires_grad=layer.weight.requires_grad)
     decoder.embed_tokens.num_embeddings = size
     if decoder.lm_head is not None:

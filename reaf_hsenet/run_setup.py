@@ -1,18 +1,16 @@
 """What a training run is made of: model, data, recipe and tokenizer, from a command line or from a run's config.json."""
 
 import argparse
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
-from reaf_hsenet import __version__, distributed
+from reaf_hsenet import __version__
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import (
     NO_AUGMENTATION,
     PRESETS,
-    TINY_RECIPES,
     ClipConfig,
     GuidedVisionConfig,
     LoraConfig,
@@ -22,16 +20,14 @@ from reaf_hsenet.config import (
     stage_config,
     to_dict,
 )
-from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
-from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.guided_setup import find_teacher, guided_config, require_vocabulary, resumed_teacher
 from reaf_hsenet.models.lora import merged_state
-from reaf_hsenet.phantom_slices import add_phantom_slices
+from reaf_hsenet.phantom_data import PHANTOM, phantom_manifest
 from reaf_hsenet.pretrained import (
     bert_config,
     bert_state,
@@ -76,7 +72,6 @@ FIXED_FLAGS = (
     "clip_norm",
     "no_augment",
     "unfreeze_text",
-    "teacher",
     "relation",
     "relation_steps",
     "no_guidance",
@@ -84,9 +79,6 @@ FIXED_FLAGS = (
     "seed",
     "max_steps",
 )
-PHANTOM = Path("data/phantom")
-PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 2000, 160, 0
-
 
 @dataclass
 class Setup:
@@ -102,6 +94,7 @@ class Setup:
     origin: dict | None = None  # what the weights started from
     teacher: DualEncoderRun | None = None
     init_state: dict | None = None
+    init_account: str = ""  # what of --init was left out of init_state
 
     @property
     def guided(self) -> bool:
@@ -126,17 +119,24 @@ class Setup:
 
 
 def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
+    if args.stage == "clip2" and args.model != "hsenet":
+        raise InputError(f"--stage clip2: is a stage of hsenet, not of {args.model}")
     init_run = load_dual_encoder(Path(args.init)) if args.init and Run(args.init).exists else None
+    if init_run is not None and init_run.config.model != args.model:
+        raise InputError(f"--init {args.init}: is a run of {init_run.config.model}; it cannot start --model {args.model}")
     teacher = find_teacher(args, init_run) if args.stage == "clip2" else None
     preset = args.preset or (teacher.preset if teacher else f"{args.model}-{'base' if args.data else 'tiny'}")
     if preset not in PRESETS or PRESETS[preset].model != args.model:
         known = ", ".join(name for name, c in PRESETS.items() if c.model == args.model) or "none yet"
         raise InputError(f"--preset {preset}: {args.model} has {known}")
-    config = model_config(args, teacher.config if teacher else PRESETS[preset])
+    # A teacher's adapters are merged into what the student starts from; its own are its own command line's.
+    config = model_config(args, replace(teacher.config, lora=None) if teacher else PRESETS[preset])
     if teacher is not None:
         manifest = load_manifest(args.data or teacher.data)
         config = guided_config(args, config, teacher, manifest, ranks, say)
         manifest = load_manifest(manifest.location)  # with slice features that were missing
+        if init_run is not None and init_run.guided and not args.no_guidance:
+            manifest.require_slices(init_run.slices, f"--init {args.init}")
     elif args.data is None:
         say(
             f"no --data: phantom CTs of {PHANTOM} and preset {preset}; real data: preprocess.py, then --data FOLDER"
@@ -145,30 +145,52 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
     else:
         manifest = load_manifest(args.data)
     manifest.require(replace(manifest.recipe, name=args.model, size=config.vision.size), f"preset {preset}")
+    for start in (teacher, init_run):
+        if start is not None:
+            manifest.require(start.recipe, str(start.folder))
     settings = train_settings(args, stage_config(args.stage, args.model, preset), ranks, manifest, say)
     words = init_run or teacher  # a run whose vocabulary is taken
     if settings.text_blocks is not None and args.unfreeze_text is None and not (args.text_model or words):
         say("no --text-model: the text encoder starts from nothing and is trained whole, not frozen")
         settings = replace(settings, text_blocks=None)
     torch.manual_seed(settings.seed)
-    tokenizer, config, weights = text_side(args, config, manifest, words, teacher, preset, say)
-    known_words = args.text_model or (words.origin.get("text_model") if words else None)
-    origin = {"text_model": known_words, "init": args.init, "teacher": str(teacher.folder) if teacher else None}
-    start, state = init_run or (teacher if not args.init else None), None
+    tokenizer, config, weights = text_side(args, config, manifest, words, preset, say)
+    if teacher is not None:
+        source = f"--text-model {args.text_model}" if args.text_model else f"--init {args.init}"
+        require_vocabulary(tokenizer, source, teacher)
+    known_words = located(args.text_model) or (words.origin.get("text_model") if words else None)
+    origin = {"text_model": known_words, "init": located(args.init), "teacher": None}
+    start, state, account = init_run or (teacher if not args.init else None), None, ""
     if start is not None:
-        origin["init"] = str(start.folder)
+        origin["init"] = located(start.folder)
         state = initial_state(merged_state(start.model), origin["init"], args.model, None, None)
-        if tokenizer.vocab != start.tokenizer.vocab:
+        same_words = tokenizer.vocab == start.tokenizer.vocab
+        if args.text_model and not args.init:  # it starts the text encoder in the teacher's place
             state = without_text(state)
     elif args.init:
-        state = initial_state(
-            read_checkpoint(args.init), args.init, args.model, config.vision.patch, config.vision.grid
-        )
-        # Published text encoders know the words of a published vocabulary only.
-        state = state if known_words else without_text(state)
+        published = read_checkpoint(args.init)
+        state = initial_state(published, args.init, args.model, config.vision.patch, config.vision.grid)
+        same_words = bool(known_words)  # published text encoders know the words of a published vocabulary only
+        inner = [name for name in published if "stage1_pretrained_CLIP." in name]
+        account += f"; not used: stage1_pretrained_CLIP.* ({len(inner)})" if inner else ""
+    if state is not None and not same_words:
+        text = [name for name in state if name.startswith("text")]
+        state = without_text(state)
+        account += f"; not used, of another vocabulary: text* ({len(text)})" if text else ""
+    if teacher is not None:
+        origin |= {"teacher": located(teacher.folder), "teacher_sha256": teacher.sha256()}
+        if weights is None and not any(name.startswith("text") for name in state):
+            own = merged_state(teacher.model)
+            state |= {name: tensor for name, tensor in own.items() if name.startswith("text")}
+            account += f"; text encoder: of the teacher, {teacher.folder}"
     return Setup(
-        preset, manifest, config, settings, tokenizer, args.max_steps, weights, origin, teacher, init_state=state
+        preset, manifest, config, settings, tokenizer, args.max_steps, weights, origin, teacher, state, account
     )
+
+
+def located(name: str | Path | None) -> str | None:
+    """The absolute path of what is a file or a folder, so that a run resumes from anywhere; a hub id as it is."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else name and str(name)
 
 
 def text_side(
@@ -176,7 +198,6 @@ def text_side(
     config: ClipConfig,
     manifest: Manifest,
     words: DualEncoderRun | None,
-    teacher: DualEncoderRun | None,
     preset: str,
     say,
 ) -> tuple[WordPiece, ClipConfig, dict | None]:
@@ -185,11 +206,6 @@ def text_side(
         patterns = ["config.json", "vocab.txt", "tokenizer_config.json", "*.safetensors", "pytorch_model.bin"]
         folder = find_folder(args.text_model, patterns)
         tokenizer, text = load_wordpiece(folder), bert_config(folder)
-        if teacher is not None and tokenizer.vocab != teacher.tokenizer.vocab:
-            raise InputError(
-                f"--text-model {args.text_model}: has another vocabulary than the teacher, {teacher.folder}; train "
-                "stage clip1 with it first, or leave the flag out"
-            )
         config = replace(config, text=text, max_text=min(config.max_text, text.positions))
         return tokenizer, config, bert_state(read_weights(folder))
     if words is not None:
@@ -206,49 +222,6 @@ def text_side(
 
 def without_text(state: dict) -> dict:
     return {name: tensor for name, tensor in state.items() if not name.startswith("text")}
-
-
-def find_teacher(args: argparse.Namespace, init_run: DualEncoderRun | None) -> DualEncoderRun:
-    """The stage-1 run that stage 2 learns from: --teacher, or --init when it is one, or the default run."""
-    if args.model != "hsenet":
-        raise InputError(f"--stage clip2: is a stage of hsenet, not of {args.model}")
-    if args.teacher is None and init_run is not None and init_run.stage == "clip1":
-        return init_run
-    folder = args.teacher or Path("runs/clip1-hsenet")
-    if not Run(folder).exists:
-        raise InputError(f"{folder}: no run of stage clip1, the teacher; train it first, or name one with --teacher")
-    teacher = load_dual_encoder(folder)
-    if (teacher.stage, teacher.config.model) != ("clip1", "hsenet"):
-        raise InputError(f"{folder}: is a {teacher.stage} run of {teacher.config.model}; the teacher is hsenet's clip1")
-    return teacher
-
-
-def guided_config(args, config: ClipConfig, teacher: DualEncoderRun, manifest: Manifest, ranks, say) -> ClipConfig:
-    """The student's configuration: the teacher's, with slice guidance. Phantoms without slice features get some."""
-    if args.preset and PRESETS[args.preset].vision.width != teacher.config.vision.width:
-        raise InputError(
-            f"--preset {args.preset}: has width {PRESETS[args.preset].vision.width}, the teacher {teacher.folder} has "
-            f"{teacher.config.vision.width}; leave the flag out, or choose another --teacher"
-        )
-    for name in ("size", "patch"):
-        if getattr(config.vision, name) != getattr(teacher.config.vision, name):
-            raise InputError(f"--{name}: stage clip2 has its teacher's, {getattr(teacher.config.vision, name)}")
-    if args.no_guidance:
-        return config
-    if manifest.slices is None:
-        if args.data is not None or manifest.folder.parent.name != PHANTOM.name:
-            raise InputError(
-                f"{manifest.name}: has no slice features; make them with preprocess.py --slices ENCODER --out "
-                f"{manifest.folder}"
-            )
-        if ranks.main:
-            add_phantom_slices(manifest.folder, teacher, ranks.device, say)
-        distributed.barrier()
-        manifest = load_manifest(manifest.folder)
-    vision = GuidedVisionConfig(
-        **vars(config.vision), slices=manifest.slices["slices"], slice_width=manifest.slices["width"]
-    )
-    return replace(config, vision=vision)
 
 
 def model_config(args: argparse.Namespace, config: ClipConfig) -> ClipConfig:
@@ -270,7 +243,8 @@ def model_config(args: argparse.Namespace, config: ClipConfig) -> ClipConfig:
     if settings and not args.lora:
         raise InputError(f"--lora-{next(iter(settings))}: needs --lora vision, text or both")
     if args.lora:
-        for tower, started in (("vision", args.init), ("text", args.text_model or args.init or args.stage == "clip2")):
+        started_whole = args.init or args.stage == "clip2"
+        for tower, started in (("vision", started_whole), ("text", args.text_model or started_whole)):
             if tower in args.lora and not started:
                 flag = "--init" if tower == "vision" else "--text-model"
                 raise InputError(f"--lora {tower}: needs weights to adapt, {flag}; a new encoder is trained whole")
@@ -283,6 +257,8 @@ def model_config(args: argparse.Namespace, config: ClipConfig) -> ClipConfig:
 
 def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
     """Everything from the run's config.json; a flag that would change what is trained is refused."""
+    if not run.exists:
+        raise InputError(f"{run.folder}: holds no run to resume; name one with --out, or leave --resume out")
     values = run.read_config()
     config = from_dict(ClipConfig, values["model"])
     if (values["stage"], config.model) != (args.stage, args.model):
@@ -304,7 +280,7 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
         given = getattr(args, flag)
         if given is None or given is False:
             continue
-        given = sorted(set(given)) if flag == "lora" else given
+        given = sorted(set(given)) if flag == "lora" else located(given) if flag in ("init", "text_model") else given
         given = tuple(given) if isinstance(given, list) else None if given in ("none", "all") else given
         if given != fixed.get(flag):
             raise InputError(
@@ -334,7 +310,9 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
     tokenizer, steps = load_wordpiece(run.folder), values["max_steps"]
     if values.get("slices"):
         manifest.require_slices(values["slices"], str(run.folder))
-    teacher = load_dual_encoder(Path(origin["teacher"])) if origin.get("teacher") else None
+    teacher = resumed_teacher(args, origin, tokenizer) if origin.get("teacher") else None
+    if teacher is not None:
+        origin["teacher"] = located(teacher.folder)
     return Setup(values["preset"], manifest, config, settings, tokenizer, steps, origin=origin, teacher=teacher)
 
 
@@ -355,7 +333,7 @@ def train_settings(
     rows = len(manifest.entries("train"))
     if rows < max(2, ranks.world):
         raise InputError(
-            f"{manifest.folder / 'manifest.json'}: {rows} training volumes for {ranks.world} processes; "
+            f"{manifest.name}: {rows} training volumes for {ranks.world} processes; "
             "a contrastive batch needs at least 2, and each process 1"
         )
     if config.batch_size * ranks.world < 2:
@@ -371,20 +349,3 @@ def train_settings(
         )
         config = replace(config, batch_size=rows // ranks.world)
     return config
-
-
-def phantom_manifest(ranks: Ranks, model: str, size: tuple[int, int, int]) -> Manifest:
-    """The built-in phantom data set in the method's recipe, made by the first rank when it is missing."""
-    recipe, shape = TINY_RECIPES[model], "x".join(map(str, size))
-    out = PHANTOM / (shape if model == "hsenet" else f"{model}-{shape}")
-    if recipe.fit == "crop":  # another size shows the same part of the chest
-        spacing = tuple(s * n / m for s, n, m in zip(recipe.spacing, recipe.size, size, strict=True))
-        recipe = replace(recipe, spacing=spacing)
-    if ranks.main and not (out / "manifest.json").is_file():
-        cores = len(os.sched_getaffinity(0))
-        write_phantom_dataset(
-            PHANTOM / "raw", PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED, workers=cores, progress=True
-        )
-        prepare(read_ct_rate(PHANTOM / "raw"), out, Options(replace(recipe, size=size)), workers=cores)
-    distributed.barrier()
-    return load_manifest(out)

@@ -1,39 +1,40 @@
 """Tokenizers of the text encoders and the language models: text to ids and back, behind one interface.
 
 The splitting itself is a library's: `tokenizers` for tokenizer.json, for GPT-2's vocab.json with merges.txt and for
-BERT's vocab.txt (`WordPiece`), `sentencepiece` for tokenizer.model (`SentencePiece`).
+BERT's vocab.txt (`WordPiece`), `sentencepiece` for tokenizer.model (sentencepiece_tokenizer.py).
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write, read_json, write_json
+from reaf_hsenet.pretrained import find_folder
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROLES = ("bos", "eos", "unk", "pad")
 GPT2_NAMES = dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>")
-WORD_START = "\u2581"  # a space, as sentencepiece spells it
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+SWITCHES = ("add_bos_token", "add_eos_token", "do_lower_case")
 # The order in which a folder is searched: first the file that holds all rules by itself.
 FORMS = {"tokenizer.json": ("tokenizer.json",), "gpt2": ("vocab.json", "merges.txt"),
          "sentencepiece": ("tokenizer.model",), "wordpiece": ("vocab.txt",)}  # fmt: skip
+HUB_FILES = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"]
 Added = Iterable[tuple[int, AddedToken]]
 
 
 class Tokenizer:
     """Text to ids and back, by the `tokenizers` library. len() is the highest id + 1: the rows that a model needs.
 
-    names: the texts of ROLES, as far as there are any. added: (id, token) that the vocabulary's own file may lack.
+    names: the texts of ROLES, as far as there are any. added: (id, token) that the vocabulary's own file may lack, or
+    may have with other flags.
     As HSENet publishes, unk pads where there is no pad, and Llama-3 ends and pads with <|end_of_text|>.
     """
 
@@ -42,7 +43,7 @@ class Tokenizer:
         self.ids, self.added = self._vocabulary()
         self.texts = {number: text for text, number in self.ids.items()}
         for number, token in added:
-            if self._add(token) != number:
+            if self._add(token, replace=True) != number:
                 raise InputError(
                     f"added token {token.content} has id {number} in tokenizer_config.json or added_tokens.json, "
                     f"{self.id_of(token.content)} by the vocabulary beside it: they are of two tokenizers"
@@ -64,10 +65,10 @@ class Tokenizer:
         if self.backend.token_to_id(token.content) != self.ids[token.content]:
             raise InputError(f"the tokenizer's ids have gaps: {token.content} cannot be added after the last one")
 
-    def _add(self, token: AddedToken) -> int:
+    def _add(self, token: AddedToken, replace: bool = False) -> int:
         number = self.ids.setdefault(token.content, len(self))
         self.texts[number] = token.content
-        if number not in self.added:
+        if number not in self.added or replace and self.added[number] != token:
             self.added[number] = token
             self._register(token)
         return number
@@ -84,24 +85,34 @@ class Tokenizer:
             raise InputError(f"the tokenizer has no token {token}; expected a tokenizer of this model's family")
         return self.ids[token]
 
-    def tokens(self, ids: list[int]) -> list[str]:
+    def tokens(self, ids: list[int] | Tensor) -> list[str]:
         """The vocabulary's spelling of each id."""
+        return [self.texts[number] for number in self._known(ids)]
+
+    def _known(self, ids: list[int] | Tensor) -> list[int]:
+        ids = [int(number) for number in ids]
         unknown = [number for number in ids if number not in self.texts]
         if unknown:
             raise InputError(f"token id {unknown[0]} is not one of the tokenizer's {len(self)}: another vocabulary's")
-        return [self.texts[number] for number in ids]
+        return ids
+
+    def _room(self, max_length: int | None, around: int) -> int | None:
+        """Tokens of the text itself that fit beside `around` special ones; None for all of them."""
+        if max_length is not None and max_length < 0:
+            raise InputError(f"max_length {max_length}: expected 0 or more tokens")
+        return None if max_length is None else max(0, max_length - around)
 
     def encode(self, text: str, max_length: int | None = None, special_tokens: bool = True) -> list[int]:
         """Ids, with the special tokens that the family puts around a text; one that is too long loses its end."""
         encoding = self.backend.encode(text, add_special_tokens=False)
-        if max_length is not None:
-            around = self.backend.num_special_tokens_to_add(False) if special_tokens else 0
-            encoding.truncate(max(0, max_length - around))
+        room = self._room(max_length, self.backend.num_special_tokens_to_add(False) if special_tokens else 0)
+        if room is not None:
+            encoding.truncate(room)
         return self.backend.post_process(encoding, add_special_tokens=special_tokens).ids
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        self.tokens(ids)  # the library would leave unknown ids out
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: list[int] | Tensor, skip_special_tokens: bool = False) -> str:
+        # The library would leave unknown ids out.
+        return self.backend.decode(self._known(ids), skip_special_tokens=skip_special_tokens)
 
     def batch(self, rows: list[list[int]], length: int | None = None, side: str = "right") -> tuple[Tensor, Tensor]:
         """Rows of ids -> ids (B, T) padded on one side and mask (B, T); T is `length` or the longest row's."""
@@ -109,7 +120,12 @@ class Tokenizer:
             raise InputError(f"padding side {side!r}: expected left or right")
         if self.pad_id is None:
             raise InputError("the tokenizer has no pad and no unk token: name one in its tokenizer_config.json")
-        length = length or max(map(len, rows))
+        if not rows:
+            raise InputError("there are no rows of ids to batch; expected one or more")
+        longest = max(map(len, rows))
+        length = longest if length is None else length
+        if longest > length:
+            raise InputError(f"a row of {longest} ids does not fit length {length}: encode it with this max_length")
         ids = torch.full((len(rows), length), self.pad_id)
         mask = torch.zeros((len(rows), length), dtype=torch.long)
         for i, row in enumerate(rows):
@@ -128,53 +144,6 @@ class Tokenizer:
         roles = {f"{role}_token": text for role, text in self.names.items()}
         added = {"added_tokens_decoder": _to_json(self.added)}
         write_json(Path(folder) / "tokenizer_config.json", {**settings, **roles, **added})
-
-
-class SentencePiece(Tokenizer):
-    """A sentencepiece model, read as transformers' LlamaTokenizer with legacy False does, whatever the folder says.
-
-    The text begins with a word, so with WORD_START, unless a special token comes first; what follows a token does not.
-    """
-
-    def __init__(self, model: bytes, names: dict[str, str], added: Added = (), add_bos: bool = True):
-        # normalizer_spec.add_dummy_prefix = False: of a protocol buffer's joined values the last counts. encode writes it.
-        backend = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
-        own = {role: getattr(backend, f"{role}_id")() for role in ("bos", "eos", "unk")}
-        own = {role: backend.id_to_piece(number) for role, number in own.items() if number >= 0}
-        self.model, self.add_bos = model, add_bos
-        super().__init__(backend, own | names, added)
-
-    def _vocabulary(self) -> tuple[dict[str, int], dict[int, AddedToken]]:
-        return {self.backend.id_to_piece(i): i for i in range(self.backend.get_piece_size())}, {}
-
-    def _register(self, token: AddedToken) -> None:
-        longest_first = sorted((known.content for known in self.added.values()), key=len, reverse=True)
-        self.splitter = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-
-    def encode(self, text: str, max_length: int | None = None, special_tokens: bool = True) -> list[int]:
-        parts = self.splitter.split(text)  # text, token, text, token, ..., text
-        if text and not (len(parts) > 1 and not parts[0] and self.added[self.ids[parts[1]]].special):
-            parts[0] = WORD_START + parts[0]
-        ids = [self.bos_id] if self.add_bos and special_tokens and self.bos else []
-        for i, part in enumerate(parts):
-            ids += [self.ids[part]] if i % 2 else self.backend.encode(part)
-        return ids[:max_length]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        self.tokens(ids)
-        kept = [i for i in ids if not (skip_special_tokens and i in self.added and self.added[i].special)]
-        text = ""
-        for is_added, run in groupby(kept, self.added.__contains__):
-            numbers = list(run)
-            text += "".join(self.tokens(numbers)) if is_added else self.backend.decode(numbers)
-        return text.removeprefix(" ") if kept and self.texts[kept[0]].startswith(WORD_START) else text
-
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.model as it was read, and tokenizer_config.json with the added tokens."""
-        with atomic_write(Path(folder) / "tokenizer.model", "wb") as file:
-            file.write(self.model)
-        settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": self.add_bos}
-        self._save_settings(folder, settings)
 
 
 class WordPiece(Tokenizer):
@@ -208,36 +177,39 @@ class WordPiece(Tokenizer):
         with atomic_write(Path(folder) / "vocab.txt") as file:
             file.writelines(token + "\n" for token in self.vocab)
         settings = {"do_lower_case": self.lower_case}
-        if len(self) > len(self.vocab):
+        if self.added != {self.ids[text]: AddedToken(text, normalized=False, special=True) for text in SPECIAL}:
             settings["added_tokens_decoder"] = _to_json(self.added)
         with atomic_write(Path(folder) / "tokenizer_config.json") as file:
             json.dump(settings, file)
 
 
-def load_tokenizer(folder: Path, form: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder, or of one of its files; form: one of FORMS, else the first of them that is there.
+def load_tokenizer(name: Path | str, form: str | None = None) -> Tokenizer:
+    """The tokenizer of a folder, of one of its files or of a hub id; form: one of FORMS, else the first that is there.
 
     bos, eos, unk, pad and added tokens come from tokenizer_config.json and special_tokens_map.json, if there are any.
     Raises InputError when there is no tokenizer, or one that cannot be read.
     """
-    path = Path(folder)
     if form not in (None, *FORMS):
         raise InputError(f"tokenizer form {form!r}: expected one of {', '.join(FORMS)}")
-    wanted = FORMS if form is None else {form: FORMS[form]}
-    folder = path.parent if path.is_file() else path
+    path, wanted = Path(name), FORMS if form is None else {form: FORMS[form]}
+    is_file = path.is_file() or any(path.name in files for files in FORMS.values())  # an absent one is no hub id
+    folder = path.parent if is_file else find_folder(str(name), HUB_FILES)
     for kind, files in wanted.items():
-        if all((folder / name).is_file() for name in files) and (path == folder or path.name in files):
+        if all((folder / file).is_file() for file in files) and (not is_file or path.name in files):
             return load_wordpiece(folder) if kind == "wordpiece" else _read(folder, kind)
     names = ", ".join(" with ".join(files) for files in wanted.values())
     raise InputError(f"{path}: no tokenizer found; looked for {names}")
 
 
 def _read(folder: Path, form: str) -> Tokenizer:
+    from reaf_hsenet.sentencepiece_tokenizer import SentencePiece  # it is a Tokenizer, so imports this module
+
     settings, names, added = _settings(folder)
     path = folder / FORMS[form][0]
     try:
         if form == "sentencepiece":
-            return SentencePiece(path.read_bytes(), names, added, settings.get("add_bos_token", True))
+            around = settings.get("add_bos_token", True), settings.get("add_eos_token", False)
+            return SentencePiece(path.read_bytes(), names, added, *around)
         backend = Backend.from_file(str(path)) if form == "tokenizer.json" else _gpt2(folder, added)
     except InputError:
         raise
@@ -247,6 +219,9 @@ def _read(folder: Path, form: str) -> Tokenizer:
     backend.no_padding()
     if form == "gpt2" or not names and backend.token_to_id(GPT2_NAMES["bos"]) is not None:
         names = GPT2_NAMES | names
+    if not settings.get("added_tokens_decoder"):  # added_tokens.json has no flags: tokenizer.json's stay
+        own = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        added = [(number, own.get(token.content, token)) for number, token in added]
     return Tokenizer(backend, names, added)
 
 
@@ -266,18 +241,48 @@ def _settings(folder: Path) -> tuple[dict, dict[str, str], Added]:
     for path, values in zip(paths, found, strict=True):
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a JSON object, as transformers writes it")
-    settings = {name: value for values in found[:2] for name, value in values.items() if value is not None}
-    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in settings.items()
-             if name.endswith("_token")}  # fmt: skip
-    names = {role: texts[f"{role}_token"] for role in ROLES if f"{role}_token" in texts}
-    listed = {int(number): AddedToken(**token) for number, token in settings.get("added_tokens_decoder", {}).items()}
-    special = [*texts.values(), *settings.get("additional_special_tokens", [])]
-    older = {number: AddedToken(text, normalized=False, special=text in special) for text, number in found[2].items()}
-    return settings, names, sorted((listed or older).items(), key=lambda item: item[0])
+    settings, texts, more = {}, {}, []
+    for path, values in zip(paths[:2], found[:2], strict=True):
+        values = {name: value for name, value in values.items() if value is not None}
+        for name in SWITCHES:
+            _expect(path, name, values.get(name, True), bool, "true or false")
+        for role in (*ROLES, "cls", "sep", "mask"):
+            if f"{role}_token" in values:
+                texts[role] = _token(path, f"{role}_token", values[f"{role}_token"]).content
+        listed = _expect(path, "additional_special_tokens", values.get("additional_special_tokens", []), list, "a list")
+        more += [_token(path, "additional_special_tokens", value).content for value in listed]
+        settings |= values
+    name, kind = "added_tokens_decoder", "an object with a token's content and flags by id"
+    added = []
+    for number, value in _expect(paths[1], name, settings.get(name, {}), dict, kind).items():
+        if not number.isdecimal():
+            raise InputError(f"{paths[1]}: {name} has {number!r}; expected {kind}")
+        added.append((int(number), _token(paths[1], name, _expect(paths[1], name, value, dict, kind))))
+    if not added:
+        for text, number in found[2].items():
+            flags = {"normalized": False, "special": text in (*texts.values(), *more)}
+            _expect(paths[2], repr(text), number, int, "an id")
+            added.append((number, _token(paths[2], f"token {number}", {"content": text, **flags})))
+    return settings, {role: texts[role] for role in ROLES if role in texts}, sorted(added, key=lambda item: item[0])
+
+
+def _expect(path: Path, name: str, value, kind: type, expected: str):
+    if type(value) is not kind:  # True is an int too
+        raise InputError(f"{path}: {name} is {value!r}; expected {expected}")
+    return value
+
+
+def _token(path: Path, name: str, value) -> AddedToken:
+    """A token as transformers writes it: its text, or an object with the text as its content and with flags."""
+    values = value if isinstance(value, dict) else {"content": value}
+    text, flags = values.get("content"), {flag: values[flag] for flag in FLAGS if flag in values}
+    if not isinstance(text, str) or not text or not all(isinstance(flag, bool) for flag in flags.values()):
+        raise InputError(f"{path}: {name} is {value!r}; expected a text, or an object with a text as content and true or false flags")
+    return AddedToken(text, **flags)
 
 
 def _to_json(added: dict[int, AddedToken]) -> dict[str, dict]:
-    return {str(i): {"content": t.content, "normalized": False, "special": t.special} for i, t in sorted(added.items())}
+    return {str(i): {"content": t.content} | {flag: getattr(t, flag) for flag in FLAGS} for i, t in sorted(added.items())}
 
 
 def load_wordpiece(folder: Path) -> WordPiece:
@@ -289,6 +294,8 @@ def load_wordpiece(folder: Path) -> WordPiece:
         raise InputError(
             f"{folder / 'vocab.txt'}: cannot be read ({error.strerror}); expected BERT's vocabulary"
         ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{folder / 'vocab.txt'}: is not UTF-8 text; expected BERT's vocabulary") from error
     settings, _, added = _settings(folder)
     return WordPiece([token.removesuffix("\r") for token in vocab], settings.get("do_lower_case", True), added)
 

@@ -225,6 +225,11 @@ def test_problems_are_listed_together(tmp_path):
     assert f"{B} is missing" in line and "lora_C.weight is not known" in line and f"{A} is (4, 97)" in line
 
 
+def test_many_problems_are_counted_not_listed(tmp_path):
+    line = refusal(build(PHI), published_folder(tmp_path, {f"extra.{i}": torch.ones(1) for i in range(50)}, target_modules="x"))
+    assert line.count("is not known") == 6 and line.endswith(" and 44 more")
+
+
 def test_tensors_alone_are_refused_by_name_too():
     decoder = build(PHI)
     for state, named in ((without(A), f"{A} is missing"), ({**PUBLISHED, A: torch.ones(5, 96)}, r"\(5, 96\), expected \(4, 96\)"),

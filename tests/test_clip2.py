@@ -98,6 +98,19 @@ def test_a_report_of_other_words_is_encoded_anew():
     assert seen["reports"] == 10
 
 
+def test_the_teacher_keeps_a_bounded_number_of_reports_the_last_used():
+    teacher, _ = models()
+    seen, batch = counting(teacher), double(data())
+    keeper = Teacher(teacher, CPU, None, 2, True, kept_reports=6)
+    keeper.features(batch)  # 5 distinct ones
+    for shift in range(1, 5):
+        shortened = replace(batch, ids=batch.ids.roll(shift, 1)).split(1)[0]
+        keeper.features(shortened)
+        keeper.features(batch.split(1)[0])
+        assert len(keeper.texts) == 6
+    assert seen["reports"] == 5 + 4
+
+
 def test_cached_gradients_of_stage_2_are_those_of_one_pass():
     teacher, student = models()
     batch, stage = double(data()), guided(teacher)

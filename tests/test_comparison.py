@@ -1,12 +1,13 @@
 """evaluate.py --compare: paired differences of evaluated runs."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
 
 import evaluate
-from reaf_hsenet.comparison import compare
+from reaf_hsenet.comparison import compare, fingerprint
 from reaf_hsenet.errors import InputError
 
 
@@ -16,6 +17,15 @@ def write_ranks(folder, ranks, ids=None):
         writer = csv.writer(file)
         writer.writerow(["id", "scan", "report_to_volume_rank", "volume_to_report_rank"])
         writer.writerows([i, i, r, r] for i, r in zip(ids or range(len(ranks)), ranks, strict=True))
+    return write_subject(folder, "retrieval")
+
+
+def write_subject(folder, task, **change):
+    """What evaluate.py says of what it evaluated."""
+    values = {"split": "validation", "reports_sha256": "0"}
+    if task == "zeroshot":
+        values |= {"prompts": {"source": "volume", "texts": {"Emphysema": ["no", "yes"]}}, "labels": {"set": "ct-rate"}}
+    (folder / f"eval/{task}.json").write_text(json.dumps(values | change))
     return folder
 
 
@@ -25,7 +35,7 @@ def write_scores(folder, scores, labels):
         writer = csv.writer(file)
         writer.writerow(["id", "Emphysema", "label: Emphysema"])
         writer.writerows([i, s, label] for i, (s, label) in enumerate(zip(scores, labels, strict=True)))
-    return folder
+    return write_subject(folder, "zeroshot")
 
 
 def test_differences_are_from_the_first_run_and_in_any_order_of_rows(tmp_path):
@@ -76,12 +86,104 @@ def test_the_same_seed_gives_the_same_intervals(tmp_path):
 def test_what_cannot_be_compared_is_named(tmp_path):
     one = write_ranks(tmp_path / "one", [1, 2, 3])
     other = write_ranks(tmp_path / "other", [1, 2], ids=["x", "y"])
-    with pytest.raises(InputError, match="other.*other volumes than.*one.*2 and 3"):
+    with pytest.raises(InputError, match=r"other: was evaluated on other volumes \(2 and 3\) than .*one;"):
         compare("retrieval", [one, other], 10, 0)
     with pytest.raises(InputError, match="zeroshot_scores.csv.*run evaluate.py --task zeroshot --run .*one first"):
         compare("zeroshot", [one, one], 10, 0)
     with pytest.raises(InputError, match="--compare: expected two"):
         evaluate.main(["--task", "retrieval", "--compare", str(one)])
+
+
+@pytest.mark.parametrize("change", [{"split": "test"}, {"reports_sha256": "1"}])
+def test_runs_on_another_data_set_or_split_are_not_paired(tmp_path, change):
+    one, two = write_ranks(tmp_path / "one", [1, 2, 3]), write_ranks(tmp_path / "two", [1, 2, 3])
+    compare("retrieval", [one, two], 10, 0)
+    write_subject(two, "retrieval", **change)
+    with pytest.raises(InputError, match=f"two: was evaluated on other {'split' if 'split' in change else 'data'} than"):
+        compare("retrieval", [one, two], 10, 0)
+
+
+def test_the_fingerprint_is_of_reports_not_of_where_volumes_lie():
+    entries = [{"id": "a", "text": "x", "volume": "1.npy"}, {"id": "b", "text": "y", "volume": "2.npy"}]
+    elsewhere = [{**e, "volume": "z.npy"} for e in reversed(entries)]
+    assert fingerprint(entries) == fingerprint(elsewhere)
+    assert fingerprint(entries) != fingerprint([{**entries[0], "text": "z"}, entries[1]])
+
+
+def test_other_prompts_classes_or_labels_are_not_paired(tmp_path):
+    scores, labels = [0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1]
+    one, two = (write_scores(tmp_path / name, scores, labels) for name in ("one", "two"))
+
+    def refused(words):
+        with pytest.raises(InputError, match=f"two: was evaluated on other {words} than"):
+            compare("zeroshot", [one, two], 10, 0)
+
+    write_subject(two, "zeroshot", prompts={"texts": {"Emphysema": ["none", "some"]}})
+    refused("prompts")
+    write_subject(two, "zeroshot", labels={"set": "ct-rate-16"})
+    refused("label set")
+    write_subject(two, "zeroshot")
+    path = two / "eval/zeroshot_scores.csv"
+    whole = path.read_text()
+    path.write_text(whole.replace("0.1,0", "0.1,1"))
+    refused("classes or labels")
+    path.write_text(whole.replace("Emphysema", "Effusion"))
+    refused("classes or labels")
+
+
+def test_damaged_results_are_named(tmp_path):
+    one, two = write_ranks(tmp_path / "one", [1, 2, 3]), write_ranks(tmp_path / "two", [1, 2, 3])
+    path = two / "eval/retrieval_queries.csv"
+    for content, words in (
+        (b"id,scan\n0,0\n1,1\n2,2\n", "queries.csv: has no column 'report_to_volume_rank'; run evaluate.py .*two again"),
+        (path.read_bytes().replace(b"3,3", b"x,3"), "queries.csv: is damaged"),
+        (b"id\xff\xfe,scan\n", "queries.csv: is damaged"),
+        (b"", "queries.csv: is empty"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=words):
+            compare("retrieval", [one, two], 10, 0)
+    (one / "eval/retrieval.json").write_text("{}")
+    with pytest.raises(InputError, match="one/eval/retrieval.json: does not say what was evaluated .*again"):
+        compare("retrieval", [one, one], 10, 0)
+
+
+def test_too_little_to_compare_is_said(tmp_path):
+    one = write_ranks(tmp_path / "one", [1])
+    with pytest.raises(InputError, match="one: its 1 volumes are too few"):
+        compare("retrieval", [one, one], 10, 0)
+    same = write_scores(tmp_path / "same", [0.1, 0.2], [0, 0])
+    with pytest.raises(InputError, match="same: its 2 volumes are too few to compare, or of one label"):
+        compare("zeroshot", [same, same], 10, 0)
+
+
+def test_resamples_that_lack_a_label_leave_no_nan_in_the_file(tmp_path):
+    folder = write_scores(tmp_path / "run", [0.1, 0.9], [0, 1])
+    for seed in range(4):  # some of these resamples are of one volume twice
+        command = ["--task", "zeroshot", "--compare", *[str(folder)] * 2, "--bootstrap", "1", "--seed", str(seed)]
+        assert evaluate.main([*command, "--out", str(tmp_path / str(seed))]) == 0
+    files = [json.loads((tmp_path / str(seed) / "comparison_zeroshot.json").read_text()) for seed in range(4)]
+    intervals = [file["AUROC, Emphysema"][1]["interval_95"] for file in files]
+    assert [None, None] in intervals and [0, 0] in intervals
+
+
+FOREIGN = ["--data x", "--split test", "--run x", "--model reaf", "--checkpoint last", "--batch-size 2", "--workers 1",
+           "--device cpu", "--figures x", "--figure-volumes 2", "--prompts organ", "--labels x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", FOREIGN)
+def test_flags_of_one_runs_evaluation_are_refused_beside_compare(flag):
+    with pytest.raises(InputError, match=f"{flag.split()[0]}: belongs to the evaluation of one run, not to --compare"):
+        evaluate.main(["--task", "zeroshot", "--compare", "a", "b", *flag.split()])
+
+
+def test_results_below_a_file_are_refused_at_once(tmp_path):
+    one = write_ranks(tmp_path / "one", [1, 2, 3])
+    (tmp_path / "file").touch()
+    for out in ("file", "file/below/it"):
+        for flags in (["--compare", str(one), str(one)], ["--run", str(tmp_path / "none")]):
+            with pytest.raises(InputError, match=f"--out {tmp_path}/file: is a file; expected a folder"):
+                evaluate.main(["--task", "retrieval", *flags, "--out", str(tmp_path / out)])
 
 
 def test_the_script_prints_and_writes_the_comparison(tmp_path, capsys):

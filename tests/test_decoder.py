@@ -73,6 +73,14 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_gradient_checkpointing_computes_the_blocks_again():
+    decoder, calls = small().train(), []
+    decoder.grad_checkpoint = True
+    decoder.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    language_loss(decoder(ids()), ids()).backward()
+    assert len(calls) == 2
+
+
 def test_the_rotary_frequencies_stay_float32_in_a_bfloat16_model():
     decoder = small().to(torch.bfloat16)
     cos, _ = decoder.rope(torch.tensor([[1000]]), torch.float32)
@@ -99,6 +107,33 @@ def test_a_type_that_cannot_be_packed_stays():
     decoder = small().double()
     pack(decoder)
     assert not packable(next(decoder.parameters())) and not any(isinstance(m, PackedLinear) for m in decoder.modules())
+
+
+def test_packing_takes_merged_adapters_in_and_keeps_those_that_are_not_merged():
+    for merged in (True, False):
+        decoder = small()
+        add_lora(decoder.layers, ("qkv_proj", "down_proj"), r=2, alpha=4)
+        for layer in (m for m in decoder.modules() if isinstance(m, LoraLinear)):
+            torch.nn.init.normal_(layer.lora_b, std=0.1)
+        if merged:
+            merge_lora(decoder)
+        with torch.inference_mode():
+            expected = decoder(ids())
+            pack(decoder)
+            found = decoder(ids())
+        assert (found - expected).abs().max() < 1e-5
+        assert sum(isinstance(m, PackedLinear) for m in decoder.modules()) == 9
+        assert any(isinstance(m, LoraLinear) for m in decoder.modules()) != merged
+
+
+def test_a_packed_decoder_says_that_it_has_no_gradient():
+    decoder = small()
+    pack(decoder)
+    x = decoder.embed_tokens(ids()).detach().requires_grad_()
+    with pytest.raises(RuntimeError, match="packed layer has no gradient"):
+        decoder(embeddings=x)
+    with pytest.raises(ValueError, match="a packed one cannot"):
+        add_lora(decoder.layers, ("down_proj",), r=2, alpha=4)
 
 
 def test_a_packed_decoder_is_not_exported(tmp_path):
@@ -139,13 +174,36 @@ def test_int8_matrices_are_within_half_a_step_of_their_rows():
     assert torch.allclose(made(x), F.linear(x, made.weight, layer.bias), atol=1e-5)
 
 
-def test_int8_products_of_a_few_and_of_many_rows_agree():
+def test_int8_products_of_a_few_and_of_many_rows_agree(monkeypatch):
     torch.manual_seed(0)
     made = Int8Linear(torch.nn.Linear(64, 32).to(torch.bfloat16))
-    x = torch.randn(2, 40, 64, dtype=torch.bfloat16)
+    x, calls, kernel = torch.randn(2, 40, 64, dtype=torch.bfloat16), [], torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *a: calls.append(1) or kernel(*a))
     with torch.inference_mode():
         many, few = made(x), made(x[:, :3])
-    assert (few - many[:, :3]).abs().max() <= 0.01 * many.abs().max() and few.shape == (2, 3, 32)
+    assert (few - many[:, :3]).abs().max() <= 0.01 * many.abs().max() and few.shape == (2, 3, 32) and len(calls) == 1
+
+
+def test_int8_products_of_float16_do_not_overflow():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3072, 64, bias=False).half()
+    torch.nn.init.normal_(layer.weight, std=0.02)
+    x = 30 * torch.randn(4, 3072).half()
+    expected, found = layer(x).float(), Int8Linear(layer)(x).float()
+    assert found.isfinite().all() and (found - expected).norm() / expected.norm() < 0.01
+
+
+def test_training_over_int8_keeps_no_dequantised_matrix_and_has_its_gradient():
+    torch.manual_seed(0)
+    made = Int8Linear(torch.nn.Linear(64, 48, bias=False))
+    x, kept = torch.randn(2, 64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = made(x)
+    assert not any(t.is_floating_point() and t.numel() >= 48 * 64 for t in kept)
+    y.square().sum().backward()
+    plain = x.detach().clone().requires_grad_()
+    F.linear(plain, made.weight).square().sum().backward()
+    assert torch.allclose(x.grad, plain.grad, atol=1e-5)
 
 
 def test_int8_costs_a_product_of_gaussian_weights_less_than_a_hundredth():

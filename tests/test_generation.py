@@ -1,5 +1,6 @@
 """Generation: with a cache it is what it is without one; sampling, stopping, padding and streaming."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from parity_case import Case
 from parity_decoder import build
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.generation import Sampling, choose, generate, left_padded, row_positions, steps
+from reaf_hsenet.generation import _COMPILED, Sampling, choose, generate, left_padded, row_positions, steps
+from reaf_hsenet.models.lora import add_lora
+from reaf_hsenet.models.packed import pack
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -91,7 +94,7 @@ def test_the_compiled_step_chooses_the_same_tokens(phi, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiled(f, backend="eager", fullgraph=fullgraph))
     ids, mask = left_padded([list(range(3, 60)), list(range(9, 50))], phi.config.pad_id)
-    phi.compiled_steps.clear()
+    _COMPILED.clear()
     for start in ({"ids": ids, "mask": mask}, {"ids": ids[:1]}):
         plain = list(steps(phi, new_tokens=14, **start))
         fixed = list(steps(phi, new_tokens=14, compiled=True, **start))
@@ -108,13 +111,73 @@ def test_the_compiled_step_is_compiled_once(phi, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiled(f, backend=count, fullgraph=fullgraph))
     torch.compiler.reset()
-    phi.compiled_steps.clear()
+    _COMPILED.clear()
     first = generate(phi, ids=torch.tensor([[313, 4, 5]]), new_tokens=9, compiled=True)
     again = generate(phi, ids=torch.tensor([[313, 4, 5, 6]]), new_tokens=30, compiled=True)
-    phi.compiled_steps.clear()
+    _COMPILED.clear()
     assert len(graphs) == 1
     assert torch.equal(first, generate(phi, ids=torch.tensor([[313, 4, 5]]), new_tokens=9))
     assert torch.equal(again, generate(phi, ids=torch.tensor([[313, 4, 5, 6]]), new_tokens=30))
+
+
+def test_two_compiled_calls_at_once_and_a_copy_of_the_decoder_do_not_share_their_state(phi, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiled(f, backend="eager", fullgraph=fullgraph))
+    _COMPILED.clear()
+    prompts = [torch.tensor([[313, 4, 5]]), torch.tensor([[313, 9, 8]])]
+    expected = [generate(phi, ids=ids, new_tokens=6) for ids in prompts]
+    both = [steps(phi, ids=ids, new_tokens=6, compiled=True) for ids in prompts]
+    turns = [[next(call)[0] for call in both] for _ in range(6)]
+    assert all(torch.equal(torch.stack([turn[i] for turn in turns], 1), expected[i]) for i in (0, 1))
+    for call in both:
+        call.close()
+    other = copy.deepcopy(phi)
+    with torch.no_grad():
+        other.norm.weight.mul_(-1)
+    found = generate(other, ids=prompts[0], new_tokens=6, compiled=True)
+    assert torch.equal(found, generate(other, ids=prompts[0], new_tokens=6)) and not torch.equal(found, expected[0])
+    _COMPILED.clear()
+
+
+def test_a_stopped_row_is_padded_without_being_told_how(phi):
+    ids, mask = left_padded([[313, 5, 6, 7], [313, 9]], 313)
+    free = generate(phi, ids=ids, mask=mask, new_tokens=12)
+    found = generate(phi, ids=ids, mask=mask, new_tokens=12, stop_ids=(int(free[0, 2]),))
+    assert (found[0, 3:] == phi.config.pad_id).all() and torch.equal(found[1], free[1])
+
+
+def test_generation_has_no_dropout_and_leaves_the_mode_as_it_was():
+    decoder = golden("llama3_tiny")
+    expected = generate(decoder, ids=torch.tensor([[5, 6, 7]]), new_tokens=8)
+    add_lora(decoder.layers, ("q_proj", "down_proj"), r=2, alpha=4, dropout=0.5)
+    for name, parameter in decoder.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    decoder.train()
+    one, two = (generate(decoder, ids=torch.tensor([[5, 6, 7]]), new_tokens=8) for _ in range(2))
+    assert torch.equal(one, two) and not torch.equal(one, expected)
+    assert decoder.training and decoder.layers[0].mlp.down_proj.dropout.training and torch.is_grad_enabled()
+
+
+def test_generation_works_under_autocast():
+    decoder = golden("llama3_tiny")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(decoder, ids=torch.tensor([[5, 6, 7]]), new_tokens=4).shape == (1, 4)
+        pack(decoder)
+        assert generate(decoder, ids=torch.tensor([[5, 6, 7]]), new_tokens=4).shape == (1, 4)
+
+
+def test_wrong_prompts_are_refused(phi):
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    for settings, named in (
+        ({"ids": ids, "mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, "pad on the left"),
+        ({}, "either ids or embeddings"),
+        ({"ids": ids, "embeddings": phi.embed_tokens(ids)}, "either ids or embeddings"),
+        ({"ids": ids[:, :0]}, "at least one"),
+        ({"ids": ids, "new_tokens": 0}, "at least one"),
+    ):
+        with pytest.raises(InputError, match=named):
+            generate(phi, **settings)
 
 
 def test_sampling_is_seeded(phi):
@@ -147,7 +210,7 @@ def test_a_prompt_longer_than_the_context_is_refused(phi):
 
 
 def test_sampling_settings_out_of_range_are_refused():
-    for settings, named in (({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"),
+    for settings, named in (({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"temperature": 1e-40}, "temperature"), ({"top_k": 2.5}, "top_k"),
                             ({"top_k": 0}, "top_k"), ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p")):  # fmt: skip
         with pytest.raises(InputError, match=named):
             Sampling(**settings)

@@ -12,7 +12,14 @@ import fill
 import train
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.text_encoder import TextEncoder
-from reaf_hsenet.pretrained import bert_config, bert_state, find_folder, load_strictly, read_weights
+from reaf_hsenet.pretrained import (
+    bert_config,
+    bert_state,
+    find_folder,
+    load_strictly,
+    read_checkpoint,
+    read_weights,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE = json.loads((GOLDEN / "bert_tiny.json").read_text())
@@ -125,6 +132,21 @@ def test_damaged_or_absent_weights_are_refused(tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="pytorch_model.bin"):
         read_weights(folder)
+
+
+def test_a_bin_file_of_anything_else_is_one_line(tmp_path):
+    legacy = tmp_path / "whole.bin"
+    torch.save({"a": torch.zeros(100, 100)}, legacy, _use_new_zipfile_serialization=False)
+    (tmp_path / "text.bin").write_text("hello, this is text\n" * 20)
+    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.bin")
+    wrong = {"text.bin": "truncated or not a checkpoint", "numbers.bin": "is not a dictionary of tensors by name"}
+    for size in (50, 200, 300, 1000):
+        (tmp_path / f"{size}.bin").write_bytes(legacy.read_bytes()[:size])
+        wrong[f"{size}.bin"] = "truncated"
+    for name, words in wrong.items():
+        with pytest.raises(InputError, match=f"{name}: .*{words}") as caught:
+            read_checkpoint(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
 
 
 def test_only_a_hub_id_is_looked_for_on_the_hub():

@@ -5,6 +5,7 @@ import json
 import random
 import time
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from parity_case import Case
 from parity_decoder import build
+from reaf_hsenet import pretrained, pretrained_decoder
 from reaf_hsenet.decoder_config import LARGEST, DecoderConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.decoder import Decoder
+from reaf_hsenet.models.int8 import Int8Linear, quantise, quantise_decoder
 from reaf_hsenet.models.lora import add_lora
+from reaf_hsenet.models.packed import pack
 from reaf_hsenet.pretrained_decoder import (
     INDEX,
     SINGLE,
@@ -30,6 +34,7 @@ from reaf_hsenet.pretrained_decoder import (
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("phi3_mini_tiny", "phi4mini_tiny", "phi4_14b_tiny", "llama2_tiny", "llama3_tiny")
 CASES = {name: Case(GOLDEN / f"{name}.json", GOLDEN) for name in NAMES}
+PHI4 = CASES["phi4mini_tiny"]["config"]
 IDS = torch.tensor([[1, 5, 9, 200, 7, 30, 4, 18, 2, 77]])
 QKV, GATE_UP = "model.layers.1.self_attn.qkv_proj.weight", "model.layers.0.mlp.gate_up_proj.weight"
 SHARD = 60_000  # bytes: every tiny decoder takes several
@@ -159,6 +164,54 @@ def test_saving_one_file_over_shards_and_shards_over_one_file_leaves_the_newer_w
         assert torch.equal(load_decoder(str(tmp_path)).norm.weight, decoder.norm.weight)
 
 
+def test_an_interrupted_save_over_an_older_one_is_refused(tmp_path, monkeypatch):
+    """At every file that it writes: what is there is of two saves, or incomplete."""
+    decoder = build(CASES["phi3_mini_tiny"])
+    save_decoder(decoder, tmp_path, shard_bytes=SHARD)
+    files = len(list(tmp_path.iterdir()))
+
+    def interrupted_at(count):
+        def write(function):
+            def counted(*args, **settings):
+                nonlocal count
+                count -= 1
+                if count < 0:
+                    raise KeyboardInterrupt
+                return function(*args, **settings)
+
+            return counted
+
+        return {name: write(getattr(pretrained_decoder, name)) for name in ("save_file", "write_json")}
+
+    for shard_bytes, written in ((SHARD, files), (10**9, 2)):
+        for count in range(written):
+            save_decoder(decoder, tmp_path, shard_bytes=SHARD)
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                for name, function in interrupted_at(count).items():
+                    patch.setattr(pretrained_decoder, name, function)
+                save_decoder(decoder, tmp_path, shard_bytes=shard_bytes)
+            assert "config.json: cannot be read" in refusal(tmp_path)
+
+
+def test_shards_of_an_older_save_in_another_number_are_removed(tmp_path):
+    decoder = build(CASES["phi3_mini_tiny"])
+    for shard_bytes in (SHARD, 3 * SHARD, 10**9):
+        save_decoder(decoder, tmp_path / "same", shard_bytes=shard_bytes)
+        save_decoder(decoder, tmp_path / str(shard_bytes), shard_bytes=shard_bytes)
+        assert {p.name for p in (tmp_path / "same").iterdir()} == {p.name for p in (tmp_path / str(shard_bytes)).iterdir()}
+
+
+@pytest.mark.parametrize("name", ("phi3_mini_tiny", "phi4mini_tiny"))
+def test_loading_in_int8_is_loading_and_quantising(tmp_path, name):
+    folder = folder_of(tmp_path, name)
+    loaded, expected = load_decoder(str(folder), int8=True), load_decoder(str(folder))
+    quantise_decoder(expected)
+    assert [(n, type(m)) for n, m in loaded.named_modules()] == [(n, type(m)) for n, m in expected.named_modules()]
+    assert equal_states(loaded.state_dict(), expected.state_dict()) and torch.equal(logits(loaded), logits(expected))
+    assert type(loaded.layers[0].mlp.down_proj) is Int8Linear
+    assert type(loaded.lm_head) is (type(None) if loaded.config.tied else torch.nn.Linear)
+
+
 def test_adapters_are_saved_in_the_matrices_they_adapt(tmp_path):
     decoder = build(CASES["phi3_mini_tiny"])
     add_lora(decoder, ("qkv_proj", "down_proj"), r=2, alpha=4)
@@ -185,7 +238,90 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         save_decoder(build(CASES["phi3_mini_tiny"]), tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("dtype", ("bfloat16", torch.int8, torch.float64, torch.bool))
+def test_a_type_that_no_decoder_has_is_refused_when_loading_and_when_saving(tmp_path, dtype):
+    folder = folder_of(tmp_path / "in")
+    named = f"dtype {dtype!r}: expected torch.float32, torch.float16, torch.bfloat16"
+    assert refusal(folder, dtype=dtype) == named
+    with pytest.raises(InputError) as error:
+        save_decoder(load_decoder(str(folder)), tmp_path / "out", dtype=dtype)
+    assert str(error.value) == named and not (tmp_path / "out").exists()
+
+
+def test_a_decoder_of_doubles_is_not_saved(tmp_path):
+    with pytest.raises(InputError, match="dtype torch.float64: expected"):
+        save_decoder(build(CASES["phi3_mini_tiny"]).double(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ("gpu", "cuda:x", "", "cuda:99", "hpu"))
+def test_a_device_that_is_not_there_is_refused(tmp_path, device):
+    assert refusal(folder_of(tmp_path), device=device).startswith(f"device {device}: expected cpu, or cuda")
+
+
+def test_a_weights_file_is_refused_with_its_folder_and_not_sought_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(folder_of(tmp_path / "decoder").parent)
+    monkeypatch.setattr(pretrained, "snapshot_download", None)
+    assert refusal(f"decoder/{SINGLE}").startswith(f"decoder/{SINGLE}: is a file; name its folder, decoder,")
+
+
+def test_the_hub_is_asked_for_every_file_of_the_decoder_and_its_tokeniser(tmp_path, monkeypatch):
+    folder, asked = folder_of(tmp_path), []
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, allow_patterns, **__: asked.extend(allow_patterns) or folder)
+    load_decoder("microsoft/Phi-3-mini-4k-instruct")
+    needed = ("config.json", INDEX, SINGLE, "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model",
+              "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")  # fmt: skip
+    assert [file for file in needed if not any(fnmatch(file, pattern) for pattern in asked)] == []
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in asked)
+
+
 # config.json
+
+
+# What transformers 4 writes of every model's settings beside the model's own (Config.to_dict()).
+DUMP = {
+    "return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False, "use_bfloat16": False,
+    "tf_legacy_loss": False, "pruned_heads": {}, "chunk_size_feed_forward": 0, "is_encoder_decoder": False, "is_decoder": False,
+    "cross_attention_hidden_size": None, "add_cross_attention": False, "tie_encoder_decoder": False, "max_length": 20,
+    "min_length": 0, "do_sample": False, "early_stopping": False, "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0,
+    "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "num_return_sequences": 1,
+    "output_scores": False, "return_dict_in_generate": False, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "remove_invalid_values": False, "exponential_decay_length_penalty": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "finetuning_task": None, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
+    "tokenizer_class": None, "prefix": None, "sep_token_id": None, "decoder_start_token_id": None,
+    "task_specific_params": None, "problem_type": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("added", (DUMP, {"unsloth_fixed": True, "unsloth_version": "2024.9"}), ids=("dump", "unsloth"))
+def test_settings_that_change_nothing_are_read_past(name, added):
+    values = CASES[name]["config"]
+    assert DecoderConfig.from_json({**added, **values}) == DecoderConfig.from_json(values)
+
+
+@pytest.mark.parametrize("key, value", (("pruned_heads", {"0": [1]}), ("add_cross_attention", True), ("num_beams", 4),
+                                        ("repetition_penalty", 1.1), ("no_repeat_ngram_size", 3), ("suppress_tokens", [5]),
+                                        ("forced_eos_token_id", 2), ("cross_attention_hidden_size", 96)))  # fmt: skip
+def test_the_same_settings_are_refused_where_they_would_change_something(key, value):
+    with pytest.raises(InputError, match=f"{key}.* not implemented"):
+        DecoderConfig.from_json({**DUMP, **PHI4, key: value})
+
+
+def test_layer_types_may_say_full_attention_of_every_layer_only():
+    values = {**CASES["llama3_tiny"]["config"], "num_hidden_layers": 3}
+    assert DecoderConfig.from_json({**values, "layer_types": ["full_attention"] * 3}) == DecoderConfig.from_json(values)
+    for kinds in (["full_attention"] * 2, ["full_attention"] * 2 + ["sliding_attention"], [], {}, "full_attention", 3):
+        with pytest.raises(InputError, match="layer_types .* is not implemented; expected full_attention of every layer"):
+            DecoderConfig.from_json({**values, "layer_types": kinds})
+    with pytest.raises(InputError, match="no sliding_window beside it"):
+        DecoderConfig.from_json({**PHI4, "sliding_window": 8, "layer_types": ["full_attention"] * PHI4["num_hidden_layers"]})
+
+
+def test_a_pad_id_of_minus_one_is_none():
+    values = CASES["llama2_tiny"]["config"]
+    assert DecoderConfig.from_json({**values, "pad_token_id": -1}) == replace(DecoderConfig.from_json(values), pad_id=None)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -356,7 +492,6 @@ def test_a_refused_state_leaves_the_decoder_as_it_was():
 # What is refused: settings
 
 
-PHI4 = CASES["phi4mini_tiny"]["config"]
 ROPE = PHI4["rope_scaling"]
 REFUSED = {
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -485,8 +620,33 @@ def test_added_rows_are_the_mean_of_the_tokenisers_own(tmp_path, name, own):
             assert (layer.weight[own:] - old.weight[:own].mean(0)).abs().max() < 1e-6 and not layer.weight.requires_grad
     found = logits(decoder)
     assert found.shape[-1] == own + 4 and torch.allclose(found[..., :own], logits(before)[..., :own], atol=1e-5)
+    assert decoder.embed_tokens.num_embeddings == own + 4 and (decoder.lm_head is None or decoder.lm_head.out_features == own + 4)
     save_decoder(decoder, tmp_path)
     assert torch.equal(logits(load_decoder(str(tmp_path))), found)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_added_rows_of_half_precision_are_the_mean_rounded_once(dtype):
+    decoder = build(CASES["phi3_mini_tiny"]).to(dtype)
+    with torch.no_grad():
+        decoder.embed_tokens.weight.add_(250)  # the sum of 320 rows is more than float16 holds
+    exact = decoder.embed_tokens.weight.double().mean(0).to(dtype)
+    resize_vocabulary(decoder, 324, 4)
+    assert decoder.embed_tokens.weight.dtype == dtype and (decoder.embed_tokens.weight[320:] == exact).all()
+
+
+def adapted_head(decoder):
+    add_lora(decoder, ("lm_head",), r=2, alpha=4)
+
+
+@pytest.mark.parametrize("change", (adapted_head, pack, lambda decoder: quantise(decoder, "lm_head")), ids=("lora", "packed", "int8"))
+def test_a_head_that_is_no_plain_matrix_is_refused_and_nothing_is_resized(change):
+    decoder = build(CASES["phi3_mini_tiny"])
+    change(decoder)
+    before, config = decoder.embed_tokens.weight.clone(), decoder.config
+    with pytest.raises(InputError, match=f"a {type(decoder.lm_head).__name__} is not resized: .* before adapters, int8 and packing"):
+        resize_vocabulary(decoder, 324, 4)
+    assert torch.equal(decoder.embed_tokens.weight, before) and decoder.config is config
 
 
 def test_a_decoder_with_fewer_rows_than_the_tokeniser_has_tokens_is_refused_and_left_as_it_was():

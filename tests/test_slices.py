@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import preprocess
 from conftest import ROOT, error_line, script
 from reaf_hsenet.config import NO_AUGMENTATION, RECIPES
 from reaf_hsenet.data.datasets import read_ct_rate
@@ -34,6 +35,7 @@ from reaf_hsenet.data.slices import SLICE_RECIPES, axial_slices, fit, slice_imag
 from reaf_hsenet.data.volume import Volume, read_volume
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
+from reaf_hsenet.pretrained import load_strictly, slice_encoder_state
 from reaf_hsenet.tokenizer import train_wordpiece
 
 HSENET = SLICE_RECIPES["hsenet"]
@@ -250,18 +252,101 @@ def test_another_encoder_into_the_same_folder_is_refused(done, encoder, provenan
     assert load_manifest(done).slices["encoder"] == "the same weights elsewhere"
 
 
-def test_another_encoder_is_refused_while_features_are_half_made(data, encoder, provenance, monkeypatch):
+def interrupt(monkeypatch, folder: Path, encoder, provenance, after: int, **flags) -> None:
+    """Ctrl-C while features are made, when `after` volumes have theirs."""
+    forward, calls = SliceEncoder.forward, []
+
+    def interrupted(self, images):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return forward(self, images)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SliceEncoder, "forward", lambda self, images: (_ for _ in ()).throw(KeyboardInterrupt))
-        add_slice_features(data, encoder, provenance, progress=False)
-    with pytest.raises(InputError, match="holds slice features with another sha256"):
+        patch.setattr(SliceEncoder, "forward", interrupted)
+        add_slice_features(folder, encoder, provenance, progress=False, batch=32, **flags)
+
+
+def test_another_encoder_is_refused_while_features_are_half_made(data, encoder, provenance, monkeypatch):
+    interrupt(monkeypatch, data, encoder, provenance, after=1)
+    with pytest.raises(InputError, match="holds slice features with another sha256; choose another --out, or .*--replace"):
         add_slice_features(data, tiny_encoder(1), describe(tiny_encoder(1), "x", recipe="phantom"), progress=False)
+
+
+@pytest.mark.parametrize("failure", ["interrupt", "NaN"])
+def test_an_encoder_that_made_no_features_does_not_bind_the_folder(data, encoder, provenance, monkeypatch, failure):
+    other = tiny_encoder(1)
+    if failure == "interrupt":
+        interrupt(monkeypatch, data, other, describe(other, "x", recipe="phantom"), after=0)
+    else:
+        torch.nn.init.constant_(other.norm.bias, float("nan"))
+        with pytest.raises(InputError, match="NaN"):
+            add_slice_features(data, other, describe(other, "x", recipe="phantom"), progress=False)
+    assert add_slice_features(data, encoder, provenance, progress=False) == []
+    assert load_manifest(data).slices == provenance
+
+
+def test_features_are_replaced_when_that_is_asked_for(done, encoder, provenance, monkeypatch):
+    other = tiny_encoder(1)
+    record, old = describe(other, "x", recipe="phantom"), np.load(done / entries(done)[0]["slices"])
+    replace = lambda: add_slice_features(done, other, record, progress=False, replace=True)  # noqa: E731
+    interrupt(monkeypatch, done, other, record, after=1, replace=True)
+    manifest = load_manifest(done)  # no mixture of two encoders is ever listed as one's
+    assert manifest.slices is None and not any("slices" in e for e in entries(done))
+    assert len(list(done.glob("slices/*.npy"))) == 1
+    first = next(done.glob("slices/*.npy")).stat().st_mtime_ns
+    assert replace() == [] and load_manifest(done).slices == record
+    load_manifest(done).check(["train", "validation"], slices=True)
+    assert first in [p.stat().st_mtime_ns for p in done.glob("slices/*.npy")]  # the same command continues
+    new = np.load(done / entries(done)[0]["slices"])
+    assert not np.allclose(new.astype(float), old.astype(float), atol=1e-2)
+    made = {p: p.stat().st_mtime_ns for p in done.glob("slices/*.npy")}
+    assert replace() == [] and {p: p.stat().st_mtime_ns for p in made} == made
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v["slices"].pop("sha256"), "sha256 of its slice features is None; .*preprocess.py --slices"),
+        (lambda v: v["slices"].update(width="24"), "width of its slice features is '24'"),
+        (lambda v: v["slices"].pop("slices"), "slices of its slice features is None"),
+        (lambda v: v.update(slices=3), "sha256 of its slice features is None"),
+        (lambda v: v["splits"]["train"][0].update(slices=3), "slices of train_1_a_1 is 3; expected a path"),
+    ],
+)
+def test_a_manifest_whose_features_are_of_nobody_is_refused(done, change, words):
+    change_manifest(done, change)
+    with pytest.raises(InputError, match=f"manifest.json: {words}"):
+        load_manifest(done)
+
+
+def test_features_of_any_byte_order_are_read_and_what_is_no_array_is_named(done):
+    manifest = load_manifest(done)
+    entry = manifest.entries("train")[0]
+    path = done / entry["slices"]
+    plain, stored = read_slices(manifest, entry), np.load(path)
+    for dtype in (">f2", ">f8", np.longdouble):
+        np.save(path, stored.astype(dtype))
+        assert torch.equal(read_slices(manifest, entry), plain)
+    np.save(path, np.full((32, 24), "a"))
+    with pytest.raises(InputError, match=f"{path}: holds <U1; expected one array of numbers.*--slices again"):
+        read_slices(manifest, entry)
+    with open(path, "wb") as file:
+        np.savez(file, stored)
+    with pytest.raises(InputError, match=f"{path}: holds several arrays"):
+        read_slices(manifest, entry)
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(InputError, match=f"{path}: cannot be read"):
+        read_slices(manifest, entry)
+    path.unlink()
+    with pytest.raises(InputError, match=f"{path}: no such file; run preprocess.py --slices again"):
+        read_slices(manifest, entry)
 
 
 def test_training_on_features_of_another_encoder_is_refused(complete, provenance):
     manifest = load_manifest(complete)
     manifest.require_slices({**provenance, "encoder": "elsewhere"}, "the run")
-    with pytest.raises(InputError, match="another sha256, jpeg than the run"):
+    with pytest.raises(InputError, match="another sha256, jpeg than the run; .* --replace-slices"):
         manifest.require_slices({**provenance, "sha256": "0", "jpeg": True}, "the run")
 
 
@@ -387,6 +472,15 @@ def test_a_published_vit_is_recognised_by_its_shapes(tmp_path, prefix):
         assert torch.equal(found(images), model(images))
 
 
+@pytest.mark.parametrize("known", ["head.bias", "fc_norm.weight", "decoder_blocks.0.norm1.weight", "mask_token"])
+def test_heads_of_a_vit_are_left_out_and_other_tensors_refused(tmp_path, encoder, known):
+    state = {n.replace("patch_embed.", "patch_embed.proj."): t for n, t in encoder.state_dict().items()}
+    assert slice_encoder_state(state | {known: torch.ones(24)}).keys() == encoder.state_dict().keys()
+    for unknown in ("norm_pre.weight", "reg_token", "blocks.0.ls1.gamma"):  # computed with, in other ViTs
+        with pytest.raises(InputError, match=f"{unknown} is not known"):
+            load_strictly(encoder, slice_encoder_state(state | {unknown: torch.ones(24)}), "vit")
+
+
 def test_what_is_no_slice_encoder_is_refused(tmp_path, encoder):
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="is not a 2D ViT such as BiomedCLIP's"):
@@ -444,11 +538,27 @@ def test_one_command_makes_phantoms_volumes_and_features(tmp_path, encoder):
     assert manifest.slices["recipe"] == "phantom"
 
 
+@pytest.mark.parametrize(
+    "flag", ["--jpeg-slices", "--replace-slices", "--slice-batch 8", "--slice-recipe hsenet", "--device cpu"]
+)
+def test_flags_of_slices_need_slices(tmp_path, flag):
+    with pytest.raises(InputError, match=f"{flag.split()[0]}: needs --slices ENCODER"):
+        preprocess.main(["--out", str(tmp_path), "--dataset", "phantom", *flag.split()])
+
+
+def test_the_command_replaces_features_with_a_flag(done, tmp_path):
+    save_slice_encoder(tmp_path / "encoder", tiny_encoder(1))
+    command = ["--slices", str(tmp_path / "encoder"), "--slice-recipe", "phantom", "--device", "cpu", "--out", str(done)]
+    with pytest.raises(InputError, match="another sha256.*--replace-slices"):
+        preprocess.main(command)
+    assert preprocess.main([*command, "--replace-slices"]) == 0
+    assert load_manifest(done).slices["encoder"] == str(tmp_path / "encoder")
+
+
 def test_wrong_slice_flags_are_one_line(data, tmp_path, encoder):
     save_slice_encoder(tmp_path / "encoder", encoder)
     lines = {
         "--dataset is missing": script("preprocess.py", "--out", data),
-        "--jpeg-slices: needs --slices": script("preprocess.py", "--out", data, "--dataset", "phantom", "--jpeg-slices"),
         "--slice-batch 0": script("preprocess.py", "--out", data, "--slices", tmp_path / "encoder", "--slice-batch", 0),
         "none: no such folder": script("preprocess.py", "--out", data, "--slices", tmp_path / "none"),
         "prepare volumes first": script("preprocess.py", "--out", tmp_path / "x", "--slices", tmp_path / "encoder",
@@ -511,7 +621,7 @@ def test_hsenets_json_needs_no_features_for_stage_1(published, tmp_path):
     manifest = load_manifest(write_json(tmp_path, published))
     manifest.check(["train", "validation"])
     assert manifest.slices is None
-    with pytest.raises(InputError, match="train_0_a_1 has no slice features; biomedclip_features says where"):
+    with pytest.raises(InputError, match="train_0_a_1 has no slice features; give its entries biomedclip_features"):
         manifest.check(["train"], slices=True)
 
 
@@ -533,9 +643,36 @@ def test_files_of_hsenets_json_are_checked_when_read(published, tmp_path):
         np.save(tmp_path / "train_1_a_1.npy", voxels)
         with pytest.raises(InputError, match=f"train_1_a_1.npy: .*{words}"):
             read_prepared(manifest, entry)
+    np.save(tmp_path / "train_1_a_1.npy", np.ones((32, 256, 256), ">f4"))
+    assert read_prepared(manifest, entry).eq(1).all()
     (tmp_path / "train_1_a_1.npy").unlink()
+    with pytest.raises(InputError, match="train_1_a_1.npy: no such file; write it again"):
+        read_prepared(manifest, entry)
     with pytest.raises(InputError, match="train_1_a_1.npy: is in data.json but absent; correct its path"):
         manifest.check(["train"])
+
+
+def published_names(folder: Path, names: list[str]) -> list[dict]:
+    path = write_json(folder, {"train": [{"image": name, "text": "A report."} for name in names]})
+    return load_manifest(path).entries("train")
+
+
+def test_hsenets_file_names_give_the_volumes_names_and_scans(tmp_path):
+    names = [f"/data/train_{i}/train_{i}_a_{k}_3D_features.npy" for i in (1, 2) for k in (1, 2)]
+    found = published_names(tmp_path, names)
+    assert [e["id"] for e in found] == ["train_1_a_1", "train_1_a_2", "train_2_a_1", "train_2_a_2"]
+    assert [e["scan"] for e in found] == ["train_1_a", "train_1_a", "train_2_a", "train_2_a"]
+    assert [e["volume"] for e in found] == names
+
+
+def test_reconstructions_in_folders_of_their_own_are_of_one_scan(tmp_path):
+    found = published_names(tmp_path, [f"train_1_a_{k}/train_1_a_{k}.npy" for k in (1, 2)])
+    assert [e["scan"] for e in found] == ["train_1_a"] * 2 and [e["id"] for e in found] == ["train_1_a_1", "train_1_a_2"]
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    found = published_names(tmp_path, ["a/image.npy", "b/image.npy", "c/other.npy"])
+    assert [e["id"] for e in found] == [e["scan"] for e in found] == ["a/image", "b/image", "other"]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
+from reaf_hsenet import pretrained
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer import Tokenizer, WordPiece, check_fits, load_tokenizer, load_wordpiece
 
@@ -308,3 +311,151 @@ def test_a_known_piece_becomes_whole_once_it_is_added():
     assert tokenizer.encode("The").count(known) == 0
     assert tokenizer.add_tokens(["he"]) == [known] and tokenizer.encode("The").count(known) == 1
     assert isinstance(tokenizer.added[known], AddedToken) and len(tokenizer) == 399
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_in_a_tensor_are_decoded_as_those_in_a_list(family):
+    tokenizer = load_tokenizer(FOLDERS / family)
+    ids = tokenizer.encode("No nodule.")
+    for skip in (False, True):
+        assert tokenizer.decode(torch.tensor(ids), skip) == tokenizer.decode(ids, skip) != ""
+    assert tokenizer.tokens(torch.tensor(ids)) == tokenizer.tokens(ids)
+    assert "token id 1000 " in error_of(tokenizer.decode, torch.tensor([5, 1000]))
+
+
+def flagged_folder(family: str, folder: Path, **flags: bool) -> Path:
+    """A golden tokenizer whose tokenizer_config.json gives its next id to <t>, with these flags, unlike its own file."""
+    shutil.copytree(FOLDERS / family, folder)
+    number = len(load_tokenizer(folder))
+    if (folder / "tokenizer.json").is_file():
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        backend.add_special_tokens([AddedToken("<t>", normalized=False)])
+        backend.save(str(folder / "tokenizer.json"))
+    token = {"content": "<t>", "normalized": False, "special": True, **flags}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {number: token}}))
+    return folder
+
+
+@pytest.mark.parametrize("flag", ("lstrip", "rstrip", "single_word"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flags_of_added_tokens_count_and_are_saved(family, flag, tmp_path):
+    tokenizer = load_tokenizer(flagged_folder(family, tmp_path / "read", **{flag: True}))
+    tokenizer.save(tmp_path / "saved")
+    again, number = load_tokenizer(tmp_path / "saved"), tokenizer.id_of("<t>")
+    assert again.added == tokenizer.added and getattr(again.added[number], flag)
+    for one in (tokenizer, again):
+        assert (number in one.encode("no<t>no")) is (flag != "single_word")
+        assert number in one.encode("no <t>, no")
+        for side, spaced, glued in (("lstrip", "no  <t>", "no<t>"), ("rstrip", "<t>\n The", "<t>The")):
+            taken = one.encode(spaced, special_tokens=False) == one.encode(glued, special_tokens=False)
+            if family != "wordpiece" and flag != "single_word":  # BERT drops spaces anyway
+                assert taken is (side == flag), spaced
+
+
+def test_a_special_token_that_takes_the_spaces_before_it_begins_a_sentencepiece_text(tmp_path):
+    tokenizer = load_tokenizer(flagged_folder("sentencepiece", tmp_path / "one", lstrip=True))
+    assert tokenizer.encode("  <t>The") == tokenizer.encode("<t>The") and tokenizer.encode("<t>The")[1] == 400
+
+
+def test_a_flag_that_only_tokenizer_json_has_stays_without_tokenizer_config(tmp_path):
+    backend = Backend.from_file(str(FOLDERS / "bytebpe/tokenizer.json"))
+    backend.add_special_tokens([AddedToken("<t>", normalized=False, lstrip=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "added_tokens.json").write_text('{"<t>": 399}')
+    assert load_tokenizer(tmp_path).added[399].lstrip and load_tokenizer(tmp_path).added[399].special
+
+
+def test_flags_of_a_token_of_berts_own_are_saved(tmp_path):
+    shutil.copy(FOLDERS / "wordpiece/vocab.txt", tmp_path)
+    mask = {"content": "[MASK]", "lstrip": True, "special": True}
+    number = load_tokenizer(tmp_path).id_of("[MASK]")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {number: mask}}))
+    load_tokenizer(tmp_path).save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").added[number].lstrip
+
+
+def test_eos_of_sentencepiece_follows_the_folder(tmp_path):
+    shutil.copy(FOLDERS / "sentencepiece/tokenizer.model", tmp_path)
+    plain = load_tokenizer(tmp_path).encode("a b c")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_eos_token": true}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a b c") == [*plain, 2] and tokenizer.encode("a b c", 3) == [*plain[:2], 2]
+    assert tokenizer.encode("a b c", special_tokens=False) == plain[1:]
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("a") == tokenizer.encode("a")
+
+
+def test_an_eos_to_add_that_a_sentencepiece_model_does_not_have_is_refused(tmp_path):
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["no nodule"] * 9), model_writer=file, vocab_size=12, hard_vocab_limit=False,
+            eos_id=-1, minloglevel=2,
+        )  # fmt: skip
+    assert load_tokenizer(tmp_path).eos is None
+    (tmp_path / "tokenizer_config.json").write_text('{"add_eos_token": true}')
+    assert "no eos" in error_of(load_tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("form", ("bytebpe", "sentencepiece"))
+@pytest.mark.parametrize("file, content, problem", (
+    ("tokenizer_config", {"added_tokens_decoder": []}, "added_tokens_decoder is []"),
+    ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "<a>"}}}, "has 'x'"),
+    ("tokenizer_config", {"added_tokens_decoder": {"0": "<unk>"}}, "is '<unk>'"),
+    ("tokenizer_config", {"added_tokens_decoder": {"0": {"content": "<unk>", "lstrip": "no"}}}, "'lstrip': 'no'"),
+    ("tokenizer_config", {"bos_token": {"lstrip": False}}, "bos_token is {'lstrip': False}"),
+    ("tokenizer_config", {"bos_token": 5}, "bos_token is 5"),
+    ("tokenizer_config", {"bos_token": ""}, "bos_token is ''"),
+    ("tokenizer_config", {"add_eos_token": "no"}, "add_eos_token is 'no'"),
+    ("special_tokens_map", {"pad_token": []}, "pad_token is []"),
+    ("special_tokens_map", {"additional_special_tokens": "<a>"}, "additional_special_tokens is '<a>'"),
+    ("added_tokens", {"<a>": "400"}, "'<a>' is '400'"),
+    ("added_tokens", {"<a>": [1]}, "'<a>' is [1]"),
+    ("added_tokens", {"": 400}, "token 400"),
+))  # fmt: skip
+def test_settings_that_mean_nothing_are_refused_by_file_and_name(form, file, content, problem, tmp_path):
+    shutil.copytree(FOLDERS / form, tmp_path, dirs_exist_ok=True)
+    (tmp_path / f"{file}.json").write_text(json.dumps(content))
+    message = error_of(load_tokenizer, tmp_path)
+    assert str(tmp_path / f"{file}.json") in message and problem in message and "expected" in message
+
+
+def test_additional_special_tokens_may_be_objects(tmp_path):
+    shutil.copy(FOLDERS / "sentencepiece/tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<a>": 400, "<b>": 401}')
+    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": [{"content": "<a>"}]}')
+    assert load_tokenizer(tmp_path).decode([400, 401], skip_special_tokens=True) == "<b>"
+
+
+def test_a_vocabulary_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\xfe\n")
+    message = error_of(load_tokenizer, tmp_path)
+    assert str(tmp_path / "vocab.txt") in message and "UTF-8" in message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_and_lengths_that_do_not_fit_are_refused(family):
+    tokenizer = load_tokenizer(FOLDERS / family)
+    assert "a row of 3 ids does not fit length 2" in error_of(tokenizer.batch, [[1], [1, 2, 3]], 2)
+    assert "does not fit length 0" in error_of(tokenizer.batch, [[1]], 0)
+    assert "no rows" in error_of(tokenizer.batch, [])
+    assert "max_length -1" in error_of(tokenizer.encode, "No nodule.", -1)
+    assert tokenizer.encode("No nodule.", 0, special_tokens=False) == []
+
+
+def test_a_hub_id_is_fetched_with_every_file_of_a_tokenizer(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return FOLDERS / "sentencepiece"
+
+    monkeypatch.setattr(pretrained, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert len(load_tokenizer("lab/phantom-llama@v1")) == 400 and asked[0][:2] == ("lab/phantom-llama", "v1")
+    files = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json"
+    for file in (*files.split(), "vocab.txt", "merges.txt"):
+        assert any(Path(file).match(pattern) for pattern in asked[0][2]), file
+    assert not any(Path("model.safetensors").match(pattern) for pattern in asked[0][2])
+    for absent in ("models/tokenizer.json", "models/vocab.txt", tmp_path / "absent"):
+        assert "absent" in error_of(load_tokenizer, absent) or "looked for" in error_of(load_tokenizer, absent)
+    assert len(asked) == 1  # an absent file is no hub id

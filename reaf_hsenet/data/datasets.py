@@ -4,20 +4,24 @@ A reader returns cases per split; it opens tables, never volumes. A case whose t
 report, an absent file) carries the reason as `problem`.
 """
 
-import csv
 import hashlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from reaf_hsenet.data.radgenome import read_questions, refusal
+from reaf_hsenet.data.tables import read_csv
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
 
 
 @dataclass(frozen=True)
 class Case:
-    """One volume and its report. scan: volumes with the same scan are reconstructions of one acquisition."""
+    """One volume and its report. scan: volumes with the same scan are reconstructions of one acquisition.
+
+    questions: rows of radgenome.read_questions; None where the data set has no tables of them.
+    """
 
     id: str
     scan: str
@@ -26,6 +30,7 @@ class Case:
     labels: tuple[int, ...] | None = None
     table: TableRow = TableRow()
     problem: str | None = None
+    questions: tuple[dict, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,44 +55,12 @@ class Source:
         return cases
 
 
-def read_csv(path: Path, columns: tuple[str, ...], key: str) -> dict[str, dict[str, str]]:
-    """The rows of a csv by the column `key`. Raises InputError for an absent file, a missing column, a repeated key."""
-    rows: dict[str, dict[str, str]] = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [c for c in columns if c not in (reader.fieldnames or [])]
-            if missing:
-                raise InputError(
-                    f"{path}: has no column {', '.join(missing)}; "
-                    f"its columns are {', '.join(reader.fieldnames or ['none'])}"
-                )
-            for row in reader:
-                if row[key] in rows:
-                    raise InputError(
-                        f"{path}: {key} {row[key]} is listed twice, the second time in line "
-                        f"{reader.line_num}; keep one"
-                    )
-                if None in row:
-                    raise InputError(
-                        f"{path}: line {reader.line_num} has more fields than the header; put a text that holds "
-                        "commas in double quotes"
-                    )
-                if any(row[c] is None for c in columns):
-                    raise InputError(f"{path}: line {reader.line_num} has fewer fields than the header")
-                rows[row[key]] = row
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: is not a UTF-8 csv file ({error})") from error
-    return rows
-
-
 def read_ct_rate(root: Path, impressions: bool = False) -> Source:
     """CT-RATE's tree: dataset/{train,valid}[_fixed], metadata, radiology_text_reports, multi_abnormality_labels.
 
     root: the folder that holds `dataset`, or `dataset` itself. The text is Findings_EN, and with `impressions` also
-    Impressions_EN. A volume on disk that has no report is a case with that problem, not left out.
+    Impressions_EN. A volume on disk that has no report is a case with that problem, not left out. Questions are read
+    from radgenome_files beside the reports, where that is.
     """
     root = Path(root)
     base = root / "dataset" if (root / "dataset").is_dir() else root
@@ -109,8 +82,14 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
         # v2 lives in *_fixed; where both are present it is the one with correct headers.
         volumes = base / f"{folder}_fixed" if (base / f"{folder}_fixed").is_dir() else base / folder
         on_disk = {p.name: p for p in sorted(volumes.glob("*/*/*.nii.gz"))}
+        names = [*reports, *(n for n in on_disk if n not in reports)]
+        questions = None
+        if (tables := base / "radgenome_files").is_dir():
+            questions, refused = read_questions(tables, split, (n.removesuffix(".nii.gz") for n in names))
+            if refused:
+                raise refusal(refused, f"correct the table, or move {tables} elsewhere")
         cases = []
-        for name in [*reports, *(n for n in on_disk if n not in reports)]:
+        for name in names:
             patient, scan = _ct_rate_folders(name, reports_csv)
             text, problem = _ct_rate_text(reports.get(name), impressions, reports_csv)
             path = volumes / patient / scan / name
@@ -125,6 +104,7 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
                     label_row(labels, name, label_names, labels_csv),
                     _table_row(metadata.get(name)),
                     problem,
+                    None if questions is None else tuple(questions.get(name.removesuffix(".nii.gz"), ())),
                 )
             )
         splits[split] = cases
@@ -146,11 +126,7 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
-    if table is None:
-        found = sorted(root.glob("*.csv"))
-        if len(found) != 1:
-            raise InputError(f"{root}: has {len(found)} csv files; name the one with id and text with --csv")
-        table = found[0]
+    table = table or only_csv(root, "id and text")
     rows = read_csv(table, ("id", "text"), "id")
     cases: dict[str, list[Case]] = {"train": [], "validation": [], "test": []}
     scans = sorted({r.get("scan") or _stem(i) for i, r in rows.items()}, key=_hash)
@@ -174,6 +150,14 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
             problem = f"has an empty text in {table.name}"
         cases[split].append(Case(stem, scan, path or root / f"{stem}.nii.gz", text, problem=problem))
     return Source("nifti", {split: members for split, members in cases.items() if members or split != "test"})
+
+
+def only_csv(root: Path, columns: str) -> Path:
+    """The csv file of a folder. Raises InputError unless there is exactly one."""
+    found = sorted(root.glob("*.csv"))
+    if len(found) != 1:
+        raise InputError(f"{root}: has {len(found)} csv files; name the one with {columns} with --csv")
+    return found[0]
 
 
 def _optional_csv(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str]]:

@@ -1,9 +1,11 @@
 """HSENet's own data set file: {"train": [entry, ...], "validation": [...], "test": [...]}.
 
 entry: {"image": a prepared volume, .npy, "text": the report or a .txt file that holds it, "biomedclip_features": the
-(32, 768) features of its slices, .npy or .pt; optional}. Paths are absolute or relative to the file.
+(32, 768) features of its slices, .npy or .pt; optional}. Paths are absolute or relative to the file. A volume's id is its
+file's name, without the `_3D_features.npy` of HSENet's own files; where names repeat, the path without `.npy`.
 """
 
+from collections import Counter
 from pathlib import Path
 
 from reaf_hsenet.data.reaf_dataset import CT_RATE_NAME
@@ -12,6 +14,7 @@ from reaf_hsenet.files import read_json
 
 SPLITS = ("train", "validation", "test")
 FEATURES = "biomedclip_features"
+SUFFIX = "_3D_features"  # what HSENet's preparation appends to a volume's name
 
 
 def read_hsenet_json(path: Path) -> tuple[dict[str, list[dict]], dict | None]:
@@ -34,8 +37,17 @@ def read_hsenet_json(path: Path) -> tuple[dict[str, list[dict]], dict | None]:
             if entry["id"] in seen:
                 raise InputError(f"{path}: image {entry['volume']} is listed twice; keep one")
             seen.add(entry["id"])
+    names = Counter(_stem(entry["volume"]) for entries in splits.values() for entry in entries)
+    for entry in (e for entries in splits.values() for e in entries):
+        if names[stem := _stem(entry["volume"])] == 1:
+            entry["id"] = stem
+        entry["scan"] = stem.rpartition("_")[0] if CT_RATE_NAME.fullmatch(stem) else entry["id"]
     has_features = any("slices" in entry for entries in splits.values() for entry in entries)
     return splits, {"encoder": FEATURES, "slices": 32, "width": 768} if has_features else None
+
+
+def _stem(image: str) -> str:
+    return Path(image).name.removesuffix(".npy").removesuffix(SUFFIX)
 
 
 def _entry(path: Path, where: str, values) -> dict:
@@ -46,9 +58,8 @@ def _entry(path: Path, where: str, values) -> dict:
     if not isinstance(text, str):
         raise InputError(f"{where} ({image}): has no text; expected a report or the path of a .txt file")
     name = image.removesuffix(".npy")
-    scan = name.rpartition("_")[0] if CT_RATE_NAME.fullmatch(name) else name
     text = _report(path.parent / text) if text.endswith(".txt") and "\n" not in text else text
-    entry = {"id": name, "scan": scan, "volume": image, "text": text, "labels": None, "source": {"file": image}}
+    entry = {"id": name, "scan": name, "volume": image, "text": text, "labels": None, "source": {"file": image}}
     if features is not None:
         if not (isinstance(features, str) and features.endswith((".npy", ".pt"))):
             raise InputError(f"{where} ({image}): {FEATURES} is {features!r}; expected the path of a .npy or .pt file")

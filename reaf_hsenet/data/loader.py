@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def read_prepared(manifest: Manifest, entry: dict) -> Tensor:
     path = manifest.folder / entry["volume"]
     if path.suffix != ".npy":
         return torch.from_numpy(read_input(path, manifest.recipe, manifest.reading, table_row(entry))[0])
-    voxels = _load(path)
+    voxels = _load(path, "write it again" if manifest.published else "run preprocess.py again")
     if manifest.published and voxels.ndim == 4 and len(voxels) == 1:
         voxels = voxels[0]
     if voxels.shape != tuple(manifest.recipe.size):
@@ -135,23 +136,30 @@ def read_slices(manifest: Manifest, entry: dict) -> Tensor:
     Raises InputError, naming the file, when they are absent, damaged or of another length or width.
     """
     path = manifest.slices_path(entry)
-    features = load_tensor(path) if path.suffix == ".pt" else torch.from_numpy(_load(path, " --slices"))
+    again = "make it again" if manifest.published else "run preprocess.py --slices again"
+    features = load_tensor(path) if path.suffix == ".pt" else torch.from_numpy(_load(path, again))
     expected = manifest.slices["slices"], manifest.slices["width"]
     if tuple(features.shape) != expected or not features.is_floating_point():
         raise InputError(f"{path}: holds {features.dtype} {tuple(features.shape)}; expected slice features {expected}")
     features = features.float()
     if not torch.isfinite(features).all():
-        raise InputError(f"{path}: holds NaN or infinite values; make it again")
+        raise InputError(f"{path}: holds NaN or infinite values; delete it and {again}")
     return features
 
 
-def _load(path: Path, step: str = "") -> np.ndarray:
+def _load(path: Path, again: str) -> np.ndarray:
+    """An array of real numbers that torch can take. again: how the file is made again."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); delete it and run preprocess.py{step} again"
-        ) from error
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; {again}") from error
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete it and {again}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
+        held = array.dtype if isinstance(array, np.ndarray) else "several arrays"
+        raise InputError(f"{path}: holds {held}; expected one array of numbers, delete it and {again}")
+    # Neither another byte order nor more than 64 bits are known to torch.
+    return array if array.dtype.isnative and array.dtype.itemsize <= 8 else array.astype(np.float32)
 
 
 class GlobalBatches(Sampler):

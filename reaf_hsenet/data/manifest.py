@@ -6,7 +6,8 @@
  "splits": {"train": [entry, ...], "validation": [...], "test": [...]}}
 entry: {"id", "scan", "volume" (path, absolute or below the folder), "text", "labels" (or null), "source": {file,
 sha256, shape, spacing, orientation, rescale, hu_range}, "table": {spacing, slope, intercept} (of a source file;
-optional), "slices" (path; optional)}. Volumes that end in .npy are prepared, others are source files; both may stand
+optional), "slices" (path; optional), "qa": [{"kind", "anatomy", "abnormality", "size"?, "question"?, "answer"}, ...]
+(optional; see questions.py)}. Volumes that end in .npy are prepared, others are source files; both may stand
 side by side.
 """
 
@@ -129,7 +130,7 @@ class Manifest:
     @property
     def _make_slices(self) -> str:
         if self.published:
-            return f"{FEATURES} says where they are"
+            return f"give its entries {FEATURES}, the path of a .npy or .pt file"
         return f"make them with preprocess.py --slices ENCODER --out {self.folder}"
 
     def slices_path(self, entry: dict) -> Path:
@@ -146,7 +147,10 @@ class Manifest:
         if self.slices is None:
             raise InputError(f"{self.name}: has no slice features; {self._make_slices}")
         if other := different_slices(self.slices, provenance):
-            raise InputError(f"{self.name}: its slice features have another {other} than {wanted_by}; {self._make_slices}")
+            replace = "" if self.published else " --replace-slices"
+            raise InputError(
+                f"{self.name}: its slice features have another {other} than {wanted_by}; {self._make_slices}{replace}"
+            )
 
     def require(self, recipe: Recipe, wanted_by: str) -> None:
         """Raises InputError unless the volumes are of this recipe, which `wanted_by` needs."""
@@ -197,6 +201,7 @@ def make_entry(case: Case, folder: Path, volume: Path, source: dict) -> dict:
         "labels": None if case.labels is None else list(case.labels),
         "source": source,
         **table,
+        **({} if case.questions is None else {"qa": list(case.questions)}),
     }
 
 
@@ -263,12 +268,16 @@ def load_manifest(folder: Path) -> Manifest:
             values.get("slices"),
         )
         if manifest.slices is not None:
-            manifest.slices["width"], manifest.slices["slices"]  # KeyError if absent
+            _check_slices(path, manifest.slices)
         ids = [entry["id"] for split in manifest.splits.values() for entry in split]
         for split in manifest.splits.values():
             for entry in split:
                 entry["scan"], entry["volume"], entry["text"], entry["labels"]  # KeyError if absent
                 table_row(entry)
+                if not isinstance(entry.get("slices", ""), str):
+                    raise InputError(f"{path}: slices of {entry['id']} is {entry['slices']!r}; expected a path")
+                for row in entry.get("qa", ()):
+                    row["kind"], row["anatomy"], row["abnormality"], row["answer"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: {error} is missing; prepare the data set again") from error
     except ValueError as error:
@@ -279,6 +288,17 @@ def load_manifest(folder: Path) -> Manifest:
         repeated = next(i for i in ids if ids.count(i) > 1)
         raise InputError(f"{path}: id {repeated} is listed twice; keep one")
     return manifest
+
+
+def _check_slices(path: Path, slices) -> None:
+    """Raises InputError unless what a manifest says of its slice features tells their shape and their encoder."""
+    known = slices if isinstance(slices, dict) else {}
+    for key, kind in (("sha256", str), ("slices", int), ("width", int)):
+        if type(value := known.get(key)) is not kind or value in ("", 0):
+            raise InputError(
+                f"{path}: {key} of its slice features is {value!r}; remove its slices and run preprocess.py --slices "
+                f"ENCODER --out {path.parent}"
+            )
 
 
 def _published_hsenet(path: Path) -> Manifest:

@@ -31,6 +31,7 @@ from reaf_hsenet.data.manifest import (
 )
 from reaf_hsenet.data.reading import Reading, read_input, read_slice_images
 from reaf_hsenet.data.slices import SliceRecipe
+from reaf_hsenet.data.tables import csv_rows
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import atomic_write, folder_lock
 
@@ -129,7 +130,7 @@ def list_as_is(
 
 
 def _save(manifest: Manifest, refused: list[tuple[str, str]]) -> None:
-    _keep_slices(manifest)
+    _keep_added(manifest)
     write_refused(manifest.folder, refused)
     manifest.save()
 
@@ -139,8 +140,17 @@ def write_refused(folder: Path, refused: list[tuple[str, str]]) -> None:
         csv.writer(file).writerows([("file", "reason"), *refused])
 
 
-def _keep_slices(manifest: Manifest) -> None:
-    """The slice features that the folder's manifest lists, of the volumes that are still made of the same source."""
+def read_refused(folder: Path) -> list[tuple[str, str]]:
+    """The (file, reason) pairs of refused.csv, none where there is no such file."""
+    path = folder / "refused.csv"
+    return [(row["file"], row["reason"]) for _, row in csv_rows(path, ("file", "reason"))] if path.is_file() else []
+
+
+def _keep_added(manifest: Manifest) -> None:
+    """What was added to the folder's manifest: questions where the data set itself has none, and slice features.
+
+    Features are kept of the volumes that are still made of the same source.
+    """
     if not (manifest.folder / "manifest.json").is_file():
         return
     try:
@@ -148,10 +158,12 @@ def _keep_slices(manifest: Manifest) -> None:
     except InputError:
         return  # it is replaced; `--slices` finds the features again
     manifest.slices = before.slices
-    listed = {e["id"]: e for entries in before.splits.values() for e in entries if "slices" in e}
+    listed = {e["id"]: e for entries in before.splits.values() for e in entries}
     for entry in (e for entries in manifest.splits.values() for e in entries):
-        old = listed.get(entry["id"])
-        if old and origin(old) == origin(json.loads(json.dumps(entry))):
+        old = listed.get(entry["id"], {})
+        if "qa" in old and "qa" not in entry:
+            entry["qa"] = old["qa"]
+        if "slices" in old and origin(old) == origin(json.loads(json.dumps(entry))):
             entry["slices"] = old["slices"]
 
 

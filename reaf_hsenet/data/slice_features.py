@@ -114,12 +114,14 @@ def add_slice_features(
     device: torch.device | str = "cpu",
     progress: bool = True,
     batch: int = 64,
+    replace: bool = False,
 ) -> list[tuple[str, str]]:
     """Encode what is missing of a prepared folder's volumes, then list it in manifest.json.
 
     provenance: of load_slice_encoder or describe. batch: slices per forward pass.
+    replace: remove features that the folder has of another encoder, or that were made in another way.
     Returns the refused (file, reason) pairs, which refused.csv has too: these volumes get no features. Raises
-    InputError when the folder has the features of another encoder.
+    InputError when the folder has such features and `replace` is not given.
     """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
@@ -129,8 +131,15 @@ def add_slice_features(
         manifest = load_manifest(folder)
         entries = [e for split in manifest.splits.values() for e in split]
         _refuse_tensors(entries)
-        if other := different_slices(manifest.slices or {}, provenance):
-            raise InputError(f"{folder}: holds slice features with another {other}; choose another --out")
+        if other := different_slices(_held(manifest, entries), provenance):
+            if not replace:
+                raise InputError(
+                    f"{folder}: holds slice features with another {other}; choose another --out, or replace them with "
+                    "--replace-slices"
+                )
+            _remove(manifest, entries)
+        if not _held(manifest, entries):
+            (folder / "slices.jsonl").unlink(missing_ok=True)  # of an encoder that made nothing
         manifest.slices = provenance
         origins = {e["id"]: _origin(e) for e in entries}
         journal = Journal(folder / "slices.jsonl", provenance, "slice features", ignored=("encoder",))
@@ -182,6 +191,26 @@ def add_slice_features(
 
 def slices_name(volume_id: str) -> str:
     return f"slices/{volume_id}.npy"
+
+
+def _held(manifest: Manifest, entries: list[dict]) -> dict:
+    """The provenance of the features that a folder has, whether listed or half made; empty where it has none."""
+    journal = manifest.folder / "slices.jsonl"
+    if manifest.slices is not None:
+        return manifest.slices
+    if not journal.is_file() or not any((manifest.folder / slices_name(e["id"])).is_file() for e in entries):
+        return {}
+    return json.loads(journal.read_text(encoding="utf-8").partition("\n")[0])
+
+
+def _remove(manifest: Manifest, entries: list[dict]) -> None:
+    """Features leave the manifest first, so that an interrupt does not leave two encoders' listed as one's."""
+    manifest.slices = None
+    for entry in entries:
+        entry.pop("slices", None)
+    manifest.save()
+    for entry in entries:
+        (manifest.folder / slices_name(entry["id"])).unlink(missing_ok=True)
 
 
 def _refuse_tensors(entries: list[dict]) -> None:

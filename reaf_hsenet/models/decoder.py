@@ -104,9 +104,9 @@ class DecoderAttention(nn.Module):
         q, k = rotate(qk, *rope).split((self.heads, self.kv_heads), dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if layer is not None:
-            layer[0].index_copy_(2, slots, k)
-            layer[1].index_copy_(2, slots, v)
-            k, v = layer[:, :, :, :end]
+            layer[0].index_copy_(2, slots, k.to(layer.dtype))  # autocast computes in another type
+            layer[1].index_copy_(2, slots, v.to(layer.dtype))
+            k, v = layer[:, :, :, :end].to(q.dtype)
         return self.o_proj(self.attend(q, k, v, mask, causal).transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -152,7 +152,6 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config, self.grad_checkpoint, self.rope = config, False, Rope(config.rope, config.head_dim)
-        self.compiled_steps = {}  # of generation.py
         # The pad's own row gets no gradient from look-ups, as published, even where it is bos and eos too.
         self.embed_tokens = nn.Embedding(config.vocab, config.width, padding_idx=config.pad_id)
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))

@@ -12,8 +12,25 @@ from torch import Tensor, nn
 FEW_ROWS = 8  # of a step; a processor's kernel then multiplies without writing the dequantised matrix down
 
 
+class _Product(torch.autograd.Function):
+    """x W^t, W dequantised anew in the backward pass: only the int8 matrix is kept for it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, quantised: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(quantised, scale)
+        return F.linear(x, dequantise(quantised, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient @ dequantise(*ctx.saved_tensors, gradient.dtype), None, None
+
+
+def dequantise(quantised: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (quantised * scale[:, None]).to(dtype)
+
+
 class Int8Linear(nn.Module):
-    """x (..., in) -> (..., out): (x q^t) * scale + bias. Made of a Linear. Not trained."""
+    """x (..., in) -> (..., out): x W^t + bias, W = scale * q. Made of a Linear. Not trained."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -28,14 +45,17 @@ class Int8Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix itself, in the Linear's type."""
-        return (self.quantised * self.scale[:, None]).to(self.dtype)
+        return dequantise(self.quantised, self.scale, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, rows = self.scale.to(x.dtype), x.numel() // x.shape[-1]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        rows = x.numel() // x.shape[-1]
         if x.is_cpu and x.dtype == torch.bfloat16 and rows <= FEW_ROWS and not torch.is_grad_enabled():
-            y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.quantised, scale).unflatten(0, x.shape[:-1])
+            y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.quantised, self.scale.to(x.dtype))
+            y = y.unflatten(0, x.shape[:-1])
         else:
-            y = F.linear(x, self.quantised.to(x.dtype)) * scale
+            y = _Product.apply(x, self.quantised, self.scale)
         return y if self.bias is None else y + self.bias
 
 

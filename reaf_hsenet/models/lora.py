@@ -97,7 +97,9 @@ def add_lora(module: nn.Module, targets: tuple[str, ...], r: int, alpha: float, 
         module.get_submodule(name.rpartition(".")[0]).register_module(leaf, LoraLinear(child, r, alpha, dropout, wanted))
         adapted, unused = adapted + 1, unused - {leaf, *parts}
     if unused:
-        raise ValueError(f"LoRA targets {', '.join(sorted(unused))} name no linear layer of this model")
+        raise ValueError(
+            f"LoRA targets {', '.join(sorted(unused))} name no linear layer of this model that can be trained (a packed one cannot)"
+        )
     return adapted
 
 

@@ -8,6 +8,8 @@ with the same numbers.
 import torch
 from torch import Tensor, nn
 
+from reaf_hsenet.models.lora import LoraLinear
+
 ROWS = 4  # of a typical step: the arrangement is chosen for it
 
 
@@ -31,18 +33,28 @@ class PackedLinear(nn.Module):
         return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("a packed layer has no gradient: pack() is for inference, under torch.inference_mode()")
+        if x.dtype != self.packed.dtype:  # under autocast
+            x = x.to(self.packed.dtype)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 def pack(decoder: nn.Module) -> None:
-    """Put a PackedLinear in the place of every Linear that can be one. Merge adapters first; export before.
+    """Put a PackedLinear in the place of every Linear that can be one, and of every merged adapter. Export before.
 
     The head of a tied decoder gets a matrix of its own beside the embedding.
     """
     for name, layer in list(decoder.named_modules()):
-        if not isinstance(layer, nn.Linear) or not packable(layer.weight):
-            continue
-        parent, _, leaf = name.rpartition(".")
-        setattr(decoder.get_submodule(parent), leaf, PackedLinear(layer.weight, layer.bias))
+        if isinstance(layer, LoraLinear) and layer.merged is not None and packable(layer.merged):
+            _replace(decoder, name, PackedLinear(layer.merged, layer.base.bias))
+    for name, layer in list(decoder.named_modules()):
+        if isinstance(layer, nn.Linear) and packable(layer.weight):
+            _replace(decoder, name, PackedLinear(layer.weight, layer.bias))
     if decoder.lm_head is None and packable(decoder.embed_tokens.weight):
         decoder.lm_head = PackedLinear(decoder.embed_tokens.weight)
+
+
+def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, layer)

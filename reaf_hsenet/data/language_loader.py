@@ -1,0 +1,101 @@
+"""Prepared volumes with a question and its answer -> batches for the language model: of reports, or of questions.
+
+As in loader.py an item is asked for as (epoch, row), and its randomness (prompt, augmentation) depends on seed and both.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from reaf_hsenet.config import Augmentation
+from reaf_hsenet.data.augment import augment_with_slices
+from reaf_hsenet.data.language import LanguageExample, collate_examples, language_example, question_text
+from reaf_hsenet.data.loader import read_prepared, read_slices
+from reaf_hsenet.data.manifest import Manifest
+from reaf_hsenet.data.questions import question_answer, questions, report_prompt
+from reaf_hsenet.data.text import clean_report
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.tokenizer import Tokenizer
+
+
+@dataclass
+class LanguageBatch:
+    """ids, mask, labels: (B, T), labels -100 where nothing is learned. volume: (B, 1, D, H, W). slices: (B, S, C) or
+    None. index: rows of the data set."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    volume: Tensor
+    slices: Tensor | None
+    index: list[int]
+
+    def to(self, device: torch.device) -> "LanguageBatch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return LanguageBatch(**{n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in values.items()})
+
+
+class LanguageDataset(Dataset):
+    """task `mrg`: every volume with its report. Otherwise a kind of questions: every question with its volume.
+
+    image_tokens: visual tokens that the model makes of a volume. max_text: tokens, image tokens included. prompt: one for
+    all reports, in place of the published ones that are drawn.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        task: str,
+        tokenizer: Tokenizer,
+        image_tokens: int,
+        max_text: int,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        slices: bool = False,
+        slices_follow: bool = True,
+        prompt: str | None = None,
+    ):
+        self.manifest, self.entries, self.task = manifest, manifest.entries(split), task
+        self.rows = [(i, None) for i in range(len(self.entries))] if task == "mrg" else questions(manifest, split, task)
+        self.tokenizer, self.image_tokens, self.max_text = tokenizer, image_tokens, max_text
+        self.augmentation, self.seed, self.prompt = augmentation, seed, prompt
+        self.slices, self.slices_follow = slices, slices_follow
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def text(self, row: int, rng: np.random.Generator) -> tuple[str, str]:
+        """(question, answer) of a row; a report without quotes and brackets, as published."""
+        entry, asked = self.rows[row]
+        if asked is None:
+            return self.prompt or report_prompt(rng), clean_report(self.entries[entry]["text"])
+        return question_answer(asked, rng)
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, row = key
+        rng = np.random.default_rng((self.seed, epoch, row))
+        entry = self.entries[self.rows[row][0]]
+        try:
+            volume = read_prepared(self.manifest, entry)
+            slices = read_slices(self.manifest, entry) if self.slices else None
+            prompt, answer = self.text(row, rng)
+            question = question_text(self.tokenizer, prompt, self.image_tokens)
+            example = language_example(self.tokenizer, question, answer, self.max_text)
+        except InputError as error:
+            return error  # raised by the main process: a worker's exception would carry its traceback
+        if self.augmentation is not None:
+            volume, following = augment_with_slices(volume, slices, self.augmentation, rng)
+            slices = following if self.slices_follow else slices
+        return example, volume, slices, row
+
+    def collate(self, items: list) -> LanguageBatch | InputError:
+        for item in items:
+            if isinstance(item, InputError):
+                return item
+        examples, volumes, slices, index = zip(*items, strict=True)
+        text = collate_examples(self.tokenizer, [LanguageExample(*e) for e in examples])
+        return LanguageBatch(*text, torch.stack(volumes), torch.stack(slices) if self.slices else None, list(index))

@@ -1,0 +1,110 @@
+"""What a language model is asked: prompts for a report, and a manifest's questions, listed, put into words, added.
+
+An entry's `qa` is a list of {"kind": one of KINDS, "anatomy", "abnormality", "answer"}, with "size" and "question" where
+the table has them. Templates are data: prompts/report.json and prompts/questions.json.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from reaf_hsenet.data.manifest import Manifest, load_manifest
+from reaf_hsenet.data.prepare import read_refused, write_refused
+from reaf_hsenet.data.radgenome import KINDS, SPLITS, find_tables, read_questions, refusal
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import folder_lock, read_json
+
+PROMPTS = Path(__file__).parent / "prompts"
+REFUSED = "questions: "  # begins the reasons of refused.csv that are of question tables
+# How a question calls an anatomy that has no name of its own.
+SPOKEN = {"": "whole scan", "others": "other regions"}
+
+
+@cache
+def report_prompts() -> tuple[str, ...]:
+    """The published prompts for a report; one stands there twice."""
+    return tuple(read_json(PROMPTS / "report.json")["prompts"])
+
+
+@cache
+def templates(kind: str) -> tuple[str, ...]:
+    """Questions of a kind, with the slots {abnormality} and {anatomy}."""
+    return tuple(read_json(PROMPTS / "questions.json")[checked_kind(kind)])
+
+
+def checked_kind(kind: str) -> str:
+    """The kind. Raises InputError unless it is one of KINDS."""
+    if kind not in KINDS:
+        raise InputError(f"questions of kind {kind!r}: expected one of {', '.join(KINDS)}")
+    return kind
+
+
+def report_prompt(rng: np.random.Generator) -> str:
+    """A prompt for a report, drawn uniformly."""
+    return _draw(report_prompts(), rng)
+
+
+def question_answer(row: dict, rng: np.random.Generator) -> tuple[str, str]:
+    """The question of a qa row, its own or else a template drawn uniformly, and its answer."""
+    question = row.get("question") or question_text(row["kind"], row["abnormality"], row["anatomy"], rng)
+    return question, row["answer"]
+
+
+def question_text(kind: str, abnormality: str, anatomy: str, rng: np.random.Generator) -> str:
+    """A template of the kind, filled. Of an anatomy such as "lung/right lung" the last part is named."""
+    anatomy = anatomy.split("/")[-1].strip()
+    return _draw(templates(kind), rng).format(abnormality=abnormality, anatomy=SPOKEN.get(anatomy.lower(), anatomy))
+
+
+def questions(manifest: Manifest, split: str, kind: str) -> list[tuple[int, dict]]:
+    """(row of the split, qa row) of every question of a kind, in the manifest's order.
+
+    Raises InputError when there are none.
+    """
+    checked_kind(kind)
+    rows = ((i, row) for i, entry in enumerate(manifest.entries(split)) for row in entry.get("qa", ()))
+    found = [(i, row) for i, row in rows if row["kind"] == kind]
+    if not found:
+        raise InputError(
+            f"{manifest.name}: its {split} split has no questions of kind {kind}; add those of {split}_vqa_{kind}.csv with "
+            f"preprocess.py --dataset radgenome --root TABLES --out {manifest.folder} (of phantoms, TABLES is their raw folder)"
+        )
+    return found
+
+
+def add_questions(
+    folder: Path, root: Path, kinds: tuple[str, ...] = KINDS, allow_refused: bool = False
+) -> tuple[Manifest, list[tuple[str, str]]]:
+    """Give the volumes of a prepared folder the questions of RadGenome's tables at `root`, in place of any they had.
+
+    Returns the manifest, written anew, and the refused (table, reason) pairs, which refused.csv has too. Raises
+    InputError, and changes nothing, when there are any, unless they are allowed, and when no question is left.
+    """
+    folder, tables = Path(folder), find_tables(root)
+    if not (folder / "manifest.json").is_file():
+        raise InputError(f"{folder / 'manifest.json'}: no such file; prepare CT-RATE's volumes first, with --dataset ct-rate")
+    with folder_lock(folder):
+        manifest = load_manifest(folder)
+        refused = []
+        for split in dict.fromkeys((*SPLITS, *manifest.splits)):
+            entries = manifest.splits.get(split, [])
+            found, bad = read_questions(tables, split, [e["id"] for e in entries], kinds)
+            refused += bad
+            for entry in entries:
+                entry.pop("qa", None)
+                if entry["id"] in found:
+                    entry["qa"] = found[entry["id"]]
+        if refused and not allow_refused:
+            raise refusal(refused, "prepare these volumes, correct the table, or leave its rows out with --allow-refused")
+        if not any("qa" in e for entries in manifest.splits.values() for e in entries):
+            raise InputError(f"{tables}: no row of its tables of {', '.join(kinds)} is of a volume of {folder}; expected some")
+        lines = [(str(table), f"{REFUSED}{volume} {reason}") for table, volume, reason in refused]
+        others = [line for line in read_refused(folder) if not line[1].startswith(REFUSED)]
+        write_refused(folder, [*others, *lines])
+        manifest.save()
+    return manifest, lines
+
+
+def _draw(texts: tuple[str, ...], rng: np.random.Generator) -> str:
+    return texts[int(rng.integers(len(texts)))]

@@ -1,0 +1,96 @@
+"""Settings of a language model that sees, and how it is built from them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from reaf_hsenet.config import DECODER_LORA, VisionConfig, from_dict, to_dict, vision_config
+from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.models.clip import build_vision
+from reaf_hsenet.models.decoder import Decoder
+from reaf_hsenet.models.lora import add_lora
+from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.models.packer import PROJECTORS, build_projector
+
+# The encoders whose patch tokens the decoder sees.
+VISION = {"dual": ("stage1", "2e3"), "stage1": ("stage1",), "2e3": ("2e3",), "reaf": ("reaf",)}
+
+
+@dataclass(frozen=True)
+class MllmConfig:
+    """vision: one of VISION; encoders: theirs, in that order. kernel: tokens that the projector packs into one.
+
+    shared: one projector for both encoders. full: the whole decoder is trained; otherwise adapters of rank r, with alpha
+    and dropout (published: 16, 32, 0.05).
+    """
+
+    vision: str
+    encoders: tuple[VisionConfig, ...]
+    decoder: DecoderConfig
+    projector: str = "spatial_packer"
+    kernel: tuple[int, int, int] = (1, 4, 4)
+    shared: bool = False
+    full: bool = False
+    r: int = DECODER_LORA["r"]
+    alpha: float = DECODER_LORA["alpha"]
+    dropout: float = DECODER_LORA["dropout"]
+    max_text: int = 800
+
+    def __post_init__(self):
+        if self.vision not in VISION or len(self.encoders) != len(VISION[self.vision]):
+            raise InputError(f"--vision {self.vision}: expected one of {', '.join(VISION)}, with its encoders")
+        if self.projector not in PROJECTORS:
+            raise InputError(f"--projector {self.projector}: expected one of {', '.join(PROJECTORS)}")
+        if len({encoder.grid for encoder in self.encoders}) > 1 and self.shared:
+            raise InputError("--shared-projector: the two encoders have other token grids; leave the flag out")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "MllmConfig":
+        """Rebuild from its JSON form."""
+        decoder = {**values["decoder"], "rope": from_dict(RopeConfig, values["decoder"]["rope"])}
+        parts = {"encoders": tuple(map(vision_config, values["encoders"])), "decoder": from_dict(DecoderConfig, decoder)}
+        return from_dict(cls, {**values, **parts})
+
+    def to_dict(self) -> dict:
+        return to_dict(self)
+
+
+def build_mllm(config: MllmConfig, decoder: Decoder | None = None) -> Mllm:
+    """decoder: with its weights and the rows of the image tokens; without one a new decoder is made."""
+    decoder = Decoder(config.decoder) if decoder is None else decoder
+    encoders = [build_vision(encoder) for encoder in config.encoders]
+    projectors = []
+    for encoder in config.encoders[: 1 if config.shared else None]:
+        options = {}
+        if config.projector == "text_guided":
+            guided = next((e for e in config.encoders if hasattr(e, "slice_width")), None)
+            if guided is None:
+                raise InputError("--projector text_guided: needs slice features; choose --vision dual or 2e3")
+            options = {"slices": guided.slices, "slice_width": guided.slice_width}
+        try:
+            made = build_projector(config.projector, encoder.width, config.decoder.width, encoder.grid, config.kernel, **options)
+        except ValueError as error:
+            raise InputError(f"--projector {config.projector}, --kernel {config.kernel}: {error}") from error
+        projectors.append(made)
+    model = Mllm(encoders, projectors, decoder)
+    if not config.full:
+        decoder.requires_grad_(False)
+        adapt_decoder(decoder, config)
+    return model
+
+
+def adapt_decoder(decoder: Decoder, config: MllmConfig) -> None:
+    """Adapters for every linear layer of the blocks, as published: of fused matrices one adapter for Phi, one for each
+    part for Llama, whose files have the parts separately."""
+    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    targets = [name for whole, parts in fused.items() for name in (parts if config.decoder.family == "llama" else (whole,))]
+    add_lora(decoder.layers, (*targets, "o_proj", "down_proj"), config.r, config.alpha, config.dropout)
+
+
+def trained_state(model: Mllm) -> dict[str, torch.Tensor]:
+    """What a checkpoint of this model holds: what is trained. The rest is in the files that the run points to."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = {name for name, _ in model.named_parameters()} - trained
+    state = model.state_dict()
+    return {n: t for n, t in state.items() if n not in frozen and not n.startswith("encoders.") or n in trained}
