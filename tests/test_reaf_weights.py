@@ -264,7 +264,7 @@ def test_lora_trains_the_adapters_of_both_towers_and_leaves_their_matrices(prepa
     assert train.main(tiny(prepared_reaf, tmp_path / "next", "--max-steps", 1, "--init", out, "--lr", "1e-9")) == 0
     merged = weights(tmp_path / "next")["vision.blocks.0.attn.qkv.weight"]
     a, b = (weights(out, "best")[f"vision.blocks.0.attn.qkv.lora_{x}"] for x in "ab")
-    query = base["vision.blocks.0.attn.qkv.weight"][:144] + 4 * b[0] @ a[0]  # alpha 8, r 2
+    query = base["vision.blocks.0.attn.qkv.weight"][:144] + 4 * b[:144] @ a[:2]  # alpha 8, r 2
     assert torch.allclose(merged[:144], query, atol=1e-5)
 
 
