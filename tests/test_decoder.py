@@ -158,7 +158,7 @@ def test_int8_weights_take_half_the_memory_and_change_logits_by_what_eight_bits_
         found = decoder(tokens).float()
     after = sum(t.nbytes for m in made for t in m.buffers())
     assert len(made) == len(layers) == 16 and after < 0.51 * before  # bfloat16 before
-    # 0.7 % a product, through four blocks of four products each: measured 2.1 % of the norm, 0.5 % of the largest logit.
+    # 0.7 % a product, through four blocks of four products each: measured 2.3 % of the norm in bfloat16, 0.6 % of the largest logit.
     assert (found - expected).norm() / expected.norm() < 0.025
     assert (found - expected).square().mean().sqrt() / expected.abs().max() < 0.01
     assert not torch.equal(found, expected) and isinstance(decoder.lm_head, torch.nn.Linear)
