@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from reaf_hsenet.errors import InputError
+from reaf_hsenet.errors import InputError, first_six
 from reaf_hsenet.files import atomic_write, read_json, write_json
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.int8 import Int8Linear
 from reaf_hsenet.models.lora import LoraLinear, add_lora
 from reaf_hsenet.pretrained import find_folder, read_weights_file
-from reaf_hsenet.pretrained_decoder import first_six
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")

@@ -15,6 +15,12 @@ class OutputError(InputError):
     """A file that could not be written: a full disk, a folder without permission."""
 
 
+def first_six(items: list[str], separator: str = ", ") -> str:
+    """The items, of which those beyond six are counted only: an error is one line."""
+    more = f" and {len(items) - 6} more" if len(items) > 6 else ""
+    return separator.join(items[:6]) + more
+
+
 class Terminated(BaseException):
     """SIGTERM, raised where the program can still put things in order."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from reaf_hsenet.config import TextConfig
 from reaf_hsenet.data.reading import DAMAGED
-from reaf_hsenet.errors import InputError
+from reaf_hsenet.errors import InputError, first_six
 from reaf_hsenet.files import read_json
 from reaf_hsenet.models.positions import depth_plus_2d, resample_3d
 
@@ -330,6 +330,5 @@ def load_strictly(module: nn.Module, state: State, source: str) -> None:
         if n in state and state[n].shape != own[n].shape
     ]
     if problems:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise InputError(f"{source}: does not fit this model: {'; '.join(problems[:6])}{more}")
+        raise InputError(f"{source}: does not fit this model: {first_six(problems, '; ')}")
     module.load_state_dict(state)

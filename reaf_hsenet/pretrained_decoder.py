@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reaf_hsenet.decoder_config import DecoderConfig
-from reaf_hsenet.errors import InputError, OutputError
+from reaf_hsenet.errors import InputError, OutputError, first_six
 from reaf_hsenet.files import read_json, write_json
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.int8 import Int8Linear, quantise, quantise_decoder
@@ -193,12 +193,6 @@ def check(places: dict, parameters: dict, stored: dict[str, Stored], source: str
                     for name in known if stored[name].dtype != first]  # fmt: skip
     if problems:
         raise InputError(f"{source}: does not fit this decoder: {first_six(problems, '; ')}")
-
-
-def first_six(items: list[str], separator: str = ", ") -> str:
-    """The items, of which those beyond six are counted only: an error is one line."""
-    more = f" and {len(items) - 6} more" if len(items) > 6 else ""
-    return separator.join(items[:6]) + more
 
 
 def decoder_state(decoder: Decoder, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
