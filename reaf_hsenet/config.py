@@ -244,6 +244,7 @@ class Augmentation:
     scale: float = 0.5  # v * (1 + f), f uniform in +-intensity
     shift: float = 0.5  # v + o, o uniform in +-intensity
     intensity: float = 0.1
+    translate: int = 0  # voxels at most, each axis, background moving in; not published, for the tiny presets
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ class TrainConfig:
     grad_cache: volumes per pass of --grad-cache (grad_cache.py); None: the whole batch in one pass.
     relation: weight of stage 2's relation loss at step 0, which falls to 0 at relation_steps.
     slices_follow: a volume's slice features follow its depth flip; HSENet publishes that they do not.
+    questions: kind of questions that stage vqa learns to answer.
     calibrate: training volumes that set the start of an encoder trained from nothing (calibration.py); 0: plain start.
     """
 
@@ -282,6 +284,7 @@ class TrainConfig:
     relation: float = 0.0
     relation_steps: int = 5000
     slices_follow: bool = True
+    questions: str = "location"
     calibrate: int = 0
 
 
@@ -344,9 +347,13 @@ STAGES = {
     ),
 }
 
+# REAF's authors train no decoder: HSENet's settings.
+STAGES |= {(stage, "reaf"): STAGES[stage, "hsenet"] for stage in ("mrg", "vqa")}
+
 # What belongs to one stage only. Text lengths are tokens, the 256 visual tokens of report generation and question
 # answering included. REAF's LoRA, off in its recipe, is LoraConfig.
 DECODER_LORA = {"r": 16, "alpha": 32, "dropout": 0.05, "targets": "every linear layer of the decoder but lm_head"}
+PUBLISHED_VISUAL_TOKENS = 256
 TEXT_LENGTH = {"clip1": 512, "clip2": 512, "mrg": 800, "vqa": 330}
 GENERATION = {
     "mrg": {"new_tokens": 512, "sample": False, "prompt": "Can you summarize with findings the images presented?"},
@@ -392,6 +399,22 @@ TINY_STAGES = {
         "calibrate": 256,
     },
 }
+# A decoder from nothing, whose encoders are trained on: a few voxels to and fro keep them from learning the patients by
+# heart, and contradict no report.
+TINY_LANGUAGE = {
+    "lr": 1e-3,
+    "weight_decay": 0.1,
+    "betas": (0.9, 0.98),
+    "warmup": 0.1,
+    "batch_size": 32,
+    "precision": "fp32",
+    "validate_every": 0.25,
+    "validate_samples": 160,
+    "augment": replace(NO_AUGMENTATION, translate=2),
+}
+for _model in ("hsenet", "reaf"):
+    TINY_STAGES["mrg", _model] = {**TINY_LANGUAGE, "epochs": 16}
+    TINY_STAGES["vqa", _model] = {**TINY_LANGUAGE, "epochs": 10, "validate_samples": 400}
 # Phantoms for the tiny presets: coarse enough that the whole chest is in the crop.
 TINY_RECIPES = {
     "hsenet": replace(RECIPES["hsenet"], size=PRESETS["hsenet-tiny"].vision.size),

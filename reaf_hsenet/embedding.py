@@ -1,6 +1,5 @@
 """Dual-encoder runs at work: rebuild one from its folder, embed a split, score retrieval on it."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe, from_dict
 from reaf_hsenet.data.loader import CTReportDataset, InOrder, batches, make_loader
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import file_sha256
 from reaf_hsenet.metrics.retrieval import cross_retrieval
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
 from reaf_hsenet.pretrained import load_strictly
@@ -43,11 +43,7 @@ class DualEncoderRun:
 
     def sha256(self) -> str:
         """Of the checkpoint's weights, by which a run knows its teacher wherever that is moved to."""
-        digest = hashlib.sha256()
-        with open(self.checkpoint / "model.safetensors", "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-        return digest.hexdigest()
+        return file_sha256(self.checkpoint / "model.safetensors")
 
 
 def load_dual_encoder(folder: Path, which: str = "best") -> DualEncoderRun:

@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, and a lock so that one run at a time writes into a folder."""
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -50,6 +51,14 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise InputError(f"{path}: is not valid JSON ({error})") from error
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager

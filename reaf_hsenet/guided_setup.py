@@ -1,6 +1,7 @@
 """What stage 2 adds to a run: its teacher, and the configuration of an encoder that slices guide."""
 
 import argparse
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,3 +77,10 @@ def guided_config(args, config: ClipConfig, teacher: DualEncoderRun, manifest: M
         **vars(config.vision), slices=manifest.slices["slices"], slice_width=manifest.slices["width"]
     )
     return replace(config, vision=vision)
+
+
+def keep_slice_encoder(manifest: Manifest, run: Path) -> None:
+    """Copy the encoder of the phantoms' slices into the run, so that it can see a single scan wherever it is moved."""
+    own = manifest.folder / "slice_encoder"
+    if own.is_dir():
+        shutil.copytree(own, run / own.name, dirs_exist_ok=True)

@@ -12,9 +12,19 @@ from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.packer import PROJECTORS, build_projector
+from reaf_hsenet.tokenizer import Tokenizer
 
 # The encoders whose patch tokens the decoder sees.
 VISION = {"dual": ("stage1", "2e3"), "stage1": ("stage1",), "2e3": ("2e3",), "reaf": ("reaf",)}
+TINY_KERNEL = (1, 2, 2)  # the tiny presets' grid is 4 x 4 x 4
+
+
+def tiny_decoder(tokenizer: Tokenizer) -> DecoderConfig:
+    """A decoder that two cores train from nothing."""
+    return DecoderConfig(
+        family="llama", vocab=len(tokenizer), width=128, layers=3, heads=4, kv_heads=4, head_dim=32, mlp=384, context=1024,
+        rope=RopeConfig(dims=32), tied=True, bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,8 @@ class MllmConfig:
     """vision: one of VISION; encoders: theirs, in that order. kernel: tokens that the projector packs into one.
 
     shared: one projector for both encoders. full: the whole decoder is trained; otherwise adapters of rank r, with alpha
-    and dropout (published: 16, 32, 0.05).
+    and dropout (published: 16, 32, 0.05), on a frozen decoder, which int8 may hold in eight bits. train_vision: the
+    encoders are trained too (published: frozen).
     """
 
     vision: str
@@ -32,6 +43,8 @@ class MllmConfig:
     kernel: tuple[int, int, int] = (1, 4, 4)
     shared: bool = False
     full: bool = False
+    train_vision: bool = False
+    int8: bool = False
     r: int = DECODER_LORA["r"]
     alpha: float = DECODER_LORA["alpha"]
     dropout: float = DECODER_LORA["dropout"]
@@ -74,6 +87,7 @@ def build_mllm(config: MllmConfig, decoder: Decoder | None = None) -> Mllm:
             raise InputError(f"--projector {config.projector}, --kernel {config.kernel}: {error}") from error
         projectors.append(made)
     model = Mllm(encoders, projectors, decoder)
+    model.encoders.requires_grad_(config.train_vision)
     if not config.full:
         decoder.requires_grad_(False)
         adapt_decoder(decoder, config)

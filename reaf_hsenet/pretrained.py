@@ -319,9 +319,12 @@ def _summary(names: list[str]) -> str:
     return ", ".join(name for group in short for name in group)
 
 
-def load_strictly(module: nn.Module, state: State, source: str) -> None:
-    """Fill `module` with `state`. Raises InputError that lists missing, unexpected and misshapen tensors by name."""
-    own = module.state_dict()
+def load_strictly(module: nn.Module, state: State, source: str, own: State | None = None) -> None:
+    """Fill `module`, or those of its tensors that `own` has, with `state`.
+
+    Raises InputError that lists missing, unexpected and misshapen tensors by name.
+    """
+    own = module.state_dict() if own is None else own
     problems = [f"{n} is missing" for n in own if n not in state]
     problems += [f"{n} is not known" for n in state if n not in own]
     problems += [
@@ -331,4 +334,4 @@ def load_strictly(module: nn.Module, state: State, source: str) -> None:
     ]
     if problems:
         raise InputError(f"{source}: does not fit this model: {first_six(problems, '; ')}")
-    module.load_state_dict(state)
+    module.load_state_dict(state, strict=False)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from reaf_hsenet import __version__
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import (
     NO_AUGMENTATION,
@@ -37,6 +36,7 @@ from reaf_hsenet.pretrained import (
     read_weights,
 )
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece, train_wordpiece
+from reaf_hsenet.train_flags import flag, given
 
 VISION_FLAGS = (
     "size",
@@ -79,6 +79,11 @@ FIXED_FLAGS = (
     "seed",
     "max_steps",
 )
+# What may change from one start of a run to the next.
+KEPT_FLAGS = (
+    *("epochs", "precision", "grad_checkpoint", "grad_cache", "validate_every", "validate_samples", "save_every", "keep"),
+)
+
 
 @dataclass
 class Setup:
@@ -100,21 +105,15 @@ class Setup:
     def guided(self) -> bool:
         return isinstance(self.model_config.vision, GuidedVisionConfig)
 
-    def to_json(self, args: argparse.Namespace, ranks: Ranks, total: int) -> dict:
+    def values(self) -> dict:
+        """What config.json says of the run, besides its stage, length and place."""
         return {
-            "version": __version__,
-            "stage": args.stage,
-            "preset": self.preset,
             "model": to_dict(self.model_config),
             "recipe": to_dict(self.manifest.recipe),
             "origin": self.origin,
             "slices": self.manifest.slices if self.guided else None,
             "train": to_dict(self.settings),
-            "world": ranks.world,
-            "max_steps": args.max_steps or self.max_steps,
-            "total_steps": total,
             "data": str(self.manifest.location.absolute()),
-            "torch": torch.__version__,
         }
 
 
@@ -246,8 +245,8 @@ def model_config(args: argparse.Namespace, config: ClipConfig) -> ClipConfig:
         started_whole = args.init or args.stage == "clip2"
         for tower, started in (("vision", started_whole), ("text", args.text_model or started_whole)):
             if tower in args.lora and not started:
-                flag = "--init" if tower == "vision" else "--text-model"
-                raise InputError(f"--lora {tower}: needs weights to adapt, {flag}; a new encoder is trained whole")
+                needed = "--init" if tower == "vision" else "--text-model"
+                raise InputError(f"--lora {tower}: needs weights to adapt, {needed}; a new encoder is trained whole")
         if "text" in args.lora and args.unfreeze_text not in (None, 0):
             raise InputError("--unfreeze-text: with --lora text its blocks are trained by adapters; leave one out")
         settings["targets"] = tuple(settings.get("targets", LoraConfig.targets))
@@ -276,37 +275,8 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
     fixed |= {"no_guidance": args.stage == "clip2" and not isinstance(config.vision, GuidedVisionConfig)}
     fixed |= {f"lora_{k}": v for k, v in vars(config.lora).items()} if config.lora else {}
     fixed["lora"] = config.lora and config.lora.towers
-    for flag in FIXED_FLAGS:
-        given = getattr(args, flag)
-        if given is None or given is False:
-            continue
-        given = sorted(set(given)) if flag == "lora" else located(given) if flag in ("init", "text_model") else given
-        given = tuple(given) if isinstance(given, list) else None if given in ("none", "all") else given
-        if given != fixed.get(flag):
-            raise InputError(
-                f"--{flag.replace('_', '-')}: with --resume a run keeps its settings ({run.folder} has "
-                f"{fixed.get(flag)}); leave the flag out, or start another run with --out"
-            )
-    whole = settings.batch_size * values["world"]
-    if whole % ranks.world:
-        raise InputError(
-            f"{run.folder}: its global batch of {whole} cannot be shared by {ranks.world} processes"
-        )
-    kept = {
-        k: v
-        for k in (
-            "epochs",
-            "precision",
-            "grad_checkpoint",
-            "grad_cache",
-            "validate_every",
-            "validate_samples",
-            "save_every",
-            "keep",
-        )
-        if (v := getattr(args, k)) is not None
-    }
-    settings = replace(settings, batch_size=whole // ranks.world, **kept)
+    refuse_changes(args, FIXED_FLAGS, fixed, run)
+    settings = resumed_settings(args, run, values, ranks)
     tokenizer, steps = load_wordpiece(run.folder), values["max_steps"]
     if values.get("slices"):
         manifest.require_slices(values["slices"], str(run.folder))
@@ -316,20 +286,50 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
     return Setup(values["preset"], manifest, config, settings, tokenizer, steps, origin=origin, teacher=teacher)
 
 
-def train_settings(
-    args: argparse.Namespace, config: TrainConfig, ranks: Ranks, manifest: Manifest, say
-) -> TrainConfig:
+def refuse_changes(args: argparse.Namespace, names: tuple[str, ...], fixed: dict, run: Run) -> None:
+    """Raises InputError for a flag whose value is not the one that the run was started with."""
+    for name, value in given(args, names).items():
+        if name == "lora":
+            value = sorted(set(value))
+        elif name in ("init", "text_model", "decoder"):
+            value = located(value)
+        value = tuple(value) if isinstance(value, list) else None if value in ("none", "all") else value
+        if value != fixed.get(name):
+            raise InputError(
+                f"{flag(name)}: with --resume a run keeps its settings ({run.folder} has {fixed.get(name)}); leave the "
+                "flag out, or start another run with --out"
+            )
+
+
+def resumed_settings(args: argparse.Namespace, run: Run, values: dict, ranks: Ranks) -> TrainConfig:
+    """The run's own, but for what changes nothing that is learned; its global batch is shared by these ranks."""
+    settings = from_dict(TrainConfig, values["train"])
+    whole = settings.batch_size * values["world"]
+    if whole % ranks.world:
+        raise InputError(f"{run.folder}: its global batch of {whole} cannot be shared by {ranks.world} processes")
+    kept = {name: value for name in KEPT_FLAGS if (value := getattr(args, name)) is not None}
+    return replace(settings, batch_size=whole // ranks.world, **kept)
+
+
+def changed_settings(args: argparse.Namespace, config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """A stage's recipe with the command line's changes."""
     names = {f.name for f in fields(TrainConfig)}
     changes = {k: v for k, v in vars(args).items() if k in names and v is not None}
     if args.slices_stay:
         changes["slices_follow"] = False
     if args.no_augment:
         changes["augment"] = NO_AUGMENTATION
-    if args.unfreeze_text is not None:
-        changes["text_blocks"] = None if args.unfreeze_text == "all" else args.unfreeze_text
     if args.precision is None and ranks.device.type == "cpu":
         changes["precision"] = "fp32"
-    config = replace(config, **changes)
+    return replace(config, **changes)
+
+
+def train_settings(
+    args: argparse.Namespace, config: TrainConfig, ranks: Ranks, manifest: Manifest, say
+) -> TrainConfig:
+    config = changed_settings(args, config, ranks)
+    if args.unfreeze_text is not None:
+        config = replace(config, text_blocks=None if args.unfreeze_text == "all" else args.unfreeze_text)
     rows = len(manifest.entries("train"))
     if rows < max(2, ranks.world):
         raise InputError(

@@ -25,6 +25,8 @@ from reaf_hsenet.data.loader import Batch, GlobalBatches, batches, make_loader
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.grad_cache import cached_backward
+from reaf_hsenet.job import Job
+from reaf_hsenet.models.decoder import RMSNorm
 from reaf_hsenet.pretrained import load_strictly
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,13 +35,13 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Decayed and undecayed parameters by the published rule of each method.
 
-    hsenet: LayerNorms and biases are not decayed (class token, positions and logit scale are). reaf: nothing with
+    hsenet: norms and biases are not decayed (class token, positions and logit scale are). reaf: nothing with
     fewer than two dimensions is, nor the logit scale.
     """
     norms = {
         f"{name}.{parameter}".lstrip(".")
         for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm)
+        if isinstance(module, nn.LayerNorm | RMSNorm)
         for parameter, _ in module.named_parameters(recurse=False)
     }
     decayed, undecayed = [], []
@@ -74,16 +76,12 @@ class Progress:
 
 
 class Trainer:
-    """encode(model, batch) -> outputs; loss(outputs, batch, step) -> (scalar, {name: number or 0-d tensor});
+    """Of a job: encode(model, batch) -> outputs; loss(outputs, batch, step) -> (scalar, {name: number or 0-d tensor});
     validate(model) -> (score to maximise, {name: number}). Outputs have the batch's rows first, or are scalars."""
 
     def __init__(
         self,
-        model: nn.Module,
-        encode: Callable[[nn.Module, Batch], tuple[Tensor, ...]],
-        loss: Callable[[tuple[Tensor, ...], Batch, int], tuple[Tensor, dict]],
-        validate: Callable[[nn.Module], tuple[float, dict]],
-        dataset,
+        job: Job,
         config: TrainConfig,
         run: Run,
         ranks: Ranks,
@@ -93,26 +91,27 @@ class Trainer:
         writer: Callable[[dict], None] | None = None,
     ):
         self.config, self.run, self.ranks, self.writer = config, run, ranks, writer
-        self.encode, self.loss, self.validate, self.log_every = encode, loss, validate, log_every
-        self.model = model.to(ranks.device)
+        self.job, self.log_every = job, log_every
+        self.model = job.model.to(ranks.device)
         self.ddp = self.model
         if ranks.world > 1:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
             # Buffers are fixed tables, the same on every rank.
             self.ddp = DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps
+            parameter_groups(self.model, config), lr=config.lr, betas=config.betas, eps=config.eps
         )
+        self.optimizer.register_step_post_hook(lambda *_: job.after_step())
         self.dtype = PRECISIONS[config.precision]
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
-        self.sampler = GlobalBatches(len(dataset), config.batch_size, ranks.rank, ranks.world, config.seed)
-        self.loader = make_loader(dataset, self.sampler, workers, pin=ranks.device.type == "cuda")
+        self.sampler = GlobalBatches(len(job.train_set), config.batch_size, ranks.rank, ranks.world, config.seed)
+        self.loader = make_loader(job.train_set, self.sampler, workers, pin=ranks.device.type == "cuda")
         steps = len(self.sampler) // config.accumulate
         if steps == 0:
             needed = config.batch_size * config.accumulate * ranks.world
             raise InputError(
-                f"--batch-size {config.batch_size}, --accumulate {config.accumulate}: a step needs {needed} volumes, "
-                f"there are {len(dataset)}; lower one"
+                f"--batch-size {config.batch_size}, --accumulate {config.accumulate}: a step needs {needed} samples, "
+                f"there are {len(job.train_set)}; lower one"
             )
         self.total = max_steps or steps * config.epochs
         self.validate_every = max(1, round(config.validate_every * self.total))
@@ -121,7 +120,7 @@ class Trainer:
     def resume(self) -> None:
         """Take up the last checkpoint, exactly."""
         model, state = self.run.load_trainer()
-        load_strictly(self.model, model, str(self.run.pointer("last")))
+        load_strictly(self.model, model, str(self.run.pointer("last")), self.job.saved(self.model))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
@@ -210,7 +209,7 @@ class Trainer:
         result = {}
 
         def loss_backward(outputs) -> None:
-            loss, result["numbers"] = self.loss(outputs, batch, self.progress.step)
+            loss, result["numbers"] = self.job.loss(outputs, batch, self.progress.step)
             self.scaler.scale(loss * weight).backward()
             result["loss"] = loss
 
@@ -231,7 +230,7 @@ class Trainer:
         model = self.ddp if torch.is_grad_enabled() else self.model
         # Autocast in a context of its own: it keeps its copies of the weights, and those made without gradients have none.
         with self.autocast(), nullcontext() if sync or self.ranks.world == 1 else self.ddp.no_sync():
-            return self.encode(model, batch)
+            return self.job.encode(model, batch)
 
     def autocast(self):
         return torch.autocast(
@@ -259,7 +258,7 @@ class Trainer:
         self.progress.validated = self.progress.step
         started = time.perf_counter()
         with torch.inference_mode(), self.autocast():
-            score, numbers = self.validate(self.model)
+            score, numbers = self.job.validate(self.model)
         self.clock += time.perf_counter() - started  # not part of the training speed
         if self.ranks.main:
             shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
@@ -282,7 +281,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "progress": vars(self.progress),
             }
-            self.run.save(self.progress.step, self.model.state_dict(), state, self.config.keep, best)
+            self.run.save(self.progress.step, self.job.saved(self.model), state, self.config.keep, best)
         distributed.barrier()
 
     def _note_signal(self, number: int, frame) -> None:

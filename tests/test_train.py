@@ -242,7 +242,7 @@ def test_wrong_flags_are_named(prepared, tmp_path):
     wrong(tiny(prepared, out, "--preset", "huge"), "--preset huge.*hsenet-base, hsenet-tiny")
     wrong(tiny(prepared, out, "--batch-size", 500), "--batch-size 500.*there are")
     wrong(tiny(prepared, out, "--batch-size", 1), "--batch-size 1")
-    wrong(tiny(prepared, out, "--accumulate", 5), "--accumulate 5: a step needs 20 volumes, there are")
+    wrong(tiny(prepared, out, "--accumulate", 5), "--accumulate 5: a step needs 20 samples, there are")
     wrong(tiny(prepared, out, "--seed", -1), "--seed -1")
     wrong(tiny(prepared, out, "--warmup", 2), "--warmup 2")
     wrong(tiny(prepared, out, "--patch", 5, 16, 16), "not a multiple of the patch")

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from reaf_hsenet.config import Augmentation
 from reaf_hsenet.data.augment import augment_with_slices
+from reaf_hsenet.data.feature_cache import FeatureCache
 from reaf_hsenet.data.language import LanguageExample, collate_examples, language_example, question_text
 from reaf_hsenet.data.loader import read_prepared, read_slices
 from reaf_hsenet.data.manifest import Manifest
@@ -23,26 +24,31 @@ from reaf_hsenet.tokenizer import Tokenizer
 
 @dataclass
 class LanguageBatch:
-    """ids, mask, labels: (B, T), labels -100 where nothing is learned. volume: (B, 1, D, H, W). slices: (B, S, C) or
-    None. index: rows of the data set."""
+    """ids, mask, labels: (B, T), labels -100 where nothing is learned. volume: (B, 1, D, H, W), or in its place
+    features: (B, N, C) of every encoder. slices: (B, S, C) or None. index: rows of the data set."""
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
-    volume: Tensor
+    volume: Tensor | None
     slices: Tensor | None
     index: list[int]
+    features: list[Tensor] | None = None
 
     def to(self, device: torch.device) -> "LanguageBatch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return LanguageBatch(**{n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in values.items()})
+        def there(value):
+            if isinstance(value, list) and isinstance(value[0], Tensor):
+                return [there(tensor) for tensor in value]
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return LanguageBatch(**{f.name: there(getattr(self, f.name)) for f in fields(self)})
 
 
 class LanguageDataset(Dataset):
     """task `mrg`: every volume with its report. Otherwise a kind of questions: every question with its volume.
 
     image_tokens: visual tokens that the model makes of a volume. max_text: tokens, image tokens included. prompt: one for
-    all reports, in place of the published ones that are drawn.
+    all reports, in place of the published ones that are drawn. cache: of the encoders' features, read in place of volumes.
     """
 
     def __init__(
@@ -58,11 +64,12 @@ class LanguageDataset(Dataset):
         slices: bool = False,
         slices_follow: bool = True,
         prompt: str | None = None,
+        cache: FeatureCache | None = None,
     ):
         self.manifest, self.entries, self.task = manifest, manifest.entries(split), task
         self.rows = [(i, None) for i in range(len(self.entries))] if task == "mrg" else questions(manifest, split, task)
         self.tokenizer, self.image_tokens, self.max_text = tokenizer, image_tokens, max_text
-        self.augmentation, self.seed, self.prompt = augmentation, seed, prompt
+        self.augmentation, self.seed, self.prompt, self.cache = augmentation, seed, prompt, cache
         self.slices, self.slices_follow = slices, slices_follow
 
     def __len__(self) -> int:
@@ -80,22 +87,29 @@ class LanguageDataset(Dataset):
         rng = np.random.default_rng((self.seed, epoch, row))
         entry = self.entries[self.rows[row][0]]
         try:
-            volume = read_prepared(self.manifest, entry)
+            features = self.cache and self.cache.read(entry)
+            volume = None if self.cache else read_prepared(self.manifest, entry)
             slices = read_slices(self.manifest, entry) if self.slices else None
             prompt, answer = self.text(row, rng)
             question = question_text(self.tokenizer, prompt, self.image_tokens)
             example = language_example(self.tokenizer, question, answer, self.max_text)
         except InputError as error:
             return error  # raised by the main process: a worker's exception would carry its traceback
-        if self.augmentation is not None:
+        if self.augmentation is not None and volume is not None:
             volume, following = augment_with_slices(volume, slices, self.augmentation, rng)
             slices = following if self.slices_follow else slices
-        return example, volume, slices, row
+        return example, volume, slices, row, features
 
     def collate(self, items: list) -> LanguageBatch | InputError:
         for item in items:
             if isinstance(item, InputError):
                 return item
-        examples, volumes, slices, index = zip(*items, strict=True)
+        examples, volumes, slices, index, features = zip(*items, strict=True)
         text = collate_examples(self.tokenizer, [LanguageExample(*e) for e in examples])
-        return LanguageBatch(*text, torch.stack(volumes), torch.stack(slices) if self.slices else None, list(index))
+        return LanguageBatch(
+            *text,
+            None if self.cache else torch.stack(volumes),
+            torch.stack(slices) if self.slices else None,
+            list(index),
+            [torch.stack(encoder) for encoder in zip(*features, strict=True)] if self.cache else None,
+        )

@@ -4,7 +4,6 @@ Or only a manifest of the CTs as they are, which training reads and processes it
 """
 
 import csv
-import hashlib
 import json
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ from reaf_hsenet.data.reading import Reading, read_input, read_slice_images
 from reaf_hsenet.data.slices import SliceRecipe
 from reaf_hsenet.data.tables import csv_rows
 from reaf_hsenet.errors import InputError, OutputError
-from reaf_hsenet.files import atomic_write, folder_lock
+from reaf_hsenet.files import atomic_write, file_sha256, folder_lock
 
 
 @dataclass(frozen=True)
@@ -223,11 +222,7 @@ def prepare_case(case: Case, out: Path, options: Options) -> tuple[Case, dict | 
         return case, None, "needs more memory than there is; use fewer --workers"
     with atomic_write(out / volume_name(case.id), "wb") as file:
         np.save(file, image[0].astype(options.dtype))
-    digest = hashlib.sha256()
-    with open(case.path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    source = {"file": str(case.path), "sha256": digest.hexdigest(), **record}
+    source = {"file": str(case.path), "sha256": file_sha256(case.path), **record}
     return case, {"id": case.id, "stamp": _stamp(case), "source": source}, None
 
 

@@ -1,6 +1,7 @@
 """Questions about a phantom, and the answers that follow from its findings, as RadGenome-ChestCT's tables."""
 
 from collections.abc import Iterable
+from os.path import commonprefix
 
 import numpy as np
 
@@ -23,6 +24,17 @@ REGIONS = {
 }
 OTHER_REGION = "lung"
 SIZED = ("Lung nodule", "Lymphadenopathy", "Hiatal hernia", "Pericardial effusion", "Pleural effusion")
+
+
+def anatomy_path(label: str, places: Iterable[str]) -> str:
+    """RadGenome's path of what holds all places: "lung/right lung" of two lobes of the right lung, "lung" of both lungs."""
+    region = REGIONS.get(label, OTHER_REGION)
+    paths = []
+    for place in places:
+        side = place.split()[0]
+        lobe = [place] if place in LOBES else []
+        paths.append([region, f"{side} {region}", *lobe] if region == "lung" or region == "pleura" else [region])
+    return "/".join(commonprefix(paths))
 
 
 def ask_questions(
@@ -52,7 +64,7 @@ def ask_questions(
     location = ("Where is the {abnormality}?", "Which part shows {abnormality}?")
     for label in some([label for label in present if find(findings, label)[0].place], 2):
         places = dict.fromkeys(finding.place for finding in find(findings, label) if finding.place)
-        ask("location", location, ", ".join(places), REGIONS.get(label, OTHER_REGION), label.lower())
+        ask("location", location, ", ".join(places), anatomy_path(label, places), label.lower())
 
     abnormality = ("What abnormality is seen in the {anatomy}?", "What is abnormal in the {anatomy}?")
     regions = sorted({region for region in REGIONS.values() if region} | {OTHER_REGION})

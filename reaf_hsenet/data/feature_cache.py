@@ -1,0 +1,78 @@
+"""Patch tokens of frozen encoders, stored once: FOLDER/<key>/<id>.safetensors, one tensor (N, C) an encoder.
+
+The key is of the encoders, the recipe and the type, so that several runs share a folder, and no run reads another's
+features. A file also says what its volume was made of, so that features of a volume that was prepared anew are not used.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from reaf_hsenet import distributed
+from reaf_hsenet.config import to_dict
+from reaf_hsenet.data.loader import read_prepared, read_slices
+from reaf_hsenet.data.manifest import Manifest, origin
+from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import atomic_write
+from reaf_hsenet.models.mllm import Mllm
+
+
+class FeatureCache:
+    """dtype: of the stored tokens, the one that the run computes in."""
+
+    def __init__(self, folder: Path, encoders: list[dict], manifest: Manifest, dtype: torch.dtype):
+        hashes = [encoder["sha256"] for encoder in encoders]
+        slices = manifest.slices and {k: v for k, v in manifest.slices.items() if k != "encoder"}
+        facts = _digest([hashes, to_dict(manifest.recipe), manifest.dtype, slices, str(dtype)])
+        self.folder, self.manifest, self.dtype = Path(folder) / facts[:16], manifest, dtype
+
+    def path(self, entry: dict) -> Path:
+        return self.folder / f"{entry['id']}.safetensors"
+
+    def has(self, entry: dict) -> bool:
+        try:
+            with safe_open(self.path(entry), "pt") as file:
+                return (file.metadata() or {}).get("volume") == _digest(origin(entry))
+        except (OSError, SafetensorError):
+            return False
+
+    def read(self, entry: dict) -> list[Tensor]:
+        """(N, C) of every encoder. Raises InputError when the file is gone or damaged."""
+        try:
+            with safe_open(self.path(entry), "pt") as file:
+                return [file.get_tensor(name) for name in sorted(file.keys(), key=int)]
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.path(entry)}: cannot be read ({error}); start again with --resume, which makes it anew") from error
+
+    def write(self, entry: dict, features: list[Tensor]) -> None:
+        tensors = {str(i): x.to(self.dtype).cpu().contiguous() for i, x in enumerate(features)}
+        with atomic_write(self.path(entry), "wb") as file:
+            file.write(save(tensors, {"volume": _digest(origin(entry))}))
+
+
+def _digest(facts) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@torch.inference_mode()
+def fill_cache(cache: FeatureCache, model: Mllm, splits: tuple[str, ...], ranks: Ranks, slices: bool) -> None:
+    """Compute what is missing, each volume alone: in a batch its last digits would depend on the others."""
+    manifest = cache.manifest
+    entries = [entry for split in splits for entry in manifest.entries(split)][ranks.rank :: ranks.world]
+    missing = [entry for entry in entries if not cache.has(entry)]
+    model.encoders.to(ranks.device).eval()
+    enabled = cache.dtype != torch.float32
+    for entry in tqdm(missing, desc="features", unit="volume", disable=not ranks.main or not missing, dynamic_ncols=True):
+        volume = read_prepared(manifest, entry)[None].to(ranks.device)
+        given = read_slices(manifest, entry)[None].to(ranks.device) if slices else None
+        with torch.autocast(ranks.device.type, cache.dtype if enabled else torch.bfloat16, enabled=enabled):
+            features = model.features(volume, given)
+        cache.write(entry, [x[0] for x in features])
+    distributed.barrier()

@@ -1,0 +1,24 @@
+"""A stage as the training loop takes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.utils.data import Dataset
+
+
+@dataclass
+class Job:
+    """encode, loss, validate: as of Trainer. saved: the tensors of the model that a checkpoint holds.
+
+    after_step: what is done to the model after every optimizer step. blocks: what --compile compiles.
+    """
+
+    model: nn.Module
+    train_set: Dataset
+    encode: Callable
+    loss: Callable
+    validate: Callable
+    blocks: list[nn.Module]
+    saved: Callable[[nn.Module], dict] = nn.Module.state_dict
+    after_step: Callable[[], None] = lambda: None

@@ -1,0 +1,69 @@
+"""Stages mrg and vqa: the language model with its weights, its data, its loss and its validation."""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from reaf_hsenet import distributed
+from reaf_hsenet.data.feature_cache import FeatureCache, fill_cache
+from reaf_hsenet.data.language_loader import LanguageBatch, LanguageDataset
+from reaf_hsenet.data.loader import InOrder, batches, make_loader
+from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.job import Job
+from reaf_hsenet.language_setup import LanguageSetup
+from reaf_hsenet.mllm_config import build_mllm, trained_state
+from reaf_hsenet.mllm_run import base_decoder, fill_encoders
+from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.trainer import PRECISIONS
+
+
+def encode(model: Mllm, batch: LanguageBatch) -> tuple[Tensor, Tensor]:
+    """(sum of the answers' cross-entropies, number of their tokens)."""
+    return model(batch.ids, batch.mask, batch.labels, batch.volume, batch.slices, batch.features)
+
+
+def token_mean(outputs: tuple[Tensor, Tensor], batch: LanguageBatch, step: int) -> tuple[Tensor, dict]:
+    """The mean over the answer tokens of all ranks' batches, as if one process had them all."""
+    total, tokens = outputs
+    share = distributed.mean_over_ranks(tokens.float())  # gradients are averaged over ranks: so is what divides them
+    return total / share, {"answer_tokens": share}
+
+
+def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, say) -> Job:
+    manifest, settings, config = setup.manifest, setup.settings, setup.config
+    manifest.check(["train", "validation"], slices=setup.guided)
+    dtype = PRECISIONS[settings.precision]
+    torch.manual_seed(settings.seed)
+    # A frozen decoder is held in the type it computes in; what is trained is float32.
+    model = build_mllm(config, base_decoder(config, setup.origin, dtype or torch.float32))
+    if not (args.resume and config.train_vision):  # then they are in the checkpoint
+        fill_encoders(model, setup.origin["encoders"])
+    model.decoder.grad_checkpoint = settings.grad_checkpoint
+    for encoder in model.encoders:
+        encoder.grad_checkpoint = settings.grad_checkpoint and config.train_vision
+    cache = None
+    if setup.features:
+        cache = FeatureCache(setup.features, setup.origin["encoders"], manifest, dtype or torch.float32)
+        fill_cache(cache, model, ("train", "validation"), ranks, setup.guided)
+
+    def data(split: str, **changes) -> LanguageDataset:
+        task = "mrg" if args.stage == "mrg" else settings.questions
+        return LanguageDataset(
+            manifest, split, task, setup.tokenizer, model.visual_tokens, config.max_text, slices=setup.guided, cache=cache, **changes
+        )
+
+    train_set = data("train", augmentation=settings.augment, seed=settings.seed, slices_follow=settings.slices_follow)
+    validation_set = data("validation")
+
+    def validate(model: Mllm) -> tuple[float, dict]:
+        rows = min(settings.validate_samples, len(validation_set))
+        loader = make_loader(validation_set, InOrder(rows, settings.batch_size, ranks.rank, ranks.world), 0)
+        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+        for batch in batches(loader, ranks.device):
+            sums += torch.stack([value.double() for value in encode(model, batch)])
+        loss, tokens = distributed.mean_over_ranks(sums).tolist()
+        return -loss / tokens, {"loss": loss / tokens}
+
+    blocks = [block for encoder in model.encoders for block in encoder.blocks] + list(model.decoder.layers)
+    return Job(model, train_set, encode, token_mean, validate, blocks, saved=trained_state)

@@ -1,0 +1,234 @@
+"""What a run of stage mrg or vqa is made of: encoders of earlier runs, a projector each, a decoder with its tokenizer."""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from reaf_hsenet.checkpoint import Run
+from reaf_hsenet.config import (
+    NO_AUGMENTATION,
+    PUBLISHED_VISUAL_TOKENS,
+    TEXT_LENGTH,
+    Recipe,
+    TrainConfig,
+    from_dict,
+    stage_config,
+    to_dict,
+)
+from reaf_hsenet.data.language import add_image_tokens
+from reaf_hsenet.data.manifest import Manifest, load_manifest
+from reaf_hsenet.data.questions import questions, report_prompts, templates
+from reaf_hsenet.data.text import clean_report
+from reaf_hsenet.decoder_config import DecoderConfig
+from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.guided_setup import load_teacher
+from reaf_hsenet.mllm_config import TINY_KERNEL, MllmConfig, build_mllm, tiny_decoder
+from reaf_hsenet.mllm_run import decoder_sha256
+from reaf_hsenet.pretrained import find_folder
+from reaf_hsenet.pretrained_decoder import FILES
+from reaf_hsenet.run_setup import changed_settings, located, refuse_changes, resumed_settings
+from reaf_hsenet.tokenizer import Tokenizer, check_fits, load_tokenizer
+from reaf_hsenet.train_flags import given
+from reaf_hsenet.word_tokenizer import train_words
+
+# What a run keeps for good.
+FIXED_FLAGS = (
+    *("preset", "init", "vision", "projector", "kernel", "shared_projector", "decoder", "full", "train_vision", "int8"),
+    *("lora_r", "lora_alpha", "lora_dropout", "cache_features", "max_text", "questions", "slices_stay"),
+    *("batch_size", "accumulate", "lr", "weight_decay", "warmup", "clip_norm", "no_augment", "seed", "max_steps"),
+)
+
+
+@dataclass
+class LanguageSetup:
+    """All that a run is made of, whether new or resumed. features: folder of --cache-features."""
+
+    preset: str
+    manifest: Manifest
+    config: MllmConfig
+    settings: TrainConfig
+    tokenizer: Tokenizer
+    origin: dict
+    features: Path | None = None
+    max_steps: int | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether volumes come with slice features."""
+        return any(hasattr(encoder, "slice_width") for encoder in self.config.encoders)
+
+    def values(self) -> dict:
+        """What config.json says of the run, besides its stage, length and place."""
+        return {
+            "model": self.config.to_dict(),
+            "recipe": to_dict(self.manifest.recipe),
+            "origin": self.origin,
+            "slices": self.manifest.slices if self.guided else None,
+            "train": to_dict(self.settings),
+            "data": str(self.manifest.location.absolute()),
+            "features": self.features and str(self.features),
+        }
+
+
+def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageSetup:
+    vision = args.vision or ("reaf" if args.model == "reaf" else "dual")
+    if (vision == "reaf") != (args.model == "reaf"):
+        raise InputError(f"--vision {vision}: is not of --model {args.model}; reaf goes with --model reaf, the others with hsenet")
+    runs = encoder_runs(args, vision)
+    first = runs[-1]  # whose data and preset are the default
+    preset = args.preset or first.preset
+    if args.preset not in (None, first.preset):
+        raise InputError(f"--preset {args.preset}: {first.folder} has {first.preset}; leave the flag out")
+    manifest = load_manifest(args.data or first.data)
+    for run in runs:
+        manifest.require(run.recipe, str(run.folder))
+        if run.guided:
+            manifest.require_slices(run.slices, str(run.folder))
+    settings = changed_settings(args, stage_config(args.stage, args.model, preset), ranks)
+    rows = len(manifest.entries("train") if args.stage == "mrg" else questions(manifest, "train", settings.questions))
+    if settings.batch_size * ranks.world > rows:
+        if args.batch_size is not None or rows < ranks.world:
+            raise InputError(
+                f"--batch-size {settings.batch_size}: a batch of {ranks.world} processes needs "
+                f"{settings.batch_size * ranks.world} samples, there are {rows}"
+            )
+        say(f"batch size {rows // ranks.world} in place of {settings.batch_size}: there are {rows} training samples")
+        settings = replace(settings, batch_size=rows // ranks.world)
+    if args.decoder is None and not preset.endswith("-tiny"):
+        raise InputError("--decoder: name one that the encoders are joined to, for example microsoft/Phi-4-mini-instruct")
+    if args.decoder is None and (args.int8 or args.full or any(given(args, ("lora_r", "lora_alpha", "lora_dropout")))):
+        raise InputError("--full, --int8, --lora-*: are of a --decoder with weights; a new one is trained whole")
+    if args.int8 and args.full:
+        raise InputError("--int8: weights in eight bits are not trained; leave out --full")
+    tokenizer, decoder, known = text_side(args, manifest, settings, say)
+    full = args.full or known is None
+    options = {name.removeprefix("lora_"): v for name, v in given(args, ("lora_r", "lora_alpha", "lora_dropout")).items()}
+    kernel = args.kernel or (TINY_KERNEL if preset.endswith("-tiny") else MllmConfig.kernel)
+    config = MllmConfig(
+        vision,
+        tuple(run.config.vision for run in runs),
+        decoder,
+        args.projector or MllmConfig.projector,
+        tuple(kernel),
+        args.shared_projector,
+        full,
+        known is None if args.train_vision is None else args.train_vision,
+        args.int8,
+        **options,
+    )
+    config = replace(config, max_text=text_length(args, config))
+    origin = {
+        "init": located(first.folder),
+        "encoders": [{"run": located(run.folder), "sha256": run.sha256()} for run in runs],
+        "decoder": known,
+    }
+    features = feature_folder(args, config, settings, manifest)
+    return LanguageSetup(preset, manifest, config, settings, tokenizer, origin, features, args.max_steps)
+
+
+def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
+    """The dual-encoder runs that `vision` takes its encoders from, in their order."""
+    default = Path("runs/clip2-hsenet" if vision in ("dual", "2e3") else f"runs/clip1-{args.model}")
+    folder = Path(args.init) if args.init else default
+    if not Run(folder).exists:
+        stage = "clip2" if vision in ("dual", "2e3") else "clip1"
+        raise InputError(
+            f"{folder}: no run of stage {stage}, whose encoder --vision {vision} sees; train it first, or name one with --init"
+        )
+    run = load_dual_encoder(folder)
+    wanted = {"dual": "clip2", "2e3": "clip2", "stage1": "clip1", "reaf": "clip1"}[vision]
+    if (run.stage, run.config.model) != (wanted, args.model) or (wanted == "clip2" and not run.guided):
+        guided = " without slices" if run.stage == "clip2" and not run.guided else ""
+        raise InputError(
+            f"--init {folder}: is a {run.stage} run of {run.config.model}{guided}; --vision {vision} needs a {wanted} run of {args.model}"
+        )
+    if vision != "dual":
+        if args.teacher:
+            raise InputError(f"--teacher: is the stage-1 run beside 2E3; --vision {vision} has none, leave it out")
+        return [run]
+    teacher = load_teacher(args.teacher or run.origin["teacher"])
+    if args.teacher is None and teacher.sha256() != run.origin.get("teacher_sha256"):
+        raise InputError(
+            f"{teacher.folder}: its best checkpoint is no longer the one that {folder} learned from; name that one's folder, "
+            "or another stage-1 run, with --teacher"
+        )
+    return [teacher, run]
+
+
+def text_side(
+    args: argparse.Namespace, manifest: Manifest, settings: TrainConfig, say
+) -> tuple[Tokenizer, DecoderConfig, dict | None]:
+    """Tokenizer with the image tokens, the decoder's settings, and where its weights are; None for a new decoder."""
+    if args.decoder is None:
+        say("no --decoder: a small one starts from nothing, with a vocabulary of the training texts")
+        texts = [clean_report(entry["text"]) for entry in manifest.entries("train")] + list(report_prompts())
+        if args.stage == "vqa":
+            asked = [row for _, row in questions(manifest, "train", settings.questions)]
+            texts = [text for row in asked for text in (row.get("question", ""), row["answer"], row["abnormality"], row["anatomy"])]
+            texts += templates(settings.questions)
+        tokenizer = train_words(texts, 1000)
+        add_image_tokens(tokenizer)
+        return tokenizer, tiny_decoder(tokenizer), None
+    folder = find_folder(args.decoder, FILES)
+    tokenizer, config = load_tokenizer(folder), DecoderConfig.from_folder(folder)
+    special = {"bos": config.bos_id, "eos": list(config.eos_ids), "pad": config.pad_id}
+    check_fits(tokenizer, config.vocab, special, str(folder / "config.json"))
+    own = len(tokenizer)
+    add_image_tokens(tokenizer)
+    known = {"name": located(args.decoder), "sha256": decoder_sha256(args.decoder), "added": len(tokenizer) - own}
+    return tokenizer, replace(config, vocab=len(tokenizer)), known
+
+
+def text_length(args: argparse.Namespace, config: MllmConfig) -> int:
+    """Tokens of an input: visual ones, and the published number of others or --max-text."""
+    with torch.device("meta"):
+        visual = build_mllm(config).visual_tokens
+    length = visual + (args.max_text or TEXT_LENGTH[args.stage] - PUBLISHED_VISUAL_TOKENS)
+    if length > config.decoder.context:
+        raise InputError(
+            f"--max-text: {visual} visual tokens and {length - visual} of text do not fit the decoder's context of "
+            f"{config.decoder.context}; lower it, or choose a larger --kernel"
+        )
+    return length
+
+
+def feature_folder(args, config: MllmConfig, settings: TrainConfig, manifest: Manifest) -> Path | None:
+    if not args.cache_features:
+        return None
+    if config.train_vision:
+        raise InputError("--cache-features: encoders that are trained have no lasting features; add --no-train-vision")
+    if settings.augment != NO_AUGMENTATION:
+        raise InputError("--cache-features: augmented volumes have other features; add --no-augment")
+    return (manifest.folder / "features" if args.cache_features is True else Path(args.cache_features)).absolute()
+
+
+def resumed_language_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> LanguageSetup:
+    """Everything from the run's config.json; a flag that would change what is trained is refused."""
+    if not run.exists:
+        raise InputError(f"{run.folder}: holds no run to resume; name one with --out, or leave --resume out")
+    values = run.read_config()
+    model = "reaf" if values["model"].get("vision") == "reaf" else "hsenet"
+    if (values["stage"], model) != (args.stage, args.model):
+        raise InputError(f"{run.folder}: is a {values['stage']} run of {model}, not {args.stage} of {args.model}")
+    config, settings, origin = MllmConfig.from_dict(values["model"]), from_dict(TrainConfig, values["train"]), values["origin"]
+    manifest = load_manifest(args.data or Path(values["data"]))
+    manifest.require(from_dict(Recipe, values["recipe"]), str(run.folder))
+    if values["slices"]:
+        manifest.require_slices(values["slices"], str(run.folder))
+    fixed = {**vars(settings), **vars(config), **{f"lora_{name}": getattr(config, name) for name in ("r", "alpha", "dropout")}}
+    fixed |= {"preset": values["preset"], "max_steps": values["max_steps"], "init": origin["init"]}
+    fixed |= {"decoder": origin["decoder"] and origin["decoder"]["name"], "shared_projector": config.shared}
+    fixed |= {"no_augment": settings.augment == NO_AUGMENTATION, "slices_stay": not settings.slices_follow}
+    fixed["cache_features"] = bool(values["features"]) if args.cache_features is True else values["features"]
+    if args.max_text:
+        fixed["max_text"] = config.max_text - (text_length(args, config) - args.max_text)
+    refuse_changes(args, FIXED_FLAGS, fixed, run)
+    settings = resumed_settings(args, run, values, ranks)
+    features = Path(values["features"]) if values["features"] else None
+    return LanguageSetup(
+        values["preset"], manifest, config, settings, load_tokenizer(run.folder), origin, features, values["max_steps"]
+    )
