@@ -4,104 +4,44 @@
     python evaluate.py --task retrieval --run RUN --data FOLDER        # any run, any prepared data set
     python evaluate.py --task zeroshot --prompts organ                 # CT-RATE's classes, with another template
     python evaluate.py --task retrieval --compare RUN RUN              # evaluated runs side by side
+    python evaluate.py --task mrg                                      # reports of runs/mrg-hsenet
+    python evaluate.py --task vqa --questions location                 # answers of runs/vqa-hsenet
 
 Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv, embeddings.safetensors; zeroshot.json,
-zeroshot_scores.csv. With --figures DIR also pictures (needs matplotlib).
+zeroshot_scores.csv; mrg.json, mrg.csv; vqa.json, vqa.csv. An interrupted mrg or vqa goes on where it was when started
+again, with any number of processes. With --figures DIR also pictures (needs matplotlib).
 """
 
 import argparse
-import csv
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
 from safetensors.torch import save
 
-from reaf_hsenet import comparison, distributed, figures, zeroshot
-from reaf_hsenet.data.labels import LABEL_SETS, load_label_set, manifest_labels, read_label_table
+from reaf_hsenet import comparison, distributed, figures, language_scores, zeroshot
+from reaf_hsenet.answering import check_context, usual_new_tokens
+from reaf_hsenet.config import GENERATION
+from reaf_hsenet.data.labels import load_label_set, manifest_labels, read_label_table
+from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.embedding import DualEncoderRun, embed, load_dual_encoder
-from reaf_hsenet.errors import InputError, Parser, run_script
-from reaf_hsenet.files import atomic_write, write_json
+from reaf_hsenet.errors import run_script
+from reaf_hsenet.evaluate_flags import LANGUAGE, parse
+from reaf_hsenet.files import atomic_write, folder_lock, write_json
+from reaf_hsenet.language_evaluation import asked_rows, fingerprint, generate_answers
+from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
-from reaf_hsenet.metrics.retrieval import (
-    CrossRetrieval,
-    cross_retrieval,
-    cross_retrieval_per_scan,
-    label_overlap,
-)
+from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
+from reaf_hsenet.metrics.retrieval import cross_retrieval, cross_retrieval_per_scan, label_overlap
+from reaf_hsenet.mllm_run import MllmRun, load_mllm
+from reaf_hsenet.retrieval_results import print_table, write_queries
 
-OVERLAPS = {
-    "as_published_accumulating": "label overlap, as published",
-    "per_k": "label overlap, per k",
-    "per_k_excluding_the_query_itself": "label overlap, without the query",
-    "per_k_excluding_all_reconstructions_of_the_query_scan": "label overlap, without its scan",
-}
-
-# Defaults: of the flags of one run's evaluation, of those that only zero-shot classification has, and --compare too.
-ONE_RUN = {
-    **{"run": None, "model": "hsenet", "checkpoint": "best", "data": None, "split": "validation"},
-    **{"batch_size": 16, "workers": 0, "device": None, "figures": None, "figure_volumes": 4},
-}
-ZEROSHOT = {"prompts": "volume", "label_set": "ct-rate", "labels": None}
-BOOTSTRAP = {"bootstrap": 1000, "seed": 0}
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("--task", choices=("retrieval", "zeroshot"), required=True)
-    parser.add_argument("--run", type=Path, help="run folder of train.py (default: runs/clip1-MODEL)")
-    parser.add_argument("--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)")
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="two or more evaluated runs: their scores, and differences from the first with bootstrap intervals",
-    )
-    parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best")
-    parser.add_argument("--data", type=Path, help="prepared data set (default: the run's own)")
-    parser.add_argument("--split", choices=("train", "validation", "test"), help="default: validation")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: RUN/eval)")
-    parser.add_argument("--batch-size", type=int, help="default: 16")
-    parser.add_argument("--workers", type=int, help="processes that read volumes (default: 0)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    group = parser.add_argument_group("pictures")
-    group.add_argument("--figures", type=Path, metavar="DIR", help="write ROC or recall curves and saliency there")
-    group.add_argument("--figure-volumes", type=int, metavar="N", help="saliency of the first N volumes (default: 4)")
-    group = parser.add_argument_group("zero-shot classification")
-    group.add_argument("--prompts", help="volume, organ or a json file (default: volume)")
-    group.add_argument("--label-set", choices=LABEL_SETS, help="how label columns become classes (default: ct-rate)")
-    group.add_argument("--labels", type=Path, metavar="CSV", help="label table (default: the manifest's labels)")
-    group.add_argument("--bootstrap", type=int, metavar="N", help="resamples of the intervals; 0: none (default: 1000)")
-    group.add_argument("--seed", type=int, help="of the bootstrap (default: 0)")
-    args = parser.parse_args(argv)
-    if args.compare:
-        foreign, where = ONE_RUN | ZEROSHOT, "the evaluation of one run, not to --compare"
-    else:
-        foreign = {} if args.task == "zeroshot" else ZEROSHOT | BOOTSTRAP
-        where = f"--task zeroshot, not {args.task}"
-    if given := [name for name in foreign if getattr(args, name) is not None]:
-        raise InputError(f"--{given[0].replace('_', '-')}: belongs to {where}")
-    for name, value in (ONE_RUN | ZEROSHOT | BOOTSTRAP).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.run = args.run or Path(f"runs/clip1-{args.model}")
-    if args.compare and len(args.compare) < 2:
-        raise InputError("--compare: expected two or more runs")
-    for name, least in (("batch_size", 1), ("workers", 0), ("figure_volumes", 0), ("bootstrap", 0), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
-    for name in ("out", "figures"):  # said now, not after hours
-        folder = getattr(args, name)
-        nearest = next((p for p in (folder, *folder.parents) if p.exists()), None) if folder else None
-        if nearest and not nearest.is_dir():
-            raise InputError(f"--{name} {nearest}: is a file; expected a folder to write into")
-    return args
+PRECISIONS = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: list[str]) -> int:
-    args = parse(argv)
+    args = parse(argv, __doc__)
     if args.compare:
         results = comparison.compare(args.task, args.compare, args.bootstrap, args.seed)
         comparison.print_comparison(results, args.compare)
@@ -112,27 +52,37 @@ def main(argv: list[str]) -> int:
         figures.new_figure(1, 1)  # a missing matplotlib is said now, too
     ranks = distributed.start(args.device)
     try:
-        run = load_dual_encoder(args.run, args.checkpoint)
-        manifest = load_manifest(args.data or run.data)
-        manifest.require(run.recipe, str(args.run))
-        if run.guided:
-            manifest.require_slices(run.slices, str(args.run))
-        manifest.check([args.split], slices=run.guided, reports=args.task == "retrieval")
-        dataset = CTReportDataset(
-            manifest,
-            args.split,
-            run.tokenizer,
-            run.config.max_text,
-            style=run.config.model,
-            slices=run.guided,
-        )
-        run.model.to(ranks.device)
-        {"retrieval": retrieval, "zeroshot": classify}[args.task](args, run, manifest, dataset, ranks)
-        if args.figures and ranks.main:
-            saliency_figures(args, run, manifest, ranks.device)
+        (language if args.task in LANGUAGE else dual_encoder)(args, ranks)
     finally:
         distributed.stop()
     return 0
+
+
+def find_data(args: argparse.Namespace, run: DualEncoderRun | MllmRun, reports: bool) -> Manifest:
+    """The data set, checked to be what the run's model takes."""
+    manifest = load_manifest(args.data or run.data)
+    manifest.require(run.recipe, str(args.run))
+    if run.guided:
+        manifest.require_slices(run.slices, str(args.run))
+    manifest.check([args.split], slices=run.guided, reports=reports)
+    return manifest
+
+
+def dual_encoder(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+    run = load_dual_encoder(args.run, args.checkpoint)
+    manifest = find_data(args, run, reports=args.task == "retrieval")
+    dataset = CTReportDataset(
+        manifest,
+        args.split,
+        run.tokenizer,
+        run.config.max_text,
+        style=run.config.model,
+        slices=run.guided,
+    )
+    run.model.to(ranks.device)
+    {"retrieval": retrieval, "zeroshot": classify}[args.task](args, run, manifest, dataset, ranks)
+    if args.figures and ranks.main:
+        saliency_figures(args, run, manifest, ranks.device)
 
 
 def retrieval(
@@ -171,7 +121,8 @@ def retrieval(
     write_json(out / "retrieval.json", results)
     write_queries(out / "retrieval_queries.csv", entries, exact, per_scan)
     with atomic_write(out / "embeddings.safetensors", "wb") as file:
-        file.write(save({"image": image, "text": text}, {"ids": "\n".join(entry["id"] for entry in entries)}))
+        ids = "\n".join(entry["id"] for entry in entries)
+        file.write(save({"image": image, "text": text}, {"ids": ids, "model": run.sha256()}))
     print_table(results, exact, per_scan)
     print(f"written to {out}")
     if args.figures:
@@ -218,6 +169,58 @@ def classify(
         figures.roc_figure(args.figures / "roc.png", task.labels, scores, task.names)
 
 
+def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+    run = load_mllm(args.run, args.checkpoint, PRECISIONS[args.precision])
+    reports = args.task == "mrg"
+    manifest = find_data(args, run, reports)
+    kind = "mrg" if reports else args.questions or run.train.get("questions") or "location"
+    prompt = (args.prompt or GENERATION["mrg"]["prompt"]) if reports else None
+    image_tokens, most = run.model.visual_tokens, run.config.max_text
+    data = LanguageDataset(
+        manifest, args.split, kind, run.tokenizer, image_tokens, most, slices=run.guided, prompt=prompt
+    )
+    everything = asked_rows(data)
+    rows = everything[: args.limit]
+    asked = sorted({row.question for row in rows})
+    new_tokens = args.new_tokens or usual_new_tokens(run.model, run.tokenizer, asked, args.task)
+    check_context(run.model, run.tokenizer, asked, new_tokens)
+    head = {
+        "checkpoint_sha256": run.sha256(),
+        "split": args.split,
+        "questions": kind,
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "precision": str(run.model.decoder.embed_tokens.weight.dtype),
+        "rows_sha256": fingerprint(everything),
+    }
+    bert = labeler = None
+    if ranks.main:  # the other ranks score nothing
+        bert = load_bert(args.bertscore, args.bertscore_layer, ranks.device) if args.bertscore else None
+        labeler = load_classifier(args.classifier, ranks.device) if args.classifier else None
+    run.model.to(ranks.device)
+    out = args.out or args.run / "eval"
+    with folder_lock(out) if ranks.main else nullcontext():
+        texts, kept = generate_answers(
+            run, data, rows, new_tokens, args.batch_size, ranks, out, args.task, head, args.anew, args.workers
+        )
+        if not ranks.main:
+            return
+        if reports:
+            phantoms = language_scores.are_phantoms(manifest)
+            truth = language_scores.true_labels(manifest, [data.entries[row.entry] for row in rows])
+            labeler = labeler or (phantom_labels if phantoms else None)
+            scores, table = language_scores.report_scores(texts, rows, truth, labeler, phantoms, bert)
+            scores["labeler"] = str(args.classifier) if args.classifier else "phantoms" if phantoms else None
+        else:
+            scores, table = language_scores.answer_scores(texts, rows, bert)
+        where = {"data": str(manifest.folder), "checkpoint": str(run.checkpoint)}
+        write_json(out / f"{args.task}.json", {"n": len(rows), **head, **where, **scores})
+        language_scores.write_rows(out / f"{args.task}.csv", table)
+        kept.finish(len(rows))
+    (language_scores.print_reports if reports else language_scores.print_answers)(scores)
+    print(f"written to {out}")
+
+
 @torch.inference_mode()
 def saliency_figures(
     args: argparse.Namespace, run: DualEncoderRun, manifest: Manifest, device: torch.device
@@ -240,47 +243,6 @@ def saliency_figures(
             recipe.spacing if recipe.fit == "crop" else None,
         )
     print(f"pictures in {args.figures}")
-
-
-def write_queries(path: Path, entries: list[dict], exact: CrossRetrieval, per_scan: CrossRetrieval) -> None:
-    """One row a volume: the rank of its report's volume, of its own report, and the same among scans."""
-    columns = {
-        f"{direction}{suffix}": dict(
-            zip(table.query_rows[direction].tolist(), table.ranks[direction].tolist(), strict=True)
-        )
-        for suffix, table in (("_rank", exact), ("_rank_per_scan", per_scan))
-        for direction in table.ranks
-    }
-    with atomic_write(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "scan", *columns])
-        # Per scan there is one report query a scan: the other reconstructions' cells are empty.
-        writer.writerows(
-            [e["id"], e["scan"], *(c.get(i, "") for c in columns.values())] for i, e in enumerate(entries)
-        )
-
-
-def print_table(results: dict, exact: CrossRetrieval, per_scan: CrossRetrieval) -> None:
-    n, scans = results["n"], results["scans"]
-    print(f"{n} volumes of {scans} scans; by chance R@5 is {min(1, 5 / n):.3f}")
-    keys = list(exact.tables["report_to_volume"])
-    print(f"{'retrieval':<34}" + "".join(f"{k:>12}" for k in keys))
-    kinds = [("", exact)] + ([(", per scan", per_scan)] if scans < n else [])
-    for suffix, found in kinds:
-        for direction, table in found.tables.items():
-            cells = "".join(f"{v:>12.3f}" if k.startswith("R@") else f"{v:>12.1f}" for k, v in table.items())
-            print(f"{direction.replace('_', ' ') + suffix:<34}{cells}")
-    overlap = results["volume_to_volume"]
-    if overlap is None:
-        print("volume to volume: left out, some volumes have no labels")
-        return
-    ks = list(overlap["per_k"])
-    print(f"{'volume to volume':<34}" + "".join(f"{'k=' + k:>12}" for k in ks))
-    for key, name in OVERLAPS.items():
-        print(
-            f"{name:<34}"
-            + "".join(f"{'-' if v is None else format(v, '.3f'):>12}" for v in overlap[key].values())
-        )
 
 
 if __name__ == "__main__":

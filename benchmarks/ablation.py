@@ -1,6 +1,6 @@
 """What each part of a method is worth: tiny runs on phantoms with the part and without it, over several seeds.
 
-    python benchmarks/ablation.py reaf|hsenet [--seeds 3] [--jobs 2]      # an hour on two cores
+    python benchmarks/ablation.py reaf|hsenet|mrg [--seeds 3] [--jobs 2]      # an hour on two cores; mrg after hsenet
 
 Trains on the built-in phantoms and evaluates on 512 patients of another seed. Writes the table into docs/results.md,
 between the method's marks. Finished runs (runs/ablation/) are not repeated. Seeds change initialisation and order;
@@ -19,8 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results.md"
-EPOCHS, TEST_SEED, TEST_SIZE = 10, 99, 512
-# Per variant the stage and its flags; stage 2 starts from the same seed's run of the first variant.
+EPOCHS, TEST_SEED, TEST_SIZE = {"reaf": 10, "hsenet": 10, "mrg": 6}, 99, 512
+FROZEN = ["--no-train-vision", "--no-augment", "--cache-features"]
+# Per variant the stage and its flags; stage 2 starts from the same seed's run of the first variant. Of mrg the encoders
+# are those of hsenet's ablation with the same seed, frozen as published.
 VARIANTS = {
     "reaf": {
         "REAF, as published": ("clip1", []),
@@ -37,18 +39,37 @@ VARIANTS = {
         "stage 2 without slice guidance": ("clip2", ["--no-guidance"]),
         "stage 1, trained on as long as stage 2": ("clip1", ["--init"]),
     },
+    "mrg": {
+        "both encoders, spatial packer": ("mrg", FROZEN),
+        "both encoders, average pooling": ("mrg", [*FROZEN, "--projector", "average_pool"]),
+        "both encoders, sequence pooling": ("mrg", [*FROZEN, "--projector", "sequence_pool"]),
+        "stage-1 encoder alone, spatial packer": ("mrg", [*FROZEN, "--vision", "stage1"]),
+        "2E3 encoder alone, spatial packer": ("mrg", [*FROZEN, "--vision", "2e3"]),
+    },
 }
 NOTES = {
     "reaf": "The tiny encoder has two slice blocks and one scan block, so that fusion over layers acts on the slices alone.",
     "hsenet": "Slice features come from a small encoder that is trained on the phantoms' reports; the attention over "
     "slices has no positions, so that whether features follow a depth flip changes nothing here.",
+    "mrg": "Encoders are frozen, projectors and a small decoder start from nothing. Two encoders give 32 visual tokens, one 16.",
 }
-MEASURES = {
+CHANCE = dict.fromkeys(("reaf", "hsenet"), f"By chance R@5 is {5 / TEST_SIZE:.3f} and AUROC 0.5.")
+# Of a method the evaluations, with their flags, and the measures taken from their results.
+EVALUATIONS = {**dict.fromkeys(("reaf", "hsenet"), {"retrieval": [], "zeroshot": ["--bootstrap", "0"]}), "mrg": {"mrg": []}}
+RETRIEVAL = {
     "R@5, report to volume": lambda r, z: r["report_to_volume"]["R@5"],
     "R@5, volume to report": lambda r, z: r["volume_to_report"]["R@5"],
     "R@50, mean of both": lambda r, z: (r["report_to_volume"]["R@50"] + r["volume_to_report"]["R@50"]) / 2,
     "zero-shot AUROC, mean of 18": lambda r, z: z["means"]["mean"]["auroc"],
 }
+REPORTS = {
+    "findings, micro-F1": lambda m: m["clinical"]["micro"]["f1"],
+    "findings, macro-F1": lambda m: m["clinical"]["macro"]["f1"],
+    "BLEU-4, as published": lambda m: m["text"]["ngram_precision_4"],
+    "ROUGE-L": lambda m: m["text"]["rougeL"],
+    "sides agree": lambda m: m["attributes"]["side"]["agreement"],
+}
+MEASURES = {"reaf": RETRIEVAL, "hsenet": RETRIEVAL, "mrg": REPORTS}
 
 
 def run(*command: str) -> None:
@@ -60,7 +81,7 @@ def run(*command: str) -> None:
 
 def test_data(method: str) -> Path:
     """Patients that no choice was made on, in the method's recipe for phantoms."""
-    out = ROOT / f"data/ablation-{method}"
+    out = ROOT / f"data/ablation-{'hsenet' if method == 'mrg' else method}"
     if not (out / "manifest.json").is_file():
         # A training split is asked of the generator; its smallest is enough.
         run("preprocess.py", "--dataset", "phantom", "--out", str(out), "--recipe", method,
@@ -76,36 +97,46 @@ def make_slices(teacher: Path, data: Path) -> None:
 
 
 def folder_of(method: str, name: str, seed: int) -> Path:
-    return ROOT / f"runs/ablation/{method}-{EPOCHS}" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
+    return ROOT / f"runs/ablation/{method}-{EPOCHS[method]}" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
 
 
 def one(method: str, name: str, seed: int, data: Path) -> dict[str, float]:
     """Train and evaluate one variant with one seed; the measures by name."""
     folder, (stage, flags) = folder_of(method, name, seed), VARIANTS[method][name]
-    first = folder_of(method, next(iter(VARIANTS[method])), seed)
-    if not (folder / "eval/zeroshot.json").is_file():
-        flags = [*flags, str(first)] if flags[-1:] == ["--init"] else flags
-        flags = [*flags, "--init", str(first)] if stage == "clip2" else flags
-        again = ["--resume"] if (folder / "checkpoints/last").is_file() else ["--epochs", str(EPOCHS)]
-        run("train.py", "--stage", stage, "--model", method, "--seed", str(seed), "--out", str(folder), *flags, *again)
-        for task in ("retrieval", "zeroshot"):
-            more = ["--bootstrap", "0"] if task == "zeroshot" else []
+    family = "hsenet" if method == "mrg" else method
+    stage_1, stage_2 = (folder_of(family, list(VARIANTS[family])[i], seed) for i in (0, 2))
+    results = [folder / f"eval/{task}.json" for task in EVALUATIONS[method]]
+    if not all(path.is_file() for path in results):
+        flags = [*flags, str(stage_1)] if flags[-1:] == ["--init"] else flags
+        flags = [*flags, "--init", str(stage_1)] if stage == "clip2" or "stage1" in flags else flags
+        flags = [*flags, "--init", str(stage_2)] if stage == "mrg" and "stage1" not in flags else flags
+        again = ["--resume"] if (folder / "checkpoints/last").is_file() else ["--epochs", str(EPOCHS[method])]
+        run("train.py", "--stage", stage, "--model", family, "--seed", str(seed), "--out", str(folder), *flags, *again)
+        for task, more in EVALUATIONS[method].items():
             run("evaluate.py", "--task", task, "--run", str(folder), "--data", str(data), *more)
-    retrieval, zeroshot = (json.loads((folder / f"eval/{t}.json").read_text()) for t in ("retrieval", "zeroshot"))
     print(f"{name}, seed {seed}: done", flush=True)
-    return {measure: read(retrieval, zeroshot) for measure, read in MEASURES.items()}
+    found = [json.loads(path.read_text()) for path in results]
+    return {measure: read(*found) for measure, read in MEASURES[method].items()}
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
-    lines = [f"| | {' | '.join(MEASURES)} |", "| --- |" + " --- |" * len(MEASURES)]
+def table(method: str, found: dict[str, list[dict[str, float]]]) -> str:
+    measures = MEASURES[method]
+    lines = [f"| | {' | '.join(measures)} |", "| --- |" + " --- |" * len(measures)]
     for name, runs in found.items():
         cells = []
-        for measure in MEASURES:
+        for measure in measures:
             values = [r[measure] for r in runs]
             spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def without_looking() -> str:
+    """What findings score that are told without looking at the volume."""
+    first = folder_of("mrg", next(iter(VARIANTS["mrg"])), 0)
+    rows = json.loads((first / "eval/mrg.json").read_text())["clinical"]["baselines"]
+    return f"All findings for everyone have micro-F1 {rows['all_positive']['micro_f1']:.3f}, drawn ones {rows['chance']['micro_f1']:.3f}."
 
 
 def write(method: str, text: str) -> None:
@@ -136,10 +167,10 @@ def main() -> None:
             for name, measures in zip(others, pool.map(lambda n, s=seed: one(args.method, n, s, data), others), strict=True):
                 found[name].append(measures)
     note = (
-        f"{args.seeds} seeds each, {EPOCHS} epochs of 2,000 phantoms, evaluated on {TEST_SIZE} patients of another seed: "
-        f"mean (smallest to largest). By chance R@5 is {5 / TEST_SIZE:.3f} and AUROC 0.5. {NOTES[args.method]}\n"
+        f"{args.seeds} seeds each, {EPOCHS[args.method]} epochs of 2,000 phantoms, evaluated on {TEST_SIZE} patients of another "
+        f"seed: mean (smallest to largest). {CHANCE.get(args.method) or without_looking()} {NOTES[args.method]}\n"
     )
-    text = f"{note}\n{table(found)}"
+    text = f"{note}\n{table(args.method, found)}"
     write(args.method, text)
     print(text)
 

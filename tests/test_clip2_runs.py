@@ -12,7 +12,7 @@ import torch
 import evaluate
 import reaf_hsenet.config as presets
 import train
-from reaf_hsenet import guided_setup, phantom_slices
+from reaf_hsenet import contrastive_job, guided_setup, phantom_slices
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import Augmentation, GuidedVisionConfig
 from reaf_hsenet.data.loader import CTReportDataset
@@ -349,14 +349,14 @@ def teacher_watched(monkeypatch) -> dict:
     """Counts the volumes that the teacher of train.py encodes."""
     seen = {"volumes": 0}
 
-    class Watched(train.Teacher):
+    class Watched(contrastive_job.Teacher):
         def __init__(self, model, *more):
             super().__init__(model, *more)
             model.vision.register_forward_hook(
                 lambda _, x, __: seen.__setitem__("volumes", seen["volumes"] + len(x[0]))
             )
 
-    monkeypatch.setattr(train, "Teacher", Watched)
+    monkeypatch.setattr(contrastive_job, "Teacher", Watched)
     return seen
 
 
@@ -380,7 +380,7 @@ def test_slices_stay_reaches_the_training_set(teacher, tmp_path, monkeypatch, fl
             super().__init__(*arguments, **more)
             made.append(self)
 
-    monkeypatch.setattr(train, "CTReportDataset", Watched)
+    monkeypatch.setattr(contrastive_job, "CTReportDataset", Watched)
     flip = Augmentation(rotate=0, flip=1, scale=0, shift=0)
     monkeypatch.setitem(presets.TINY_STAGES["clip2", "hsenet"], "augment", flip)
     assert train.main(stage2(teacher, tmp_path / "r", "--max-steps", 1, *flags)) == 0
