@@ -1,5 +1,6 @@
-"""Pictures of an evaluation, written as PNG files. They need matplotlib, which nothing else does."""
+"""Pictures of an evaluation or of one scan, written as PNG files. They need matplotlib, which nothing else does."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from reaf_hsenet.files import atomic_write
 from reaf_hsenet.metrics.classification import both_values, class_metrics, roc_curve
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float, wanted_by: str = "--figures"):
     """An empty matplotlib figure, size in inches. Raises InputError when matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("--figures: matplotlib is not installed; pip install matplotlib") from error
+        raise InputError(f"{wanted_by}: matplotlib is not installed; pip install matplotlib") from error
     return Figure((width, height), layout="constrained")
 
 
@@ -70,35 +71,74 @@ def saliency_figure(
     of pictures a branch. axes: what D, H, W run to (S superior, P posterior, L left). spacing: mm in D, H, W; None
     when the grid does not keep proportions.
     """
+    figure = new_figure(12, 4.3 * len(regions))
+    for place, values, ratio in _planes(figure, volume, regions, strongest, axes, spacing):
+        mask = values > 0
+        overlay = np.ma.masked_equal(mask.astype(float), 0)
+        place.imshow(overlay, aspect=ratio, cmap="autumn", vmin=0, vmax=2, alpha=0.3)
+        if mask.any() and not mask.all():
+            place.contour(mask.astype(float), [0.5], colors="red", linewidths=1)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def score_figure(
+    path: Path,
+    volume: Tensor,
+    scores: dict[str, Tensor],
+    title: str,
+    axes: str = "SPL",
+    spacing: tuple[float, float, float] | None = None,
+) -> None:
+    """The same planes through the patch with the highest score, with every patch in the colour of its score.
+
+    scores: {name: (d, h, w)}; the other arguments are saliency_figure's.
+    """
+    figure = new_figure(12, 4.3 * len(scores))
+    every = torch.cat([s.flatten() for s in scores.values()])
+    scale = {"vmin": float(every.min()), "vmax": float(every.max())}
+    for place, values, ratio in _planes(figure, volume, scores, highest, axes, spacing):
+        drawn = place.imshow(values, aspect=ratio, cmap="inferno", alpha=0.3, **scale)
+    figure.colorbar(drawn, ax=figure.axes, shrink=0.6, label="patch score")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def _planes(
+    figure, volume: Tensor, maps: dict[str, Tensor], centre_of: Callable[[Tensor], list[int]], axes: str, spacing
+) -> Iterator[tuple]:
+    """Draw the CT in three planes through the patch centre_of(map), superior up, a row a map.
+
+    Yields (matplotlib axes, the map in that plane at the CT's size, the pixels' height over their width).
+    """
     turned = ["SPL".index(a) for a in axes]
     order = [turned.index(i) for i in range(3)]  # to superior, posterior, left
     volume = volume.permute(order).float().cpu()
-    figure = new_figure(12, 4.3 * len(regions))
     shown = {"cmap": "gray", "vmin": float(volume.min()), "vmax": float(volume.max())}
-    for row, (name, values) in enumerate(regions.items()):
+    for row, (name, values) in enumerate(maps.items()):
         values = values.permute(order).float().cpu()
         centre = [
-            int((p + 0.5) * n / g) for p, n, g in zip(strongest(values), volume.shape, values.shape, strict=True)
+            int((p + 0.5) * n / g) for p, n, g in zip(centre_of(values), volume.shape, values.shape, strict=True)
         ]
-        drawn = F.interpolate(values[None, None], volume.shape, mode="nearest")[0, 0] > 0
+        drawn = F.interpolate(values[None, None], volume.shape, mode="nearest")[0, 0]
         for column, plane in enumerate(("axial", "coronal", "sagittal")):
-            place = figure.add_subplot(len(regions), 3, 3 * row + column + 1)
-            picture, mask = (t.select(column, centre[column]) for t in (volume, drawn))
+            place = figure.add_subplot(len(maps), 3, 3 * row + column + 1)
+            picture, overlay = (t.select(column, centre[column]) for t in (volume, drawn))
             if column:  # superior is up
-                picture, mask = picture.flip(0), mask.flip(0)
+                picture, overlay = picture.flip(0), overlay.flip(0)
             ratio = "auto"
             if spacing is not None:
                 in_plane = [spacing[order[i]] for i in range(3) if i != column]
                 ratio = in_plane[0] / in_plane[1]
             place.imshow(picture.numpy(), aspect=ratio, **shown)
-            overlay = np.ma.masked_equal(mask.numpy().astype(float), 0)
-            place.imshow(overlay, aspect=ratio, cmap="autumn", vmin=0, vmax=2, alpha=0.3)
-            if mask.any() and not mask.all():
-                place.contour(mask.numpy().astype(float), [0.5], colors="red", linewidths=1)
             place.set_title(f"{name}: {plane} plane {centre[column]}", fontsize="medium")
             place.set_axis_off()
-    figure.suptitle(title)
-    save(figure, path)
+            yield place, overlay.numpy(), ratio
+
+
+def highest(values: Tensor) -> list[int]:
+    """(d, h, w) -> the patch with the largest value."""
+    return [int(i) for i in np.unravel_index(int(values.argmax()), values.shape)]
 
 
 def strongest(values: Tensor) -> list[int]:

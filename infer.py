@@ -1,0 +1,244 @@
+"""One scan, one trained run: a report, an answer, classes, an embedding, neighbours, a picture.
+
+    python infer.py report scan.nii.gz                                # runs/mrg-hsenet
+    python infer.py ask scan.nii.gz "Is there pleural effusion?"      # runs/vqa-hsenet
+    python infer.py classify scan.nii.gz                              # runs/clip2-hsenet, or runs/clip1-hsenet
+    python infer.py embed a.nii.gz b.nii.gz --out index.safetensors
+    python infer.py search index.safetensors --text "bilateral pleural effusion"
+    python infer.py explain scan.nii.gz --out picture.png             # where the encoder looks
+
+A scan is .nii or .nii.gz in any orientation and spacing, or a .pt volume of REAF; the run's own recipe is applied. Results
+go to stdout, with --json as JSON; which run was used and how the scan was read is said on stderr.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from preprocess import axis_codes
+from reaf_hsenet.config import GENERATION
+from reaf_hsenet.data.labels import LABEL_SETS
+from reaf_hsenet.data.reading import Reading, stem
+from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow
+from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
+from reaf_hsenet.scan import check_scan
+
+COMMANDS = {
+    "report": "findings as text",
+    "ask": "an answer to a question",
+    "classify": "probabilities of classes, by prompts",
+    "embed": "unit vectors, to print or to search",
+    "search": "scans of an index that are nearest to a text or a scan",
+    "explain": "a picture of where the encoder looks",
+}
+
+
+class Command(Parser):
+    """The flags of one command."""
+
+    def __init__(self, prog: str, description: str | None = None):
+        super().__init__(description)
+        self.prog = prog
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
+    for name, meaning in COMMANDS.items():
+        command = commands.add_parser(name, description=meaning, help=meaning)
+        if name == "embed":
+            command.add_argument("scan", type=Path, nargs="+")
+            command.add_argument("--out", type=Path, metavar="FILE.safetensors", help="write an index, which search reads")
+        elif name == "search":
+            command.add_argument("index", type=Path, help="file of `embed --out`, or RUN/eval/embeddings.safetensors")
+            query = command.add_mutually_exclusive_group(required=True)
+            query.add_argument("--text", help="find scans that show this")
+            query.add_argument("--volume", dest="scan", type=Path, metavar="SCAN", help="find scans like this one")
+            command.add_argument("--top", type=int, default=5, metavar="N", help="how many (default: 5)")
+        else:
+            command.add_argument("scan", type=Path)
+        if name in ("report", "ask"):
+            generation(command, name)
+        if name == "classify":
+            command.add_argument("--prompts", default="volume", help="volume, organ or a json file (default: volume)")
+            command.add_argument("--label-set", choices=LABEL_SETS, default="ct-rate", help="default: ct-rate")
+        if name == "explain":
+            command.add_argument("--out", type=Path, metavar="FILE.png", help="default: SCAN_explained.png, here")
+        model_and_scan(command)
+    return check(parser.parse_args(argv))
+
+
+def generation(command: Parser, name: str) -> None:
+    if name == "ask":
+        command.add_argument("question")
+    else:
+        command.add_argument("--prompt", dest="question", default=GENERATION["mrg"]["prompt"], help="default: %(default)s")
+    usual = GENERATION["mrg" if name == "report" else "vqa"]["new_tokens"]
+    group = command.add_argument_group("generation")
+    group.add_argument("--new-tokens", type=int, metavar="N", help=f"at most (default: {usual}, as far as the context allows)")
+    group.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always (default)")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that add up to P")
+    group.add_argument("--seed", type=int, help="of the draws (default: 0)")
+    group.add_argument("--precision", choices=("fp32", "bf16"), help="of the decoder (default: that of its files)")
+
+
+def model_and_scan(command: Parser) -> None:
+    group = command.add_argument_group("model")
+    group.add_argument("--run", type=Path, help="run folder of train.py (default: the last stage's that can do it, in runs/)")
+    group.add_argument("--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)")
+    group.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
+    group.add_argument("--slice-encoder", metavar="NAME", help="of a guided encoder's slices: file, folder or hub id")
+    group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    group.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
+    group = command.add_argument_group("what the scan holds")
+    group.add_argument(
+        "--rescale", choices=RESCALES, default="auto", help="auto: --slope and --intercept for values that are not HU already"
+    )
+    group.add_argument("--slope", type=float, help="of raw values to HU")
+    group.add_argument("--intercept", type=float, help="of raw values to HU")
+    group.add_argument("--orientation", choices=ORIENTATIONS, default="header", help="stored: ignore the header's orientation")
+    group.add_argument(
+        "--assume-orientation", type=axis_codes, metavar="CODES", help="axis codes where the header has none, such as LPS"
+    )
+    group.add_argument(
+        "--spacing", type=float, nargs=3, metavar=("X", "Y", "Z"), help="mm along the stored axes where the header has no "
+        "orientation (default: the header's)"
+    )  # fmt: skip
+
+
+def check(args: argparse.Namespace) -> argparse.Namespace:
+    """Raise InputError for what is wrong with the flags and files, before anything is loaded."""
+    if args.run and args.model:
+        raise InputError("--model: chooses a default run; leave it out, or --run")
+    for name in ("slope", "intercept"):
+        if (value := getattr(args, name)) is not None and not (math.isfinite(value) and (value or name == "intercept")):
+            raise InputError(f"--{name} {value:g}: expected a finite number, and a slope other than 0")
+    if args.command in ("report", "ask"):
+        what = "the question" if args.command == "ask" else "--prompt"
+        if not args.question.strip():
+            raise InputError(f"{what} is empty; expected some words, such as \"Is there pleural effusion?\"")
+        if args.new_tokens is not None and args.new_tokens < 1:
+            raise InputError(f"--new-tokens {args.new_tokens}: expected 1 or more")
+        for name in ("top_k", "top_p", "seed"):
+            if getattr(args, name) is not None and args.temperature == 0:
+                raise InputError(f"--{name.replace('_', '-')}: nothing is drawn at --temperature 0; give one above 0")
+    if args.command == "search":
+        if args.top < 1:
+            raise InputError(f"--top {args.top}: expected 1 or more")
+        if args.text is not None and not args.text.strip():
+            raise InputError("--text: is empty; expected words of a report, such as \"bilateral pleural effusion\"")
+    for scan in args.scan if args.command == "embed" else [args.scan] if args.scan else []:
+        check_scan(scan)
+    if args.command == "explain" and args.out is None:
+        args.out = Path(f"{stem(args.scan.name)}_explained.png")
+    if out := getattr(args, "out", None):
+        suffix = ".png" if args.command == "explain" else ".safetensors"
+        nearest = next(p for p in (out.parent, *out.parent.parents) if p.exists())
+        if out.suffix != suffix or out.is_dir() or not nearest.is_dir():
+            raise InputError(f"--out {out}: expected a file to write that ends in {suffix}, in a folder")
+    return args
+
+
+def default_run(command: str, model: str | None) -> Path:
+    """The run that answers when none is named: the first of these that exists, else the last of them."""
+    model = model or "hsenet"
+    stages = {"report": ("mrg",), "ask": ("vqa", "mrg")}.get(command, ("clip2", "clip1") if model == "hsenet" else ("clip1",))
+    runs = [Path(f"runs/{stage}-{model}") for stage in stages]
+    return next((run for run in runs if (run / "config.json").is_file()), runs[-1])
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    raise_on_sigterm()
+    from reaf_hsenet.inference import (
+        ScanModel,  # here, not above: what is wrong with the flags is said at once
+    )
+
+    folder = args.run or default_run(args.command, args.model)
+    model = ScanModel(
+        folder,
+        args.checkpoint,
+        args.device,
+        Reading(args.rescale, args.orientation, args.assume_orientation),
+        TableRow(tuple(args.spacing) if args.spacing else None, args.slope, args.intercept),
+        args.slice_encoder,
+        getattr(args, "precision", None),
+        say,
+    )
+    say(f"run: {folder}, stage {model.stage}, checkpoint {model.checkpoint.name}")
+    try:
+        result = RESULTS[args.command](args, model, (lambda *text, **how: None) if args.json else print)
+        if args.json:
+            print(json.dumps(result, allow_nan=False))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def answer(args: argparse.Namespace, model, show: Callable) -> dict:
+    """A report, or an answer: shown as it is made."""
+    from reaf_hsenet.generation import Sampling
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed or 0)
+    task, pieces = "mrg" if args.command == "report" else "vqa", []
+    for piece in model.stream(args.scan, args.question, task, args.new_tokens, sampling):
+        pieces.append(piece)
+        show(piece, end="", flush=True)
+    show()
+    asked = {"report": "".join(pieces)} if task == "mrg" else {"question": args.question, "answer": "".join(pieces)}
+    return {"path": str(args.scan), **asked, "run": str(model.folder)}
+
+
+def classify(args: argparse.Namespace, model, show: Callable) -> dict:
+    found = model.classify(args.scan, args.prompts, args.label_set)
+    for name, probability in found.items():
+        show(f"{name:<{max(map(len, found))}}  {probability:.3f}")
+    classes = [{"name": name, "probability": p} for name, p in found.items()]
+    return {"path": str(args.scan), "classes": classes, "run": str(model.folder)}
+
+
+def embed(args: argparse.Namespace, model, show: Callable) -> list[dict]:
+    import torch
+
+    from reaf_hsenet.search_index import SearchIndex
+
+    vectors = []
+    for scan in args.scan:
+        vectors.append(model.embed(scan))
+        if not args.out:
+            first = ", ".join(f"{x:.4f}" for x in vectors[-1][:4].tolist())
+            show(f"{scan}: {len(vectors[-1])} numbers, norm {vectors[-1].norm():.4f}: {first}, ...")
+    if args.out:
+        SearchIndex(torch.stack(vectors), [str(scan) for scan in args.scan], model.sha256).write(args.out)
+        show(f"{args.out}: {len(vectors)} embeddings")
+    return [{"path": str(scan), "embedding": vector.tolist()} for scan, vector in zip(args.scan, vectors, strict=True)]
+
+
+def search(args: argparse.Namespace, model, show: Callable) -> list[dict]:
+    found = model.search(args.index, args.text, args.scan, args.top)
+    for name, score in found:
+        show(f"{score:.4f}  {name}")
+    return [{"id": name, "score": score} for name, score in found]
+
+
+def explain(args: argparse.Namespace, model, show: Callable) -> dict:
+    found = model.explain(args.scan, args.out)
+    show(f"{args.out}: {found['shows']} of {', '.join(found['maps'])}")
+    return {"path": str(args.scan), "picture": str(args.out), **found, "run": str(model.folder)}
+
+
+RESULTS = {"report": answer, "ask": answer, "classify": classify, "embed": embed, "search": search, "explain": explain}
+
+if __name__ == "__main__":
+    run_script(main)

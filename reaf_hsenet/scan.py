@@ -1,0 +1,92 @@
+"""One CT file -> what a trained network takes: the volume of the run's recipe, and slice features where these guide it.
+
+What training reads from a prepared folder is float16, so that is what a scan is rounded to here: both give the same result.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reaf_hsenet.config import Recipe
+from reaf_hsenet.data.manifest import different_slices
+from reaf_hsenet.data.reading import ENDINGS, Reading, ending, read_input, read_slice_images
+from reaf_hsenet.data.slice_features import load_slice_encoder, normalise
+from reaf_hsenet.data.slices import SLICE_RECIPES
+from reaf_hsenet.data.volume import TableRow
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.models.slice_encoder import SliceEncoder
+
+
+@dataclass
+class Scan:
+    """volume: (1, 1, D, H, W) float32 on the CPU. record: what the file held and how it was read."""
+
+    path: Path
+    volume: Tensor
+    record: dict
+
+    def account(self) -> str:
+        """What was decided about it, in a line."""
+        known = self.record
+        parts = ["x".join(map(str, known["shape"])) + " voxels"]
+        if "spacing" in known:
+            parts.append(" x ".join(f"{s:.3g}" for s in known["spacing"]) + " mm")
+            parts.append(f"axes to {known['orientation']}")
+        return f"{self.path}: {', '.join(parts)}; rescale {known['rescale']}"
+
+
+def check_scan(path: Path) -> None:
+    """Raises InputError unless there is a file whose name is a scan's; it is not opened."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; expected a scan that ends in {', '.join(ENDINGS)}")
+    if ending(Path(path).name) is None:
+        raise InputError(f"{path}: expected a scan that ends in {', '.join(ENDINGS)}")
+
+
+def read_scan(path: Path, recipe: Recipe, reading: Reading, table: TableRow) -> Scan:
+    """Raises InputError, naming the file, for anything that is not a readable CT."""
+    path = Path(path)
+    check_scan(path)
+    try:
+        voxels, record = read_input(path, recipe, reading, table)
+    except InputError as error:
+        if str(error).endswith("with --rescale"):  # there is no table here to take them from
+            raise InputError(f"{error}, or give the --slope and --intercept that make them HU") from error
+        raise
+    return Scan(path, torch.from_numpy(voxels).half().float()[None], record)
+
+
+@torch.inference_mode()
+def slice_features(
+    path: Path, encoder: SliceEncoder, provenance: dict, device: torch.device, reading: Reading, table: TableRow
+) -> Tensor:
+    """(1, S, C) float32 on the device. provenance: of find_slice_encoder."""
+    recipe, jpeg = SLICE_RECIPES[provenance["recipe"]], provenance["jpeg"]
+    images, _ = read_slice_images(Path(path), recipe, encoder.size, jpeg, reading, table)
+    features = encoder.to(device)(normalise(torch.from_numpy(images).to(device))).half().float()
+    if not features.isfinite().all():
+        raise InputError(f"{provenance['encoder']}: gives {path} NaN, or values beyond float16's")
+    return features[None]
+
+
+def find_slice_encoder(run: Path, data: Path, wanted: dict, named: str | None = None) -> tuple[SliceEncoder, dict]:
+    """The encoder that made the slice features a run was trained on, with its provenance.
+
+    wanted: that of the run's features. The first of `named` (file, folder or hub id), the run's own folder's, its data
+    set's, and the place where it lay in training. Raises InputError when there is none, and for another encoder.
+    """
+    known = wanted.get("encoder", "")
+    places = [run / "slice_encoder", data / "slice_encoder", *([Path(known)] if known else [])]
+    name = named or next((str(place) for place in places if place.exists()), None)
+    made = f"{known}, sha256 {wanted['sha256'][:12]}" if "sha256" in wanted else f"{known} of {wanted.get('width')} channels"
+    if name is None:
+        raise InputError(f"{run}: takes slice features of {made}; name that encoder with --slice-encoder")
+    encoder, provenance = load_slice_encoder(name, wanted.get("jpeg", False), wanted.get("recipe", "hsenet"))
+    if different_slices(provenance, wanted):
+        raise InputError(
+            f"--slice-encoder {name}: has sha256 {provenance['sha256'][:12]} and {encoder.width} channels; {run} takes slice "
+            f"features of {made}"
+        )
+    return encoder, provenance

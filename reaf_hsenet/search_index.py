@@ -1,0 +1,55 @@
+"""Embeddings of scans in a file, to be searched: written by `infer.py embed --out`, and by evaluate.py.
+
+A safetensors file with `image` (N, C), unit vectors, and the metadata `ids` (a line a scan) and `model`, the sha256 of the
+weights that made them: vectors of two models have nothing in common.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import atomic_write
+
+
+@dataclass(frozen=True)
+class SearchIndex:
+    """image: (N, C) float32 unit vectors of the scans `ids`. model: sha256 of the weights."""
+
+    image: Tensor
+    ids: list[str]
+    model: str
+
+    def write(self, path: Path) -> None:
+        if odd := [name for name in self.ids if "\n" in name]:
+            raise InputError(f"{odd[0]!r}: a name in an index is one line; rename the file")
+        with atomic_write(path, "wb") as file:
+            file.write(save({"image": self.image.contiguous()}, {"ids": "\n".join(self.ids), "model": self.model}))
+
+    def nearest(self, query: Tensor, top: int) -> list[tuple[str, float]]:
+        """The `top` scans with the largest cosine to a unit vector (C,), best first."""
+        scores, rows = (self.image @ query).topk(min(top, len(self.ids)))
+        return [(self.ids[row], score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)]
+
+
+def read_index(path: Path) -> SearchIndex:
+    """Raises InputError, naming the file, for anything that is not an index."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; make an index with infer.py embed SCAN... --out {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            image = file.get_tensor("image") if "image" in file.keys() else None  # noqa: SIM118, it is no dict
+            known = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: is truncated or not a safetensors file ({' '.join(str(error).split())[:100]})") from error
+    ids = known.get("ids", "").split("\n")
+    if image is None or image.ndim != 2 or not image.is_floating_point() or not image.isfinite().all() or len(ids) != len(image):
+        raise InputError(f"{path}: is no index: expected unit vectors `image` and their ids, as infer.py embed --out writes")
+    if "model" not in known:
+        raise InputError(f"{path}: does not say which model made it; make it again with infer.py embed or evaluate.py")
+    return SearchIndex(image.to(torch.float32), ids, known["model"])
