@@ -14,6 +14,7 @@ again, with any number of processes. With --figures DIR also pictures (needs mat
 
 import argparse
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from safetensors.torch import save
@@ -25,8 +26,8 @@ from reaf_hsenet.data.labels import load_label_set, manifest_labels, read_label_
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.embedding import DualEncoderRun, embed, load_dual_encoder
-from reaf_hsenet.errors import run_script
+from reaf_hsenet.embedding import DualEncoderRun, embed, is_published, load_dual_encoder
+from reaf_hsenet.errors import InputError, run_script
 from reaf_hsenet.evaluate_flags import LANGUAGE, parse
 from reaf_hsenet.files import atomic_write, folder_lock, write_json
 from reaf_hsenet.language_evaluation import asked_rows, fingerprint, generate_answers
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
         return 0
     if args.figures:
         figures.new_figure(1, 1)  # a missing matplotlib is said now, too
-    ranks = distributed.start(args.device)
+    ranks = distributed.start(args.device, hours=24)
     try:
         (language if args.task in LANGUAGE else dual_encoder)(args, ranks)
     finally:
@@ -58,8 +59,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def results_folder(args: argparse.Namespace) -> Path:
+    """--out; else the run's own, or for published weights one here."""
+    return args.out or (Path("eval") / args.run.stem if is_published(args.run) else args.run / "eval")
+
+
 def find_data(args: argparse.Namespace, run: DualEncoderRun | MllmRun, reports: bool) -> Manifest:
     """The data set, checked to be what the run's model takes."""
+    if not (args.data or run.data):
+        raise InputError(f"--data: {args.run} has no data set of its own; name a prepared one")
     manifest = load_manifest(args.data or run.data)
     manifest.require(run.recipe, str(args.run))
     if run.guided:
@@ -69,7 +77,9 @@ def find_data(args: argparse.Namespace, run: DualEncoderRun | MllmRun, reports: 
 
 
 def dual_encoder(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    run = load_dual_encoder(args.run, args.checkpoint)
+    run = load_dual_encoder(args.run, args.checkpoint, args.text_model)
+    if ranks.main:
+        print(*run.origin.get("notes", ()), sep="\n", end="\n" if run.origin.get("notes") else "")
     manifest = find_data(args, run, reports=args.task == "retrieval")
     dataset = CTReportDataset(
         manifest,
@@ -117,7 +127,7 @@ def retrieval(
         "per_scan": per_scan.tables,
         "volume_to_volume": overlap,
     }
-    out = args.out or args.run / "eval"
+    out = results_folder(args)
     write_json(out / "retrieval.json", results)
     write_queries(out / "retrieval_queries.csv", entries, exact, per_scan)
     with atomic_write(out / "embeddings.safetensors", "wb") as file:
@@ -160,7 +170,7 @@ def classify(
         **report,
         "notes": task.notes,
     }
-    out = args.out or args.run / "eval"
+    out = results_folder(args)
     write_json(out / "zeroshot.json", results)
     zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task, scores)
     zeroshot.print_table(results)
@@ -198,7 +208,7 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
         bert = load_bert(args.bertscore, args.bertscore_layer, ranks.device) if args.bertscore else None
         labeler = load_classifier(args.classifier, ranks.device) if args.classifier else None
     run.model.to(ranks.device)
-    out = args.out or args.run / "eval"
+    out = results_folder(args)
     with folder_lock(out) if ranks.main else nullcontext():
         texts, kept = generate_answers(
             run, data, rows, new_tokens, args.batch_size, ranks, out, args.task, head, args.anew, args.workers

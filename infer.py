@@ -19,11 +19,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from preprocess import axis_codes
 from reaf_hsenet.config import GENERATION
 from reaf_hsenet.data.labels import LABEL_SETS
 from reaf_hsenet.data.reading import Reading, stem
-from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow
+from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, axis_codes
 from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
 from reaf_hsenet.scan import check_scan
 
@@ -68,7 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             command.add_argument("--label-set", choices=LABEL_SETS, default="ct-rate", help="default: ct-rate")
         if name == "explain":
             command.add_argument("--out", type=Path, metavar="FILE.png", help="default: SCAN_explained.png, here")
-        model_and_scan(command)
+        model_and_scan(command, name)
     return check(parser.parse_args(argv))
 
 
@@ -87,9 +86,12 @@ def generation(command: Parser, name: str) -> None:
     group.add_argument("--precision", choices=("fp32", "bf16"), help="of the decoder (default: that of its files)")
 
 
-def model_and_scan(command: Parser) -> None:
+def model_and_scan(command: Parser, name: str) -> None:
     group = command.add_argument_group("model")
-    group.add_argument("--run", type=Path, help="run folder of train.py (default: the last stage's that can do it, in runs/)")
+    group.add_argument("--run", type=Path, help="run folder of train.py, or a published dual encoder: file, "
+                       "folder or hub id (default: the last stage's that can do it, in runs/)")  # fmt: skip
+    if name not in ("report", "ask"):
+        group.add_argument("--text-model", metavar="NAME", help="folder or hub id with the vocabulary of a published checkpoint")
     group.add_argument("--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)")
     group.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
     group.add_argument("--slice-encoder", metavar="NAME", help="of a guided encoder's slices: file, folder or hub id")
@@ -155,11 +157,12 @@ def default_run(command: str, model: str | None) -> Path:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     raise_on_sigterm()
+    from reaf_hsenet.embedding import locate_run
     from reaf_hsenet.inference import (
         ScanModel,  # here, not above: what is wrong with the flags is said at once
     )
 
-    folder = args.run or default_run(args.command, args.model)
+    folder = locate_run(args.run) if args.run else default_run(args.command, args.model)
     model = ScanModel(
         folder,
         args.checkpoint,
@@ -168,6 +171,7 @@ def main(argv: list[str]) -> int:
         TableRow(tuple(args.spacing) if args.spacing else None, args.slope, args.intercept),
         args.slice_encoder,
         getattr(args, "precision", None),
+        getattr(args, "text_model", None),
         say,
     )
     say(f"run: {folder}, stage {model.stage}, checkpoint {model.checkpoint.name}")

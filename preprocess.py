@@ -29,7 +29,7 @@ from reaf_hsenet.data.questions import add_questions
 from reaf_hsenet.data.radgenome import KINDS
 from reaf_hsenet.data.reaf_dataset import read_reaf
 from reaf_hsenet.data.slices import SLICE_RECIPES, SLICES, require_pillow
-from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES
+from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, axis_codes
 from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
 
 
@@ -119,12 +119,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--shape", type=int, nargs=3, default=(48, 96, 96), metavar=("D", "H", "W"))
     return parser.parse_args(argv)
-
-
-def axis_codes(text: str) -> str:
-    if sorted(text.upper().translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an orientation such as LPS or RAS")
-    return text.upper()
 
 
 def main(argv: list[str]) -> int:

@@ -87,6 +87,29 @@ def load_adapter_state(
 
 def _load(decoder, state: dict[str, Tensor], r: int, alpha: float, dropout: float, source: str, targets=()) -> None:
     """Check everything, then adapt and fill. targets: names of layers that all must have an adapter."""
+    for layer, (parts, a, b) in _match(decoder, state, r, source, targets).items():
+        parent, _, leaf = layer.rpartition(".")
+        add_lora(decoder.get_submodule(parent), parts or (leaf,), r, alpha, dropout)
+        adapted = decoder.get_submodule(layer)
+        with torch.no_grad():
+            adapted.lora_a.copy_(a)
+            adapted.lora_b.copy_(b)
+
+
+def adapter_parameters(decoder: Decoder, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The adapters' tensors under the names that an adapted decoder's parameters have, r being A's. The decoder is not
+    touched and may be without data (meta)."""
+    ranks = [t.shape[0] for name, t in state.items() if ".lora_A." in name and t.ndim == 2]
+    found = {}
+    for layer, (_, a, b) in _match(decoder, state, ranks[0] if ranks else 0, source).items():
+        found[f"{layer}.lora_a"], found[f"{layer}.lora_b"] = a, b
+    return found
+
+
+def _match(
+    decoder, state: dict[str, Tensor], r: int, source: str, targets=()
+) -> dict[str, tuple[tuple[str, ...], Tensor, Tensor]]:
+    """Our layer -> the parts that are adapted (none for all of it), A and B, all checked."""
     if any(isinstance(layer, LoraLinear) for layer in decoder.modules()):
         raise InputError(f"{source}: the decoder has adapters already; load one adapter, or export the other one merged")
     places, found, problems = _places(decoder), {}, []
@@ -117,13 +140,14 @@ def _load(decoder, state: dict[str, Tensor], r: int, alpha: float, dropout: floa
     problems += [f"{' and '.join(p)} change the same matrix" for p in layers.values() if len(p) > 1 and not places[p[0]].part]
     if problems or not found:
         raise InputError(f"{source}: does not fit this decoder: {first_six(problems, '; ') or 'it has no adapters'}")
-    for layer, pieces in layers.items():
-        parent, _, leaf = layer.rpartition(".")
-        add_lora(decoder.get_submodule(parent), tuple(places[p].part or leaf for p in pieces), r, alpha, dropout)
-        adapted = decoder.get_submodule(layer)
-        with torch.no_grad():
-            adapted.lora_a.copy_(torch.cat([found[path, "A"][1] for path in pieces]))
-            adapted.lora_b.copy_(torch.cat([found[path, "B"][1] for path in pieces]))
+    return {
+        layer: (
+            tuple(filter(None, (places[path].part for path in pieces))),
+            torch.cat([found[path, "A"][1] for path in pieces]),
+            torch.cat([found[path, "B"][1] for path in pieces]),
+        )
+        for layer, pieces in layers.items()
+    }
 
 
 def _places(decoder: Decoder) -> dict[str, Place]:

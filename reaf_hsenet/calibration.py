@@ -1,15 +1,17 @@
-"""A data-dependent start for a dual encoder that is trained from nothing.
+"""A data-dependent start for a dual encoder, or for a decoder that sees, that is trained from nothing.
 
 With the usual start the class tokens of all volumes (and of all reports) point the same way: their mean is several
 times larger than what tells them apart. The contrastive loss then first shrinks what little differs, and a small run
 spends its whole time on the plateau at log B. Here the first layer and the last norm are set from a sample so that
-what differs between patients is what the network starts from. Nothing about the model or the loss changes.
+what differs between patients is what the network starts from. Nothing about the model or the loss changes. Likewise
+a new decoder learns to do without visual tokens whose common part outweighs what tells patients apart.
 """
 
 import torch
 from torch import Tensor, nn
 
 from reaf_hsenet.models.clip import DualEncoder
+from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.reaf import REAF
 from reaf_hsenet.models.vit3d import ViT3D
 
@@ -34,9 +36,10 @@ def calibrate_vision(vision: ViT3D | REAF, volumes: Tensor) -> None:
 
 @torch.no_grad()
 def standardise(norm: nn.LayerNorm, features: Tensor) -> None:
-    """Set the affine part of `norm` so that its outputs `features` (n, C) would have mean 0 and std 1 a channel."""
-    std = features.std(0).clamp(min=1e-3)
-    norm.bias.copy_((norm.bias - features.mean(0)) / std)
+    """Set the affine part of `norm` so that its outputs `features` (n, C) or (n, N, C) would have mean 0 and, about the
+    mean of each of the N places, std 1 a channel."""
+    std = (features - features.mean(0)).flatten(0, -2).std(0).clamp(min=1e-3)
+    norm.bias.copy_((norm.bias - features.flatten(0, -2).mean(0)) / std)
     norm.weight.div_(std)
 
 
@@ -50,3 +53,14 @@ def calibrate(model: DualEncoder, volumes: Tensor, ids: Tensor | None, mask: Ten
     if ids is not None:
         pairs = zip(ids.split(chunk), mask.split(chunk), strict=True)
         standardise(model.text.blocks[-1].norm2, torch.cat([model.text(i, m)[:, 0] for i, m in pairs]))
+
+
+@torch.no_grad()
+def calibrate_tokens(model: Mllm, volumes: Tensor, slices: Tensor | None, chunk: int = 32) -> None:
+    """Standardise the patch tokens that the projectors see, on volumes (n, 1, D, H, W) and slices (n, S, C) or None."""
+    model.eval()
+    parts = volumes.split(chunk)
+    guides = [None] * len(parts) if slices is None else slices.split(chunk)
+    found = [model.features(*pair) for pair in zip(parts, guides, strict=True)]
+    for encoder, tokens in zip(model.encoders, zip(*found, strict=True), strict=True):
+        standardise(encoder.norm, torch.cat(tokens))

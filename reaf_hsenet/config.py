@@ -257,7 +257,7 @@ class TrainConfig:
     relation: weight of stage 2's relation loss at step 0, which falls to 0 at relation_steps.
     slices_follow: a volume's slice features follow its depth flip; HSENet publishes that they do not.
     questions: kind of questions that stage vqa learns to answer.
-    calibrate: training volumes that set the start of an encoder trained from nothing (calibration.py); 0: plain start.
+    calibrate: training volumes that set the start of what is trained from nothing (calibration.py); 0: plain start.
     """
 
     lr: float
@@ -411,6 +411,7 @@ TINY_LANGUAGE = {
     "validate_every": 0.25,
     "validate_samples": 160,
     "augment": replace(NO_AUGMENTATION, translate=2),
+    "calibrate": 256,
 }
 for _model in ("hsenet", "reaf"):
     TINY_STAGES["mrg", _model] = {**TINY_LANGUAGE, "epochs": 16}

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,11 @@ class Ranks:
         return self.rank == 0
 
 
-def start(device: str | None = None) -> Ranks:
-    """Join torchrun's process group (nccl on GPUs, gloo on processors), or be the only process."""
+def start(device: str | None = None, hours: float = 0.5) -> Ranks:
+    """Join torchrun's process group (nccl on GPUs, gloo on processors), or be the only process.
+
+    hours: how long a rank waits for another. Between steps of training that is short, after generation it may be long.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +45,7 @@ def start(device: str | None = None) -> Ranks:
     except RuntimeError as error:
         raise InputError(f"--device {kind}: expected cpu, cuda or cuda:N") from error
     if world > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=hours))
     return Ranks(int(os.environ.get("RANK", "0")), world, place)
 
 

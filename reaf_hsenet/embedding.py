@@ -16,7 +16,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256
 from reaf_hsenet.metrics.retrieval import cross_retrieval
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
-from reaf_hsenet.pretrained import load_strictly
+from reaf_hsenet.pretrained import find_folder, load_strictly
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece
 
 
@@ -32,7 +32,8 @@ class DualEncoderRun:
     recipe: Recipe
     tokenizer: WordPiece
     checkpoint: Path
-    data: Path
+    weights: Path
+    data: Path | None
     origin: dict
     slices: dict | None
 
@@ -43,15 +44,18 @@ class DualEncoderRun:
 
     def sha256(self) -> str:
         """Of the checkpoint's weights, by which a run knows its teacher wherever that is moved to."""
-        return file_sha256(self.checkpoint / "model.safetensors")
+        return file_sha256(self.weights)
 
 
-def load_dual_encoder(folder: Path, which: str = "best") -> DualEncoderRun:
-    """Rebuild a clip1 or clip2 run's model.
+def load_dual_encoder(folder: Path, which: str = "best", text_model: str | None = None) -> DualEncoderRun:
+    """Rebuild a clip1 or clip2 run's model; or that of a published checkpoint, a file or a folder.
 
-    Raises InputError when the folder holds no such run or its weights do not fit.
+    text_model: where a published text encoder's vocab.txt is, when not beside its checkpoint. Raises InputError when the
+    folder holds no such run or its weights do not fit.
     """
     run = Run(folder)
+    if is_published(folder):
+        return load_published(folder, text_model)
     values = run.read_config()
     if values.get("stage") not in ("clip1", "clip2"):
         raise InputError(
@@ -73,9 +77,49 @@ def load_dual_encoder(folder: Path, which: str = "best") -> DualEncoderRun:
         recipe=recipe,
         tokenizer=load_wordpiece(folder),
         checkpoint=checkpoint,
-        data=Path(values["data"]),
+        weights=checkpoint / "model.safetensors",
+        data=Path(values["data"]) if values["data"] else None,
         origin=values.get("origin") or {},
         slices=values.get("slices"),
+    )
+
+
+def is_published(path: Path) -> bool:
+    """Whether this is a file, or a folder with weights that no run of ours wrote."""
+    path = Path(path)
+    weights = (".safetensors", ".bin", ".pt", ".pth")
+    if path.is_dir() and not (path / "checkpoints").is_dir():
+        return any(file.suffix in weights for file in path.iterdir())
+    return path.is_file() and path.suffix in weights
+
+
+def locate_run(name: Path) -> Path:
+    """A path as it is; ORGANISATION/NAME[@REVISION], where no such folder begins here, fetched from the hub."""
+    if name.exists() or len(name.parts) != 2 or name.parent.exists():
+        return name
+    return find_folder(str(name), ["*.safetensors", "*.bin", "*.pt", "*.json", "vocab.txt"])
+
+
+def load_published(path: Path, text_model: str | None) -> DualEncoderRun:
+    """M3D-CLIP, HSENet's two stages, HLIP or REAF, under their published names."""
+    from reaf_hsenet.pretrained.dual import (
+        load_published_dual,  # which takes all of the package with it
+    )
+
+    published = load_published_dual(str(path), text_model)
+    return DualEncoderRun(
+        folder=Path(path),
+        stage=published.stage,
+        preset=f"{published.config.model}-base",
+        model=published.model(),
+        config=published.config,
+        recipe=published.recipe,
+        tokenizer=published.tokenizer,
+        checkpoint=published.source.file,
+        weights=published.source.file,
+        data=None,
+        origin={"published": published.source.family.key, "notes": list(published.notes)},
+        slices=published.slices,
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from reaf_hsenet.data.labels import LABEL_SETS
 from reaf_hsenet.data.radgenome import KINDS
+from reaf_hsenet.embedding import locate_run
 from reaf_hsenet.errors import InputError, Parser
 
 CONTRASTIVE, LANGUAGE = ("retrieval", "zeroshot"), ("mrg", "vqa")
@@ -15,7 +16,7 @@ ONE_RUN = {
         **{"run": None, "model": "hsenet", "checkpoint": "best", "data": None, "split": "validation"},
         **{"batch_size": 16, "workers": 0, "device": None},
     },
-    CONTRASTIVE: {"figures": None, "figure_volumes": 4},
+    CONTRASTIVE: {"figures": None, "figure_volumes": 4, "text_model": None},
     ("zeroshot",): {"prompts": "volume", "label_set": "ct-rate", "labels": None},
     LANGUAGE: {
         **{"new_tokens": None, "limit": None, "precision": None, "bertscore": None, "bertscore_layer": None},
@@ -33,7 +34,9 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     parser = Parser(description)
     add = parser.add_argument
     add("--task", choices=TASKS, required=True)
-    add("--run", type=Path, help="run folder of train.py (default: runs/clip1-MODEL; runs/mrg-MODEL, runs/vqa-MODEL)")
+    add("--run", type=Path, help="run folder of train.py, or a published dual encoder: file, folder or hub id (default: "
+        "runs/clip1-MODEL; runs/mrg-MODEL, runs/vqa-MODEL)")  # fmt: skip
+    add("--text-model", metavar="NAME", help="folder or hub id with the vocabulary of a published checkpoint")
     add("--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)")
     add(
         "--compare",
@@ -74,7 +77,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
         for name, value in flags.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-    args.run = args.run or Path(f"runs/{args.task if args.task in LANGUAGE else 'clip1'}-{args.model}")
+    args.run = locate_run(args.run) if args.run else Path(f"runs/{args.task if args.task in LANGUAGE else 'clip1'}-{args.model}")
     check_values(args)
     return args
 

@@ -23,15 +23,15 @@ from reaf_hsenet.config import (
     ReafVisionConfig,
     Recipe,
     from_dict,
+    to_dict,
     vision_config,
 )
 from reaf_hsenet.data.labels import LabelTable, load_label_set
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
 from reaf_hsenet.data.volume import TableRow
-from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
+from reaf_hsenet.embedding import DualEncoderRun, is_published, load_dual_encoder
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import file_sha256
 from reaf_hsenet.generation import Sampling
 from reaf_hsenet.mllm_config import MllmConfig
 from reaf_hsenet.mllm_run import STAGES, MllmRun, load_mllm
@@ -44,7 +44,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(folder: Path | str, **settings) -> "ScanModel":
-    """The model of a run folder, its weights read. settings: as ScanModel takes them."""
+    """The model of a run folder, or of a published dual encoder's file or folder, its weights read. settings: as ScanModel takes them."""
     model = ScanModel(folder, **settings)
     model.run  # noqa: B018
     return model
@@ -55,7 +55,8 @@ class ScanModel:
 
     checkpoint: `best` or `last`. device: cpu, cuda or cuda:N; by default a GPU where there is one. reading, table: what
     scans are taken for; see data/volume.py. slice_encoder: file, folder or hub id; see find_slice_encoder. precision: of
-    the decoder, one of PRECISIONS; by default that of its files. say: takes an account of every scan that is read.
+    the decoder, one of PRECISIONS; by default that of its files. text_model: where the vocabulary of a published dual
+    encoder is, when not beside it. say: takes an account of every scan that is read.
 
     Every method raises InputError, a line that names the file or setting, for what cannot be done.
     """
@@ -69,11 +70,23 @@ class ScanModel:
         table: TableRow | None = None,
         slice_encoder: str | None = None,
         precision: str | None = None,
+        text_model: str | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.folder, self.which, self.named, self.precision = Path(folder), checkpoint, slice_encoder, precision
         self.reading, self.table, self.say = reading or Reading(), table or TableRow(), say
-        self.values = Run(folder).read_config()
+        self.text_model, published = text_model, is_published(self.folder)
+        if published:  # its settings are read from its weights
+            self.run = load_dual_encoder(self.folder, text_model=text_model)
+            self.checkpoint = self.run.checkpoint
+            for note in self.run.origin["notes"]:
+                say(note)
+            known = {"stage": self.run.stage, "recipe": to_dict(self.run.recipe), "slices": self.run.slices, "data": None}
+            self.values = known | {"model": {"vision": to_dict(self.run.config.vision)}}
+        else:
+            self.values = Run(folder).read_config()
+        if text_model is not None and not published:
+            raise InputError("--text-model: is of a published checkpoint; a run has its own vocabulary, leave it out")
         self.stage = self.values.get("stage")
         if self.stage not in ("clip1", "clip2", *STAGES):
             raise InputError(f"{folder}: is a run of stage {self.stage!r}; expected one of clip1, clip2, mrg and vqa")
@@ -83,6 +96,8 @@ class ScanModel:
         self.recipe, model = from_dict(Recipe, self.values["recipe"]), self.values["model"]
         self.encoders = [vision_config(v) for v in (model["encoders"] if self.has_decoder else [model["vision"]])]
         self.guided = any(isinstance(encoder, GuidedVisionConfig) for encoder in self.encoders)
+        if published:
+            self.run.model.to(self.device)
         if slice_encoder is not None and not self.guided:
             raise InputError(f"--slice-encoder: {folder} takes no slice features; leave the flag out")
 
@@ -111,7 +126,7 @@ class ScanModel:
     @cached_property
     def sha256(self) -> str:
         """Of the checkpoint's weights, by which an index knows the model that made it."""
-        return file_sha256(self.checkpoint / "model.safetensors")
+        return self.run.sha256()
 
     def report(self, scan: Path | str, prompt: str | None = None, **settings) -> str:
         """The findings as text. settings: new_tokens and sampling, as of `stream`."""
@@ -234,7 +249,7 @@ class ScanModel:
 
     @cached_property
     def _slice_encoder(self):
-        data = Path(self.values["data"])
+        data = self.values["data"] and Path(self.values["data"])
         return find_slice_encoder(self.folder, data, self.values["slices"], self.named)
 
     def require_towers(self) -> None:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet import distributed
+from reaf_hsenet.calibration import calibrate_tokens
 from reaf_hsenet.data.feature_cache import FeatureCache, fill_cache
 from reaf_hsenet.data.language_loader import LanguageBatch, LanguageDataset
-from reaf_hsenet.data.loader import InOrder, batches, make_loader
+from reaf_hsenet.data.loader import InOrder, batches, make_loader, read_prepared, read_slices
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.job import Job
 from reaf_hsenet.language_setup import LanguageSetup
@@ -39,6 +40,10 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
     model = build_mllm(config, base_decoder(config, setup.origin, dtype or torch.float32))
     if not (args.resume and config.train_vision):  # then they are in the checkpoint
         fill_encoders(model, setup.origin["encoders"])
+        if settings.calibrate and not args.resume:
+            sample = manifest.entries("train")[: settings.calibrate]
+            slices = torch.stack([read_slices(manifest, entry) for entry in sample]) if setup.guided else None
+            calibrate_tokens(model, torch.stack([read_prepared(manifest, entry) for entry in sample]), slices)
     model.decoder.grad_checkpoint = settings.grad_checkpoint
     for encoder in model.encoders:
         encoder.grad_checkpoint = settings.grad_checkpoint and config.train_vision

@@ -121,6 +121,8 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
         **options,
     )
     config = replace(config, max_text=text_length(args, config))
+    if not config.train_vision:  # frozen encoders stay as they are
+        settings = replace(settings, calibrate=0)
     origin = {
         "init": located(first.folder),
         "encoders": [{"run": located(run.folder), "sha256": run.sha256()} for run in runs],

@@ -34,7 +34,7 @@ class MllmRun:
     recipe: Recipe
     tokenizer: Tokenizer
     checkpoint: Path
-    data: Path
+    data: Path | None
     origin: dict
     slices: dict | None
     train: dict
@@ -78,7 +78,7 @@ def load_mllm(folder: Path | str, which: str = "best", dtype: torch.dtype | None
         recipe=from_dict(Recipe, values["recipe"]),
         tokenizer=tokenizer,
         checkpoint=checkpoint,
-        data=Path(values["data"]),
+        data=Path(values["data"]) if values["data"] else None,
         origin=origin,
         slices=values["slices"],
         train=values["train"],

@@ -34,6 +34,8 @@ PARTS = (  # applied in order, from left to right and back
     (".in_proj_", ".qkv."),
     (".out_proj.", ".proj."),
 )
+PACKERS = ("mm_projector", "mm_projector2")  # of the stage-1 encoder, of the stage-2 encoder
+ADAPTER = re.compile(r"base_model\.model\.(?:model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 HEADS = {"proj_mpls": "head", "projector": "head", "projector_3d": "head", "projector_2d": "slice_head"}
 PUBLISHED_HEADS: dict[type[Projector], dict[str, str]] = {
     SpatialPacker: {"head": "proj_mpls"},
@@ -91,3 +93,28 @@ def published_packer_state(module: Projector, prefix: str = "") -> State:
                 name = name.replace(ours, theirs)
         state[prefix + name] = tensor
     return state
+
+
+def language_names(published: State) -> State:
+    """The packers and adapters of HSENet's language model, under the names that a run's checkpoint has.
+
+    Of the adapters only the names: how those of a decoder's separate matrices are joined, adapters.py knows.
+    """
+    state = {}
+    for i, packer in enumerate(PACKERS):
+        mine = {n: t for n, t in published.items() if f".{packer}." in f".{n}"}
+        if mine:
+            state |= {f"projectors.{i}.{n}": t for n, t in packer_state(mine, packer).items()}
+    for name, tensor in published.items():
+        if not any(f".{packer}." in f".{name}" for packer in PACKERS):
+            match = ADAPTER.fullmatch(name)
+            state[f"decoder.{match[1]}.lora_{match[2].lower()}" if match else name] = tensor
+    return state
+
+
+def published_language_state(projectors: list[Projector], adapters: State) -> State:
+    """The same back, as HSENet's training saves them: peft's names of a model in memory. adapters: of adapter_state."""
+    state = {}
+    for packer, projector in zip(PACKERS, projectors, strict=False):
+        state |= published_packer_state(projector, f"base_model.model.model.{packer}.")
+    return state | {re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", n): t for n, t in adapters.items()}

@@ -71,14 +71,14 @@ def slice_features(
     return features[None]
 
 
-def find_slice_encoder(run: Path, data: Path, wanted: dict, named: str | None = None) -> tuple[SliceEncoder, dict]:
+def find_slice_encoder(run: Path, data: Path | None, wanted: dict, named: str | None = None) -> tuple[SliceEncoder, dict]:
     """The encoder that made the slice features a run was trained on, with its provenance.
 
     wanted: that of the run's features. The first of `named` (file, folder or hub id), the run's own folder's, its data
     set's, and the place where it lay in training. Raises InputError when there is none, and for another encoder.
     """
     known = wanted.get("encoder", "")
-    places = [run / "slice_encoder", data / "slice_encoder", *([Path(known)] if known else [])]
+    places = [folder / "slice_encoder" for folder in (run, data) if folder] + [Path(known)] * bool(known)
     name = named or next((str(place) for place in places if place.exists()), None)
     made = f"{known}, sha256 {wanted['sha256'][:12]}" if "sha256" in wanted else f"{known} of {wanted.get('width')} channels"
     if name is None:

@@ -5,6 +5,7 @@ of what was decided. Facts about CT-RATE's files (v1: raw values under a blank h
 a table that still lists an intercept) are CT-RATE's own, from its discussions 58 and 59 and CT-CLIP's issue 50.
 """
 
+import argparse
 import gzip
 import io
 import zlib
@@ -205,6 +206,13 @@ def choose_rescale(voxels: np.ndarray, path: Path, table: TableRow, rescale: str
             f"{path}: no air or lung below -200 HU ({facts}); expected a chest CT in HU, see --rescale"
         )
     return slope, intercept, decision
+
+
+def axis_codes(text: str) -> str:
+    """The value of a flag such as --assume-orientation, in capitals."""
+    if sorted(text.upper().translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an orientation such as LPS or RAS")
+    return text.upper()
 
 
 def _mm(spacing) -> str:
