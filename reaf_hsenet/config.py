@@ -256,6 +256,7 @@ class TrainConfig:
     grad_cache: volumes per pass of --grad-cache (grad_cache.py); None: the whole batch in one pass.
     relation: weight of stage 2's relation loss at step 0, which falls to 0 at relation_steps.
     slices_follow: a volume's slice features follow its depth flip; HSENet publishes that they do not.
+    encoder_rate: of the learning rate, for encoders that a language stage trains on.
     questions: kind of questions that stage vqa learns to answer.
     calibrate: training volumes that set the start of what is trained from nothing (calibration.py); 0: plain start.
     """
@@ -284,6 +285,7 @@ class TrainConfig:
     relation: float = 0.0
     relation_steps: int = 5000
     slices_follow: bool = True
+    encoder_rate: float = 1.0
     questions: str = "location"
     calibrate: int = 0
 
@@ -402,11 +404,12 @@ TINY_STAGES = {
 # A decoder from nothing, whose encoders are trained on: a few voxels to and fro keep them from learning the patients by
 # heart, and contradict no report.
 TINY_LANGUAGE = {
-    "lr": 1e-3,
+    "lr": 2e-3,
+    "encoder_rate": 0.2,
     "weight_decay": 0.1,
     "betas": (0.9, 0.98),
-    "warmup": 0.1,
-    "batch_size": 32,
+    "warmup": 0.05,
+    "batch_size": 16,
     "precision": "fp32",
     "validate_every": 0.25,
     "validate_samples": 160,
@@ -414,7 +417,7 @@ TINY_LANGUAGE = {
     "calibrate": 256,
 }
 for _model in ("hsenet", "reaf"):
-    TINY_STAGES["mrg", _model] = {**TINY_LANGUAGE, "epochs": 16}
+    TINY_STAGES["mrg", _model] = {**TINY_LANGUAGE, "epochs": 10}
     TINY_STAGES["vqa", _model] = {**TINY_LANGUAGE, "epochs": 10, "validate_samples": 400}
 # Phantoms for the tiny presets: coarse enough that the whole chest is in the crop.
 TINY_RECIPES = {

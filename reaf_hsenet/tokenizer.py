@@ -210,7 +210,7 @@ def _read(folder: Path, form: str) -> Tokenizer:
         if form == "sentencepiece":
             around = settings.get("add_bos_token", True), settings.get("add_eos_token", False)
             return SentencePiece(path.read_bytes(), names, added, *around)
-        backend = Backend.from_file(str(path)) if form == "tokenizer.json" else _gpt2(folder, added)
+        backend = _backend(path) if form == "tokenizer.json" else _gpt2(folder, added)
     except InputError:
         raise
     except Exception as error:  # what `tokenizers` raises is of no narrower class
@@ -223,6 +223,26 @@ def _read(folder: Path, form: str) -> Tokenizer:
         own = {token.content: token for token in backend.get_added_tokens_decoder().values()}
         added = [(number, own.get(token.content, token)) for number, token in added]
     return Tokenizer(backend, names, added)
+
+
+def _backend(path: Path) -> Backend:
+    """The library adds a file's tokens together, and then counts on from the vocabulary's size where its ids have gaps.
+
+    Added one by one they follow the last id, which is what the file says.
+    """
+    backend = Backend.from_file(str(path))
+    values = read_json(path)
+    wanted = sorted(values["added_tokens"], key=lambda token: token["id"])
+    if all(backend.token_to_id(token["content"]) == token["id"] for token in wanted):
+        return backend
+    backend = Backend.from_str(json.dumps(values | {"added_tokens": []}))
+    for token in wanted:
+        added = AddedToken(token["content"], **{flag: token[flag] for flag in FLAGS if flag in token})
+        (backend.add_special_tokens if token["special"] else backend.add_tokens)([added])
+        if backend.token_to_id(token["content"]) != token["id"]:
+            found = backend.token_to_id(token["content"])
+            raise InputError(f"{path}: its added token {token['content']} has id {token['id']}, but becomes {found}; fetch it again")
+    return backend
 
 
 def _gpt2(folder: Path, added: Added) -> Backend:

@@ -36,7 +36,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Decayed and undecayed parameters by the published rule of each method.
 
     hsenet: norms and biases are not decayed (class token, positions and logit scale are). reaf: nothing with
-    fewer than two dimensions is, nor the logit scale.
+    fewer than two dimensions is, nor the logit scale. `rate` of a group: its share of the learning rate.
     """
     norms = {
         f"{name}.{parameter}".lstrip(".")
@@ -44,15 +44,19 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
         if isinstance(module, nn.LayerNorm | RMSNorm)
         for parameter, _ in module.named_parameters(recurse=False)
     }
-    decayed, undecayed = [], []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         bare = name in norms or name.endswith("bias") or (config.no_decay == "reaf" and parameter.ndim < 2)
-        (undecayed if bare else decayed).append(parameter)
+        groups.setdefault((bare, name.startswith("encoders.")), []).append(parameter)
     return [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
+        {
+            "params": groups[bare, encoder],
+            "weight_decay": 0.0 if bare else config.weight_decay,
+            "rate": config.encoder_rate if encoder else 1.0,
+        }
+        for bare, encoder in sorted(groups)
     ]
 
 
@@ -176,7 +180,7 @@ class Trainer:
         torch.manual_seed(seed % 2**63)
         rate = learning_rate(progress.step, self.total, self.config)
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
+            parameters["lr"] = rate * parameters["rate"]
         self.ddp.train()
         loss, numbers, norm = self._update(group)
         progress.step, progress.batch = progress.step + 1, progress.batch + len(group)

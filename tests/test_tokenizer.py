@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from sentencepiece import SentencePieceTrainer
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, models, processors
 from tokenizers import Tokenizer as Backend
 
 from reaf_hsenet import pretrained
+from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer import Tokenizer, WordPiece, check_fits, load_tokenizer, load_wordpiece
 
@@ -459,3 +460,25 @@ def test_a_hub_id_is_fetched_with_every_file_of_a_tokenizer(tmp_path, monkeypatc
     for absent in ("models/tokenizer.json", "models/vocab.txt", tmp_path / "absent"):
         assert "absent" in error_of(load_tokenizer, absent) or "looked for" in error_of(load_tokenizer, absent)
     assert len(asked) == 1  # an absent file is no hub id
+
+
+def test_a_vocabulary_with_gaps_takes_image_tokens_and_is_read_again(tmp_path):
+    # Phi-4-mini's ids have gaps before its special tokens.
+    words = {character: number for number, character in enumerate("abcdefghi")} | {"<unk>": 9, "<s>": 15}
+    Backend(models.WordLevel(words, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "<s>", "unk_token": "<unk>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_id == 15 and add_image_tokens(tokenizer) == [16, 17, 18, 19]
+    tokenizer.save(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert again.ids == tokenizer.ids and again.encode("a<im_patch>", special_tokens=False) == [0, 16]
+
+
+def test_an_added_token_that_cannot_have_its_id_is_named(tmp_path):
+    backend = Backend(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    values = json.loads(backend.to_str())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    values["added_tokens"] = [{"id": 9, "content": "<s>", "special": True, **flags}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="tokenizer.json: its added token <s> has id 9, but becomes 2"):
+        load_tokenizer(tmp_path)
