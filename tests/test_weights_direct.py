@@ -1,0 +1,98 @@
+"""A published dual encoder is evaluated, and reads one scan, from its own folder."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import infer
+import published
+from published import BERT, HEADS
+from reaf_hsenet.config import RECIPES
+from reaf_hsenet.data.datasets import read_ct_rate
+from reaf_hsenet.data.prepare import Options, prepare
+from reaf_hsenet.embedding import load_dual_encoder
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.pretrained.__main__ import main as convert
+
+
+@pytest.fixture(scope="module")
+def data(phantom_root, tmp_path_factory) -> Path:
+    """Phantoms at the published encoder's input size."""
+    from dataclasses import replace
+
+    out = tmp_path_factory.mktemp("data") / "data"
+    recipe = replace(RECIPES["hsenet"], size=tuple(HEADS["img_size"]))
+    prepare(read_ct_rate(phantom_root), out, Options(recipe), progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Path:
+    return published.write_vocabulary(tmp_path_factory.mktemp("words") / "bert", 200, BERT["config"])
+
+
+@pytest.fixture(scope="module")
+def m3d_clip(tmp_path_factory) -> Path:
+    return published.write_m3d_clip(tmp_path_factory.mktemp("weights") / "M3D-CLIP").parent
+
+
+def test_its_folder_is_evaluated_as_its_converted_run_is(m3d_clip, words, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(words)]) == 0
+    common = ["--task", "retrieval", "--data", str(data), "--device", "cpu"]
+    assert evaluate.main([*common, "--run", str(run)]) == 0
+    assert evaluate.main([*common, "--run", str(m3d_clip), "--text-model", str(words)]) == 0
+    results = [json.loads((folder / "retrieval.json").read_text()) for folder in (run / "eval", tmp_path / "eval/M3D-CLIP")]
+    assert results[0]["report_to_volume"] == results[1]["report_to_volume"]
+    vectors = [load_file(folder / "embeddings.safetensors") for folder in (run / "eval", tmp_path / "eval/M3D-CLIP")]
+    assert all(torch.equal(vectors[0][name], vectors[1][name]) for name in ("image", "text"))
+    assert not (m3d_clip / "eval").exists()
+
+
+def test_it_embeds_and_classifies_one_scan(m3d_clip, words, phantom_root, capsys):
+    scan = next(phantom_root.rglob("*.nii.gz"))
+    flags = ["--run", str(m3d_clip), "--text-model", str(words), "--device", "cpu", "--json"]
+    assert infer.main(["embed", str(scan), *flags]) == 0
+    vector = torch.tensor(json.loads(capsys.readouterr().out)[0]["embedding"])
+    assert vector.norm() == pytest.approx(1, abs=1e-5)
+    assert infer.main(["classify", str(scan), *flags]) == 0
+    assert len(json.loads(capsys.readouterr().out)["classes"]) == 18
+
+
+def wrong(main, arguments: list, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        main(list(map(str, arguments)))
+    assert "\n" not in str(error.value)
+
+
+def test_what_it_does_not_have_is_asked_for(m3d_clip, words, phantom_root, data, tmp_path):
+    scan = next(phantom_root.rglob("*.nii.gz"))
+    common = ["--task", "retrieval", "--run", m3d_clip, "--device", "cpu"]
+    wrong(evaluate.main, [*common, "--text-model", words], "--data: .*M3D-CLIP has no data set of its own")
+    wrong(infer.main, ["report", scan, "--run", m3d_clip, "--device", "cpu"], "has no decoder")
+    bare = shutil.copytree(m3d_clip, tmp_path / "bare")
+    (bare / "vocab.txt").unlink()
+    bare_run = ["--task", "retrieval", "--run", bare, "--data", data, "--device", "cpu"]
+    wrong(evaluate.main, bare_run, "bare: has no vocab.txt.*--text-model")
+    damaged = tmp_path / "weights.pt"
+    damaged.write_bytes(b"PK\x03\x04 nothing")
+    wrong(evaluate.main, ["--task", "retrieval", "--run", damaged, "--data", data, "--device", "cpu"], re.escape(str(damaged)))
+
+
+def test_a_missing_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    wrong(evaluate.main, ["--task", "retrieval", "--run", "runs/clip1-hsenet", "--device", "cpu"], "runs/clip1-hsenet: holds no run")
+    wrong(evaluate.main, ["--task", "retrieval", "--device", "cpu"], "runs/clip1-hsenet: holds no run")
+
+
+def test_its_hash_is_that_of_its_file(m3d_clip, words):
+    run = load_dual_encoder(m3d_clip, text_model=str(words))
+    assert run.weights.is_file() and len(run.sha256()) == 64 and run.stage == "clip1"
