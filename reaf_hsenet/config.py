@@ -257,6 +257,8 @@ class TrainConfig:
     relation: weight of stage 2's relation loss at step 0, which falls to 0 at relation_steps.
     slices_follow: a volume's slice features follow its depth flip; HSENet publishes that they do not.
     encoder_rate: of the learning rate, for encoders that a language stage trains on.
+    list_epochs: the first epochs of a language stage, in which the answer is the list of the scan's labels. A decoder that
+        starts from nothing else learns to write without looking; not published, for the tiny presets.
     questions: kind of questions that stage vqa learns to answer.
     calibrate: training volumes that set the start of what is trained from nothing (calibration.py); 0: plain start.
     """
@@ -286,6 +288,7 @@ class TrainConfig:
     relation_steps: int = 5000
     slices_follow: bool = True
     encoder_rate: float = 1.0
+    list_epochs: int = 0
     questions: str = "location"
     calibrate: int = 0
 
@@ -417,8 +420,8 @@ TINY_LANGUAGE = {
     "calibrate": 256,
 }
 for _model in ("hsenet", "reaf"):
-    TINY_STAGES["mrg", _model] = {**TINY_LANGUAGE, "epochs": 10}
-    TINY_STAGES["vqa", _model] = {**TINY_LANGUAGE, "epochs": 10, "validate_samples": 400}
+    TINY_STAGES["mrg", _model] = {**TINY_LANGUAGE, "epochs": 16, "list_epochs": 8}
+    TINY_STAGES["vqa", _model] = {**TINY_LANGUAGE, "epochs": 9, "list_epochs": 5, "validate_samples": 400}
 # Phantoms for the tiny presets: coarse enough that the whole chest is in the crop.
 TINY_RECIPES = {
     "hsenet": replace(RECIPES["hsenet"], size=PRESETS["hsenet-tiny"].vision.size),

@@ -58,7 +58,13 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
             manifest, split, task, setup.tokenizer, model.visual_tokens, config.max_text, slices=setup.guided, cache=cache, **changes
         )
 
-    train_set = data("train", augmentation=settings.augment, seed=settings.seed, slices_follow=settings.slices_follow)
+    train_set = data(
+        "train",
+        augmentation=settings.augment,
+        seed=settings.seed,
+        slices_follow=settings.slices_follow,
+        list_epochs=settings.list_epochs,
+    )
     validation_set = data("validation")
 
     def validate(model: Mllm) -> tuple[float, dict]:

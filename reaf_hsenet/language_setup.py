@@ -19,7 +19,7 @@ from reaf_hsenet.config import (
 )
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.data.questions import questions, report_prompts, templates
+from reaf_hsenet.data.questions import LIST_QUESTION, label_list, questions, report_prompts, templates
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.decoder_config import DecoderConfig
 from reaf_hsenet.distributed import Ranks
@@ -104,6 +104,8 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
         raise InputError("--full, --int8, --lora-*: are of a --decoder with weights; a new one is trained whole")
     if args.int8 and args.full:
         raise InputError("--int8: weights in eight bits are not trained; leave out --full")
+    if args.decoder is not None or any(entry["labels"] is None for entry in manifest.entries("train")):
+        settings = replace(settings, list_epochs=0)
     tokenizer, decoder, known = text_side(args, manifest, settings, say)
     full = args.full or known is None
     options = {name.removeprefix("lora_"): v for name, v in given(args, ("lora_r", "lora_alpha", "lora_dropout")).items()}
@@ -168,6 +170,8 @@ def text_side(
     if args.decoder is None:
         say("no --decoder: a small one starts from nothing, with a vocabulary of the training texts")
         texts = [clean_report(entry["text"]) for entry in manifest.entries("train")] + list(report_prompts())
+        if settings.list_epochs:
+            texts += [LIST_QUESTION, *(label_list(manifest, entry) for entry in manifest.entries("train"))]
         if args.stage == "vqa":
             asked = [row for _, row in questions(manifest, "train", settings.questions)]
             texts = [text for row in asked for text in (row.get("question", ""), row["answer"], row["abnormality"], row["anatomy"])]

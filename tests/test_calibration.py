@@ -2,8 +2,11 @@
 
 import torch
 
-from reaf_hsenet.calibration import calibrate
-from reaf_hsenet.models.clip import build_dual_encoder
+from reaf_hsenet.calibration import calibrate, calibrate_tokens
+from reaf_hsenet.config import PRESETS
+from reaf_hsenet.models.clip import build_dual_encoder, build_vision
+from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.models.packer import build_projector
 from test_models import TINY, batch
 
 
@@ -32,3 +35,15 @@ def test_without_reports_the_text_encoder_is_left_alone():
     before = {n: p.clone() for n, p in model.text.named_parameters()}
     calibrate(model, batch(8)[0], None, None)
     assert all(torch.equal(before[n], p) for n, p in model.text.named_parameters())
+
+
+def test_patch_tokens_of_a_language_model_are_standardised_about_their_place():
+    torch.manual_seed(0)
+    config = PRESETS["hsenet-tiny"].vision
+    model = Mllm([build_vision(config)], [build_projector("average_pool", 128, 16, config.grid, (1, 2, 2))], None)
+    volumes = torch.rand(12, 1, 32, 64, 64)
+    calibrate_tokens(model, volumes, None, chunk=5)
+    (tokens,) = model.features(volumes)
+    assert tokens.flatten(0, 1).mean(0).abs().max() < 1e-4
+    deviation = (tokens - tokens.mean(0)).flatten(0, 1)
+    assert torch.allclose(deviation.std(0), torch.ones(128), atol=1e-3)

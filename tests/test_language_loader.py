@@ -63,7 +63,7 @@ def test_questions_are_rows_of_their_own(manifest, tokenizer):
     total = sum(q["kind"] == "location" for e in manifest.entries("train") for q in e["qa"])
     assert len(data) == total > 0
     entry, asked = data.rows[-1]
-    example, volume, _, row = data[0, total - 1]
+    example, volume, _, row, _ = data[0, total - 1]
     assert row == total - 1 and volume.shape == (1, 16, 32, 32)
     learned = [label for label in example.labels if label != -100]
     assert tokenizer.decode(learned[:-1]).strip() == asked["answer"]
@@ -82,3 +82,14 @@ def test_a_batch_moves_to_a_device_whole(manifest, tokenizer):
     data = reports(manifest, tokenizer)
     batch = data.collate([data[0, 0]]).to(torch.device("meta"))
     assert batch.ids.is_meta and batch.volume.is_meta and batch.slices is None and batch.index == [0]
+
+
+def test_the_first_epochs_ask_for_the_list_of_labels(manifest, tokenizer):
+    data = reports(manifest, tokenizer, list_epochs=2)
+    row = next(i for i, entry in enumerate(data.entries) if sum(entry["labels"]) > 1)
+    named = [name.lower() for name, present in zip(manifest.labels, data.entries[row]["labels"], strict=True) if present]
+    rng = np.random.default_rng(0)
+    assert data.text(row, rng, 1) == ("Which abnormalities does this scan show?", ", ".join(named))
+    assert data.text(row, rng, 2)[0] in report_prompts() and data.text(row, rng)[0] in report_prompts()
+    listed, written = data[1, row][0], data[2, row][0]
+    assert len(listed.ids) < len(written.ids)

@@ -16,7 +16,7 @@ from reaf_hsenet.data.feature_cache import FeatureCache
 from reaf_hsenet.data.language import LanguageExample, collate_examples, language_example, question_text
 from reaf_hsenet.data.loader import read_prepared, read_slices
 from reaf_hsenet.data.manifest import Manifest
-from reaf_hsenet.data.questions import question_answer, questions, report_prompt
+from reaf_hsenet.data.questions import LIST_QUESTION, label_list, question_answer, questions, report_prompt
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer import Tokenizer
@@ -49,6 +49,7 @@ class LanguageDataset(Dataset):
 
     image_tokens: visual tokens that the model makes of a volume. max_text: tokens, image tokens included. prompt: one for
     all reports, in place of the published ones that are drawn. cache: of the encoders' features, read in place of volumes.
+    list_epochs: in these first epochs every row asks for the list of its scan's labels.
     """
 
     def __init__(
@@ -65,19 +66,22 @@ class LanguageDataset(Dataset):
         slices_follow: bool = True,
         prompt: str | None = None,
         cache: FeatureCache | None = None,
+        list_epochs: int = 0,
     ):
         self.manifest, self.entries, self.task = manifest, manifest.entries(split), task
         self.rows = [(i, None) for i in range(len(self.entries))] if task == "mrg" else questions(manifest, split, task)
         self.tokenizer, self.image_tokens, self.max_text = tokenizer, image_tokens, max_text
         self.augmentation, self.seed, self.prompt, self.cache = augmentation, seed, prompt, cache
-        self.slices, self.slices_follow = slices, slices_follow
+        self.slices, self.slices_follow, self.list_epochs = slices, slices_follow, list_epochs
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def text(self, row: int, rng: np.random.Generator) -> tuple[str, str]:
-        """(question, answer) of a row; a report without quotes and brackets, as published."""
+    def text(self, row: int, rng: np.random.Generator, epoch: int | None = None) -> tuple[str, str]:
+        """(question, answer) of a row, in an epoch of training; a report without quotes and brackets, as published."""
         entry, asked = self.rows[row]
+        if epoch is not None and epoch < self.list_epochs:
+            return LIST_QUESTION, label_list(self.manifest, self.entries[entry])
         if asked is None:
             return self.prompt or report_prompt(rng), clean_report(self.entries[entry]["text"])
         return question_answer(asked, rng)
@@ -90,7 +94,7 @@ class LanguageDataset(Dataset):
             features = self.cache and self.cache.read(entry)
             volume = None if self.cache else read_prepared(self.manifest, entry)
             slices = read_slices(self.manifest, entry) if self.slices else None
-            prompt, answer = self.text(row, rng)
+            prompt, answer = self.text(row, rng, epoch)
             question = question_text(self.tokenizer, prompt, self.image_tokens)
             example = language_example(self.tokenizer, question, answer, self.max_text)
         except InputError as error:
