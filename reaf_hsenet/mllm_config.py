@@ -69,9 +69,18 @@ class MllmConfig:
         return to_dict(self)
 
 
+def new_decoder(config: DecoderConfig) -> Decoder:
+    """To be trained from nothing: of every product the outputs are as large as the inputs, whatever the width."""
+    decoder = Decoder(config)
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return decoder
+
+
 def build_mllm(config: MllmConfig, decoder: Decoder | None = None) -> Mllm:
     """decoder: with its weights and the rows of the image tokens; without one a new decoder is made."""
-    decoder = Decoder(config.decoder) if decoder is None else decoder
+    decoder = new_decoder(config.decoder) if decoder is None else decoder
     encoders = [build_vision(encoder) for encoder in config.encoders]
     projectors = []
     for encoder in config.encoders[: 1 if config.shared else None]:

@@ -157,9 +157,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
-        for parameter in self.parameters():  # of every product the outputs are as large as the inputs
+        for parameter in self.parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(
         self,
