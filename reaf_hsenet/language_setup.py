@@ -30,7 +30,7 @@ from reaf_hsenet.mllm_config import TINY_KERNEL, MllmConfig, build_mllm, tiny_de
 from reaf_hsenet.mllm_run import decoder_sha256
 from reaf_hsenet.pretrained import find_folder
 from reaf_hsenet.pretrained_decoder import FILES
-from reaf_hsenet.run_setup import changed_settings, located, refuse_changes, resumed_settings
+from reaf_hsenet.run_setup import changed_settings, located, refuse_changes, resumable, resumed_settings
 from reaf_hsenet.tokenizer import Tokenizer, check_fits, load_tokenizer
 from reaf_hsenet.train_flags import given
 from reaf_hsenet.word_tokenizer import train_words
@@ -214,9 +214,7 @@ def feature_folder(args, config: MllmConfig, settings: TrainConfig, manifest: Ma
 
 def resumed_language_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> LanguageSetup:
     """Everything from the run's config.json; a flag that would change what is trained is refused."""
-    if not run.exists:
-        raise InputError(f"{run.folder}: holds no run to resume; name one with --out, or leave --resume out")
-    values = run.read_config()
+    values = resumable(run)
     model = "reaf" if values["model"].get("vision") == "reaf" else "hsenet"
     if (values["stage"], model) != (args.stage, args.model):
         raise InputError(f"{run.folder}: is a {values['stage']} run of {model}, not {args.stage} of {args.model}")

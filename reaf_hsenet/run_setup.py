@@ -254,11 +254,19 @@ def model_config(args: argparse.Namespace, config: ClipConfig) -> ClipConfig:
     return config
 
 
-def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
-    """Everything from the run's config.json; a flag that would change what is trained is refused."""
+def resumable(run: Run) -> dict:
+    """The config.json of a run that was trained here. Raises InputError when there is none."""
     if not run.exists:
         raise InputError(f"{run.folder}: holds no run to resume; name one with --out, or leave --resume out")
     values = run.read_config()
+    if (values.get("origin") or {}).get("published"):
+        raise InputError(f"{run.folder}: is converted, not trained, so there is nothing to resume; start from it with --init")
+    return values
+
+
+def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
+    """Everything from the run's config.json; a flag that would change what is trained is refused."""
+    values = resumable(run)
     config = from_dict(ClipConfig, values["model"])
     if (values["stage"], config.model) != (args.stage, args.model):
         raise InputError(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import evaluate
 import infer
 import published
+import train
 from published import BERT, HEADS
 from reaf_hsenet.config import RECIPES
 from reaf_hsenet.data.datasets import read_ct_rate
@@ -96,3 +97,9 @@ def test_a_missing_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
 def test_its_hash_is_that_of_its_file(m3d_clip, words):
     run = load_dual_encoder(m3d_clip, text_model=str(words))
     assert run.weights.is_file() and len(run.sha256()) == 64 and run.stage == "clip1"
+
+
+def test_a_converted_run_is_not_resumed(m3d_clip, words, tmp_path):
+    run = tmp_path / "run"
+    assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(words)]) == 0
+    wrong(train.main, ["--stage", "clip1", "--out", run, "--resume"], "is converted, not trained.*start from it with --init")
