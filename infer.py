@@ -23,7 +23,7 @@ from reaf_hsenet.config import GENERATION
 from reaf_hsenet.data.labels import LABEL_SETS
 from reaf_hsenet.data.reading import Reading, stem
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, axis_codes
-from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
+from reaf_hsenet.errors import Command, InputError, Parser, raise_on_sigterm, run_script
 from reaf_hsenet.scan import check_scan
 
 COMMANDS = {
@@ -34,14 +34,6 @@ COMMANDS = {
     "search": "scans of an index that are nearest to a text or a scan",
     "explain": "a picture of where the encoder looks",
 }
-
-
-class Command(Parser):
-    """The flags of one command."""
-
-    def __init__(self, prog: str, description: str | None = None):
-        super().__init__(description)
-        self.prog = prog
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -47,6 +47,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
+class Command(Parser):
+    """The flags of one command of a script that has several."""
+
+    def __init__(self, prog: str, description: str | None = None):
+        super().__init__(description)
+        self.prog = prog
+
+
 def run_script(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Run a script's main and exit: 2 and one line for an InputError, 130 for Ctrl-C, 143 for SIGTERM.
 

@@ -14,7 +14,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from reaf_hsenet.errors import InputError, Parser, run_script
+from reaf_hsenet.errors import Command, InputError, Parser, run_script
 from reaf_hsenet.pretrained.conversion import write_dual_run, write_language_run
 from reaf_hsenet.pretrained.dual import load_published_dual
 from reaf_hsenet.pretrained.export import FORMATS, export
@@ -23,14 +23,6 @@ from reaf_hsenet.pretrained.inspection import inspect, print_inspection
 from reaf_hsenet.pretrained.language import load_published_language
 
 PROGRAM = "python -m reaf_hsenet.pretrained"
-
-
-class Command(Parser):
-    """The flags of one command."""
-
-    def __init__(self, prog: str, description: str | None = None):
-        super().__init__(description)
-        self.prog = prog
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
