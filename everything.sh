@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything, on synthetic CTs: HSENet's four stages and all evaluations, about half an hour on two cores.
+# Everything, on synthetic CTs: HSENet's four stages and all evaluations; its parts took about half an hour on two cores, one by one.
 # Sets up the environment first; what is finished already is not done again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
