@@ -260,6 +260,7 @@ class TrainConfig:
     list_epochs: the first epochs of a language stage, in which the answer is the list of the scan's labels. A decoder that
         starts from nothing else learns to write without looking; not published, for the tiny presets.
     questions: kind of questions that stage vqa learns to answer.
+    max_bad: volumes that may be left out because they cannot be read, before the run stops.
     calibrate: training volumes that set the start of what is trained from nothing (calibration.py); 0: plain start.
     """
 
@@ -290,6 +291,7 @@ class TrainConfig:
     encoder_rate: float = 1.0
     list_epochs: int = 0
     questions: str = "location"
+    max_bad: int = 0
     calibrate: int = 0
 
 

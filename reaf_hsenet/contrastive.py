@@ -25,17 +25,20 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 def encode(model: DualEncoder, batch: Batch) -> Outputs:
     """Unit vectors of the volumes and of the reports, (B, C) each, and the scale."""
-    return model(batch.volume, batch.ids, batch.mask, batch.slices)
+    image, text, scale = model(batch.volume, batch.ids, batch.mask, batch.slices)
+    rows = len(batch.index)  # none of a stand-in, whose gradients are 0
+    return image[:rows], text[:rows], scale
 
 
 class Contrastive:
     """Stage 1: symmetric cross-entropy of the gathered batch."""
 
     def loss(self, outputs: Outputs, batch: Batch, step: int) -> tuple[Tensor, dict]:
-        return self.of_logits(self.logits(*outputs), outputs[2])
+        return self.of_logits(self.logits(*outputs, batch), outputs[2])
 
-    def logits(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        return contrastive_logits(gather_with_grad(image.float()), gather_with_grad(text.float()), scale)
+    def logits(self, image: Tensor, text: Tensor, scale: Tensor, batch: Batch) -> Tensor:
+        image, text = (gather_with_grad(features.float(), batch.counts) for features in (image, text))
+        return contrastive_logits(image, text, scale)
 
     def of_logits(self, logits: Tensor, scale: Tensor) -> tuple[Tensor, dict]:
         return contrastive_loss(logits), {"logit_scale": scale.detach()}
@@ -98,10 +101,11 @@ class Guided(Contrastive):
         self.teacher, self.weight, self.steps = teacher, weight, steps
 
     def loss(self, outputs: Outputs, batch: Batch, step: int) -> tuple[Tensor, dict]:
-        logits, scale = self.logits(*outputs), outputs[2]
+        logits, scale = self.logits(*outputs, batch), outputs[2]
         loss, numbers = self.of_logits(logits, scale)
         weight = relation_weight(step, self.weight, self.steps)
         if weight == 0:  # the teacher has nothing more to say
             return loss, numbers | {"relation": 0.0}
-        relation = relation_loss(logits, self.logits(*self.teacher.features(batch), scale.detach()))
+        features = self.teacher.features(batch) if batch.index else (x.detach() for x in outputs[:2])
+        relation = relation_loss(logits, self.logits(*features, scale.detach(), batch))
         return loss + weight * relation, numbers | {"relation": relation.detach()}

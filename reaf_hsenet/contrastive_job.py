@@ -7,6 +7,7 @@ from functools import partial
 from reaf_hsenet.calibration import calibrate
 from reaf_hsenet.config import NO_AUGMENTATION
 from reaf_hsenet.contrastive import Contrastive, Guided, Teacher, encode
+from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.loader import CTReportDataset, plain_batch
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.embedding import embed, retrieval_score
@@ -20,7 +21,8 @@ from reaf_hsenet.trainer import PRECISIONS
 
 def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -> Job:
     manifest, settings = setup.manifest, setup.settings
-    manifest.check(["train", "validation"], slices=setup.guided)
+    bad = BadVolumes(settings.max_bad, ranks)
+    bad.check(manifest, ["train", "validation"], setup.guided)
     data = partial(
         CTReportDataset,
         manifest,
@@ -44,12 +46,12 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
 
     def validate(model: DualEncoder) -> tuple[float, dict]:
         return retrieval_score(
-            *embed(model, validation_set, ranks, settings.batch_size, settings.validate_samples)
+            *embed(model, validation_set, ranks, settings.batch_size, settings.validate_samples, bad=bad)
         )
 
     model = build_dual_encoder(setup.model_config)
     if not args.resume:
-        start_weights(model, setup, data, args, say)
+        start_weights(model, setup, data, args, bad, say)
     if settings.text_blocks is not None:
         if settings.text_blocks > len(model.text.blocks) + 1:
             raise InputError(
@@ -63,15 +65,17 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
             raise InputError(f"--lora-targets: {error}") from error
     set_grad_checkpoint(model, settings.grad_checkpoint)
     blocks = [*model.vision.blocks, *model.text.blocks]
-    return Job(model, train_set, encode, stage.loss, validate, blocks, after_step=model.clamp_scale)
+    return Job(model, train_set, encode, stage.loss, validate, blocks, bad, after_step=model.clamp_scale)
 
 
-def start_weights(model: DualEncoder, setup: Setup, data: Callable, args: argparse.Namespace, say) -> None:
+def start_weights(
+    model: DualEncoder, setup: Setup, data: Callable, args: argparse.Namespace, bad: BadVolumes, say
+) -> None:
     """Pretrained weights as the command line names them; what starts from nothing is calibrated where the recipe says."""
     if setup.text_weights is not None:
         load_strictly(model.text, setup.text_weights, args.text_model)
     if setup.init_state is not None:
         say(load_matching(model, setup.init_state, setup.origin["init"]) + setup.init_account)
     elif setup.settings.calibrate:
-        sample = plain_batch(data(split="train"), setup.settings.calibrate)
+        sample = plain_batch(data(split="train"), setup.settings.calibrate, bad)
         calibrate(model, sample.volume, sample.ids if setup.text_weights is None else None, sample.mask)

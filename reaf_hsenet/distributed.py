@@ -22,6 +22,10 @@ class Ranks:
     def main(self) -> bool:
         return self.rank == 0
 
+    def share(self, items: list) -> list:
+        """This rank's part of what all ranks do together: every world-th."""
+        return items[self.rank :: self.world]
+
 
 def start(device: str | None = None, hours: float = 0.5) -> Ranks:
     """Join torchrun's process group (nccl on GPUs, gloo on processors), or be the only process.
@@ -83,3 +87,12 @@ def gather_objects(value) -> list:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def gather_equal(value: torch.Tensor) -> torch.Tensor:
+    """Every rank's tensor, of one shape on all, stacked in rank order: (world, ...)."""
+    if not dist.is_initialized():
+        return value[None]
+    gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, value)
+    return torch.stack(gathered)

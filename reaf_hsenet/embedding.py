@@ -10,7 +10,10 @@ from tqdm import tqdm
 from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe, from_dict
-from reaf_hsenet.data.loader import CTReportDataset, InOrder, batches, make_loader
+from reaf_hsenet.data.bad_volumes import BadVolumes
+from reaf_hsenet.data.loader import CTReportDataset
+from reaf_hsenet.data.samplers import InOrder
+from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256
@@ -123,6 +126,7 @@ def load_published(path: Path, text_model: str | None) -> DualEncoderRun:
     )
 
 
+@worker_deaths_named()
 @torch.inference_mode()
 def embed(
     model: DualEncoder,
@@ -133,27 +137,35 @@ def embed(
     workers: int = 0,
     progress: bool = False,
     reports: bool = True,
+    bad: BadVolumes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unit vectors of the first `rows` volumes and reports, (N, C) each, on the CPU and the same on every rank.
 
-    Without `reports` there are none of them, (N, 0).
+    Without `reports` there are none of them, (N, 0). bad: takes what cannot be read, up to its limit; without it the first
+    such volume is an InputError.
     """
     rows = min(rows or len(dataset), len(dataset))
     loader = make_loader(dataset, InOrder(rows, batch, ranks.rank, ranks.world), workers)
-    index, image, text = [], [], []
+    index, image, text, unreadable = [], [], [], []
     for part in tqdm(
-        batches(loader, ranks.device),
+        batches(loader, ranks.device, tolerant=bad is not None),
         total=len(loader),
         desc="embed",
         unit="batch",
         disable=not (progress and ranks.main),
     ):
-        index += part.index
+        index, unreadable = index + part.index, unreadable + part.bad
+        if not part.index:
+            continue
         image.append(model.encode_image(part.volume, part.slices).float().cpu())
         text.append(
             model.encode_text(part.ids, part.mask).float().cpu() if reports else torch.empty(len(part.index), 0)
         )
+    if bad is not None:
+        bad.agree(unreadable)
     parts = distributed.gather_objects((index, image, text))
+    if not any(index for index, _, _ in parts):
+        raise InputError(f"{dataset.manifest.name}: of its first {rows} volumes here none can be read")
     order = torch.tensor([i for index, _, _ in parts for i in index]).argsort()
     image = torch.cat([x for _, images, _ in parts for x in images])[order]
     text = torch.cat([x for _, _, texts in parts for x in texts])[order]

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from torch import nn
 from torch.utils.data import Dataset
 
+from reaf_hsenet.data.bad_volumes import BadVolumes
+
 
 @dataclass
 class Job:
     """encode, loss, validate: as of Trainer. saved: the tensors of the model that a checkpoint holds.
 
-    after_step: what is done to the model after every optimizer step. blocks: what --compile compiles.
+    after_step: what is done to the model after every optimizer step. blocks: what --compile compiles. bad: the volumes
+    that could not be read so far.
     """
 
     model: nn.Module
@@ -20,5 +23,6 @@ class Job:
     loss: Callable
     validate: Callable
     blocks: list[nn.Module]
+    bad: BadVolumes
     saved: Callable[[nn.Module], dict] = nn.Module.state_dict
     after_step: Callable[[], None] = lambda: None

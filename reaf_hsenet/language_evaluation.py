@@ -15,7 +15,8 @@ from tqdm import tqdm
 from reaf_hsenet.answered_rows import AnsweredRows
 from reaf_hsenet.answering import answer, image_features
 from reaf_hsenet.data.language_loader import LanguageDataset
-from reaf_hsenet.data.loader import make_loader, read_prepared, read_slices
+from reaf_hsenet.data.loader import read_prepared, read_slices
+from reaf_hsenet.data.workers import make_loader, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.mllm_run import MllmRun
@@ -67,6 +68,7 @@ class AskedVolumes(Dataset):
         return batch
 
 
+@worker_deaths_named()
 def generate_answers(
     run: MllmRun,
     data: LanguageDataset,

@@ -1,16 +1,21 @@
 """Stages mrg and vqa: the language model with its weights, its data, its loss and its validation."""
 
 import argparse
+import math
 
 import torch
 from torch import Tensor
 
 from reaf_hsenet import distributed
 from reaf_hsenet.calibration import calibrate_tokens
+from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.feature_cache import FeatureCache, fill_cache
 from reaf_hsenet.data.language_loader import LanguageBatch, LanguageDataset
-from reaf_hsenet.data.loader import InOrder, batches, make_loader, read_prepared, read_slices
+from reaf_hsenet.data.loader import part_unreadable, read_sample
+from reaf_hsenet.data.samplers import InOrder
+from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.errors import InputError
 from reaf_hsenet.job import Job
 from reaf_hsenet.language_setup import LanguageSetup
 from reaf_hsenet.mllm_config import build_mllm, trained_state
@@ -33,7 +38,8 @@ def token_mean(outputs: tuple[Tensor, Tensor], batch: LanguageBatch, step: int) 
 
 def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, say) -> Job:
     manifest, settings, config = setup.manifest, setup.settings, setup.config
-    manifest.check(["train", "validation"], slices=setup.guided)
+    bad = BadVolumes(settings.max_bad, ranks)
+    bad.check(manifest, ["train", "validation"], setup.guided)
     dtype = PRECISIONS[settings.precision]
     torch.manual_seed(settings.seed)
     # A frozen decoder is held in the type it computes in; what is trained is float32.
@@ -41,16 +47,19 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
     if not (args.resume and config.train_vision):  # then they are in the checkpoint
         fill_encoders(model, setup.origin["encoders"])
         if settings.calibrate and not args.resume:
-            sample = manifest.entries("train")[: settings.calibrate]
-            slices = torch.stack([read_slices(manifest, entry) for entry in sample]) if setup.guided else None
-            calibrate_tokens(model, torch.stack([read_prepared(manifest, entry) for entry in sample]), slices)
+            entries = manifest.entries("train")[: settings.calibrate]
+            good, unreadable = part_unreadable([read_sample(manifest, entry, setup.guided) for entry in entries])
+            bad.agree(unreadable)
+            volumes, slices = zip(*good, strict=True)
+            calibrate_tokens(model, torch.stack(volumes), torch.stack(slices) if setup.guided else None)
     model.decoder.grad_checkpoint = settings.grad_checkpoint
     for encoder in model.encoders:
         encoder.grad_checkpoint = settings.grad_checkpoint and config.train_vision
     cache = None
     if setup.features:
-        cache = FeatureCache(setup.features, setup.origin["encoders"], manifest, dtype or torch.float32)
-        fill_cache(cache, model, ("train", "validation"), ranks, setup.guided)
+        shapes = [(math.prod(encoder.grid), encoder.width) for encoder in config.encoders]
+        cache = FeatureCache(setup.features, setup.origin["encoders"], manifest, dtype or torch.float32, shapes)
+        fill_cache(cache, model, ("train", "validation"), ranks, setup.guided, bad)
 
     def data(split: str, **changes) -> LanguageDataset:
         task = "mrg" if args.stage == "mrg" else settings.questions
@@ -71,10 +80,15 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
         rows = min(settings.validate_samples, len(validation_set))
         loader = make_loader(validation_set, InOrder(rows, settings.batch_size, ranks.rank, ranks.world), 0)
         sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-        for batch in batches(loader, ranks.device):
+        unreadable = []
+        for batch in batches(loader, ranks.device, tolerant=True):
+            unreadable += batch.bad
             sums += torch.stack([value.double() for value in encode(model, batch)])
+        bad.agree(unreadable)
         loss, tokens = distributed.mean_over_ranks(sums).tolist()
+        if tokens == 0:
+            raise InputError(f"{manifest.name}: of its first {rows} validation samples none can be read")
         return -loss / tokens, {"loss": loss / tokens}
 
     blocks = [block for encoder in model.encoders for block in encoder.blocks] + list(model.decoder.layers)
-    return Job(model, train_set, encode, token_mean, validate, blocks, saved=trained_state)
+    return Job(model, train_set, encode, token_mean, validate, blocks, bad, saved=trained_state)

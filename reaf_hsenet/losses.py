@@ -16,21 +16,23 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features: Tensor) -> Tensor:
-        ctx.rows = len(features)
-        gathered = [torch.empty_like(features) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, features.contiguous())
-        return torch.cat(gathered)
+    def forward(ctx, features: Tensor, counts: list[int]) -> Tensor:
+        ctx.start, ctx.rows = sum(counts[: dist.get_rank()]), len(features)
+        padded = F.pad(features, (0, 0, 0, max(counts) - len(features)))  # every rank sends as much
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded.contiguous())
+        return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        start = dist.get_rank() * ctx.rows
-        return gradient[start : start + ctx.rows] * dist.get_world_size()
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[ctx.start : ctx.start + ctx.rows] * dist.get_world_size(), None
 
 
-def gather_with_grad(features: Tensor) -> Tensor:
-    """(B, C) on each rank -> (world * B, C) on every rank; every rank must hold the same number of rows."""
-    return _Gather.apply(features) if dist.is_initialized() and dist.get_world_size() > 1 else features
+def gather_with_grad(features: Tensor, counts: list[int] | None = None) -> Tensor:
+    """(B, C) on each rank -> (sum of counts, C) on every rank. counts: rows of every rank; None, as many as this one has."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features
+    return _Gather.apply(features, counts or [len(features)] * dist.get_world_size())
 
 
 def contrastive_logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

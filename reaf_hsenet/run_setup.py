@@ -81,7 +81,7 @@ FIXED_FLAGS = (
 )
 # What may change from one start of a run to the next.
 KEPT_FLAGS = (
-    *("epochs", "precision", "grad_checkpoint", "grad_cache", "validate_every", "validate_samples", "save_every", "keep"),
+    *("epochs", "precision", "grad_checkpoint", "grad_cache", "validate_every", "validate_samples", "save_every", "keep", "max_bad"),
 )
 
 

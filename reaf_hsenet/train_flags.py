@@ -44,6 +44,7 @@ RANGES = {
     "lora_dropout": (0, 0.99),
     "relation": (0, 1000),
     "workers": (0, 10_000),
+    "max_bad": (0, math.inf),
 }
 SIZE3 = {"type": int, "nargs": 3, "metavar": ("D", "H", "W")}
 
@@ -132,6 +133,8 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--workers", type=int, help="loader processes (default: 4 with a GPU, else 0)")
+    add("--max-bad", type=int, metavar="N",
+        help="volumes that may be left out, each by name, because they cannot be read (default: 0, the run stops)")  # fmt: skip
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     args = parser.parse_args(argv)
     check(args)

@@ -21,7 +21,9 @@ from tqdm import tqdm
 from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import TrainConfig
-from reaf_hsenet.data.loader import Batch, GlobalBatches, batches, make_loader
+from reaf_hsenet.data.loader import Batch
+from reaf_hsenet.data.samplers import GlobalBatches
+from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.grad_cache import cached_backward
@@ -128,9 +130,11 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        self.job.bad.restore(state.get("bad", {}))
         if self.ranks.main:
             self.run.forget_after(self.progress.step)
 
+    @worker_deaths_named()
     def fit(self) -> int:
         """Train to the end. Returns 0, or 128 + the number of the signal that stopped it (after a checkpoint)."""
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -144,6 +148,7 @@ class Trainer:
             dynamic_ncols=True,
         )
         self.clock = time.perf_counter()
+        self._record_bad(self.progress.step)
         with bar:
             if self._validation_due():  # the run was stopped between a step and its validation
                 self._save(self._validate(bar))
@@ -166,9 +171,11 @@ class Trainer:
         group = []
         # With gradient caching only a chunk of the batch is ever on the device.
         place = torch.device("cpu") if self.config.grad_cache else self.ranks.device
-        for batch in batches(self.loader, place):
+        for batch in batches(self.loader, place, tolerant=True):
             group.append(batch)
             if len(group) == self.config.accumulate:
+                self.job.bad.count(group, self.config.batch_size)
+                self._record_bad(self.progress.step + 1)
                 yield group
                 group = []
         self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
@@ -197,6 +204,9 @@ class Trainer:
 
     def _update(self, group: list[Batch]) -> tuple[Tensor, dict, Tensor]:
         total = 0.0
+        group = [batch for batch in group if sum(batch.counts)]
+        if not group:  # no rank could read anything
+            return torch.zeros((), device=self.ranks.device), {}, torch.zeros(())
         for i, batch in enumerate(group):
             loss, numbers = self._backward(batch, 1 / len(group), sync=i == len(group) - 1)
             total = total + loss.detach() / len(group)
@@ -263,6 +273,7 @@ class Trainer:
         started = time.perf_counter()
         with torch.inference_mode(), self.autocast():
             score, numbers = self.job.validate(self.model)
+        self._record_bad(self.progress.step)
         self.clock += time.perf_counter() - started  # not part of the training speed
         if self.ranks.main:
             shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
@@ -271,6 +282,12 @@ class Trainer:
         better = score > self.progress.best
         self.progress.best = max(score, self.progress.best)
         return better
+
+    def _record_bad(self, step: int) -> None:
+        """Volumes that were found bad since, into the log of that step."""
+        for one in self.job.bad.new:
+            self._record({"step": step, "bad": one.id, "reason": one.reason})
+        self.job.bad.new.clear()
 
     def _record(self, record: dict) -> None:
         if self.ranks.main:
@@ -284,6 +301,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "progress": vars(self.progress),
+                "bad": self.job.bad.found,
             }
             self.run.save(self.progress.step, self.job.saved(self.model), state, self.config.keep, best)
         distributed.barrier()

@@ -10,17 +10,11 @@ import torch
 
 from reaf_hsenet.config import NO_AUGMENTATION, Augmentation
 from reaf_hsenet.data.augment import augment, augment_with_slices, translate
-from reaf_hsenet.data.loader import (
-    CTReportDataset,
-    GlobalBatches,
-    InOrder,
-    batches,
-    make_loader,
-    read_prepared,
-    read_slices,
-)
+from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
+from reaf_hsenet.data.samplers import GlobalBatches, InOrder
 from reaf_hsenet.data.text import clean_report, shorten_report
+from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece, train_wordpiece
 

@@ -1,10 +1,13 @@
 """The contrastive loss over processes: two gloo processes have the gradients of one."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from reaf_hsenet.contrastive import Contrastive, encode
+from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.losses import contrastive_logits, contrastive_loss, gather_with_grad
 from reaf_hsenet.models.clip import build_dual_encoder
 from test_models import TINY, batch
@@ -66,3 +69,37 @@ def test_loss_is_symmetric_and_lowest_on_the_diagonal():
     assert torch.isclose(
         contrastive_loss(contrastive_logits(a, b, scale)), contrastive_loss(contrastive_logits(b, a, scale))
     )
+
+
+def unequal_rank(rank: int, path: str, counts: list[int]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=len(counts))
+    torch.manual_seed(0)
+    model = DistributedDataParallel(build_dual_encoder(TINY).double().eval())
+    volume, ids, mask = batch(6)
+    mine = list(range(sum(counts[:rank]), sum(counts[: rank + 1])))
+    rows = mine or [0]
+    if not mine:  # a stand-in
+        volume, ids, mask = torch.zeros_like(volume), torch.full_like(ids, 3), torch.ones_like(mask)
+    given = Batch(volume[rows].double(), ids[rows], mask[rows], mine, counts=counts)
+    loss, _ = Contrastive().loss(encode(model, given), given, 0)
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.module.named_parameters()}
+    torch.save({"loss": loss.detach(), "gradients": gradients}, f"{path}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("counts", [[1, 3], [4, 0]])
+def test_ranks_with_unequal_or_no_rows_have_the_gradients_of_one_process_with_all(tmp_path, counts):
+    mp.spawn(unequal_rank, (str(tmp_path), counts), nprocs=2)
+    torch.manual_seed(0)
+    model = build_dual_encoder(TINY).double().eval()
+    volume, ids, mask = (t[:4] for t in batch(6))
+    loss = loss_of(model, volume.double(), ids, mask)
+    loss.backward()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert abs(found["loss"] - loss) < 1e-5  # features are compared in float32
+        for name, parameter in model.named_parameters():
+            error = (found["gradients"][name] - parameter.grad).abs().max()
+            assert error <= 1e-5 * parameter.grad.abs().max() + 1e-12, name

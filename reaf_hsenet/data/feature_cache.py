@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from reaf_hsenet import distributed
 from reaf_hsenet.config import to_dict
-from reaf_hsenet.data.loader import read_prepared, read_slices
+from reaf_hsenet.data.bad_volumes import BadVolumes, Unreadable
+from reaf_hsenet.data.loader import read_sample
 from reaf_hsenet.data.manifest import Manifest, origin
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
@@ -25,13 +25,16 @@ from reaf_hsenet.models.mllm import Mllm
 
 
 class FeatureCache:
-    """dtype: of the stored tokens, the one that the run computes in."""
+    """dtype: of the stored tokens, the one that the run computes in. shapes: (N, C) of every encoder."""
 
-    def __init__(self, folder: Path, encoders: list[dict], manifest: Manifest, dtype: torch.dtype):
+    def __init__(
+        self, folder: Path, encoders: list[dict], manifest: Manifest, dtype: torch.dtype, shapes: list[tuple[int, int]]
+    ):
         hashes = [encoder["sha256"] for encoder in encoders]
         slices = manifest.slices and {k: v for k, v in manifest.slices.items() if k != "encoder"}
         facts = _digest([hashes, to_dict(manifest.recipe), manifest.dtype, slices, str(dtype)])
         self.folder, self.manifest, self.dtype = Path(folder) / facts[:16], manifest, dtype
+        self.shapes = shapes
 
     def path(self, entry: dict) -> Path:
         return self.folder / f"{entry['id']}.safetensors"
@@ -51,6 +54,10 @@ class FeatureCache:
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.path(entry)}: cannot be read ({error}); start again with --resume, which makes it anew") from error
 
+    def empty(self) -> list[Tensor]:
+        """What read gives, of zeros."""
+        return [torch.zeros(shape, dtype=self.dtype) for shape in self.shapes]
+
     def write(self, entry: dict, features: list[Tensor]) -> None:
         tensors = {str(i): x.to(self.dtype).cpu().contiguous() for i, x in enumerate(features)}
         with atomic_write(self.path(entry), "wb") as file:
@@ -62,17 +69,22 @@ def _digest(facts) -> str:
 
 
 @torch.inference_mode()
-def fill_cache(cache: FeatureCache, model: Mllm, splits: tuple[str, ...], ranks: Ranks, slices: bool) -> None:
+def fill_cache(
+    cache: FeatureCache, model: Mllm, splits: tuple[str, ...], ranks: Ranks, slices: bool, bad: BadVolumes
+) -> None:
     """Compute what is missing, each volume alone: in a batch its last digits would depend on the others."""
     manifest = cache.manifest
     entries = [entry for split in splits for entry in manifest.entries(split)][ranks.rank :: ranks.world]
     missing = [entry for entry in entries if not cache.has(entry)]
     model.encoders.to(ranks.device).eval()
-    enabled = cache.dtype != torch.float32
+    enabled, unreadable = cache.dtype != torch.float32, []
     for entry in tqdm(missing, desc="features", unit="volume", disable=not ranks.main or not missing, dynamic_ncols=True):
-        volume = read_prepared(manifest, entry)[None].to(ranks.device)
-        given = read_slices(manifest, entry)[None].to(ranks.device) if slices else None
+        sample = read_sample(manifest, entry, slices)
+        if isinstance(sample, Unreadable):
+            unreadable.append(sample)
+            continue
+        volume, given = (x if x is None else x[None].to(ranks.device) for x in sample)
         with torch.autocast(ranks.device.type, cache.dtype if enabled else torch.bfloat16, enabled=enabled):
             features = model.features(volume, given)
         cache.write(entry, [x[0] for x in features])
-    distributed.barrier()
+    bad.agree(unreadable)  # and wait for the others' files

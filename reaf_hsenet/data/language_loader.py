@@ -3,7 +3,7 @@
 As in loader.py an item is asked for as (epoch, row), and its randomness (prompt, augmentation) depends on seed and both.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -12,9 +12,16 @@ from torch.utils.data import Dataset
 
 from reaf_hsenet.config import Augmentation
 from reaf_hsenet.data.augment import augment_with_slices
+from reaf_hsenet.data.bad_volumes import Unreadable
 from reaf_hsenet.data.feature_cache import FeatureCache
-from reaf_hsenet.data.language import LanguageExample, collate_examples, language_example, question_text
-from reaf_hsenet.data.loader import read_prepared, read_slices
+from reaf_hsenet.data.language import (
+    IGNORED,
+    LanguageExample,
+    collate_examples,
+    language_example,
+    question_text,
+)
+from reaf_hsenet.data.loader import empty_sample, part_unreadable, read_sample, read_slices
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, label_list, question_answer, questions, report_prompt
 from reaf_hsenet.data.text import clean_report
@@ -25,7 +32,8 @@ from reaf_hsenet.tokenizer import Tokenizer
 @dataclass
 class LanguageBatch:
     """ids, mask, labels: (B, T), labels -100 where nothing is learned. volume: (B, 1, D, H, W), or in its place
-    features: (B, N, C) of every encoder. slices: (B, S, C) or None. index: rows of the data set."""
+    features: (B, N, C) of every encoder. slices: (B, S, C) or None. index: rows of the data set; empty when the one row is a
+    stand-in, of whose tokens none is learned. bad: what could not be read. counts: rows of every rank's batch."""
 
     ids: Tensor
     mask: Tensor
@@ -34,11 +42,13 @@ class LanguageBatch:
     slices: Tensor | None
     index: list[int]
     features: list[Tensor] | None = None
+    bad: list[Unreadable] = field(default_factory=list)
+    counts: list[int] | None = None
 
     def to(self, device: torch.device) -> "LanguageBatch":
         def there(value):
-            if isinstance(value, list) and isinstance(value[0], Tensor):
-                return [there(tensor) for tensor in value]
+            if isinstance(value, list):
+                return [there(part) for part in value]
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         return LanguageBatch(**{f.name: there(getattr(self, f.name)) for f in fields(self)})
@@ -90,10 +100,11 @@ class LanguageDataset(Dataset):
         epoch, row = key
         rng = np.random.default_rng((self.seed, epoch, row))
         entry = self.entries[self.rows[row][0]]
+        sample = self.read(entry)
+        if isinstance(sample, Unreadable):
+            return sample
+        volume, slices, features = sample
         try:
-            features = self.cache and self.cache.read(entry)
-            volume = None if self.cache else read_prepared(self.manifest, entry)
-            slices = read_slices(self.manifest, entry) if self.slices else None
             prompt, answer = self.text(row, rng, epoch)
             question = question_text(self.tokenizer, prompt, self.image_tokens)
             example = language_example(self.tokenizer, question, answer, self.max_text)
@@ -104,16 +115,35 @@ class LanguageDataset(Dataset):
             slices = following if self.slices_follow else slices
         return example, volume, slices, row, features
 
+    def read(self, entry: dict) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None] | Unreadable:
+        """(volume, slices, features) of an entry, as far as this data set has them."""
+        if self.cache is None:
+            sample = read_sample(self.manifest, entry, self.slices)
+            return sample if isinstance(sample, Unreadable) else (*sample, None)
+        try:
+            return None, read_slices(self.manifest, entry) if self.slices else None, self.cache.read(entry)
+        except InputError as error:
+            return Unreadable(entry["id"], str(error))
+
     def collate(self, items: list) -> LanguageBatch | InputError:
         for item in items:
             if isinstance(item, InputError):
                 return item
-        examples, volumes, slices, index, features = zip(*items, strict=True)
+        good, bad = part_unreadable(items)
+        examples, volumes, slices, index, features = zip(*(good or [self.stand_in()]), strict=True)
         text = collate_examples(self.tokenizer, [LanguageExample(*e) for e in examples])
         return LanguageBatch(
             *text,
             None if self.cache else torch.stack(volumes),
             torch.stack(slices) if self.slices else None,
-            list(index),
+            list(index) if good else [],
             [torch.stack(encoder) for encoder in zip(*features, strict=True)] if self.cache else None,
+            bad,
         )
+
+    def stand_in(self) -> tuple:
+        volume, slices = empty_sample(self.manifest, self.slices)
+        question = question_text(self.tokenizer, LIST_QUESTION, self.image_tokens)
+        ids = self.tokenizer.encode(question, self.max_text, special_tokens=False)
+        example = LanguageExample(ids, [1] * len(ids), [IGNORED] * len(ids))
+        return example, None if self.cache else volume, slices, -1, self.cache and self.cache.empty()

@@ -1,18 +1,17 @@
 """Prepared volumes and reports -> batches. What a step sees depends on (seed, epoch, step), not on ranks or workers."""
 
-import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from reaf_hsenet.config import Augmentation
 from reaf_hsenet.data.augment import augment_with_slices
+from reaf_hsenet.data.bad_volumes import BadVolumes, Unreadable
 from reaf_hsenet.data.manifest import Manifest, table_row
 from reaf_hsenet.data.reading import load_tensor, read_input
 from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
@@ -22,24 +21,29 @@ from reaf_hsenet.tokenizer import WordPiece
 
 @dataclass
 class Batch:
-    """volume: (B, 1, D, H, W) float32. ids, mask: (B, T). index: rows of the split. slices: (B, S, C) or None."""
+    """volume: (B, 1, D, H, W) float32. ids, mask: (B, T). index: rows of the split; empty when the one row is a stand-in.
+
+    slices: (B, S, C) or None. bad: what could not be read. counts: rows of every rank's batch, where that is known.
+    """
 
     volume: Tensor
     ids: Tensor
     mask: Tensor
     index: list[int]
     slices: Tensor | None = None
+    bad: list[Unreadable] = field(default_factory=list)
+    counts: list[int] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         volume, ids, mask, slices = (
             t if t is None else t.to(device, non_blocking=True) for t in (self.volume, self.ids, self.mask, self.slices)
         )
-        return Batch(volume, ids, mask, self.index, slices)
+        return replace(self, volume=volume, ids=ids, mask=mask, slices=slices)
 
     def split(self, rows: int) -> list["Batch"]:
         """Parts of `rows` volumes; the last may have fewer."""
         parts = [t.split(rows) for t in (self.volume, self.ids, self.mask)]
-        index = [self.index[i : i + rows] for i in range(0, len(self.index), rows)]
+        index = [self.index[i : i + rows] for i in range(0, len(self.volume), rows)]
         slices = [None] * len(index) if self.slices is None else self.slices.split(rows)
         return [Batch(*p) for p in zip(*parts, index, slices, strict=True)]
 
@@ -73,11 +77,10 @@ class CTReportDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]):
         epoch, row = key
         rng = np.random.default_rng((self.seed, epoch, row))
-        try:
-            volume = read_prepared(self.manifest, self.entries[row])
-            slices = read_slices(self.manifest, self.entries[row]) if self.slices else None
-        except InputError as error:
-            return error  # raised by the main process: a worker's exception would carry its traceback
+        sample = read_sample(self.manifest, self.entries[row], self.slices)
+        if isinstance(sample, Unreadable):
+            return sample
+        volume, slices = sample
         if self.augmentation is not None:
             volume, following = augment_with_slices(volume, slices, self.augmentation, rng)
             slices = following if self.slices_follow else slices
@@ -92,13 +95,38 @@ class CTReportDataset(Dataset):
         text = shorten_report(text, self.max_text, lambda t: len(self.tokenizer.encode(t)), rng)
         return self.tokenizer.encode(text, self.max_text)
 
-    def collate(self, items: list) -> Batch | InputError:
-        for item in items:
-            if isinstance(item, InputError):
-                return item
-        volumes, rows, index, *slices = zip(*items, strict=True)
+    def collate(self, items: list) -> Batch:
+        good, bad = part_unreadable(items)
+        volumes, rows, index, *slices = zip(*(good or [self.stand_in()]), strict=True)
         features = torch.stack(slices[0]) if slices else None
-        return Batch(torch.stack(volumes), *self.tokenizer.batch(list(rows)), list(index), features)
+        batch = self.tokenizer.batch(list(rows))
+        return Batch(torch.stack(volumes), *batch, list(index) if good else [], features, bad)
+
+    def stand_in(self) -> tuple:
+        volume, slices = empty_sample(self.manifest, self.slices)
+        item = volume, self.tokenizer.encode(""), -1
+        return (*item, slices) if self.slices else item
+
+
+def read_sample(manifest: Manifest, entry: dict, slices: bool) -> tuple[Tensor, Tensor | None] | Unreadable:
+    """(volume, slice features or None) of an entry. What cannot be read is returned, not raised: an exception of a loader
+    process would carry its traceback."""
+    try:
+        return read_prepared(manifest, entry), read_slices(manifest, entry) if slices else None
+    except InputError as error:
+        return Unreadable(entry["id"], str(error))
+
+
+def empty_sample(manifest: Manifest, slices: bool) -> tuple[Tensor, Tensor | None]:
+    """What read_sample gives, of zeros: for a rank that has no sample to compute."""
+    features = torch.zeros(manifest.slices["slices"], manifest.slices["width"]) if slices else None
+    return torch.zeros(1, *manifest.recipe.size), features
+
+
+def part_unreadable(items: list) -> tuple[list, list[Unreadable]]:
+    """(items that could be read, those that could not)."""
+    bad = [item for item in items if isinstance(item, Unreadable)]
+    return [item for item in items if not isinstance(item, Unreadable)], bad
 
 
 def read_prepared(manifest: Manifest, entry: dict) -> Tensor:
@@ -162,72 +190,8 @@ def _load(path: Path, again: str) -> np.ndarray:
     return array if array.dtype.isnative and array.dtype.itemsize <= 8 else array.astype(np.float32)
 
 
-class GlobalBatches(Sampler):
-    """One epoch of batches of this rank, as lists of (epoch, row).
-
-    The rows are shuffled by (seed, epoch) and cut into global batches; rank r takes its r-th part of each, so that a
-    step's global batch is the same for any number of ranks. The incomplete last batch is left out.
-    """
-
-    def __init__(self, rows: int, per_rank: int, rank: int, world: int, seed: int):
-        self.rows, self.per_rank, self.rank, self.world, self.seed = rows, per_rank, rank, world, seed
-        self.epoch, self.first = 0, 0
-
-    def start_at(self, epoch: int, first: int) -> None:
-        """The next iteration yields epoch `epoch` from its batch `first` on."""
-        self.epoch, self.first = epoch, first
-
-    def __len__(self) -> int:
-        return self.rows // (self.per_rank * self.world)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
-        for batch in range(self.first, len(self)):
-            start = (batch * self.world + self.rank) * self.per_rank
-            yield [(self.epoch, int(row)) for row in order[start : start + self.per_rank]]
-
-
-class InOrder(Sampler):
-    """This rank's rows of a split in order, for evaluation: every world-th, as batches of (0, row)."""
-
-    def __init__(self, rows: int, batch: int, rank: int, world: int):
-        mine = range(rank, rows, world)
-        self.batches = [[(0, row) for row in mine[i : i + batch]] for i in range(0, len(mine), batch)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-
-def make_loader(dataset: CTReportDataset, sampler: Sampler, workers: int, pin: bool = False) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=dataset.collate,
-        num_workers=workers,
-        pin_memory=pin,
-        persistent_workers=workers > 0,
-        worker_init_fn=_ignore_interrupt,
-    )
-
-
-def plain_batch(dataset: CTReportDataset, rows: int) -> Batch:
-    """The first `rows` of a data set as one batch. Raises the InputError of a volume that could not be read."""
+def plain_batch(dataset: CTReportDataset, rows: int, bad: BadVolumes) -> Batch:
+    """The first `rows` of a data set as one batch, without those that cannot be read."""
     batch = dataset.collate([dataset[0, row] for row in range(min(rows, len(dataset)))])
-    if isinstance(batch, InputError):
-        raise batch
+    bad.agree(batch.bad)
     return batch
-
-
-def batches(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
-    """The loader's batches on `device`. Raises the InputError of a volume that could not be read."""
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch.to(device)
-
-
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business

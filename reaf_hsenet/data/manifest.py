@@ -100,25 +100,33 @@ class Manifest:
         Raises InputError with the first that is not.
         """
         for split in splits:
+            if reports:
+                self.check_reports(split)
             for entry in self.entries(split):
-                path = self.folder / entry["volume"]
-                size = self._bytes(path, "correct its path" if self.published else "run preprocess.py again")
-                if path.suffix == ".npy" and not self.published and size != self.file_size:
-                    raise InputError(
-                        f"{path}: has {size} bytes, expected {self.file_size} for "
-                        f"{self.recipe.size} {self.dtype}; delete it and run preprocess.py again"
-                    )
-                if reports and not entry["text"].strip():
-                    raise InputError(f"{self.name}: the report of {entry['id']} is empty")
-                if slices:
-                    path = self.slices_path(entry)
-                    size = self._bytes(path, self._make_slices)
-                    if not self.published and size != self.slices_size:
-                        shape = self.slices["slices"], self.slices["width"]
-                        raise InputError(
-                            f"{path}: has {size} bytes, expected {self.slices_size} for {shape} float16; "
-                            f"{self._make_slices}"
-                        )
+                self.check_files(entry, slices)
+
+    def check_reports(self, split: str) -> None:
+        for entry in self.entries(split):
+            if not entry["text"].strip():
+                raise InputError(f"{self.name}: the report of {entry['id']} is empty")
+
+    def check_files(self, entry: dict, slices: bool) -> None:
+        """See that the files of an entry are there and whole, without reading them."""
+        path = self.folder / entry["volume"]
+        size = self._bytes(path, "correct its path" if self.published else "run preprocess.py again")
+        if path.suffix == ".npy" and not self.published and size != self.file_size:
+            raise InputError(
+                f"{path}: has {size} bytes, expected {self.file_size} for {self.recipe.size} {self.dtype}; delete it "
+                "and run preprocess.py again"
+            )
+        if slices:
+            path = self.slices_path(entry)
+            size = self._bytes(path, self._make_slices)
+            if not self.published and size != self.slices_size:
+                shape = self.slices["slices"], self.slices["width"]
+                raise InputError(
+                    f"{path}: has {size} bytes, expected {self.slices_size} for {shape} float16; {self._make_slices}"
+                )
 
     def _bytes(self, path: Path, advice: str) -> int:
         try:

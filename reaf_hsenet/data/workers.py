@@ -1,0 +1,83 @@
+"""Loader processes: a data set's batches, read ahead; and what is said when such a process dies."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from reaf_hsenet.errors import InputError
+
+ADVICE = "start with fewer --workers, or give this machine or container more memory and /dev/shm (docker run --shm-size)"
+
+
+def make_loader(dataset: Dataset, sampler: Sampler, workers: int, pin: bool = False) -> DataLoader:
+    """Batches of `dataset.collate`; what a batch holds does not depend on the number of workers."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=Collate(dataset),
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_interrupt,
+    )
+
+
+class Collate:
+    """A data set's collate. In a loader process the batch is moved to shared memory here, where that can still fail with
+    a message: later, in the thread that sends it, a full /dev/shm would lose the batch and the run would wait forever."""
+
+    def __init__(self, dataset: Dataset):
+        self.collate = dataset.collate
+
+    def __call__(self, items: list):
+        batch, worker = self.collate(items), get_worker_info()
+        if worker is not None:
+            try:
+                for tensor in _tensors(batch):
+                    tensor.share_memory_()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                return InputError(f"loader worker {worker.id} (of {worker.num_workers}): {reason}; {ADVICE}")
+        return batch
+
+
+def batches(loader: DataLoader, device: torch.device, tolerant: bool = False) -> Iterator:
+    """The loader's batches on `device`. Raises the InputError of a sample, and, unless `tolerant`, the reason why one could
+    not be read."""
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        if batch.bad and not tolerant:
+            raise InputError(batch.bad[0].reason)
+        yield batch.to(device)
+
+
+@contextmanager
+def worker_deaths_named():
+    """Make one line of what torch raises, anywhere in the main process, when a loader process has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].strip() if str(error) else ""
+        if not reason.startswith("DataLoader worker (pid"):
+            raise
+        raise InputError(f"loader{reason.removeprefix('DataLoader').split('. ')[0].rstrip('.')}; {ADVICE}") from error
+
+
+def _tensors(value) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        yield from _tensors(list(vars(value).values()))
+
+
+def _ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
