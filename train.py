@@ -8,8 +8,10 @@ that writes reports from what the encoders see; vqa, one that answers questions.
     torchrun train.py --stage mrg                                     # reports, from the run of stage 2
     torchrun train.py --stage vqa                                     # answers, likewise
     torchrun train.py --stage clip1 --resume                          # continue, exactly, where the run stopped
+    torchrun train.py --stage clip1 --resume auto                     # start, or continue what was started
 
-`python train.py` does the same with one process. Ctrl-C or SIGTERM writes a checkpoint first.
+`python train.py` does the same with one process. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint first; the exit code is
+then 130, 143 or 138. A mistake, or numbers that are no longer finite, is 2.
 """
 
 import argparse
@@ -38,11 +40,9 @@ from reaf_hsenet.trainer import Trainer
 def main(argv: list[str]) -> int:
     args = parse(argv, __doc__)
     raise_on_sigterm()
-    ranks = distributed.start(args.device)
-    try:
-        return train(args, ranks)
-    finally:
-        distributed.stop()
+    code = train(args, distributed.start(args.device))
+    distributed.stop()  # not after an error, which the other ranks would hear of as a lost connection first
+    return code
 
 
 def train(args: argparse.Namespace, ranks: Ranks) -> int:
@@ -53,13 +53,15 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
     language = args.stage in LANGUAGE
     run = Run(args.out or Path("runs") / f"{args.stage}-{args.model}")
     with folder_lock(run.folder) if ranks.main else nullcontext():
+        begun, args.resume = distributed.on_main(lambda: begun_and_resumed(args, run))
         if args.resume:
             setup = (resumed_language_setup if language else resumed_setup)(args, run, ranks)
         else:
             setup = (new_language_setup if language else new_setup)(args, ranks, say)
             # Without a checkpoint there is nothing to lose or to continue: a run that died early starts anew.
-            if run.exists and run.pointer("last") is not None:
+            if begun:
                 return already_there(args, run, setup, say)
+            distributed.begin(run.folder)
             if ranks.main:
                 run.forget_after(0)
         settings = setup.settings
@@ -76,26 +78,29 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             args.workers if args.workers is not None else 4 if ranks.device.type == "cuda" else 0,
             args.log_every,
             make_writer(args.log, run, ranks),
+            args.profile,
         )
         if args.resume:
-            trainer.resume()
+            trainer.resume(say)
         elif ranks.main:
             setup.tokenizer.save(run.folder)
             if setup.guided:
                 keep_slice_encoder(setup.manifest, run.folder)
         if ranks.main:
-            run.write_config(
-                {
-                    "version": __version__,
-                    "stage": args.stage,
-                    "preset": setup.preset,
-                    **setup.values(),
-                    "world": ranks.world,
-                    "max_steps": args.max_steps or setup.max_steps,
-                    "total_steps": trainer.total,
-                    "torch": torch.__version__,
-                }
-            )
+            values = {
+                "version": __version__,
+                "stage": args.stage,
+                "preset": setup.preset,
+                **setup.values(),
+                "world": ranks.world,
+                "max_steps": args.max_steps or setup.max_steps,
+                "total_steps": trainer.total,
+                "torch": torch.__version__,
+            }
+            if args.resume:  # on other ranks the batches differ, but not the command that started the run
+                values["world"] = run.read_config()["world"]
+                values["train"]["batch_size"] = settings.batch_size * ranks.world // values["world"]
+            run.write_config(values)
         say(
             f"{run.folder}: {args.stage}, {setup.preset}, {count_parameters(job.model) / 1e6:.1f} M parameters, "
             f"{count_parameters(job.model, trained=True) / 1e6:.1f} M trained, {len(job.train_set)} samples, "
@@ -107,6 +112,13 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
         if code == 0:
             say(f"{run.folder}: finished; best checkpoint {run.pointer('best')}")
         return code
+
+
+def begun_and_resumed(args: argparse.Namespace, run: Run) -> tuple[bool, bool]:
+    """Whether there is a run to continue, and whether it is continued: as --resume says, and after a restart by torchrun."""
+    begun = run.exists and run.pointer("last") is not None
+    auto = args.resume == "auto" or distributed.restarted(run.folder)
+    return begun, begun if auto else bool(args.resume)
 
 
 def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSetup, say) -> int:

@@ -1,20 +1,24 @@
 """Run folders: what a run is made of, what it logged, and its checkpoints.
 
-RUN/config.json, RUN/log.jsonl, RUN/checkpoints/step-000123/{model.safetensors,trainer.pt}, and the files
-RUN/checkpoints/{last,best}, each of which holds the name of a step's folder. Every file is whole or absent.
+RUN/config.json, RUN/log.jsonl, RUN/checkpoints/step-000123/{model.safetensors,trainer.pt,checkpoint.json}, and the files
+RUN/checkpoints/{last,best}, each of which holds the name of a step's folder. checkpoint.json has the size and the sha256
+of the others. Every file and every step's folder is whole or absent, whenever the process is killed.
 """
 
 import json
+import math
 import os
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from reaf_hsenet.errors import InputError, OutputError
-from reaf_hsenet.files import atomic_write, read_json, write_json
+from reaf_hsenet.errors import InputError, OutputError, first_six
+from reaf_hsenet.files import atomic_write, file_sha256, read_json, write_json
 from reaf_hsenet.pretrained import read_weights_file
 
 
@@ -24,6 +28,8 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.checkpoints = self.folder / "checkpoints"
+        self.lines = 0  # of the log
+        self.unwritten: list[str] = []  # those of them that a full disk has not taken yet
 
     @property
     def exists(self) -> bool:
@@ -41,12 +47,22 @@ class Run:
     def write_config(self, config: dict) -> None:
         write_json(self.folder / "config.json", config)
 
-    def log(self, record: dict) -> None:
+    def log(self, *records: dict) -> None:
+        """Append to log.jsonl. Raises OutputError on a full disk: the records wait and are written with the next."""
+        self.lines += len(records)
+        self.unwritten += [json.dumps(record) + "\n" for record in records]
+        if not self.unwritten:
+            return
+        path = self.folder / "log.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
         try:
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(self.unwritten)
         except OSError as error:
-            raise OutputError(f"{self.folder / 'log.jsonl'}: cannot be written ({error.strerror})") from error
+            with suppress(OSError):  # half a line
+                os.truncate(path, size)
+            raise OutputError(f"{path}: cannot be written ({error.strerror}): free space") from error
+        self.unwritten.clear()
 
     def read_log(self) -> list[dict]:
         path, records = self.folder / "log.jsonl", []
@@ -57,12 +73,18 @@ class Run:
                 continue  # the last line of a run that was killed while writing it
         return records
 
-    def forget_after(self, step: int) -> None:
-        """Drop log records and checkpoints of later steps, before a run starts or resumes at `step`."""
+    def forget_after(self, step: int, lines: int | None = None) -> None:
+        """Drop checkpoints of later steps, and what was logged since, before a run starts or resumes at `step`.
+
+        lines: of the log, when the step's checkpoint was written. None, as earlier versions saved: by the records' steps.
+        """
+        for path in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed
+            shutil.rmtree(path, ignore_errors=True)
         for path in self.checkpoints.glob("step-*"):
             if _step(path) > step:
-                shutil.rmtree(path, ignore_errors=True)
-        records = [r for r in self.read_log() if r["step"] <= step]
+                _remove(path)
+        records = [r for r in self.read_log()[:lines] if r["step"] <= step]
+        self.lines = len(records)
         with atomic_write(self.folder / "log.jsonl") as file:
             file.writelines(json.dumps(r) + "\n" for r in records)
 
@@ -71,47 +93,84 @@ class Run:
         path = self.checkpoints / name
         return self.checkpoints / path.read_text().strip() if path.is_file() else None
 
+    def point(self, name: str, step: int) -> None:
+        """Let `last` or `best` point to a step's checkpoint; to none when it is not there."""
+        if not self.at(step).is_dir():
+            (self.checkpoints / name).unlink(missing_ok=True)
+            return
+        with atomic_write(self.checkpoints / name) as file:
+            file.write(self.at(step).name + "\n")
+
+    def at(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.checkpoints / f"step-{step:06d}"
+
     def save(self, step: int, model: dict, trainer: dict, keep: int, best: bool) -> None:
-        """Write a checkpoint under a temporary name, rename it, then move the pointers and delete older ones."""
-        target = self.checkpoints / f"step-{step:06d}"
+        """Write a checkpoint under a temporary name, rename it, then move the pointers and delete older ones.
+
+        Raises OutputError when the disk is full: what was complete before is kept.
+        """
+        target = self.at(step)
         temporary = self.checkpoints / f".{target.name}.tmp"
         try:
+            self.log()
             if not target.is_dir():
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 save_file({n: t.contiguous() for n, t in model.items()}, temporary / "model.safetensors")
                 torch.save(trainer, temporary / "trainer.pt")
-                for path in temporary.iterdir():
+                files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in temporary.iterdir()}
+                write_json(temporary / "checkpoint.json", {"step": step, "files": files})
+                for path in (*self.folder.glob("log.jsonl"), *temporary.iterdir(), temporary):
                     _sync(path)
                 os.replace(temporary, target)
-        except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError of its zip writer.
+                _sync(self.checkpoints)
+            for name in ("last", "best") if best else ("last",):
+                self.point(name, step)
+        except (OSError, RuntimeError, SafetensorError, OutputError) as error:
+            # A full disk is a RuntimeError of torch's zip writer and a SafetensorError of the other.
             shutil.rmtree(temporary, ignore_errors=True)
             raise OutputError(
                 f"{target}: cannot be written ({' '.join(str(error).split())[:120]}): free space; the "
-                "checkpoints before it are kept, continue with --resume"
+                "checkpoints before it are kept"
             ) from error
-        for name in ("last", "best") if best else ("last",):
-            with atomic_write(self.checkpoints / name) as file:
-                file.write(target.name + "\n")
         kept = {self.pointer("last"), self.pointer("best"), *sorted(self.checkpoints.glob("step-*"), key=_step)[-keep:]}
         for path in set(self.checkpoints.glob("step-*")) - kept:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
     def load_model(self, name: str = "best") -> tuple[dict, Path]:
-        """(state_dict, its folder) of `best` (`last` where there is no best). Raises InputError when there is none."""
+        """(state_dict, its folder) of `best` (`last` where there is no best).
+
+        Raises InputError when there is none, or it is not as it was written.
+        """
         folder = self.pointer(name) or self.pointer("last")
         if folder is None:
             raise InputError(
                 f"{self.folder}: has no checkpoint yet; let train.py reach its first, or choose another run"
             )
+        if reason := damage(folder, ("model.safetensors",)):
+            raise InputError(f"{reason}; put the file back, or name another checkpoint")
         return read_weights_file(folder / "model.safetensors"), folder
 
-    def load_trainer(self) -> tuple[dict, dict]:
-        """(model, trainer state) of the last checkpoint. Raises InputError when there is none or it is damaged."""
-        folder = self.pointer("last")
-        if folder is None:
-            raise InputError(f"{self.folder}: has no checkpoint to resume from; start it again without --resume")
+    def newest_valid(self) -> tuple[Path, list[str]]:
+        """(the newest checkpoint that is as it was written, not later than `last`; why those after it are not taken).
+
+        Raises InputError when there is none.
+        """
+        last, reasons = self.pointer("last"), []
+        newest = _step(last) if last is not None and last.is_dir() else math.inf
+        for folder in sorted(self.checkpoints.glob("step-*"), key=_step, reverse=True):
+            if _step(folder) <= newest:
+                reason = damage(folder)
+                if reason is None:
+                    return folder, reasons
+                reasons.append(reason)
+        if reasons:
+            raise InputError(f"{first_six(reasons, '; ')}; no other checkpoint is left, start again with another --out")
+        raise InputError(f"{self.folder}: has no checkpoint to resume from; start it again without --resume")
+
+    def load_trainer(self, folder: Path) -> tuple[dict, dict]:
+        """(model, trainer state) of a checkpoint."""
         model = read_weights_file(folder / "model.safetensors")
         try:
             return model, torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
@@ -122,11 +181,48 @@ class Run:
             ) from error
 
 
+def damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
+    """What of a checkpoint's files (or of `names`) is not as it was written, a sentence; None when all is.
+
+    Without a checkpoint.json, as earlier versions saved, nothing is known and nothing found.
+    """
+    record = folder / "checkpoint.json"
+    if not record.is_file():
+        return None
+    try:
+        files = read_json(record)["files"]
+        written = {folder / name: (files[name]["bytes"], files[name]["sha256"]) for name in names or files}
+    except (InputError, LookupError, TypeError):
+        return f"{record}: is damaged"
+    for path, (size, digest) in written.items():
+        try:
+            if path.stat().st_size != size:
+                return f"{path}: is damaged: it has {path.stat().st_size} bytes, {size} were written"
+            if file_sha256(path) != digest:
+                return f"{path}: is damaged: its sha256 is not that of what was written"
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
+    return None
+
+
 def _step(path: Path) -> int:
     """The number of `step-000123`."""
     return int(path.name.removeprefix("step-"))
 
 
+def _remove(folder: Path) -> None:
+    """Of a checkpoint: under another name first, so that no part of it is ever taken for one."""
+    hidden = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    with suppress(OSError):
+        os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Onto the disk: a file, or a folder's names."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -261,6 +261,8 @@ class TrainConfig:
         starts from nothing else learns to write without looking; not published, for the tiny presets.
     questions: kind of questions that stage vqa learns to answer.
     max_bad: volumes that may be left out because they cannot be read, before the run stops.
+    max_skipped: steps that may be skipped because a loss or a gradient is not finite, before the run stops.
+    best_by: the number of the validation that chooses the best checkpoint; None: mean R@5, or the loss.
     calibrate: training volumes that set the start of what is trained from nothing (calibration.py); 0: plain start.
     """
 
@@ -281,7 +283,7 @@ class TrainConfig:
     validate_every: float = 0.04  # share of all steps
     validate_samples: int = 512
     save_every: int = 1000
-    keep: int = 1
+    keep: int = 2
     first_step: int = 0
     text_blocks: int | None = None
     grad_cache: int | None = None
@@ -292,6 +294,8 @@ class TrainConfig:
     list_epochs: int = 0
     questions: str = "location"
     max_bad: int = 0
+    max_skipped: int = 10
+    best_by: str | None = None
     calibrate: int = 0
 
 

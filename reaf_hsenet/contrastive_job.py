@@ -10,13 +10,13 @@ from reaf_hsenet.contrastive import Contrastive, Guided, Teacher, encode
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.loader import CTReportDataset, plain_batch
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.embedding import embed, retrieval_score
+from reaf_hsenet.embedding import SCORES, embed, retrieval_score
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.job import Job
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder, freeze_text, set_grad_checkpoint
 from reaf_hsenet.pretrained import load_matching, load_strictly
 from reaf_hsenet.run_setup import Setup
-from reaf_hsenet.trainer import PRECISIONS
+from reaf_hsenet.training_step import PRECISIONS
 
 
 def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -> Job:
@@ -65,7 +65,7 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
             raise InputError(f"--lora-targets: {error}") from error
     set_grad_checkpoint(model, settings.grad_checkpoint)
     blocks = [*model.vision.blocks, *model.text.blocks]
-    return Job(model, train_set, encode, stage.loss, validate, blocks, bad, after_step=model.clamp_scale)
+    return Job(model, train_set, encode, stage.loss, validate, blocks, bad, SCORES, after_step=model.clamp_scale)
 
 
 def start_weights(

@@ -1,8 +1,10 @@
 """One process or many: process group, device, and what must agree between ranks."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -63,15 +65,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def any_rank(value: int, device: torch.device) -> int:
-    """The largest value over ranks: a signal that one rank received is known to all."""
-    if not dist.is_initialized():
-        return value
-    shared = torch.tensor(value, device=device)
-    dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return int(shared)
-
-
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         value = value.clone()
@@ -96,3 +89,43 @@ def gather_equal(value: torch.Tensor) -> torch.Tensor:
     gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, value)
     return torch.stack(gathered)
+
+
+def on_main(work: Callable):
+    """What `work` returns on rank 0, on every rank; an InputError that it raises there is raised on every rank."""
+    done = error = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            done = work()
+        except InputError as raised:
+            error = raised
+    done, error = gather_objects((done, error))[0]
+    if error is not None:
+        raise error
+    return done
+
+
+def job_store() -> dist.Store | None:
+    """What the processes of one torchrun share, restarts included; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore("reaf_hsenet", dist.TCPStore(*place, timeout=timedelta(seconds=20)))
+
+
+def begin(folder: Path) -> None:
+    """Note that this torchrun has started the run in `folder`."""
+    if store := job_store():
+        store.set(f"begun/{Path(folder).resolve()}", "")
+
+
+def restarted(folder: Path) -> bool:
+    """Whether torchrun has started these processes again, after a failure in a run that it had begun in `folder`."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and job_store().check([f"begun/{Path(folder).resolve()}"])
+
+
+def first_to_fail() -> bool:
+    """Whether none of torchrun's other processes has ended with an error: theirs is the same, or the cause of this one."""
+    store = job_store()
+    return store is None or store.add(f"failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1

@@ -22,6 +22,9 @@ from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
 from reaf_hsenet.pretrained import find_folder, load_strictly
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece
 
+# What the validation of a dual encoder measures.
+SCORES = tuple(f"{direction}/R@{k}" for direction in ("report_to_volume", "volume_to_report") for k in (1, 5, 10))
+
 
 @dataclass
 class DualEncoderRun:

@@ -1,6 +1,7 @@
 """A user's mistake: one line that names the file or flag, says what was expected and what to do."""
 
 import argparse
+import os
 import signal
 import sys
 import traceback
@@ -55,10 +56,18 @@ class Command(Parser):
         self.prog = prog
 
 
+def _first_to_fail() -> bool:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from reaf_hsenet import distributed  # with torch, which an error in a flag does not need
+
+    return distributed.first_to_fail()
+
+
 def run_script(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Run a script's main and exit: 2 and one line for an InputError, 130 for Ctrl-C, 143 for SIGTERM.
 
-    `--debug` shows tracebacks.
+    `--debug` shows tracebacks. Of torchrun's processes only the first that fails speaks.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -68,5 +77,10 @@ def run_script(main: Callable[[list[str]], int | None], argv: list[str] | None =
             traceback.print_exc()
         code = 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 143
         message = f"error: {error}" if code == 2 else str(error) or "interrupted"
-        print(message, file=sys.stderr, flush=True)
+        if _first_to_fail():
+            print(message, file=sys.stderr, flush=True)
+    except Exception:
+        if _first_to_fail():
+            raise
+        code = 1
     sys.exit(code)

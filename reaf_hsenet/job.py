@@ -13,6 +13,7 @@ from reaf_hsenet.data.bad_volumes import BadVolumes
 class Job:
     """encode, loss, validate: as of Trainer. saved: the tensors of the model that a checkpoint holds.
 
+    measured: names of the validation's numbers, of which --best-by takes one; a `loss` is better when lower.
     after_step: what is done to the model after every optimizer step. blocks: what --compile compiles. bad: the volumes
     that could not be read so far.
     """
@@ -24,5 +25,6 @@ class Job:
     validate: Callable
     blocks: list[nn.Module]
     bad: BadVolumes
+    measured: tuple[str, ...] = ()
     saved: Callable[[nn.Module], dict] = nn.Module.state_dict
     after_step: Callable[[], None] = lambda: None

@@ -21,7 +21,7 @@ from reaf_hsenet.language_setup import LanguageSetup
 from reaf_hsenet.mllm_config import build_mllm, trained_state
 from reaf_hsenet.mllm_run import base_decoder, fill_encoders
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.trainer import PRECISIONS
+from reaf_hsenet.training_step import PRECISIONS
 
 
 def encode(model: Mllm, batch: LanguageBatch) -> tuple[Tensor, Tensor]:
@@ -91,4 +91,4 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
         return -loss / tokens, {"loss": loss / tokens}
 
     blocks = [block for encoder in model.encoders for block in encoder.blocks] + list(model.decoder.layers)
-    return Job(model, train_set, encode, token_mean, validate, blocks, bad, saved=trained_state)
+    return Job(model, train_set, encode, token_mean, validate, blocks, bad, ("loss",), saved=trained_state)

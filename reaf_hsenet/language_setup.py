@@ -40,6 +40,7 @@ FIXED_FLAGS = (
     *("preset", "init", "vision", "projector", "kernel", "shared_projector", "decoder", "full", "train_vision", "int8"),
     *("lora_r", "lora_alpha", "lora_dropout", "cache_features", "max_text", "questions", "slices_stay"),
     *("batch_size", "accumulate", "lr", "weight_decay", "warmup", "clip_norm", "no_augment", "seed", "max_steps"),
+    "best_by",
 )
 
 

@@ -78,10 +78,12 @@ FIXED_FLAGS = (
     "slices_stay",
     "seed",
     "max_steps",
+    "best_by",
 )
 # What may change from one start of a run to the next.
 KEPT_FLAGS = (
     *("epochs", "precision", "grad_checkpoint", "grad_cache", "validate_every", "validate_samples", "save_every", "keep", "max_bad"),
+    "max_skipped",
 )
 
 
@@ -315,6 +317,11 @@ def resumed_settings(args: argparse.Namespace, run: Run, values: dict, ranks: Ra
     whole = settings.batch_size * values["world"]
     if whole % ranks.world:
         raise InputError(f"{run.folder}: its global batch of {whole} cannot be shared by {ranks.world} processes")
+    if values["max_steps"] and args.epochs not in (None, settings.epochs):
+        raise InputError(
+            f"--epochs {args.epochs}: {run.folder} was started with --max-steps {values['max_steps']}, which is its "
+            "length; leave the flag out, or start another run with --out"
+        )
     kept = {name: value for name in KEPT_FLAGS if (value := getattr(args, name)) is not None}
     return replace(settings, batch_size=whole // ranks.world, **kept)
 

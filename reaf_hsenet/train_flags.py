@@ -45,6 +45,7 @@ RANGES = {
     "relation": (0, 1000),
     "workers": (0, 10_000),
     "max_bad": (0, math.inf),
+    "max_skipped": (0, math.inf),
 }
 SIZE3 = {"type": int, "nargs": 3, "metavar": ("D", "H", "W")}
 
@@ -124,13 +125,18 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="run folder (default: runs/STAGE-MODEL)")
-    add("--resume", action="store_true", help="continue the run in --out")
+    add("--resume", nargs="?", const=True, choices=("auto",), metavar="auto",
+        help="continue the run in --out; auto: or start it, when there is none to continue")  # fmt: skip
     add("--validate-every", type=float, help="share of all steps between validations")
     add("--validate-samples", type=int, help="first N of the validation split")
     add("--save-every", type=int, help="steps between checkpoints")
-    add("--keep", type=int, help="checkpoints to keep, beside the best")
+    add("--keep", type=int, help="checkpoints to keep, beside the best (default: 2)")
+    add("--best-by", metavar="NAME", help="number of the validation that chooses the best (default: mean R@5, or the loss)")
+    add("--max-skipped", type=int, metavar="N",
+        help="steps to skip as their loss or gradients are not finite, before the run stops (default: 10)")  # fmt: skip
     add("--log", choices=("tensorboard", "wandb"), help="also log there, when it is installed")
     add("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
+    add("--profile", action="store_true", help="write a trace of steps 5 to 10 into the run folder")
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--workers", type=int, help="loader processes (default: 4 with a GPU, else 0)")
     add("--max-bad", type=int, metavar="N",

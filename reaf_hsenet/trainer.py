@@ -1,4 +1,4 @@
-"""The one training loop: optimizer, schedule, precision, accumulation, validation, checkpoints, signals.
+"""The one training loop: steps, their log, validation, checkpoints, signals.
 
 A stage gives a model, its outputs for a batch, the loss of these and a validation; everything else is here. The
 randomness of a step is a function of (seed, step, rank), and the samples of a step of (seed, epoch), so a resumed run
@@ -6,16 +6,12 @@ needs no random state to continue.
 """
 
 import math
-import resource
 import signal
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from reaf_hsenet import distributed
@@ -25,65 +21,37 @@ from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.errors import InputError
-from reaf_hsenet.grad_cache import cached_backward
+from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.job import Job
-from reaf_hsenet.models.decoder import RMSNorm
+from reaf_hsenet.optimizer import learning_rate
 from reaf_hsenet.pretrained import load_strictly
+from reaf_hsenet.stability import Stability
+from reaf_hsenet.step_log import Meter, peak_flops, profiler
+from reaf_hsenet.training_step import Outcome, TrainingStep
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Decayed and undecayed parameters by the published rule of each method.
-
-    hsenet: norms and biases are not decayed (class token, positions and logit scale are). reaf: nothing with
-    fewer than two dimensions is, nor the logit scale. `rate` of a group: its share of the learning rate.
-    """
-    norms = {
-        f"{name}.{parameter}".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm | RMSNorm)
-        for parameter, _ in module.named_parameters(recurse=False)
-    }
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        bare = name in norms or name.endswith("bias") or (config.no_decay == "reaf" and parameter.ndim < 2)
-        groups.setdefault((bare, name.startswith("encoders.")), []).append(parameter)
-    return [
-        {
-            "params": groups[bare, encoder],
-            "weight_decay": 0.0 if bare else config.weight_decay,
-            "rate": config.encoder_rate if encoder else 1.0,
-        }
-        for bare, encoder in sorted(groups)
-    ]
-
-
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """Linear from 0 (or from the first step's share) over the warm-up, then half a cosine to 0."""
-    warmup = math.ceil(config.warmup * total)
-    if step < warmup:
-        return config.lr * (step + config.first_step) / warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+# Each writes a checkpoint and ends the run: Ctrl-C, a scheduler's end of time, its warning before.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass
 class Progress:
-    """Optimizer steps done, the epoch, batches of it already used, the last validated step, the best score so far."""
+    """Optimizer steps done, the epoch, batches of it already used, the last validated step, the best score so far and
+    its step."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     validated: int = 0
     best: float = -math.inf
+    best_step: int = 0
 
 
 class Trainer:
     """Of a job: encode(model, batch) -> outputs; loss(outputs, batch, step) -> (scalar, {name: number or 0-d tensor});
-    validate(model) -> (score to maximise, {name: number}). Outputs have the batch's rows first, or are scalars."""
+    validate(model) -> (score to maximise, {name: number}). Outputs have the batch's rows first, or are scalars.
+
+    profile: write a trace of some steps into the run's folder.
+    """
 
     def __init__(
         self,
@@ -95,51 +63,59 @@ class Trainer:
         workers: int = 0,
         log_every: int = 10,
         writer: Callable[[dict], None] | None = None,
+        profile: bool = False,
     ):
         self.config, self.run, self.ranks, self.writer = config, run, ranks, writer
-        self.job, self.log_every = job, log_every
-        self.model = job.model.to(ranks.device)
-        self.ddp = self.model
-        if ranks.world > 1:
-            devices = [ranks.device] if ranks.device.type == "cuda" else None
-            # Buffers are fixed tables, the same on every rank.
-            self.ddp = DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config), lr=config.lr, betas=config.betas, eps=config.eps
-        )
-        self.optimizer.register_step_post_hook(lambda *_: job.after_step())
-        self.dtype = PRECISIONS[config.precision]
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
+        self.job, self.log_every, self.profile = job, log_every, profile
+        if config.best_by is not None and config.best_by not in job.measured:
+            raise InputError(f"--best-by {config.best_by}: the validation measures {', '.join(job.measured)}")
+        self.update = TrainingStep(job, config, ranks)
+        self.model = self.update.model
         self.sampler = GlobalBatches(len(job.train_set), config.batch_size, ranks.rank, ranks.world, config.seed)
         self.loader = make_loader(job.train_set, self.sampler, workers, pin=ranks.device.type == "cuda")
         steps = len(self.sampler) // config.accumulate
+        needed = config.batch_size * config.accumulate * ranks.world
         if steps == 0:
-            needed = config.batch_size * config.accumulate * ranks.world
             raise InputError(
                 f"--batch-size {config.batch_size}, --accumulate {config.accumulate}: a step needs {needed} samples, "
                 f"there are {len(job.train_set)}; lower one"
             )
         self.total = max_steps or steps * config.epochs
         self.validate_every = max(1, round(config.validate_every * self.total))
-        self.progress, self.signal = Progress(), 0
+        self.progress, self.stability, self.signal = Progress(), Stability(), 0
+        self.meter = Meter(needed, ranks.world, ranks.device)
+        self.saved_best = self.progress.best, self.progress.best_step
 
-    def resume(self) -> None:
-        """Take up the last checkpoint, exactly."""
-        model, state = self.run.load_trainer()
-        load_strictly(self.model, model, str(self.run.pointer("last")), self.job.saved(self.model))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
+    def resume(self, say: Callable[[str], None]) -> None:
+        """Take up the newest checkpoint that is whole, exactly."""
+        folder, reasons = distributed.on_main(self.run.newest_valid)
+        for reason in reasons:
+            say(f"{reason}; continuing from {folder.name}")
+        model, state = self.run.load_trainer(folder)
+        load_strictly(self.model, model, str(folder), self.job.saved(self.model))
+        self.update.optimizer.load_state_dict(state["optimizer"])
+        self.update.scaler.load_state_dict(state["scaler"])
+        self.stability = Stability(**state.get("stability", {}))
+        self.progress = progress = Progress(**state["progress"])
         self.job.bad.restore(state.get("bad", {}))
-        if self.ranks.main:
-            self.run.forget_after(self.progress.step)
+
+        def as_it_was() -> bool:
+            """The folder, when the checkpoint was written. Whether its best checkpoint is still there."""
+            self.run.forget_after(progress.step, state.get("log_lines"))
+            if "best_step" in state["progress"]:
+                self.run.point("best", progress.best_step)
+            return self.run.pointer("best") is not None
+
+        if not distributed.on_main(as_it_was):
+            progress.best = -math.inf
+        self.saved_best = progress.best, progress.best_step
 
     @worker_deaths_named()
     def fit(self) -> int:
         """Train to the end. Returns 0, or 128 + the number of the signal that stopped it (after a checkpoint)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             signal.signal(number, self._note_signal)
-        bar = tqdm(
+        self.bar = tqdm(
             total=self.total,
             initial=self.progress.step,
             desc="train",
@@ -147,31 +123,31 @@ class Trainer:
             disable=not self.ranks.main,
             dynamic_ncols=True,
         )
-        self.clock = time.perf_counter()
+        self.peak = peak_flops(self.ranks.device, self.update.dtype)
+        trace = profiler(self.run.folder / "profile") if self.profile and self.ranks.main else nullcontext()
         self._record_bad(self.progress.step)
-        with bar:
+        with self.bar, trace:
             if self._validation_due():  # the run was stopped between a step and its validation
-                self._save(self._validate(bar))
+                self._save(self._validate())
             while self.progress.step < self.total:
                 for group in self._groups():
-                    stopped = self._step(group, bar)
+                    stopped = self._step(group)
                     if stopped:
-                        bar.write(
-                            f"stopped by signal {stopped} at step {self.progress.step}: checkpoint written, "
-                            "continue with --resume"
-                        )
+                        self._say(self._stopped_by(stopped))
                         return 128 + stopped
                     if self.progress.step == self.total:
                         return 0
+                    if self.profile and self.ranks.main:
+                        trace.step()
         return 0
 
-    def _groups(self):
+    def _groups(self) -> Iterator[list[Batch]]:
         """The rest of the epoch, as lists of `accumulate` batches."""
         self.sampler.start_at(self.progress.epoch, self.progress.batch)
         group = []
         # With gradient caching only a chunk of the batch is ever on the device.
         place = torch.device("cpu") if self.config.grad_cache else self.ranks.device
-        for batch in batches(self.loader, place, tolerant=True):
+        for batch in self.meter.waiting(batches(self.loader, place, tolerant=True)):
             group.append(batch)
             if len(group) == self.config.accumulate:
                 self.job.bad.count(group, self.config.batch_size)
@@ -180,107 +156,88 @@ class Trainer:
                 group = []
         self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
 
-    def _step(self, group: list[Batch], bar: tqdm) -> int:
+    def _step(self, group: list[Batch]) -> int:
         """One optimizer step, and what is due after it. Returns the number of a signal to stop for, or 0."""
-        progress, ranks = self.progress, self.ranks
-        seed = (self.config.seed * 1_000_003 + progress.step) * 65_536 + ranks.rank
-        torch.manual_seed(seed % 2**63)
-        rate = learning_rate(progress.step, self.total, self.config)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate * parameters["rate"]
-        self.ddp.train()
-        loss, numbers, norm = self._update(group)
-        progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
-        bar.update()
+        progress = self.progress
+        if self.peak and self.meter.flops is None:
+            self.meter.flops = self.update.flops(group[0])
+        done = self._update(group)
         last = progress.step == self.total
         if last or progress.step % self.log_every == 0:
-            numbers = {"loss": distributed.mean_over_ranks(loss), "lr": rate, "grad_norm": norm, **numbers}
-            self._log(bar, {name: float(value) for name, value in numbers.items()})
-        stopped = 0 if last else distributed.any_rank(self.signal, ranks.device)
-        best = self._validate(bar) if self._validation_due() and not stopped else False
+            self._log(done)
+        stopped = 0 if last else done.signal
+        best = self._validate() if self._validation_due() and not stopped else False
         if best or last or stopped or progress.step % self.config.save_every == 0:
             self._save(best)
         return stopped
 
-    def _update(self, group: list[Batch]) -> tuple[Tensor, dict, Tensor]:
-        total = 0.0
-        group = [batch for batch in group if sum(batch.counts)]
-        if not group:  # no rank could read anything
-            return torch.zeros((), device=self.ranks.device), {}, torch.zeros(())
-        for i, batch in enumerate(group):
-            loss, numbers = self._backward(batch, 1 / len(group), sync=i == len(group) - 1)
-            total = total + loss.detach() / len(group)
-        self.scaler.unscale_(self.optimizer)
-        clip = self.config.clip_norm if self.config.clip_norm is not None else math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, numbers, norm
+    def _update(self, group: list[Batch]) -> Outcome:
+        """The step itself, which may be skipped."""
+        progress, stability = self.progress, self.stability
+        self.rate = learning_rate(progress.step, self.total, self.config)
+        done = self.update(group, progress.step, self.rate, lambda: self.signal)
+        progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
+        self.meter.steps += 1
+        self.bar.update()
+        if done.overflow:
+            stability.overflows += 1
+        elif done.trouble is not None:
+            self._skipped(done.trouble, group)
+        elif (usual := stability.spike(done.loss)) is not None:
+            self._record({**self._place(), "spike": done.loss, "usual": usual, "samples": self._samples(group)})
+        return done
 
-    def _backward(self, batch: Batch, weight: float, sync: bool) -> tuple[Tensor, dict]:
-        """Add `weight` times the gradients of one batch; those of the last batch are averaged over ranks (`sync`)."""
-        result = {}
-
-        def loss_backward(outputs) -> None:
-            loss, result["numbers"] = self.job.loss(outputs, batch, self.progress.step)
-            self.scaler.scale(loss * weight).backward()
-            result["loss"] = loss
-
-        if self.config.grad_cache is None:
-            loss_backward(self._encode(batch, sync))
-        else:
-            chunks = batch.split(self.config.grad_cache)
-            cached_backward(
-                lambda i: self._encode(chunks[i].to(self.ranks.device), sync and i == len(chunks) - 1),
-                len(chunks),
-                loss_backward,
-                self.ranks.device,
+    def _skipped(self, why: str, group: list[Batch]) -> None:
+        """Log a step that was left out, and stop when there have been too many. The weights are as before it."""
+        self.stability.skipped += 1
+        self._record({**self._place(), "skipped": why, "samples": self._samples(group)})
+        self._say(f"step {self.progress.step}: skipped, {why}")
+        if self.stability.skipped > self.config.max_skipped:
+            self._save(False)
+            raise InputError(
+                f"step {self.progress.step}: {why}; more than --max-skipped {self.config.max_skipped} steps were skipped, "
+                f"with the samples that {self.run.folder / 'log.jsonl'} names; the last checkpoint has the weights from "
+                "before: --resume with a larger --max-skipped, or start anew with a lower --lr or another --precision"
             )
-        return result["loss"], result["numbers"]
 
-    def _encode(self, batch: Batch, sync: bool) -> tuple[Tensor, ...]:
-        """The outputs for a batch; the backward pass from them averages gradients over ranks when `sync`."""
-        model = self.ddp if torch.is_grad_enabled() else self.model
-        # Autocast in a context of its own: it keeps its copies of the weights, and those made without gradients have none.
-        with self.autocast(), nullcontext() if sync or self.ranks.world == 1 else self.ddp.no_sync():
-            return self.job.encode(model, batch)
+    def _samples(self, group: list[Batch]) -> list[str]:
+        """Names of the step's samples, of all ranks."""
+        rows = distributed.gather_objects([row for batch in group for row in batch.index])
+        return [self.job.train_set.name(row) for part in rows for row in part]
 
-    def autocast(self):
-        return torch.autocast(
-            self.ranks.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
-        )
+    def _log(self, done: Outcome) -> None:
+        numbers = {"loss": done.loss, "lr": self.rate, "grad_norm": done.norm}
+        numbers |= {name: float(value) for name, value in done.numbers.items()}
+        counts = {"skipped_steps": self.stability.skipped, "overflows": self.stability.overflows}
+        measured = self.meter.read(self.peak, "hfu" if self.config.grad_checkpoint else "mfu")
+        shown = [f"loss {done.loss:.3f}", f"gradient {done.norm:.2g}", f"{measured['samples_per_s']:.1f} samples/s"]
+        shown += [f"{name} {measured[name]:.0%}" for name in ("waiting", "mfu", "hfu") if name in measured]
+        self.bar.set_postfix_str(", ".join(shown))
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}  # JSON has no others
+        self._record({**self._place(), **finite, **{k: n for k, n in counts.items() if n}, **measured})
 
-    def _log(self, bar: tqdm, numbers: dict) -> None:
-        now = time.perf_counter()
-        done = self.progress.step - getattr(self, "logged_step", self.progress.step - self.log_every)
-        samples = done * self.config.batch_size * self.config.accumulate * self.ranks.world
-        numbers |= {
-            "samples_per_s": samples / (now - self.clock),
-            "memory_gb": peak_memory_gb(self.ranks.device),
-        }
-        self.clock, self.logged_step = now, self.progress.step
-        bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {numbers['samples_per_s']:.1f} samples/s")
-        self._record({"step": self.progress.step, "epoch": self.progress.epoch, **numbers})
+    def _place(self) -> dict:
+        return {"step": self.progress.step, "epoch": self.progress.epoch}
 
     def _validation_due(self) -> bool:
         step = self.progress.step
         return step > self.progress.validated and (step == self.total or step % self.validate_every == 0)
 
-    def _validate(self, bar: tqdm) -> bool:
+    def _validate(self) -> bool:
+        """Log the validation. Returns whether it is the best so far."""
+        progress, name = self.progress, self.config.best_by
         self.model.eval()
-        self.progress.validated = self.progress.step
-        started = time.perf_counter()
-        with torch.inference_mode(), self.autocast():
+        progress.validated = progress.step
+        with self.meter.paused(), torch.inference_mode(), self.update.autocast():
             score, numbers = self.job.validate(self.model)
-        self._record_bad(self.progress.step)
-        self.clock += time.perf_counter() - started  # not part of the training speed
-        if self.ranks.main:
-            shown = ", ".join(f"{k} {v:.3f}" for k, v in numbers.items())
-            bar.write(f"step {self.progress.step}: validation {shown}")
-        self._record({"step": self.progress.step, "validation": numbers})
-        better = score > self.progress.best
-        self.progress.best = max(score, self.progress.best)
+        self._record_bad(progress.step)
+        if name is not None:
+            score = -numbers[name] if name == "loss" else numbers[name]
+        self._say(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
+        self._record({"step": progress.step, "validation": numbers})
+        better = score > progress.best
+        if better:
+            progress.best, progress.best_step = score, progress.step
         return better
 
     def _record_bad(self, step: int) -> None:
@@ -290,28 +247,47 @@ class Trainer:
         self.job.bad.new.clear()
 
     def _record(self, record: dict) -> None:
-        if self.ranks.main:
+        if not self.ranks.main:
+            return
+        try:
             self.run.log(record)
-            if self.writer:
-                self.writer(record)
+        except OutputError as error:
+            if len(self.run.unwritten) == 1:  # once, not at every step of a full disk
+                self._say(f"warning: {error}; training goes on, and its log is kept until there is room")
+        if self.writer:
+            self.writer(record)
 
     def _save(self, best: bool) -> None:
+        """Write a checkpoint. A disk that is full ends the run only after its last step."""
+        progress = self.progress
+        model = self.job.saved(self.model)
+        state = {
+            "optimizer": self.update.optimizer.state_dict(),
+            "scaler": self.update.scaler.state_dict(),
+            "progress": vars(progress),
+            "stability": vars(self.stability),
+            "bad": self.job.bad.found,
+            "log_lines": self.run.lines,
+        }
+        try:
+            distributed.on_main(lambda: self.run.save(progress.step, model, state, self.config.keep, best))
+        except OutputError as error:
+            if progress.step == self.total:
+                raise
+            progress.best, progress.best_step = self.saved_best
+            self._say(f"warning: {error}; training goes on, the next checkpoint is tried when it is due")
+        else:
+            self.saved_best = progress.best, progress.best_step
+
+    def _stopped_by(self, number: int) -> str:
+        last = self.run.pointer("last")
+        written = last == self.run.at(self.progress.step)
+        state = "checkpoint written" if written else f"no checkpoint could be written, the last is {last and last.name}"
+        return f"stopped by {signal.Signals(number).name} at step {self.progress.step}: {state}; continue with --resume"
+
+    def _say(self, text: str) -> None:
         if self.ranks.main:
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "progress": vars(self.progress),
-                "bad": self.job.bad.found,
-            }
-            self.run.save(self.progress.step, self.job.saved(self.model), state, self.config.keep, best)
-        distributed.barrier()
+            tqdm.write(text)
 
     def _note_signal(self, number: int, frame) -> None:
         self.signal = number
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process: the GPU's where there is one, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

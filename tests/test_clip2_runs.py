@@ -281,6 +281,8 @@ def test_a_run_resumes_from_another_folder_and_with_its_teacher_moved(sliced, tm
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+    wrong(resume, "model.safetensors: is damaged")
+    (path.parent / "checkpoint.json").unlink()  # as other weights would be put there by hand
     wrong(resume, "moved: its best checkpoint is not the teacher that the run had")
     wrong([*resume[:2], "--out", "nothing", "--resume"], "nothing: holds no run to resume; name one with --out")
 

@@ -51,6 +51,7 @@ def write_run(folder: Path, data: Path, stage: str, **options) -> Path:
         if tensor.ndim > 1 and name.startswith(("decoder.", "projectors.")):
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
     save_file(state, path)
+    (path.parent / "checkpoint.json").unlink()  # which knows of other weights
     return folder
 
 

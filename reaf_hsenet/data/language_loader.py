@@ -87,6 +87,9 @@ class LanguageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def name(self, row: int) -> str:
+        return self.entries[self.rows[row][0]]["id"]
+
     def text(self, row: int, rng: np.random.Generator, epoch: int | None = None) -> tuple[str, str]:
         """(question, answer) of a row, in an epoch of training; a report without quotes and brackets, as published."""
         entry, asked = self.rows[row]

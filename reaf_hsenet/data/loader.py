@@ -74,6 +74,9 @@ class CTReportDataset(Dataset):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def name(self, row: int) -> str:
+        return self.entries[row]["id"]
+
     def __getitem__(self, key: tuple[int, int]):
         epoch, row = key
         rng = np.random.default_rng((self.seed, epoch, row))

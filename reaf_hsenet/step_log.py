@@ -1,0 +1,100 @@
+"""What a step costs: samples per second, the share of time that waits for data, model FLOPs utilisation, memory, a trace."""
+
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import profile, schedule
+from torch.utils.flop_counter import FlopCounterMode
+
+# Peak FLOP/s of dense 16-bit matrix products, from the vendor's data sheets; the first name that a device's has in it.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "RTX A6000": 154.8e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+PROFILED = (5, 10)  # first and last step of --profile, counted from where the process starts
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
+    """Of a GPU that PEAKS has, in a 16-bit type; None where it is not known."""
+    if device.type != "cuda" or dtype is None:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
+
+
+class Meter:
+    """Clocks the steps between two lines of the log. samples: of a step, on all ranks."""
+
+    def __init__(self, samples: int, world: int, device: torch.device):
+        self.samples, self.world, self.device = samples, world, device
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.flops: float | None = None  # of a sample, forward and backward, once they have been counted
+
+    def waiting(self, batches: Iterable) -> Iterator:
+        """The batches; the time until each is there counts as waiting."""
+        source = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(source, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is not training, such as a validation."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def read(self, peak: float | None, name: str) -> dict[str, float]:
+        """What was measured since the last call. `name` is that of the share of `peak` that was used."""
+        now = time.perf_counter()
+        seconds = now - self.started
+        rate = self.samples * self.steps / seconds
+        measured = {"samples_per_s": rate, "waiting": self.waited / seconds, "memory_gb": peak_memory_gb(self.device)}
+        if peak and self.flops:
+            measured[name] = rate / self.world * self.flops / peak
+        self.started, self.waited, self.steps = now, 0.0, 0
+        return measured
+
+
+def count_flops(forward: Callable[[], tuple[Tensor, ...]]) -> int:
+    """Of matrix products, convolutions and attention in a forward and its backward pass. Gradients are left behind."""
+    with FlopCounterMode(display=False) as counter:
+        sum(out.float().sum() for out in forward() if out.requires_grad).backward()
+    return counter.get_total_flops()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: the GPU's where there is one, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def profiler(folder: Path) -> profile:
+    """Writes a trace of the PROFILED steps into `folder`, for chrome://tracing or ui.perfetto.dev; step() ends a step."""
+    first, last = PROFILED
+
+    def write(done: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        done.export_chrome_trace(str(folder / f"steps-{first}-{last}.json.gz"))
+
+    steps = schedule(wait=first - 2, warmup=1, active=last - first + 1, repeat=1)
+    return profile(schedule=steps, on_trace_ready=write)

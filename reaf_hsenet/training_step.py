@@ -1,0 +1,129 @@
+"""One optimizer step: precision, accumulation, gradient caching and averaging over ranks; skipped when it is not finite."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from reaf_hsenet import distributed
+from reaf_hsenet.config import TrainConfig
+from reaf_hsenet.data.loader import Batch
+from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.grad_cache import cached_backward
+from reaf_hsenet.job import Job
+from reaf_hsenet.optimizer import parameter_groups
+from reaf_hsenet.stability import clip_gradients, diagnosis, not_finite
+from reaf_hsenet.step_log import count_flops
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Outcome:
+    """Of a step, the same on every rank. numbers: the job's own. signal: one that a rank has received, or 0.
+
+    trouble: what was not finite, so that the step was skipped. overflow: skipped while fp16's loss scale finds its size.
+    """
+
+    loss: float
+    numbers: dict
+    norm: float
+    signal: int
+    trouble: str | None
+    overflow: bool
+
+
+class TrainingStep:
+    """The model, its optimizer and what a step does to them."""
+
+    def __init__(self, job: Job, config: TrainConfig, ranks: Ranks):
+        self.job, self.config, self.ranks = job, config, ranks
+        self.model = job.model.to(ranks.device)
+        self.ddp = self.model
+        if ranks.world > 1:
+            devices = [ranks.device] if ranks.device.type == "cuda" else None
+            # Buffers are fixed tables, the same on every rank.
+            self.ddp = DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config), lr=config.lr, betas=config.betas, eps=config.eps
+        )
+        self.optimizer.register_step_post_hook(lambda *_: job.after_step())
+        self.dtype = PRECISIONS[config.precision]
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
+
+    def __call__(self, group: list[Batch], step: int, rate: float, signal: Callable[[], int]) -> Outcome:
+        """From the batches of a step, at a learning rate. signal: asked for when the gradients are there."""
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate * parameters["rate"]
+        seed = (self.config.seed * 1_000_003 + step) * 65_536 + self.ranks.rank
+        torch.manual_seed(seed % 2**63)
+        self.ddp.train()
+        group = [batch for batch in group if sum(batch.counts)]  # of some no rank could read anything
+        loss = norm = torch.zeros((), device=self.ranks.device)
+        for i, batch in enumerate(group):
+            part, numbers = self._backward(batch, step, 1 / len(group), sync=i == len(group) - 1)
+            loss = loss + part.detach() / len(group)
+        if group:
+            self.scaler.unscale_(self.optimizer)
+            norm = clip_gradients(self.model, self.config.clip_norm)
+        # The step's only wait for the device; and all that ranks decide by, so that they decide alike.
+        told = distributed.gather_equal(torch.stack([loss.float(), norm, torch.full_like(norm, signal())]))
+        losses, norms, signals = zip(*told.tolist(), strict=True)
+        if not group:
+            return Outcome(0.0, {}, 0.0, int(max(signals)), None, False)
+        trouble, overflow = None, False
+        if all(map(math.isfinite, (*losses, *norms))):
+            self.optimizer.step()
+        else:
+            names = not_finite(self.model)
+            # While it is too large for fp16, the scaler halves its scale: so it finds the largest that fits.
+            overflow = bool(names) and all(map(math.isfinite, losses)) and self.scaler.get_scale() > 1
+            trouble = None if overflow else diagnosis(losses, names)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(sum(losses) / len(losses), numbers, norms[0], int(max(signals)), trouble, overflow)
+
+    def _backward(self, batch: Batch, step: int, weight: float, sync: bool) -> tuple[Tensor, dict]:
+        """Add `weight` times the gradients of one batch; those of the last batch are averaged over ranks (`sync`)."""
+        result = {}
+
+        def loss_backward(outputs) -> None:
+            loss, result["numbers"] = self.job.loss(outputs, batch, step)
+            self.scaler.scale(loss * weight).backward()
+            result["loss"] = loss
+
+        if self.config.grad_cache is None:
+            loss_backward(self._encode(batch, sync))
+        else:
+            chunks = batch.split(self.config.grad_cache)
+            cached_backward(
+                lambda i: self._encode(chunks[i].to(self.ranks.device), sync and i == len(chunks) - 1),
+                len(chunks),
+                loss_backward,
+                self.ranks.device,
+            )
+        return result["loss"], result["numbers"]
+
+    def _encode(self, batch: Batch, sync: bool) -> tuple[Tensor, ...]:
+        """The outputs for a batch; the backward pass from them averages gradients over ranks when `sync`."""
+        model = self.ddp if torch.is_grad_enabled() else self.model
+        # Autocast in a context of its own: it keeps its copies of the weights, and those made without gradients have none.
+        with self.autocast(), nullcontext() if sync or self.ranks.world == 1 else self.ddp.no_sync():
+            return self.job.encode(model, batch)
+
+    def autocast(self):
+        return torch.autocast(
+            self.ranks.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
+        )
+
+    def flops(self, batch: Batch) -> float:
+        """Of a sample, forward and backward, with what --grad-checkpoint computes again."""
+        self.ddp.train()
+        part = batch.split(self.config.grad_cache)[0].to(self.ranks.device) if self.config.grad_cache else batch
+        counted = count_flops(lambda: self._encode(part, sync=False)) / len(part.ids)
+        self.optimizer.zero_grad(set_to_none=True)
+        return counted

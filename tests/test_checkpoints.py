@@ -1,0 +1,168 @@
+"""Checkpoints that are whole or absent: damage, a full disk, which are kept, which is the best."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import reaf_hsenet.checkpoint as module
+import train
+from reaf_hsenet.checkpoint import Run
+from reaf_hsenet.errors import InputError, OutputError
+from test_train import finished, keep_signal_handlers, numbers, run_copy, same_weights, tiny, wrong  # noqa: F401
+
+
+def resume(run: Path, *more) -> list[str]:
+    return ["--stage", "clip1", "--out", str(run), "--resume", "--log-every", "1", "--device", "cpu", *more]
+
+
+def save(folder: Path, *steps: int, keep: int = 9) -> Run:
+    run = Run(folder)
+    for step in steps:
+        run.save(step, {"a": torch.full((99,), float(step))}, {"progress": {"step": step}}, keep, best=step == 2)
+    return run
+
+
+def spoil(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-7] if how == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("file", ["trainer.pt", "model.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("how", ["truncated", "changed", "absent"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_newest_that_is_whole(tmp_path, file, how):
+    run = save(tmp_path, 1, 3, 4)
+    if (file, how) == ("checkpoint.json", "absent"):
+        return  # as earlier versions saved: nothing is known of the files
+    spoil(run.at(4) / file, how)
+    spoil(run.at(3) / file, how)
+    folder, reasons = run.newest_valid()
+    assert folder == run.at(1) and len(reasons) == 2 and all("\n" not in reason for reason in reasons)
+    named = file if how != "changed" or file != "checkpoint.json" else "checkpoint.json"
+    assert reasons[0].startswith(f"{run.at(4) / named}: ")
+    spoil(run.at(1) / file, how)
+    with pytest.raises(InputError, match="no other checkpoint is left"):
+        run.newest_valid()
+
+
+def test_an_evaluation_does_not_read_damaged_weights(tmp_path):
+    run = save(tmp_path, 1)
+    spoil(run.at(1) / "model.safetensors", "changed")
+    with pytest.raises(InputError, match="model.safetensors: is damaged: its sha256"):
+        run.load_model("last")
+
+
+def test_last_can_be_set_back_by_hand(tmp_path):
+    run = save(tmp_path, 1, 3, 4)
+    (run.checkpoints / "last").write_text("step-000003\n")
+    assert run.newest_valid() == (run.at(3), [])
+
+
+def test_a_run_resumes_from_before_a_damaged_checkpoint_and_ends_the_same(run_copy, finished, capsys):  # noqa: F811
+    spoil(Run(run_copy).at(8) / "trainer.pt", "changed")
+    assert train.main(resume(run_copy)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert len(said) == 1 and said[0].endswith("; continuing from step-000006")
+    assert same_weights(run_copy, finished) and numbers(run_copy) == numbers(finished)
+    assert Run(run_copy).pointer("best").name == Run(finished).pointer("best").name
+
+
+def test_the_last_n_and_the_best_are_kept(tmp_path):
+    run = save(tmp_path, 1, 2, 3, 4, 5, keep=2)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["best", "last", "step-000002", "step-000004", "step-000005"]
+    assert run.pointer("best") == run.at(2) and run.pointer("last") == run.at(5)
+
+
+def test_a_checkpoint_lists_its_files_with_sizes_and_hashes(finished):  # noqa: F811
+    folder = Run(finished).pointer("last")
+    written = json.loads((folder / "checkpoint.json").read_text())
+    assert written["step"] == 8 and set(written["files"]) == {"model.safetensors", "trainer.pt"}
+    assert all(file["bytes"] == (folder / name).stat().st_size for name, file in written["files"].items())
+
+
+class FullDisk:
+    """Lets files of chosen steps, or the log, not be written. As torch's, safetensors' and the system's errors are."""
+
+    def __init__(self, monkeypatch, steps: tuple[int, ...]):
+        save_file = module.save_file
+
+        def full(tensors, path):
+            if any(f"step-{step:06d}" in str(path) for step in steps):
+                raise module.SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left" })')
+            return save_file(tensors, path)
+
+        monkeypatch.setattr(module, "save_file", full)
+
+
+def test_a_full_disk_leaves_the_run_alive_and_the_last_checkpoint_whole(prepared, finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        FullDisk(patch, (3,))
+        assert train.main(tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9)) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "step-000003: cannot be written" in warnings[0] and "No space left" in warnings[0]
+    assert "training goes on" in warnings[0] and not Run(out).at(3).exists()
+    assert same_weights(out, finished) and numbers(out) == numbers(finished)
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        FullDisk(patch, (8,))
+        wrong(tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9), "step-000008: cannot be written.*free space")
+    assert Run(out).pointer("last") == Run(out).at(6)
+    assert train.main(resume(out)) == 0
+    assert same_weights(out, finished) and numbers(out) == numbers(finished)
+
+
+def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.log({"step": 1})
+
+    class Half:
+        """A file that takes half of what it is given."""
+
+        def __init__(self, path, *rest, **options):
+            self.file = open(path, "ab")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def writelines(self, lines):
+            self.file.write("".join(lines).encode()[:5])
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open", Half, raising=False)
+        for step in (2, 3):
+            with pytest.raises(OutputError, match="log.jsonl: cannot be written .No space left on device"):
+                run.log({"step": step})
+    run.log({"step": 4})
+    assert (tmp_path / "log.jsonl").read_text() == "".join(f'{{"step": {n}}}\n' for n in (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("name", ["report_to_volume/R@1", "volume_to_report/R@10"])
+def test_the_best_checkpoint_is_chosen_by_the_number_that_is_named(prepared, tmp_path, name):
+    out = tmp_path / "run"
+    assert train.main(tiny(prepared, out, "--max-steps", 6, "--validate-every", 0.16, "--keep", 9, "--best-by", name)) == 0
+    scores = {r["step"]: r["validation"][name] for r in Run(out).read_log() if "validation" in r}
+    best = max(scores.values())
+    assert Run(out).pointer("best") == Run(out).at(min(step for step, score in scores.items() if score == best))
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_held_against_the_next(run_copy, finished):  # noqa: F811
+    run, best = Run(run_copy), Run(finished).pointer("best").name
+    (run.checkpoints / "last").write_text("step-000006\n")
+    for path in run.checkpoints.glob("step-*"):
+        if path.name != "step-000006":
+            shutil.rmtree(path)
+    assert best != "step-000006" and train.main(resume(run_copy)) == 0
+    assert run.pointer("best") is not None and run.pointer("best").is_dir()
