@@ -62,7 +62,7 @@ def load_mllm(folder: Path | str, which: str = "best", dtype: torch.dtype | None
             f"{folder}: is a run of stage {values.get('stage')!r}, which has no decoder; expected one of stage mrg or vqa"
         )
     config, origin, tokenizer = MllmConfig.from_dict(values["model"]), values["origin"], load_tokenizer(run.folder)
-    model = build_mllm(config, base_decoder(config, origin, dtype))
+    model = build_mllm(config, None if config.full else base_decoder(config, origin, dtype))
     if not config.train_vision:
         fill_encoders(model, origin["encoders"])
     state, checkpoint = run.load_model(which)
@@ -85,10 +85,8 @@ def load_mllm(folder: Path | str, which: str = "best", dtype: torch.dtype | None
     )
 
 
-def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = None) -> Decoder | None:
-    """The published decoder that adapters stand on, with rows for the added tokens; None where all of it is trained."""
-    if config.full:
-        return None
+def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = None) -> Decoder:
+    """The published decoder that training starts from, or adapters stand on, with rows for the added tokens."""
     known = origin["decoder"]
     decoder = load_decoder(known["name"], dtype, int8=config.int8)
     resize_vocabulary(decoder, config.decoder.vocab, known["added"])
