@@ -180,7 +180,10 @@ def classify(
 
 
 def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    run = load_mllm(args.run, args.checkpoint, PRECISIONS[args.precision])
+    names = args.decoder, args.encoders, args.text_model
+    run = load_mllm(args.run, args.checkpoint, PRECISIONS[args.precision], *names)
+    if ranks.main:
+        print(*run.origin.get("notes", ()), sep="\n", end="\n" if run.origin.get("notes") else "")
     reports = args.task == "mrg"
     manifest = find_data(args, run, reports)
     kind = "mrg" if reports else args.questions or run.train.get("questions") or "location"

@@ -80,10 +80,12 @@ def generation(command: Parser, name: str) -> None:
 
 def model_and_scan(command: Parser, name: str) -> None:
     group = command.add_argument_group("model")
-    group.add_argument("--run", type=Path, help="run folder of train.py, or a published dual encoder: file, "
+    group.add_argument("--run", type=Path, help="run folder of train.py, or published weights: file, "
                        "folder or hub id (default: the last stage's that can do it, in runs/)")  # fmt: skip
-    if name not in ("report", "ask"):
-        group.add_argument("--text-model", metavar="NAME", help="folder or hub id with the vocabulary of a published checkpoint")
+    group.add_argument("--text-model", metavar="NAME", help="folder or hub id with the vocabulary of a published checkpoint")
+    if name in ("report", "ask"):
+        group.add_argument("--decoder", metavar="NAME", help="of published packers and adapters: what they stand on, folder or hub id")
+        group.add_argument("--encoders", metavar="NAME", help="of the same: HSENet-2E3-CLIP, file, folder or hub id, or a clip2 run")
     group.add_argument("--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)")
     group.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
     group.add_argument("--slice-encoder", metavar="NAME", help="of a guided encoder's slices: file, folder or hub id")
@@ -163,7 +165,9 @@ def main(argv: list[str]) -> int:
         TableRow(tuple(args.spacing) if args.spacing else None, args.slope, args.intercept),
         args.slice_encoder,
         getattr(args, "precision", None),
-        getattr(args, "text_model", None),
+        args.text_model,
+        getattr(args, "decoder", None),
+        getattr(args, "encoders", None),
         say,
     )
     say(f"run: {folder}, stage {model.stage}, checkpoint {model.checkpoint.name}")

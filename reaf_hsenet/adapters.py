@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from reaf_hsenet.errors import InputError, first_six
-from reaf_hsenet.files import atomic_write, read_json, write_json
+from reaf_hsenet.files import atomic_write, read_object, write_json
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.int8 import Int8Linear
 from reaf_hsenet.models.lora import LoraLinear, add_lora
@@ -47,18 +47,16 @@ def load_adapter(decoder: Decoder, source: str) -> None:
     Raises InputError, before anything is changed, for what is missing, not known, of another shape or not implemented.
     """
     folder = find_folder(source, [CONFIG, WEIGHTS])
-    r, alpha, dropout, targets = _settings(folder / CONFIG)
+    r, alpha, dropout, targets = adapter_settings(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         found = "; adapter_model.bin is a pickle, which is not read" if (folder / "adapter_model.bin").is_file() else ""
         raise InputError(f"{folder}: has no {WEIGHTS}{found}: save the adapter as safetensors")
     _load(decoder, read_weights_file(folder / WEIGHTS), r, alpha, dropout, str(folder / WEIGHTS), targets)
 
 
-def _settings(path: Path) -> tuple[int, float, float, tuple[str, ...]]:
+def adapter_settings(path: Path) -> tuple[int, float, float, tuple[str, ...]]:
     """r, alpha, dropout and the layers' names (none when they are a pattern) of an adapter_config.json."""
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected an object of settings, found {type(config).__name__}")
+    config = read_object(path)
     for key, value in {"peft_type": None, **config}.items():
         if value not in ONLY[key] if key in ONLY else value and key not in INERT:
             raise InputError(f"{path}: {key} {value!r:.80} is not implemented; export the adapter as plain LoRA, or merged")

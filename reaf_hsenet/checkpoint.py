@@ -18,8 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from reaf_hsenet.errors import InputError, OutputError, first_six
-from reaf_hsenet.files import atomic_write, file_sha256, read_json, write_json
+from reaf_hsenet.files import atomic_write, file_sha256, read_json, read_object, write_json
 from reaf_hsenet.pretrained import read_weights_file
+
+# What every run's config.json has, by kind; what is of the model, data and training is checked where it is used.
+CONFIG = {"stage": (str,), "model": (dict,), "recipe": (dict,), "data": (str, type(None))}
+CONFIG |= {"origin": (dict, type(None)), "slices": (dict, type(None))}
 
 
 class Run:
@@ -42,7 +46,12 @@ class Run:
                 f"{self.folder}: holds no run (no config.json); train one with train.py, or name one "
                 "with --run"
             )
-        return read_json(self.folder / "config.json")
+        path = self.folder / "config.json"
+        values = read_object(path)
+        for name, kinds in CONFIG.items():
+            if type(values.get(name)) not in kinds:
+                raise InputError(f"{path}: {name} is {values.get(name)!r:.60}, which no run has; restore the file, or train the run again")
+        return values
 
     def write_config(self, config: dict) -> None:
         write_json(self.folder / "config.json", config)

@@ -6,6 +6,7 @@ windows are HU. Sources: HSENet (commit c7198f3) and REAF (commit f9475f8), as t
 
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass, field, replace
 
 from reaf_hsenet.errors import InputError
@@ -53,6 +54,15 @@ class Recipe:
 
 
 FITS = ("foreground", "crop", "resize")
+LARGEST = 2**24  # of any size of a network: above is a mistake, which would be found out by running out of memory
+
+
+def _require_sizes(config, *sizes: int) -> None:
+    """Raises InputError unless a network's sizes are positive, and its width is one of whole heads."""
+    if not all(0 < n < LARGEST for n in sizes) or config.depth > 1000:
+        raise InputError(f"{type(config).__name__} has a size out of range: {str(config)[:200]}")
+    if config.width % config.heads:
+        raise InputError(f"{config.heads} heads do not share a width of {config.width}")
 
 # 0.449 and 0.226 are the averages over colours of ImageNet's means and standard deviations, in float32 as published.
 RECIPES = {
@@ -86,6 +96,7 @@ class VisionConfig:
     mlp: int = 3072
 
     def __post_init__(self):
+        _require_sizes(self, *self.size, *self.patch, self.width, self.depth, self.heads, self.mlp)
         if any(s % p for s, p in zip(self.size, self.patch, strict=True)):
             raise InputError(
                 f"input size {self.size} is not a multiple of the patch {self.patch}: change --size"
@@ -154,6 +165,10 @@ class GuidedVisionConfig(VisionConfig):
     slice_width: int = 768
     guidance_dropout: float = 0.1
 
+    def __post_init__(self):
+        super().__post_init__()
+        _require_sizes(self, self.slices, self.slice_width)
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -171,6 +186,14 @@ class TextConfig:
     attention_dropout: float = 0.1
     pad_id: int = 0
     kind: str = "bert"  # or roberta: positions count from pad_id + 1
+
+    def __post_init__(self):
+        sizes = self.vocab, self.width, self.depth, self.heads, self.mlp, self.positions, self.token_types
+        _require_sizes(self, *sizes)
+        if not 0 <= self.pad_id < self.vocab or self.layer_norm_eps <= 0:
+            raise InputError(f"pad_id {self.pad_id} and layer_norm_eps {self.layer_norm_eps}: expected a token, and a number above 0")
+        if not (0 <= self.dropout < 1 and 0 <= self.attention_dropout < 1):
+            raise InputError(f"dropout {self.dropout} and {self.attention_dropout}: expected probabilities below 1")
 
 
 @dataclass(frozen=True)
@@ -260,7 +283,6 @@ class TrainConfig:
     list_epochs: the first epochs of a language stage, in which the answer is the list of the scan's labels. A decoder that
         starts from nothing else learns to write without looking; not published, for the tiny presets.
     questions: kind of questions that stage vqa learns to answer.
-    shard: the ranks share the weights and the optimizer's states of a language stage (sharding.py).
     max_bad: volumes that may be left out because they cannot be read, before the run stops.
     max_skipped: steps that may be skipped because a loss or a gradient is not finite, before the run stops.
     best_by: the number of the validation that chooses the best checkpoint; None: mean R@5, or the loss.
@@ -295,7 +317,6 @@ class TrainConfig:
     list_epochs: int = 0
     questions: str = "location"
     max_bad: int = 0
-    shard: bool = False
     max_skipped: int = 10
     best_by: str | None = None
     calibrate: int = 0
@@ -450,28 +471,50 @@ def to_dict(config) -> dict:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls, values: dict):
-    """Rebuild a dataclass from its JSON form (lists become tuples, nested dataclasses are rebuilt)."""
-    kinds = {
-        "text": TextConfig,
-        "augment": Augmentation,
-        "lora": LoraConfig,
-    }
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
+def from_dict(cls, values: dict, source: str = "config.json"):
+    """Rebuild a dataclass from its JSON form (lists become tuples, nested dataclasses are rebuilt).
+
+    Raises InputError, naming `source` and the setting, for what is absent, unknown or of another kind.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: {cls.__name__} is {values!r:.60}; expected an object of settings")
+    kinds, hints = {"text": TextConfig, "augment": Augmentation, "lora": LoraConfig}, typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise InputError(f"{cls.__name__} has no setting {', '.join(unknown)}: written by another version?")
+        raise InputError(f"{source}: {cls.__name__} has no setting {', '.join(unknown)[:200]}: written by another version?")
     made = {}
     for name, value in values.items():
         if isinstance(value, dict) and name == "vision":
-            value = vision_config(value)
+            value = vision_config(value, source)
         elif isinstance(value, dict) and name in kinds:
-            value = from_dict(kinds[name], value)
+            value = from_dict(kinds[name], value, source)
         made[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**made)
+        if not _is_a(made[name], hints[name]):
+            kind = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else ""
+            raise InputError(f"{source}: {name} of {cls.__name__} is {value!r:.60}; expected {kind or hints[name]}")
+    try:
+        return cls(**made)
+    except TypeError as error:  # a setting without default is absent
+        raise InputError(f"{source}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
-def vision_config(values: dict) -> VisionConfig:
+def _is_a(value, hint) -> bool:
+    """Whether a value is of an annotation: a class, a tuple of one, or a choice of these."""
+    parts = typing.get_args(hint)
+    if not parts:
+        return type(value) in (int, float) and math.isfinite(value) if hint is float else (
+            isinstance(value, hint) if dataclasses.is_dataclass(hint) else type(value) is hint
+        )
+    if typing.get_origin(hint) is not tuple:
+        return any(_is_a(value, part) for part in parts)
+    parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
+    return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_a, value, parts))
+
+
+def vision_config(values: dict, source: str = "config.json") -> VisionConfig:
     """The encoder's settings of whichever kind these are."""
-    guided = GuidedVisionConfig if "slice_width" in values else VisionConfig
-    return from_dict(ReafVisionConfig if "scan_layers" in values else guided, values)
+    known = values if isinstance(values, dict) else {}
+    guided = GuidedVisionConfig if "slice_width" in known else VisionConfig
+    return from_dict(ReafVisionConfig if "scan_layers" in known else guided, values, source)

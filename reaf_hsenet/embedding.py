@@ -19,7 +19,9 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256
 from reaf_hsenet.metrics.retrieval import cross_retrieval
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
-from reaf_hsenet.pretrained import find_folder, load_strictly
+from reaf_hsenet.pretrained import find_folder
+from reaf_hsenet.pretrained.loading import require_fit
+from reaf_hsenet.pretrained.reading import SUFFIXES
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece
 
 # What the validation of a dual encoder measures.
@@ -59,21 +61,28 @@ def load_dual_encoder(folder: Path, which: str = "best", text_model: str | None 
     text_model: where a published text encoder's vocab.txt is, when not beside its checkpoint. Raises InputError when the
     folder holds no such run or its weights do not fit.
     """
-    run = Run(folder)
     if is_published(folder):
-        return load_published(folder, text_model)
+        from reaf_hsenet.published_run import load_published  # which takes all of the package with it
+
+        run = load_published(folder, text_model)
+        if not isinstance(run, DualEncoderRun):
+            raise InputError(f"{folder}: is HSENet's language model; expected a dual encoder")
+        return run
+    if text_model is not None:
+        raise InputError(f"--text-model: is of published weights; the run {folder} knows its own vocabulary, leave it out")
+    run = Run(folder)
     values = run.read_config()
     if values.get("stage") not in ("clip1", "clip2"):
         raise InputError(
             f"{folder}: is a run of stage {values.get('stage')!r}; expected a dual encoder, stage clip1 or clip2"
         )
-    config = from_dict(ClipConfig, values["model"])
+    source = str(run.folder / "config.json")
+    config, recipe = from_dict(ClipConfig, values["model"], source), from_dict(Recipe, values["recipe"], source)
     state, checkpoint = run.load_model(which)
-    model = build_dual_encoder(config)
-    if config.lora:
-        adapt(model, config.lora)
-    load_strictly(model, state, str(checkpoint / "model.safetensors"))
-    recipe = from_dict(Recipe, values["recipe"])
+    with torch.device("meta"):  # sizes that the weights do not have are not built
+        require_fit(state, _run_model(config).state_dict(), str(checkpoint / "model.safetensors"))
+    model = _run_model(config)
+    model.load_state_dict(state)
     return DualEncoderRun(
         folder=Path(folder),
         stage=values["stage"],
@@ -90,43 +99,31 @@ def load_dual_encoder(folder: Path, which: str = "best", text_model: str | None 
     )
 
 
+def _run_model(config: ClipConfig) -> DualEncoder:
+    model = build_dual_encoder(config)
+    if config.lora:
+        adapt(model, config.lora)
+    return model
+
+
 def is_published(path: Path) -> bool:
     """Whether this is a file, or a folder with weights that no run of ours wrote."""
     path = Path(path)
-    weights = (".safetensors", ".bin", ".pt", ".pth")
     if path.is_dir() and not (path / "checkpoints").is_dir():
-        return any(file.suffix in weights for file in path.iterdir())
-    return path.is_file() and path.suffix in weights
+        return any(file.suffix in SUFFIXES for file in path.iterdir())
+    return path.is_file() and path.suffix in SUFFIXES
+
+
+def load_source(folder: Path | str, text_model: str | None, which: str = "best") -> DualEncoderRun:
+    """What another run came from: a run, or published weights, whose vocabulary lies where that run's did."""
+    return load_dual_encoder(Path(folder), which, text_model if is_published(Path(folder)) else None)
 
 
 def locate_run(name: Path) -> Path:
     """A path as it is; ORGANISATION/NAME[@REVISION], where no such folder begins here, fetched from the hub."""
     if name.exists() or len(name.parts) != 2 or name.parent.exists():
         return name
-    return find_folder(str(name), ["*.safetensors", "*.bin", "*.pt", "*.json", "vocab.txt"])
-
-
-def load_published(path: Path, text_model: str | None) -> DualEncoderRun:
-    """M3D-CLIP, HSENet's two stages, HLIP or REAF, under their published names."""
-    from reaf_hsenet.pretrained.dual import (
-        load_published_dual,  # which takes all of the package with it
-    )
-
-    published = load_published_dual(str(path), text_model)
-    return DualEncoderRun(
-        folder=Path(path),
-        stage=published.stage,
-        preset=f"{published.config.model}-base",
-        model=published.model(),
-        config=published.config,
-        recipe=published.recipe,
-        tokenizer=published.tokenizer,
-        checkpoint=published.source.file,
-        weights=published.source.file,
-        data=None,
-        origin={"published": published.source.family.key, "notes": list(published.notes)},
-        slices=published.slices,
-    )
+    return find_folder(str(name), [*(f"*{suffix}" for suffix in SUFFIXES), "*.json", "vocab.txt"])
 
 
 @worker_deaths_named()

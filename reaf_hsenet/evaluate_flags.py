@@ -14,13 +14,13 @@ TASKS = (*CONTRASTIVE, *LANGUAGE)
 ONE_RUN = {
     TASKS: {
         **{"run": None, "model": "hsenet", "checkpoint": "best", "data": None, "split": "validation"},
-        **{"batch_size": 16, "workers": 0, "device": None},
+        **{"batch_size": 16, "workers": 0, "device": None, "text_model": None},
     },
-    CONTRASTIVE: {"figures": None, "figure_volumes": 4, "text_model": None},
+    CONTRASTIVE: {"figures": None, "figure_volumes": 4},
     ("zeroshot",): {"prompts": "volume", "label_set": "ct-rate", "labels": None},
     LANGUAGE: {
         **{"new_tokens": None, "limit": None, "precision": None, "bertscore": None, "bertscore_layer": None},
-        "anew": False,
+        **{"anew": False, "decoder": None, "encoders": None},
     },
     ("mrg",): {"prompt": None, "classifier": None},
     ("vqa",): {"questions": None},
@@ -34,7 +34,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     parser = Parser(description)
     add = parser.add_argument
     add("--task", choices=TASKS, required=True)
-    add("--run", type=Path, help="run folder of train.py, or a published dual encoder: file, folder or hub id (default: "
+    add("--run", type=Path, help="run folder of train.py, or published weights: file, folder or hub id (default: "
         "runs/clip1-MODEL; runs/mrg-MODEL, runs/vqa-MODEL)")  # fmt: skip
     add("--text-model", metavar="NAME", help="folder or hub id with the vocabulary of a published checkpoint")
     add("--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)")
@@ -70,6 +70,8 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--bertscore", type=Path, metavar="FOLDER", help="BERT or RoBERTa that compares texts (published: roberta-large)")
     add("--bertscore-layer", type=int, metavar="N", help="of that model (published: 17; default: the last)")
     add("--classifier", type=Path, metavar="FOLDER", help="of mrg: BERT or RoBERTa that reads 18 findings, as RadBERT")
+    add("--decoder", metavar="NAME", help="of published packers and adapters: folder or hub id of the decoder they stand on")
+    add("--encoders", metavar="NAME", help="of the same: HSENet-2E3-CLIP, a file, folder or hub id, or a clip2 run")
     add("--anew", action="store_true", default=None, help="forget the answers of an interrupted evaluation")
     args = parser.parse_args(argv)
     check_tasks(args)

@@ -43,14 +43,22 @@ def write_json(path: Path, value) -> None:
         json.dump(value, file, indent=1, allow_nan=False)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path):
     """The file's JSON. Raises InputError when it is absent or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not valid JSON ({error})") from error
+
+
+def read_object(path: Path) -> dict:
+    """The same of a file that holds an object. Raises InputError for another kind."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected an object of settings, found {type(values).__name__}")
+    return values
 
 
 def file_sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import PRESETS, ClipConfig, GuidedVisionConfig
 from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
+from reaf_hsenet.embedding import DualEncoderRun, is_published, load_source
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.phantom_data import phantom_folder
 from reaf_hsenet.phantom_slices import add_phantom_slices
@@ -20,14 +20,22 @@ def find_teacher(args: argparse.Namespace, init_run: DualEncoderRun | None) -> D
     """The stage-1 run that stage 2 learns from: --teacher, or --init when it is one, or its teacher, or the default."""
     if args.teacher is None and init_run is not None and init_run.stage == "clip1":
         return init_run
-    known = init_run.origin.get("teacher") if init_run else None
-    return load_teacher(args.teacher or known or Path("runs/clip1-hsenet"))
+    known, default = init_run.origin.get("teacher") if init_run else None, Path("runs/clip1-hsenet")
+    if args.init and not (args.teacher or known or Run(default).exists):
+        raise InputError(
+            f"--init {args.init}: does not come with its stage-1 model as a run, which is the teacher of stage clip2; name a run "
+            "or published file of stage 1 with --teacher, or convert a 2E3 checkpoint that holds one "
+            f"(python -m reaf_hsenet.pretrained convert {args.init} RUN) and name RUN"
+        )
+    words = args.text_model or (init_run.origin.get("text_model") if init_run else None)
+    return load_teacher(args.teacher or known or default, words)
 
 
-def load_teacher(folder: str | Path) -> DualEncoderRun:
-    if not Run(folder).exists:
+def load_teacher(folder: str | Path, text_model: str | None = None) -> DualEncoderRun:
+    """A clip1 run, or a published stage-1 file or folder. text_model: where the vocabulary of the latter is, if not beside it."""
+    if not (is_published(Path(folder)) or Run(folder).exists):
         raise InputError(f"{folder}: no run of stage clip1, the teacher; train it first, or name one with --teacher")
-    teacher = load_dual_encoder(folder)
+    teacher = load_source(folder, text_model)
     if (teacher.stage, teacher.config.model) != ("clip1", "hsenet"):
         raise InputError(f"{folder}: is a {teacher.stage} run of {teacher.config.model}; the teacher is hsenet's clip1")
     return teacher
@@ -35,7 +43,7 @@ def load_teacher(folder: str | Path) -> DualEncoderRun:
 
 def resumed_teacher(args: argparse.Namespace, origin: dict, tokenizer: WordPiece) -> DualEncoderRun:
     """The teacher that a run had, wherever it lies now."""
-    teacher = load_teacher(args.teacher or origin["teacher"])
+    teacher = load_teacher(args.teacher or origin["teacher"], origin.get("text_model"))
     if teacher.sha256() != origin.get("teacher_sha256"):
         raise InputError(
             f"{teacher.folder}: its best checkpoint is not the teacher that the run had; name that one's folder with "

@@ -8,7 +8,7 @@ A scan is read by the run's own recipe. What a call can find wrong with its inpu
 """
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,11 @@ from reaf_hsenet import distributed, figures, zeroshot
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import (
     GENERATION,
+    ClipConfig,
     GuidedVisionConfig,
     ReafVisionConfig,
     Recipe,
     from_dict,
-    to_dict,
-    vision_config,
 )
 from reaf_hsenet.data.labels import LabelTable, load_label_set
 from reaf_hsenet.data.reading import Reading
@@ -35,6 +34,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.generation import Sampling
 from reaf_hsenet.mllm_config import MllmConfig
 from reaf_hsenet.mllm_run import STAGES, MllmRun, load_mllm
+from reaf_hsenet.published_run import load_published
 from reaf_hsenet.scan import Scan, find_slice_encoder, read_scan, slice_features
 from reaf_hsenet.scan_answers import answer_length, stream_answer
 from reaf_hsenet.search_index import SearchIndex, read_index
@@ -44,7 +44,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(folder: Path | str, **settings) -> "ScanModel":
-    """The model of a run folder, or of a published dual encoder's file or folder, its weights read. settings: as ScanModel takes them."""
+    """The model of a run folder, or of published weights' file or folder, read. settings: as ScanModel takes them."""
     model = ScanModel(folder, **settings)
     model.run  # noqa: B018
     return model
@@ -55,8 +55,8 @@ class ScanModel:
 
     checkpoint: `best` or `last`. device: cpu, cuda or cuda:N; by default a GPU where there is one. reading, table: what
     scans are taken for; see data/volume.py. slice_encoder: file, folder or hub id; see find_slice_encoder. precision: of
-    the decoder, one of PRECISIONS; by default that of its files. text_model: where the vocabulary of a published dual
-    encoder is, when not beside it. say: takes an account of every scan that is read.
+    the decoder, one of PRECISIONS; by default that of its files. text_model, decoder, encoders: of published weights, see
+    published_run.py. say: takes an account of every scan that is read.
 
     Every method raises InputError, a line that names the file or setting, for what cannot be done.
     """
@@ -71,33 +71,36 @@ class ScanModel:
         slice_encoder: str | None = None,
         precision: str | None = None,
         text_model: str | None = None,
+        decoder: str | None = None,
+        encoders: str | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.folder, self.which, self.named, self.precision = Path(folder), checkpoint, slice_encoder, precision
         self.reading, self.table, self.say = reading or Reading(), table or TableRow(), say
-        self.text_model, published = text_model, is_published(self.folder)
-        if published:  # its settings are read from its weights
-            self.run = load_dual_encoder(self.folder, text_model=text_model)
-            self.checkpoint = self.run.checkpoint
-            for note in self.run.origin["notes"]:
+        names = {"text_model": text_model, "decoder": decoder, "encoders": encoders}
+        if is_published(self.folder):  # its settings are read from its weights
+            self.run = run = load_published(self.folder, dtype=PRECISIONS.get(precision), **names)
+            self.checkpoint, self.stage, self.data, self.made_of = run.checkpoint, run.stage, run.data, run.slices
+            self.config, self.recipe = run.config, run.recipe
+            for note in run.origin["notes"]:
                 say(note)
-            known = {"stage": self.run.stage, "recipe": to_dict(self.run.recipe), "slices": self.run.slices, "data": None}
-            self.values = known | {"model": {"vision": to_dict(self.run.config.vision)}}
         else:
-            self.values = Run(folder).read_config()
-        if text_model is not None and not published:
-            raise InputError("--text-model: is of a published checkpoint; a run has its own vocabulary, leave it out")
-        self.stage = self.values.get("stage")
-        if self.stage not in ("clip1", "clip2", *STAGES):
-            raise InputError(f"{folder}: is a run of stage {self.stage!r}; expected one of clip1, clip2, mrg and vqa")
+            values, source = Run(folder).read_config(), str(self.folder / "config.json")
+            for name in [name for name, value in names.items() if value is not None]:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag}: is of published weights; the run {folder} knows its own, leave it out")
+            self.stage, self.data, self.made_of = values["stage"], values["data"], values.get("slices")
+            if self.stage not in ("clip1", "clip2", *STAGES):
+                raise InputError(f"{folder}: is a run of stage {self.stage!r}; expected one of clip1, clip2, mrg and vqa")
+            of = MllmConfig.from_dict if self.has_decoder else partial(from_dict, ClipConfig)
+            self.config, self.recipe = of(values["model"], source), from_dict(Recipe, values["recipe"], source)
         if precision is not None and (precision not in PRECISIONS or not self.has_decoder):
             raise InputError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, and a run with a decoder")
         self.device = distributed.start(device).device
-        self.recipe, model = from_dict(Recipe, self.values["recipe"]), self.values["model"]
-        self.encoders = [vision_config(v) for v in (model["encoders"] if self.has_decoder else [model["vision"]])]
-        self.guided = any(isinstance(encoder, GuidedVisionConfig) for encoder in self.encoders)
-        if published:
+        if "run" in vars(self):
             self.run.model.to(self.device)
+        self.encoders = self.config.encoders if self.has_decoder else (self.config.vision,)
+        self.guided = any(isinstance(encoder, GuidedVisionConfig) for encoder in self.encoders)
         if slice_encoder is not None and not self.guided:
             raise InputError(f"--slice-encoder: {folder} takes no slice features; leave the flag out")
 
@@ -152,8 +155,8 @@ class ScanModel:
         if not self.has_decoder:
             raise InputError(f"{self.folder}: is a run of stage {self.stage}, which has no decoder; name a run of stage mrg or vqa")
         question = GENERATION["mrg"]["prompt"] if question is None else question
-        config, tokenizer = MllmConfig.from_dict(self.values["model"]), load_tokenizer(self.folder)
-        most = answer_length(config, tokenizer, question, new_tokens, GENERATION[task]["new_tokens"])
+        tokenizer = self.run.tokenizer if "run" in vars(self) else load_tokenizer(self.folder)
+        most = answer_length(self.config, tokenizer, question, new_tokens, GENERATION[task]["new_tokens"])
         read, slices = self.read(scan), self.slices(scan)
         volume = read.volume.to(self.device)
         yield from stream_answer(self.run.model, self.run.tokenizer, question, volume, slices, most, sampling)
@@ -249,8 +252,7 @@ class ScanModel:
 
     @cached_property
     def _slice_encoder(self):
-        data = self.values["data"] and Path(self.values["data"])
-        return find_slice_encoder(self.folder, data, self.values["slices"], self.named)
+        return find_slice_encoder(self.folder, self.data and Path(self.data), self.made_of, self.named)
 
     def require_towers(self) -> None:
         """Raises InputError unless this is a dual encoder."""

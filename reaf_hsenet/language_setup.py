@@ -30,7 +30,14 @@ from reaf_hsenet.mllm_config import TINY_KERNEL, MllmConfig, build_mllm, tiny_de
 from reaf_hsenet.mllm_run import decoder_sha256
 from reaf_hsenet.pretrained import find_folder
 from reaf_hsenet.pretrained_decoder import FILES
-from reaf_hsenet.run_setup import changed_settings, located, refuse_changes, resumable, resumed_settings
+from reaf_hsenet.run_setup import (
+    changed_settings,
+    data_of,
+    located,
+    refuse_changes,
+    resumable,
+    resumed_settings,
+)
 from reaf_hsenet.tokenizer import Tokenizer, check_fits, load_tokenizer
 from reaf_hsenet.train_flags import given
 from reaf_hsenet.word_tokenizer import train_words
@@ -84,7 +91,7 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
     preset = args.preset or first.preset
     if args.preset not in (None, first.preset):
         raise InputError(f"--preset {args.preset}: {first.folder} has {first.preset}; leave the flag out")
-    manifest = load_manifest(args.data or first.data)
+    manifest = load_manifest(data_of(args, first))
     for run in runs:
         manifest.require(run.recipe, str(run.folder))
         if run.guided:
@@ -128,7 +135,9 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
         settings = replace(settings, calibrate=0)
     origin = {
         "init": located(first.folder),
-        "encoders": [{"run": located(run.folder), "sha256": run.sha256()} for run in runs],
+        "encoders": [
+            {"run": located(run.folder), "sha256": run.sha256(), "text_model": run.origin.get("text_model")} for run in runs
+        ],
         "decoder": known,
     }
     features = feature_folder(args, config, settings, manifest)
@@ -155,7 +164,7 @@ def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
         if args.teacher:
             raise InputError(f"--teacher: is the stage-1 run beside 2E3; --vision {vision} has none, leave it out")
         return [run]
-    teacher = load_teacher(args.teacher or run.origin["teacher"])
+    teacher = load_teacher(args.teacher or run.origin["teacher"], run.origin.get("text_model"))
     if args.teacher is None and teacher.sha256() != run.origin.get("teacher_sha256"):
         raise InputError(
             f"{teacher.folder}: its best checkpoint is no longer the one that {folder} learned from; name that one's folder, "

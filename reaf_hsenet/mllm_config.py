@@ -59,11 +59,17 @@ class MllmConfig:
             raise InputError("--shared-projector: the two encoders have other token grids; leave the flag out")
 
     @classmethod
-    def from_dict(cls, values: dict) -> "MllmConfig":
-        """Rebuild from its JSON form."""
-        decoder = {**values["decoder"], "rope": from_dict(RopeConfig, values["decoder"]["rope"])}
-        parts = {"encoders": tuple(map(vision_config, values["encoders"])), "decoder": from_dict(DecoderConfig, decoder)}
-        return from_dict(cls, {**values, **parts})
+    def from_dict(cls, values: dict, source: str = "config.json") -> "MllmConfig":
+        """Rebuild from its JSON form. Raises InputError, naming `source`, for what is not of this form."""
+        decoder, encoders = (values.get(key) if isinstance(values, dict) else None for key in ("decoder", "encoders"))
+        if not isinstance(decoder, dict) or not isinstance(encoders, list):
+            raise InputError(f"{source}: is not of a run with a decoder; expected its settings, and a list of encoders")
+        decoder = decoder | {"rope": from_dict(RopeConfig, decoder.get("rope"), source)}
+        parts = {
+            "encoders": tuple(vision_config(encoder, source) for encoder in encoders),
+            "decoder": from_dict(DecoderConfig, decoder, source),
+        }
+        return from_dict(cls, {**values, **parts}, source)
 
     def to_dict(self) -> dict:
         return to_dict(self)

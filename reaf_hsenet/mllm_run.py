@@ -1,5 +1,6 @@
 """Runs of the language stages at work: rebuild one from its folder, the parts it points to included."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import GuidedVisionConfig, Recipe, from_dict
-from reaf_hsenet.embedding import load_dual_encoder
+from reaf_hsenet.embedding import is_published, load_source
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256
 from reaf_hsenet.mllm_config import MllmConfig, build_mllm, trained_state
@@ -34,6 +35,7 @@ class MllmRun:
     recipe: Recipe
     tokenizer: Tokenizer
     checkpoint: Path
+    weights: Path
     data: Path | None
     origin: dict
     slices: dict | None
@@ -46,38 +48,54 @@ class MllmRun:
 
     def sha256(self) -> str:
         """Of the checkpoint's weights."""
-        return file_sha256(self.checkpoint / "model.safetensors")
+        return file_sha256(self.weights)
 
 
-def load_mllm(folder: Path | str, which: str = "best", dtype: torch.dtype | None = None) -> MllmRun:
+def load_mllm(
+    folder: Path | str,
+    which: str = "best",
+    dtype: torch.dtype | None = None,
+    decoder: str | None = None,
+    encoders: str | None = None,
+    text_model: str | None = None,
+) -> MllmRun:
     """Rebuild an mrg or vqa run's model: what it trained from its checkpoint, the rest from where its config.json points.
 
-    dtype: of the decoder; None keeps that of its files. Raises InputError when the folder holds no such run, or when
-    something does not fit, is absent or has changed since.
+    dtype: of the decoder; None keeps that of its files. decoder, encoders, text_model: of HSENet's published packers and
+    adapters, a file or folder in place of a run, what they stand on. Raises InputError when the folder holds no such
+    run, or when something does not fit, is absent or has changed since.
     """
+    if is_published(Path(folder)):
+        from reaf_hsenet.published_run import load_published  # which takes all of the package with it
+
+        run = load_published(folder, text_model, decoder, encoders, dtype)
+        if not isinstance(run, MllmRun):
+            raise InputError(f"{folder}: is a dual encoder, which has no decoder; expected HSENet's packers and adapters")
+        return run
+    for name, value in (("decoder", decoder), ("encoders", encoders), ("text-model", text_model)):
+        if value is not None:
+            raise InputError(f"--{name}: is of published weights; the run {folder} knows its own, leave it out")
     run = Run(folder)
     values = run.read_config()
     if values.get("stage") not in STAGES:
         raise InputError(
             f"{folder}: is a run of stage {values.get('stage')!r}, which has no decoder; expected one of stage mrg or vqa"
         )
-    config, origin, tokenizer = MllmConfig.from_dict(values["model"]), values["origin"], load_tokenizer(run.folder)
-    model = build_mllm(config, None if config.full else base_decoder(config, origin, dtype))
-    if not config.train_vision:
-        fill_encoders(model, origin["encoders"])
+    config = MllmConfig.from_dict(values["model"], str(run.folder / "config.json"))
+    origin, tokenizer = values["origin"], load_tokenizer(run.folder)
+    states = None if config.train_vision else encoder_states(origin["encoders"])
     state, checkpoint = run.load_model(which)
-    load_strictly(model, state, str(checkpoint / "model.safetensors"), trained_state(model))
-    if dtype is not None:
-        model.decoder.to(dtype)
+    model = build_run_model(config, origin, state, states, str(checkpoint / "model.safetensors"), dtype)
     return MllmRun(
         folder=Path(folder),
         stage=values["stage"],
         preset=values["preset"],
-        model=model.eval(),
+        model=model,
         config=config,
-        recipe=from_dict(Recipe, values["recipe"]),
+        recipe=from_dict(Recipe, values["recipe"], str(run.folder / "config.json")),
         tokenizer=tokenizer,
         checkpoint=checkpoint,
+        weights=checkpoint / "model.safetensors",
         data=Path(values["data"]) if values["data"] else None,
         origin=origin,
         slices=values["slices"],
@@ -85,8 +103,23 @@ def load_mllm(folder: Path | str, which: str = "best", dtype: torch.dtype | None
     )
 
 
-def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = None) -> Decoder:
-    """The published decoder that training starts from, or adapters stand on, with rows for the added tokens."""
+def build_run_model(
+    config: MllmConfig, origin: dict, state: dict, encoders: Iterable[dict] | None, source: str, dtype: torch.dtype | None
+) -> Mllm:
+    """state: what was trained; encoders: dual encoders' tensors, where the encoders are not among it."""
+    model = build_mllm(config, base_decoder(config, origin, dtype))
+    if encoders is not None:
+        fill_encoders(model, encoders, source)
+    load_strictly(model, state, source, trained_state(model))
+    if dtype is not None:
+        model.decoder.to(dtype)
+    return model.eval()
+
+
+def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = None) -> Decoder | None:
+    """The published decoder that adapters stand on, with rows for the added tokens; None where all of it is trained."""
+    if config.full:
+        return None
     known = origin["decoder"]
     decoder = load_decoder(known["name"], dtype, int8=config.int8)
     resize_vocabulary(decoder, config.decoder.vocab, known["added"])
@@ -100,15 +133,21 @@ def decoder_sha256(name: str) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(find_folder(name, FILES).glob("*.safetensors"))}
 
 
-def fill_encoders(model: Mllm, sources: list[dict]) -> None:
-    """Vision encoders from the dual-encoder runs they come from, by what origin["encoders"] says of each."""
-    for encoder, source in zip(model.encoders, sources, strict=True):
-        run = load_dual_encoder(source["run"], source.get("checkpoint", "best"))
+def fill_encoders(model: Mllm, states: Iterable[dict[str, Tensor]], source: str) -> None:
+    """Vision encoders from the tensors of their dual encoders."""
+    for encoder, state in zip(model.encoders, states, strict=True):
+        load_strictly(encoder, encoder_state(state), source)
+
+
+def encoder_states(sources: list[dict]) -> Iterator[dict[str, Tensor]]:
+    """Tensors of the dual-encoder runs that the vision encoders come from, by what origin["encoders"] says of each."""
+    for source in sources:
+        run = load_source(source["run"], source.get("text_model"), source.get("checkpoint", "best"))
         if run.sha256() != source["sha256"]:
             raise InputError(
                 f"{run.folder}: its best checkpoint is not the encoder that the run was trained on; put that one back"
             )
-        load_strictly(encoder, encoder_state(merged_state(run.model)), str(run.checkpoint))
+        yield merged_state(run.model)
 
 
 def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from reaf_hsenet.config import (
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
+from reaf_hsenet.embedding import DualEncoderRun, is_published, load_dual_encoder
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.guided_setup import find_teacher, guided_config, require_vocabulary, resumed_teacher
 from reaf_hsenet.models.lora import merged_state
@@ -35,6 +35,7 @@ from reaf_hsenet.pretrained import (
     read_checkpoint,
     read_weights,
 )
+from reaf_hsenet.pretrained.reading import SUFFIXES
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece, train_wordpiece
 from reaf_hsenet.train_flags import flag, given
 
@@ -82,7 +83,7 @@ FIXED_FLAGS = (
 )
 # What may change from one start of a run to the next.
 KEPT_FLAGS = (
-    *("epochs", "precision", "grad_checkpoint", "grad_cache", "validate_every", "validate_samples", "save_every", "keep", "max_bad", "shard"),
+    *("epochs", "precision", "grad_checkpoint", "grad_cache", "validate_every", "validate_samples", "save_every", "keep", "max_bad"),
     "max_skipped",
 )
 
@@ -122,7 +123,7 @@ class Setup:
 def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
     if args.stage == "clip2" and args.model != "hsenet":
         raise InputError(f"--stage clip2: is a stage of hsenet, not of {args.model}")
-    init_run = load_dual_encoder(Path(args.init)) if args.init and Run(args.init).exists else None
+    init_run = starting_run(args)
     if init_run is not None and init_run.config.model != args.model:
         raise InputError(f"--init {args.init}: is a run of {init_run.config.model}; it cannot start --model {args.model}")
     teacher = find_teacher(args, init_run) if args.stage == "clip2" else None
@@ -133,7 +134,9 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
     # A teacher's adapters are merged into what the student starts from; its own are its own command line's.
     config = model_config(args, replace(teacher.config, lora=None) if teacher else PRESETS[preset])
     if teacher is not None:
-        manifest = load_manifest(args.data or teacher.data)
+        for note in teacher.origin.get("notes", ()):
+            say(note)
+        manifest = load_manifest(data_of(args, teacher))
         config = guided_config(args, config, teacher, manifest, ranks, say)
         manifest = load_manifest(manifest.location)  # with slice features that were missing
         if init_run is not None and init_run.guided and not args.no_guidance:
@@ -172,6 +175,7 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
         published = read_checkpoint(args.init)
         state = initial_state(published, args.init, args.model, config.vision.patch, config.vision.grid)
         same_words = bool(known_words)  # published text encoders know the words of a published vocabulary only
+        account += resampled(published, config.vision.grid)
         inner = [name for name in published if "stage1_pretrained_CLIP." in name]
         account += f"; not used: stage1_pretrained_CLIP.* ({len(inner)})" if inner else ""
     if state is not None and not same_words:
@@ -187,6 +191,30 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
     return Setup(
         preset, manifest, config, settings, tokenizer, args.max_steps, weights, origin, teacher, state, account
     )
+
+
+def data_of(args: argparse.Namespace, run: DualEncoderRun) -> Path:
+    """--data, or the data set that a run was trained on."""
+    if args.data is None and run.data is None:
+        raise InputError(f"--data: {run.folder} has no data set of its own; name a prepared one")
+    return args.data or run.data
+
+
+def starting_run(args: argparse.Namespace) -> DualEncoderRun | None:
+    """The run of --init; or its published folder that has a vocabulary, unless --text-model names another."""
+    if not args.init or not Run(args.init).exists:
+        return None
+    if is_published(args.init) and (args.text_model or not (Path(args.init) / "vocab.txt").is_file()):
+        return None
+    return load_dual_encoder(Path(args.init))
+
+
+def resampled(published: dict, grid: tuple[int, int, int]) -> str:
+    """What is said of a position table that became one of another grid."""
+    tables = [t.shape for n, t in published.items() if n.endswith("spatial_posemb")]
+    if not tables or tuple(tables[0][1:4]) == tuple(grid):
+        return ""
+    return f"; its position table is resampled from the grid {tuple(tables[0][1:4])} to {tuple(grid)}"
 
 
 def located(name: str | Path | None) -> str | None:
@@ -206,9 +234,12 @@ def text_side(
     if args.text_model:
         patterns = ["config.json", "vocab.txt", "tokenizer_config.json", "*.safetensors", "pytorch_model.bin"]
         folder = find_folder(args.text_model, patterns)
-        tokenizer, text = load_wordpiece(folder), bert_config(folder)
+        tokenizer = load_wordpiece(folder)
+        # Beside a start with a text encoder of its own a vocabulary alone is enough.
+        bare = (words or args.init) and not any(path.suffix in SUFFIXES for path in folder.iterdir())
+        text = words.config.text if bare and words else bert_config(folder)
         config = replace(config, text=text, max_text=min(config.max_text, text.positions))
-        return tokenizer, config, bert_state(read_weights(folder))
+        return tokenizer, config, None if bare else bert_state(read_weights(folder))
     if words is not None:
         return words.tokenizer, replace(config, text=words.config.text, max_text=words.config.max_text), None
     reports = sorted({entry["text"] for entry in manifest.entries("train")})

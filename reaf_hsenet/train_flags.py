@@ -21,7 +21,7 @@ ENCODER_FLAGS = (
 GUIDED_FLAGS = ("relation", "relation_steps", "no_guidance")
 DECODER_FLAGS = (
     *("vision", "projector", "kernel", "shared_projector", "decoder", "full", "train_vision", "int8"),
-    *("cache_features", "max_text", "shard"),
+    *("cache_features", "max_text"),
 )
 ONLY = {
     **dict.fromkeys(ENCODER_FLAGS, CONTRASTIVE),
@@ -87,7 +87,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--drop-path", type=float)
 
     add = parser.add_argument_group("stage clip2 (defaults are the published ones)").add_argument
-    add("--teacher", help="run of stage clip1 (default: --init or its teacher, else runs/clip1-hsenet)")
+    add("--teacher", help="run of stage clip1, or published file of stage 1 (default: --init or its teacher, else runs/clip1-hsenet)")
     add("--relation", type=float, help="weight of the relation loss at the first step")
     add("--relation-steps", type=int, help="steps until it is 0")
     add("--no-guidance", action="store_true", help="a plain 3D ViT, without slices")
@@ -103,8 +103,6 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--train-vision", action=argparse.BooleanOptionalAction, default=None,
         help="train the encoders too (default: with a new decoder)")  # fmt: skip
     add("--int8", action="store_true", help="hold the frozen decoder's weights in eight bits")
-    add("--shard", action=argparse.BooleanOptionalAction, default=None,
-        help="with --full: every GPU holds a part of the weights and the optimizer's states (FSDP)")  # fmt: skip
     add("--cache-features", nargs="?", const=True, metavar="DIR",
         help="store the frozen encoders' tokens (default: DATA/features); needs --no-augment")  # fmt: skip
     add("--max-text", type=int, help="tokens of prompt and answer (default: mrg 544, vqa 74)")

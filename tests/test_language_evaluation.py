@@ -452,7 +452,7 @@ def test_mistakes_are_named_before_anything_is_generated(prepared, vqa_run, mrg_
     monkeypatch.setattr(language_evaluation, "answer", None)  # would be a TypeError
     out, vqa, mrg = tmp_path / "out", ("--task", "vqa", "--run", vqa_run), ("--task", "mrg", "--run", mrg_run)
     (tmp_path / "clip").mkdir()
-    (tmp_path / "clip/config.json").write_text(json.dumps({"stage": "clip1"}))
+    (tmp_path / "clip/config.json").write_text(json.dumps({"stage": "clip1", "model": {}, "recipe": {}}))
     wrong("clip: is a run of stage 'clip1', which has no decoder", "--task", "mrg", "--run", tmp_path / "clip")
     wrong("none: holds no run", "--task", "vqa", "--run", tmp_path / "none")
     wrong("--limit 0: expected 1 or more", *vqa, "--limit", 0)

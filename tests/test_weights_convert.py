@@ -357,3 +357,47 @@ def test_a_text_encoder_alone_is_no_run_and_the_line_says_what_it_is_for(tmp_pat
     file = published.write(tmp_path / "bert/model.safetensors", published.bert())
     assert "which is not converted; use it with: train.py --stage clip1 --text-model" in line("convert", file, tmp_path / "r")
     assert "no such folder" in line("convert", "./nothing.pt", tmp_path / "r")
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("[]", "expected an object of settings, found list"),
+    ("null", "expected an object of settings, found NoneType"),
+    ('{"peft_type": "LORA", "r": 4, "lora_alpha": "x"}', "lora_alpha is 'x'; expected a number"),
+    ('{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}', "lora_alpha is nan; expected a number"),
+    ('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}', "r is 8, the adapters have rank 4"),
+    ("[" * 100_000, "is not valid JSON"),
+])
+def test_settings_of_adapters_that_are_none_are_refused(language_run, tmp_path, text, words):
+    packers = published.write(tmp_path / "packers.bin", published.language())
+    (tmp_path / "adapter_config.json").write_text(text)
+    on = ("--decoder", language_run / "decoder", "--encoders", language_run / "run/encoder")
+    assert words in line("convert", packers, tmp_path / "r", *on)
+
+
+@pytest.mark.parametrize("settings", [
+    {"num_slices": "x"}, {"num_slices": -1}, {"num_slices": 1.5}, {"reaf_hsenet": 3}, {"reaf_hsenet": {"model": 3}},
+    {"reaf_hsenet": {"model": {"vision": {"size": "a"}}}}, {"reaf_hsenet": {"model": {"vision": {"size": [1, 2]}}}},
+    {"reaf_hsenet": {"model": {"vision": {"width": 10**9}}}}, {"reaf_hsenet": {"model": {"text": {"depth": 10**6}}}},
+    {"reaf_hsenet": {"model": {"vision": {"heads": 0}}}},
+])  # fmt: skip
+def test_settings_beside_the_weights_that_make_no_sense_are_refused_with_their_file(tmp_path, text_model, settings):
+    file = published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3(), **settings)
+    assert "2e3/config.json: " in line("convert", file, tmp_path / "r", "--text-model", text_model)
+    for key, value in (("num_attention_heads", 7), ("num_attention_heads", "4"), ("layer_norm_eps", "a"), ("pad_token_id", -1)):
+        words = published.write_vocabulary(tmp_path / "words", 200, {**BERT["config"], key: value})
+        assert "words/config.json: " in line("convert", published.write_m3d_clip(tmp_path / "m3d"), tmp_path / "r", "--text-model", words)
+
+
+def test_hlip_of_several_scans_is_told_from_that_of_one(tmp_path):
+    state = published.reaf(False) | {"visual.trunk.sequential_posemb": torch.ones(1, 40, 24)}
+    published.write_vocabulary(tmp_path / "mri", REAF.text.vocab)
+    file = published.write(tmp_path / "mri/brain.pt", {"state_dict": state})
+    assert "has sequential_posemb, HLIP's positions of several scans a study" in line("convert", file, tmp_path / "r")
+
+
+def test_the_frozen_slice_encoder_inside_a_2e3_file_is_kept_and_not_used(tmp_path, text_model):
+    extra = {"visual_encoder_2D.blocks.0.norm1.weight": torch.ones(3)}
+    file = published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3() | extra)
+    assert cli("convert", file, tmp_path / "run", "--text-model", text_model) == 0
+    assert cli("export", tmp_path / "run", tmp_path / "out", "--format", "m3d-clip") == 0
+    same(read_checkpoint(str(tmp_path / "out")), published.hsenet_2e3() | extra)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import infer
+import preprocess
 import published
 import train
 from published import BERT, HEADS
@@ -19,6 +20,7 @@ from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.embedding import load_dual_encoder
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.mllm_run import load_mllm
 from reaf_hsenet.pretrained.__main__ import main as convert
 
 
@@ -85,6 +87,56 @@ def test_what_it_does_not_have_is_asked_for(m3d_clip, words, phantom_root, data,
     damaged = tmp_path / "weights.pt"
     damaged.write_bytes(b"PK\x03\x04 nothing")
     wrong(evaluate.main, ["--task", "retrieval", "--run", damaged, "--data", data, "--device", "cpu"], re.escape(str(damaged)))
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory, words):
+    """Packers and adapters as training saves them, parameters in half precision, and what they stand on."""
+    folder = tmp_path_factory.mktemp("language")
+    parameters = {n: torch.nn.Parameter(t.bfloat16()) for n, t in published.language().items()}
+    packers = published.write(folder / "mrg/mm_projector_and_lora.bin", parameters)
+    encoders, decoder = published.write_m3d_clip(folder / "2e3", published.hsenet_2e3()), published.write_decoder(folder / "decoder")
+    return packers, ["--decoder", str(decoder), "--encoders", str(encoders), "--text-model", str(words)]
+
+
+def test_packers_and_adapters_write_the_report_that_their_converted_run_writes(language, phantom_root, tmp_path, capsys):
+    packers, flags = language
+    assert convert(["convert", str(packers), str(tmp_path / "run"), *flags]) == 0
+    model, run = load_mllm(packers, None, None, *flags[1::2]), load_mllm(tmp_path / "run")
+    assert all(torch.equal(tensor, run.model.state_dict()[name]) for name, tensor in model.model.state_dict().items())
+    assert (model.config, model.recipe, model.stage) == (run.config, run.recipe, run.stage)
+    capsys.readouterr()
+    scan, encoder = next(phantom_root.rglob("*.nii.gz")), published.write(tmp_path / "slices.bin", published.mae(48))
+    common = [str(scan), "--slice-encoder", str(encoder), "--device", "cpu", "--new-tokens", "5", "--json"]
+    assert infer.main(["report", *common, "--run", str(packers), *flags]) == 0
+    assert infer.main(["report", *common, "--run", str(tmp_path / "run")]) == 0
+    first, second = (json.loads(row) for row in capsys.readouterr().out.splitlines())
+    assert first["report"] == second["report"]
+
+
+def test_packers_and_adapters_are_evaluated_as_they_are(language, data, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packers, flags = language
+    sliced = shutil.copytree(data, tmp_path / "sliced")
+    encoder = published.write(tmp_path / "slices.bin", published.mae(48))
+    assert preprocess.main(["--slices", str(encoder), "--out", str(sliced), "--device", "cpu"]) == 0
+    common = ["--task", "mrg", "--data", sliced, "--limit", 2, "--new-tokens", 4, "--device", "cpu", "--run", packers]
+    assert evaluate.main(list(map(str, [*common, *flags]))) == 0
+    assert json.loads((tmp_path / "eval/mm_projector_and_lora/mrg.json").read_text())["n"] == 2
+    assert not (packers.parent / "eval").exists()
+
+
+def test_what_packers_stand_on_is_asked_for_in_one_line(language, m3d_clip, words, data, tmp_path):
+    packers, flags = language
+    common = ["--task", "mrg", "--data", data, "--device", "cpu"]
+    wrong(evaluate.main, [*common, "--run", packers], "holds packers and adapters only; name what they stand on: --decoder")
+    retrieval = ["--task", "retrieval", "--data", data, "--device", "cpu"]
+    wrong(evaluate.main, [*retrieval, "--run", packers], "holds packers and adapters only")
+    wrong(evaluate.main, [*common, "--run", m3d_clip, "--text-model", words], "M3D-CLIP: is a dual encoder, which has no decoder")
+    wrong(evaluate.main, [*common, "--run", m3d_clip, *flags], "--decoder: is of HSENet's packers")
+    run = tmp_path / "run"
+    assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(words)]) == 0
+    wrong(evaluate.main, [*retrieval, "--run", run, "--text-model", words], "--text-model: is of published weights; the run")
 
 
 def test_a_missing_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.reaf_dataset import is_reaf_layout, read_reaf
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import read_json, write_json
+from reaf_hsenet.files import read_object, write_json
 
 SCHEMA = 1
 
@@ -258,7 +258,7 @@ def load_manifest(folder: Path) -> Manifest:
         if is_reaf_layout(folder):
             return _published_reaf(folder)
         raise InputError(f"{path}: no such file; make it with preprocess.py --out {folder}")
-    values = read_json(path)
+    values = read_object(path)
     if values.get("schema") != SCHEMA:
         raise InputError(
             f"{path}: schema {values.get('schema')!r}, expected {SCHEMA}; prepare the data set again"

@@ -17,7 +17,7 @@ from reaf_hsenet.config import TextConfig
 from reaf_hsenet.data.phantom.findings import LABELS, LOBES, Finding, find, labels_of
 from reaf_hsenet.data.phantom.labeler import read_report
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import read_json
+from reaf_hsenet.files import read_object
 from reaf_hsenet.metrics.bertscore import load_text_reader
 from reaf_hsenet.metrics.text import check_pairs
 from reaf_hsenet.models.text_encoder import Pooler, TextEncoder
@@ -189,7 +189,7 @@ def classifier_state(published: State) -> State:
 
 def _label_order(path: Path) -> list[int]:
     """The columns of the classifier's output in the order of LABELS, by id2label where it has names."""
-    named = {str(name).lower(): int(i) for i, name in read_json(path).get("id2label", {}).items()}
+    named = {str(name).lower(): int(i) for i, name in read_object(path).get("id2label", {}).items()}
     if all(re.fullmatch(r"label_\d+", name) for name in named):  # what transformers writes where nobody named them
         return list(range(len(LABELS)))
     wanted = {label.lower() for label in LABELS}

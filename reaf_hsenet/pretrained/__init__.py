@@ -9,14 +9,15 @@ tensors are ever unpickled, and nothing is downloaded unless a hub id (ORGANISAT
 is given where a folder is expected.
 """
 
+import math
 import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from reaf_hsenet.config import TextConfig
+from reaf_hsenet.config import TextConfig, from_dict
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import read_json
+from reaf_hsenet.files import read_object
 from reaf_hsenet.pretrained.loading import load_matching, load_strictly
 from reaf_hsenet.pretrained.names import (
     bert_state,
@@ -80,6 +81,12 @@ def initial_state(published: State, source: str, model: str, patch, grid: tuple[
         return {n: t for n, t in state.items() if not n.startswith("vision.fusion.")}
     if any(n.startswith("vision_encoder.") for n in state):
         kind, found = "hsenet", m3d_clip_state(state)
+        table = found.get("vision.pos_embed")
+        if model == kind and grid and table is not None and table.shape[1:2] != (math.prod(grid),):
+            raise InputError(
+                f"{source}: has positions {tuple(table.shape)}, not those of a grid of {grid}; convert it to that --size first: "
+                f"python -m reaf_hsenet.pretrained convert {source} RUN --size D H W, then --init RUN"
+            )
     elif "spatial_posemb" in state or any(n.startswith("visual.trunk.") for n in state) and "visual.trunk.pos_embed" not in state:
         kind, found = "reaf", reaf_state(state, grid)
     elif {"pos_embed", "patch_embed.proj.weight"} <= set(state) and state["patch_embed.proj.weight"].ndim == 4:
@@ -97,7 +104,7 @@ def initial_state(published: State, source: str, model: str, patch, grid: tuple[
 def bert_config(folder: Path) -> TextConfig:
     """Read a config.json. Raises InputError for what this encoder does not compute."""
     path = Path(folder) / "config.json"
-    return bert_settings(read_json(path), path)
+    return bert_settings(read_object(path), path)
 
 
 def bert_settings(values: dict, path: Path) -> TextConfig:
@@ -106,7 +113,7 @@ def bert_settings(values: dict, path: Path) -> TextConfig:
         if values.get(key, expected) != expected:
             raise InputError(f"{path}: {key} is {values[key]!r}; this encoder has {expected!r} only")
     try:
-        return TextConfig(
+        found = dict(
             vocab=values["vocab_size"],
             width=values["hidden_size"],
             depth=values["num_hidden_layers"],
@@ -122,3 +129,4 @@ def bert_settings(values: dict, path: Path) -> TextConfig:
         )
     except KeyError as error:
         raise InputError(f"{path}: has no {error}; expected the config.json of a BERT or RoBERTa") from error
+    return from_dict(TextConfig, found, str(path))

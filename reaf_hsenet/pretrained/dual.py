@@ -93,7 +93,7 @@ def _load(source: Source, published: State, path, beside: dict, text_model, size
     tokenizer = vocabulary(words, config.text.vocab, bool(text_model))
     recipe = RECIPES[config.model]
     if OWN in beside and "recipe" in beside[OWN]:
-        recipe = from_dict(Recipe, beside[OWN]["recipe"])
+        recipe = from_dict(Recipe, beside[OWN]["recipe"], f"{path}: {OWN}")
     guided = isinstance(config.vision, GuidedVisionConfig)
     used = {n for names in sources(published, family.names).values() for n in names}
     inner = {n.removeprefix(TEACHER): t for n, t in published.items() if n.startswith(TEACHER)}

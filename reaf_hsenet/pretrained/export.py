@@ -15,12 +15,13 @@ from torch import Tensor
 from reaf_hsenet.adapters import adapter_state, save_adapter
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import GuidedVisionConfig, ReafVisionConfig, TextConfig, VisionConfig, to_dict
-from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
+from reaf_hsenet.embedding import DualEncoderRun, is_published, load_dual_encoder, load_source
 from reaf_hsenet.errors import InputError, first_six
 from reaf_hsenet.files import atomic_write, write_json
 from reaf_hsenet.mllm_run import STAGES, MllmRun, base_decoder, load_mllm
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.pretrained.conversion import NOT_USED, new_folder
+from reaf_hsenet.pretrained.families import open_source
 from reaf_hsenet.pretrained.names import TEACHER, bert_state, m3d_clip_state, reaf_names, sources
 from reaf_hsenet.pretrained.reading import State, read_weights_file
 from reaf_hsenet.pretrained.shapes import OWN, TEXT_KEYS
@@ -68,6 +69,8 @@ def export_dual(run: DualEncoderRun, out: Path, kind: str) -> list[str]:
 
 def published_dual_state(run: DualEncoderRun, notes: list[str]) -> State:
     """A dual encoder's tensors under the published names, with those that its own published file had beside them."""
+    if is_published(run.folder):  # the teacher's, as it is
+        return open_source(str(run.weights)).state
     config, vision = run.config, run.config.vision
     reaf = isinstance(vision, ReafVisionConfig)
     names = list(reaf_tensors(vision, config.text) if reaf else m3d_clip_tensors(vision, config.text))
@@ -188,7 +191,8 @@ def _teacher(run: DualEncoderRun, notes: list[str]) -> DualEncoderRun | None:
     if run.stage != "clip2":
         return None
     folder = run.origin.get("teacher")
-    teacher = load_dual_encoder(folder) if folder and Run(folder).exists else None
+    there = folder and (Run(folder).exists or is_published(Path(folder)))
+    teacher = load_source(folder, run.origin.get("text_model")) if there else None
     if teacher is None or teacher.sha256() != run.origin.get("teacher_sha256"):
         notes.append(f"without the stage-1 model ({TEACHER}*): {folder} is no longer there, or another one")
         return None

@@ -52,11 +52,12 @@ def _as_they_are(state: State) -> State:
 
 WORDS = r"(bert\.|roberta\.|model\.)?embeddings\.word_embeddings\."
 CONVERT = "python -m reaf_hsenet.pretrained convert FILE RUN"
-EVALUATE = f"{CONVERT}, then evaluate.py --task retrieval or zeroshot --run RUN --data DATA, or infer.py classify SCAN --run RUN"
+EVALUATE = "evaluate.py --task retrieval or zeroshot --run FILE --data DATA, or infer.py classify SCAN --run FILE; or first " + CONVERT
 START = "train.py --stage clip1 --init FILE"
 TEXT = "train.py --stage clip1 --text-model FOLDER: starts the text encoder"
 SLICES = "preprocess.py --slices FILE: encodes the slices that guide HSENet's stage 2"
-LANGUAGE = f"{CONVERT} --decoder DECODER --encoders 2E3-CLIP, then evaluate.py --task mrg --run RUN, or infer.py report SCAN"
+LANGUAGE = ("evaluate.py --task mrg --run FILE --decoder DECODER --encoders 2E3-CLIP --data DATA, or infer.py report SCAN; or first "
+            f"{CONVERT} --decoder DECODER --encoders 2E3-CLIP")  # fmt: skip
 INFLATE = "train.py --stage clip1 --model reaf --init FILE: starts REAF's encoder, inflated to three dimensions"
 
 # The first that fits is taken: what is more particular comes first.

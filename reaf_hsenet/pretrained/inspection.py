@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from reaf_hsenet.adapters import CONFIG as ADAPTER_CONFIG
+from reaf_hsenet.adapters import adapter_settings
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import TextConfig
 from reaf_hsenet.decoder_config import DecoderConfig
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import read_json
+from reaf_hsenet.files import read_object
 from reaf_hsenet.metrics.clinical import ReportClassifier
 from reaf_hsenet.models.clip import build_vision
 from reaf_hsenet.models.decoder import Decoder
@@ -153,21 +154,22 @@ def _classifier(source: Source, reader: Reader) -> tuple[dict, State]:
 
 def _slices(source: Source, reader: Reader) -> tuple[dict, State]:
     own = source.folder / "slice_encoder.json"
-    settings = read_json(own) if own.is_file() else slice_settings(reader)
+    settings = read_object(own) if own.is_file() else slice_settings(reader)
     return settings, _meta(lambda: SliceEncoder(**settings))
 
 
 def _adapter(source: Source, reader: Reader) -> tuple[dict, State]:
     ranks = sorted({t.shape[0] for n, t in reader.state.items() if n.endswith(".lora_a") and t.ndim == 2})
     settings = source.folder / ADAPTER_CONFIG
-    said = read_json(settings) if settings.is_file() else {}
-    if said.get("r", ranks[0] if ranks else None) not in ranks or len(ranks) != 1:
-        raise InputError(f"{source.name}: its adapters are of rank {ranks}, {settings.name} says {said.get('r')}; fetch both again")
-    reader.notes += [] if said else [f"no {ADAPTER_CONFIG} beside it: alpha, which no tensor tells, is taken as {2 * ranks[0]}"]
+    r, alpha, *_ = adapter_settings(settings) if settings.is_file() else (ranks[0], 2 * ranks[0]) if ranks else (None, None)
+    if ranks != [r]:
+        raise InputError(f"{source.name}: its adapters are of rank {ranks}, {settings.name} says {r}; fetch both again")
+    if not settings.is_file():
+        reader.notes.append(f"no {ADAPTER_CONFIG} beside it: alpha, which no tensor tells, is taken as {alpha}")
     layers = sorted({n.rpartition(".lora_")[0] for n in reader.state if ".lora_" in n})
     pairs = [f"{layer}.lora_{matrix}" for layer in layers for matrix in "ab"]
     kinds = sorted({layer.rpartition(".")[2] for layer in layers})
-    values = {"r": ranks[0], "alpha": said.get("lora_alpha", 2 * ranks[0]), "layers": kinds}
+    values = {"r": ranks[0], "alpha": alpha, "layers": kinds}
     return values, {name: reader.state.get(name, torch.empty(0)) for name in pairs}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from reaf_hsenet.adapters import CONFIG as ADAPTER_CONFIG
-from reaf_hsenet.adapters import adapter_parameters
+from reaf_hsenet.adapters import adapter_parameters, adapter_settings
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import (
     DECODER_LORA,
@@ -20,7 +20,7 @@ from reaf_hsenet.config import (
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.decoder_config import DecoderConfig
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import file_sha256, read_json
+from reaf_hsenet.files import file_sha256
 from reaf_hsenet.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.pretrained import find_folder
@@ -83,10 +83,12 @@ def load_published_language(
     ranks = [t.shape[0] for n, t in names.items() if n.endswith(".lora_a") and t.ndim == 2]
     if not ranks:
         raise InputError(f"{source.name}: has no adapters (lora_A); expected packers and adapters in one file")
-    alpha, said = 2 * ranks[0], read_json(settings) if settings.is_file() else {}
-    if type(said.get("lora_alpha")) in (int, float):
-        alpha = said["lora_alpha"]
+    if settings.is_file():
+        r, alpha, *_ = adapter_settings(settings)
+        if r != ranks[0]:
+            raise InputError(f"{settings}: r is {r}, the adapters have rank {ranks[0]}; fetch both again")
     else:
+        alpha = 2 * ranks[0]
         notes.append(f"adapters: rank {ranks[0]}, alpha {alpha}, twice the rank as published; no shape tells it")
     config = MllmConfig("dual", visions, own, r=ranks[0], alpha=alpha, dropout=DECODER_LORA["dropout"])
     notes.append(f"packers: kernel {config.kernel} as published; no shape tells it")

@@ -180,12 +180,12 @@ def mae_state(published: State, patch: tuple[int, int, int], grid: tuple[int, in
 
 
 def m3d_clip_state(published: State) -> State:
-    """Names of M3D-CLIP's and HSENet's dual encoders -> DualEncoder's; of stage 2 without the teacher it carries."""
+    """Names of M3D-CLIP's and HSENet's dual encoders -> DualEncoder's; of stage 2 without what it carries."""
     state: State = {}
     parts: dict[str, State] = {"vision_encoder.": {}, "language_encoder.": {}}
     renamed = (("mm_vision_proj.", "vision_proj."), ("mm_language_proj.", "text_proj."))
     for name, tensor in published.items():
-        if name.startswith(TEACHER):
+        if name.startswith((TEACHER, "visual_encoder_2D.")):  # the second is BiomedCLIP's, as it is published
             continue
         prefix = next((p for p in parts if name.startswith(p)), None)
         if prefix:

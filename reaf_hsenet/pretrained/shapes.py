@@ -19,7 +19,7 @@ from reaf_hsenet.config import (
     from_dict,
 )
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import read_json
+from reaf_hsenet.files import read_object
 from reaf_hsenet.pretrained.names import reaf_names
 from reaf_hsenet.pretrained.reading import State
 
@@ -78,10 +78,7 @@ def read_beside(folder: Path) -> tuple[Path | None, dict]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None, {}
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected an object of settings, found {type(values).__name__}")
-    return path, values
+    return path, read_object(path)
 
 
 def dual_config(published: State, reader: Reader, text: TextConfig | None = None) -> ClipConfig:
@@ -108,10 +105,10 @@ def dual_config(published: State, reader: Reader, text: TextConfig | None = None
 
 def _own_config(reader: Reader, reaf: bool) -> ClipConfig:
     """The settings that `export` wrote beside the weights; of stage 2's teacher, without the guidance."""
-    try:
-        config = from_dict(ClipConfig, reader.beside[OWN]["model"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{reader.path}: {OWN} is not what `export` writes ({error!r:.60}); remove it") from error
+    own = reader.beside[OWN]
+    if not isinstance(own, dict) or not isinstance(own.get("slices", {}), dict | None):
+        raise InputError(f"{reader.path}: {OWN} is not what `export` writes; remove it")
+    config = from_dict(ClipConfig, own.get("model"), f"{reader.path}: {OWN}")
     if (config.model == "reaf") != reaf:
         raise InputError(f"{reader.path}: is of {config.model}, the tensors beside it are not; use its own config.json")
     if isinstance(config.vision, GuidedVisionConfig) and "vision.score.weight" not in reader.state:
@@ -145,6 +142,8 @@ def vit3d_vision(reader: Reader) -> VisionConfig:
     if "vision.score.weight" not in reader.state:
         return config
     slices = reader.beside.get("num_slices", GuidedVisionConfig.slices)
+    if type(slices) is not int or not 0 < slices < 2**14:
+        raise InputError(f"{reader.path}: num_slices is {slices!r:.60}; expected a whole number above 0")
     reader.notes.append(f"vision: {slices} slices a volume{'' if 'num_slices' in reader.beside else ', as published'}; no shape tells them")
     return GuidedVisionConfig(**vars(config), slices=slices, slice_width=reader.shape("vision.guidance.key.weight", 2)[1])
 
@@ -160,6 +159,11 @@ def _size3(reader: Reader, key: str) -> Size3 | None:
 
 def reaf_vision(published: State, reader: Reader) -> ReafVisionConfig:
     """Of REAF's or HLIP's trunk, whose patch kernel and position table keep their axes."""
+    if any(name.endswith("sequential_posemb") for name in published):
+        raise InputError(
+            f"{reader.source}: has sequential_posemb, HLIP's positions of several scans a study (brain MRI); its chest CT "
+            "checkpoints of one scan are computed here"
+        )
     plain = Reader(reaf_names(published), reader.source)
     width, _, *patch = plain.shape("vision.patch_embed.proj.weight", 5)
     grid = plain.shape("vision.pos_embed", 5)[1:4]
