@@ -283,6 +283,7 @@ class TrainConfig:
     list_epochs: the first epochs of a language stage, in which the answer is the list of the scan's labels. A decoder that
         starts from nothing else learns to write without looking; not published, for the tiny presets.
     questions: kind of questions that stage vqa learns to answer.
+    shard: the ranks share the weights and the optimizer's states of a language stage (sharding.py).
     max_bad: volumes that may be left out because they cannot be read, before the run stops.
     max_skipped: steps that may be skipped because a loss or a gradient is not finite, before the run stops.
     best_by: the number of the validation that chooses the best checkpoint; None: mean R@5, or the loss.
@@ -317,6 +318,7 @@ class TrainConfig:
     list_epochs: int = 0
     questions: str = "location"
     max_bad: int = 0
+    shard: bool = False
     max_skipped: int = 10
     best_by: str | None = None
     calibrate: int = 0

@@ -21,6 +21,7 @@ from reaf_hsenet.language_setup import LanguageSetup
 from reaf_hsenet.mllm_config import build_mllm, trained_state
 from reaf_hsenet.mllm_run import base_decoder, encoder_states, fill_encoders
 from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.sharding import require_shardable
 from reaf_hsenet.training_step import PRECISIONS
 
 
@@ -38,12 +39,17 @@ def token_mean(outputs: tuple[Tensor, Tensor], batch: LanguageBatch, step: int) 
 
 def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, say) -> Job:
     manifest, settings, config = setup.manifest, setup.settings, setup.config
+    if settings.shard:
+        require_shardable(ranks, config.full, settings.precision, args.compile)
     bad = BadVolumes(settings.max_bad, ranks)
     bad.check(manifest, ["train", "validation"], setup.guided)
     dtype = PRECISIONS[settings.precision]
     torch.manual_seed(settings.seed)
-    # A frozen decoder is held in the type it computes in; what is trained is float32.
-    model = build_mllm(config, base_decoder(config, setup.origin, dtype or torch.float32))
+    decoder = None  # a new one, or one whose weights are in the checkpoint
+    if setup.origin["decoder"] and not (config.full and args.resume):
+        # A frozen decoder is held in the type it computes in; what is trained is float32.
+        decoder = base_decoder(config, setup.origin, torch.float32 if config.full else dtype or torch.float32)
+    model = build_mllm(config, decoder)
     if not (args.resume and config.train_vision):  # then they are in the checkpoint
         fill_encoders(model, encoder_states(setup.origin["encoders"]), "the encoders' runs")
         if settings.calibrate and not args.resume:

@@ -107,7 +107,7 @@ def build_run_model(
     config: MllmConfig, origin: dict, state: dict, encoders: Iterable[dict] | None, source: str, dtype: torch.dtype | None
 ) -> Mllm:
     """state: what was trained; encoders: dual encoders' tensors, where the encoders are not among it."""
-    model = build_mllm(config, base_decoder(config, origin, dtype))
+    model = build_mllm(config, None if config.full else base_decoder(config, origin, dtype))
     if encoders is not None:
         fill_encoders(model, encoders, source)
     load_strictly(model, state, source, trained_state(model))
@@ -116,10 +116,8 @@ def build_run_model(
     return model.eval()
 
 
-def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = None) -> Decoder | None:
-    """The published decoder that adapters stand on, with rows for the added tokens; None where all of it is trained."""
-    if config.full:
-        return None
+def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = None) -> Decoder:
+    """The published decoder that training starts from, or adapters stand on, with rows for the added tokens."""
     known = origin["decoder"]
     decoder = load_decoder(known["name"], dtype, int8=config.int8)
     resize_vocabulary(decoder, config.decoder.vocab, known["added"])

@@ -83,7 +83,7 @@ FIXED_FLAGS = (
 )
 # What may change from one start of a run to the next.
 KEPT_FLAGS = (
-    *("epochs", "precision", "grad_checkpoint", "grad_cache", "validate_every", "validate_samples", "save_every", "keep", "max_bad"),
+    *("epochs", "precision", "grad_checkpoint", "grad_cache", "validate_every", "validate_samples", "save_every", "keep", "max_bad", "shard"),
     "max_skipped",
 )
 

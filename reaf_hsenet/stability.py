@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from reaf_hsenet.errors import first_six
+from reaf_hsenet.sharding import whole
 
 DECAY, WARM_UP, SPIKE = 0.98, 50, 8  # of the running loss; steps before one can spike; in mean deviations
 
@@ -17,7 +18,7 @@ def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
     What is not finite is left as it is, so that it can be named: torch's clip_grad_norm_ would make NaN of all.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    norm = whole(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
     if most is not None:
         scale = torch.where(norm.isfinite(), (most / (norm + 1e-6)).clamp(max=1), 1)
         for gradient in gradients:
@@ -27,7 +28,7 @@ def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
 
 def not_finite(model: nn.Module) -> list[str]:
     """Names of the parameters whose gradients have NaN or infinite values."""
-    return [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return [n for n, p in model.named_parameters() if p.grad is not None and not whole(p.grad.isfinite().all())]
 
 
 def diagnosis(losses: list[float], names: list[str]) -> str:

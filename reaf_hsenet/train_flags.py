@@ -21,7 +21,7 @@ ENCODER_FLAGS = (
 GUIDED_FLAGS = ("relation", "relation_steps", "no_guidance")
 DECODER_FLAGS = (
     *("vision", "projector", "kernel", "shared_projector", "decoder", "full", "train_vision", "int8"),
-    *("cache_features", "max_text"),
+    *("cache_features", "max_text", "shard"),
 )
 ONLY = {
     **dict.fromkeys(ENCODER_FLAGS, CONTRASTIVE),
@@ -103,6 +103,8 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--train-vision", action=argparse.BooleanOptionalAction, default=None,
         help="train the encoders too (default: with a new decoder)")  # fmt: skip
     add("--int8", action="store_true", help="hold the frozen decoder's weights in eight bits")
+    add("--shard", action=argparse.BooleanOptionalAction, default=None,
+        help="with --full: every GPU holds a part of the weights and the optimizer's states (FSDP)")  # fmt: skip
     add("--cache-features", nargs="?", const=True, metavar="DIR",
         help="store the frozen encoders' tokens (default: DATA/features); needs --no-augment")  # fmt: skip
     add("--max-text", type=int, help="tokens of prompt and answer (default: mrg 544, vqa 74)")

@@ -24,7 +24,6 @@ from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.job import Job
 from reaf_hsenet.optimizer import learning_rate
-from reaf_hsenet.pretrained import load_strictly
 from reaf_hsenet.stability import Stability
 from reaf_hsenet.step_log import Meter, peak_flops, profiler
 from reaf_hsenet.training_step import Outcome, TrainingStep
@@ -91,9 +90,7 @@ class Trainer:
         folder, reasons = distributed.on_main(self.run.newest_valid)
         for reason in reasons:
             say(f"{reason}; continuing from {folder.name}")
-        model, state = self.run.load_trainer(folder)
-        load_strictly(self.model, model, str(folder), self.job.saved(self.model))
-        self.update.optimizer.load_state_dict(state["optimizer"])
+        state = self.update.load(lambda: self.run.load_trainer(folder), str(folder))
         self.update.scaler.load_state_dict(state["scaler"])
         self.stability = Stability(**state.get("stability", {}))
         self.progress = progress = Progress(**state["progress"])
@@ -228,7 +225,7 @@ class Trainer:
         progress, name = self.progress, self.config.best_by
         self.model.eval()
         progress.validated = progress.step
-        with self.meter.paused(), torch.inference_mode(), self.update.autocast():
+        with self.meter.paused(), torch.no_grad(), self.update.autocast():
             score, numbers = self.job.validate(self.model)
         self._record_bad(progress.step)
         if name is not None:
@@ -260,9 +257,9 @@ class Trainer:
     def _save(self, best: bool) -> None:
         """Write a checkpoint. A disk that is full ends the run only after its last step."""
         progress = self.progress
-        model = self.job.saved(self.model)
+        model, optimizer = self.update.state()
         state = {
-            "optimizer": self.update.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.update.scaler.state_dict(),
             "progress": vars(progress),
             "stability": vars(self.stability),

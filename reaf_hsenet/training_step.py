@@ -16,6 +16,8 @@ from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.grad_cache import cached_backward
 from reaf_hsenet.job import Job
 from reaf_hsenet.optimizer import parameter_groups
+from reaf_hsenet.pretrained.loading import require_fit
+from reaf_hsenet.sharding import load_whole_state, shard, whole_state
 from reaf_hsenet.stability import clip_gradients, diagnosis, not_finite
 from reaf_hsenet.step_log import count_flops
 
@@ -42,9 +44,12 @@ class TrainingStep:
 
     def __init__(self, job: Job, config: TrainConfig, ranks: Ranks):
         self.job, self.config, self.ranks = job, config, ranks
+        self.dtype = PRECISIONS[config.precision]
+        if config.shard:
+            shard(job.model, ranks, self.dtype)
         self.model = job.model.to(ranks.device)
         self.ddp = self.model
-        if ranks.world > 1:
+        if ranks.world > 1 and not config.shard:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
             # Buffers are fixed tables, the same on every rank.
             self.ddp = DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
@@ -52,7 +57,6 @@ class TrainingStep:
             parameter_groups(self.model, config), lr=config.lr, betas=config.betas, eps=config.eps
         )
         self.optimizer.register_step_post_hook(lambda *_: job.after_step())
-        self.dtype = PRECISIONS[config.precision]
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
 
     def __call__(self, group: list[Batch], step: int, rate: float, signal: Callable[[], int]) -> Outcome:
@@ -112,13 +116,33 @@ class TrainingStep:
         """The outputs for a batch; the backward pass from them averages gradients over ranks when `sync`."""
         model = self.ddp if torch.is_grad_enabled() else self.model
         # Autocast in a context of its own: it keeps its copies of the weights, and those made without gradients have none.
-        with self.autocast(), nullcontext() if sync or self.ranks.world == 1 else self.ddp.no_sync():
+        with self.autocast(), nullcontext() if sync or self.ddp is self.model else self.ddp.no_sync():
             return self.job.encode(model, batch)
 
     def autocast(self):
         return torch.autocast(
             self.ranks.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
         )
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """(the tensors that a checkpoint holds, the optimizer's state); of a sharded model on rank 0, and empty elsewhere."""
+        saved = self.job.saved(self.model)
+        return whole_state(self.model, self.optimizer, saved) if self.config.shard else (saved, self.optimizer.state_dict())
+
+    def load(self, read: Callable[[], tuple[dict[str, Tensor], dict]], source: str) -> dict:
+        """Take up a checkpoint, what is in `read()`; returns what is not the model's or the optimizer's."""
+
+        def fitting() -> tuple[dict[str, Tensor], dict, dict]:
+            tensors, state = read()
+            require_fit(tensors, self.job.saved(self.model), source)
+            return tensors, state.pop("optimizer"), state
+
+        if self.config.shard:
+            return load_whole_state(self.model, self.optimizer, fitting)
+        tensors, optimizer, rest = fitting()
+        self.model.load_state_dict(tensors, strict=False)
+        self.optimizer.load_state_dict(optimizer)
+        return rest
 
     def flops(self, batch: Batch) -> float:
         """Of a sample, forward and backward, with what --grad-checkpoint computes again."""

@@ -32,11 +32,14 @@ class GlobalBatches(Sampler):
 
 
 class InOrder(Sampler):
-    """This rank's rows of a split in order, for evaluation: every world-th, as batches of (0, row)."""
+    """This rank's rows of a split in order, for evaluation: every world-th, as batches of (0, row).
+
+    Every rank has as many batches, for ranks that compute together; the last may be empty.
+    """
 
     def __init__(self, rows: int, batch: int, rank: int, world: int):
         mine = range(rank, rows, world)
-        self.batches = [[(0, row) for row in mine[i : i + batch]] for i in range(0, len(mine), batch)]
+        self.batches = [[(0, row) for row in mine[i : i + batch]] for i in range(0, -(-rows // world), batch)]
 
     def __len__(self) -> int:
         return len(self.batches)
