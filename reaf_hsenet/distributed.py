@@ -50,9 +50,14 @@ def start(device: str | None = None, hours: float = 0.5) -> Ranks:
         place = torch.device(kind)
     except RuntimeError as error:
         raise InputError(f"--device {kind}: expected cpu, cuda or cuda:N") from error
+    rank = int(os.environ.get("RANK", "0"))
     if world > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=hours))
-    return Ranks(int(os.environ.get("RANK", "0")), world, place)
+        options = {"backend": "nccl" if place.type == "cuda" else "gloo", "timeout": timedelta(hours=hours)}
+        if store := job_store():  # which has the addresses of processes before a restart: names of our own keep them apart
+            store = dist.PrefixStore(f"start/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            options |= {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group(**options)
+    return Ranks(rank, world, place)
 
 
 def stop() -> None:
@@ -106,8 +111,8 @@ def on_main(work: Callable):
 
 
 def job_store() -> dist.Store | None:
-    """What the processes of one torchrun share, restarts included; None without torchrun."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    """What all processes of a torchrun share, those of its restarts too; None without torchrun."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.PrefixStore("reaf_hsenet", dist.TCPStore(*place, timeout=timedelta(seconds=20)))
@@ -122,7 +127,8 @@ def begin(folder: Path) -> None:
 def restarted(folder: Path) -> bool:
     """Whether torchrun has started these processes again, after a failure in a run that it had begun in `folder`."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return again and job_store().check([f"begun/{Path(folder).resolve()}"])
+    store = job_store() if again else None
+    return store is not None and store.check([f"begun/{Path(folder).resolve()}"])
 
 
 def first_to_fail() -> bool:

@@ -83,7 +83,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         raise OutputError(f"{folder}: cannot be used as a folder to write into ({error.strerror})") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not held by forked processes
         except OSError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"

@@ -292,6 +292,8 @@ def resumable(run: Run) -> dict:
     if not run.exists:
         raise InputError(f"{run.folder}: holds no run to resume; name one with --out, or leave --resume out")
     values = run.read_config()
+    if missing := [name for name in ("stage", "preset", "world", "max_steps") if name not in values]:
+        raise InputError(f"{run.folder / 'config.json'}: has no {', '.join(missing)} as a run has; put the run's own back")
     if (values.get("origin") or {}).get("published"):
         raise InputError(f"{run.folder}: is converted, not trained, so there is nothing to resume; start from it with --init")
     return values

@@ -110,8 +110,14 @@ class Trainer:
     @worker_deaths_named()
     def fit(self) -> int:
         """Train to the end. Returns 0, or 128 + the number of the signal that stopped it (after a checkpoint)."""
-        for number in STOPPING:
-            signal.signal(number, self._note_signal)
+        handlers = {number: signal.signal(number, self._note_signal) for number in STOPPING}
+        try:
+            return self._train()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _train(self) -> int:
         self.bar = tqdm(
             total=self.total,
             initial=self.progress.step,

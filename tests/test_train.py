@@ -179,7 +179,8 @@ def test_more_processes_than_samples_is_one_line(prepared, tmp_path):
     (data / "manifest.json").write_text(json.dumps(values))
     arguments = [a for a in tiny(data, tmp_path / "r") if a not in ("--batch-size", "4")]
     done = torchrun(3, *arguments, cwd=tmp_path)
-    assert done.returncode != 0 and "2 training volumes for 3 processes" in done.stderr
+    assert done.returncode != 0 and done.stderr.count("2 training volumes for 3 processes") == 1  # not once a process
+    assert done.stderr.count("error: ") == 1
 
 
 def test_evaluation_writes_the_table_the_json_the_ranks_and_the_embeddings(run_copy, prepared, capsys):

@@ -23,7 +23,7 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int, pin: bool = Fa
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_signals,
     )
 
 
@@ -79,5 +79,9 @@ def _tensors(value) -> Iterator[Tensor]:
         yield from _tensors(list(vars(value).values()))
 
 
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C, and what a scheduler sends to all processes, are the main process's business, which needs batches until it
+    has written its checkpoint. A second SIGTERM is torch's, that ends a process which does not end by itself."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,0 +1,172 @@
+"""Runs that are killed with SIGKILL at random moments, some in the midst of a checkpoint, and continued by the same command."""
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from conftest import ROOT
+from reaf_hsenet.checkpoint import Run
+from test_language_runs import language, stages  # noqa: F401
+from test_train import numbers, same_weights, tiny, weights
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks():
+    """Processes are forked from one that has imported all and computed nothing: a start costs no import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        FORKS.set_forkserver_preload(["test_killed_runs"])
+        forkserver.ensure_running()
+
+
+def one_rank(rank: int, world: int, port: int, argv: list[str]) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.exit(train.main(argv))
+
+
+def start(argv: list[str], world: int = 1, target: Callable = one_rank) -> list[BaseProcess]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [FORKS.Process(target=target, args=(rank, world, port, argv)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def finish(argv: list[str], world: int = 1) -> None:
+    ranks = start(argv, world)
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
+
+
+def kill_when(moment: Callable[[], bool], delay: float, argv: list[str], world: int = 1) -> bool:
+    """Start, and kill all ranks `delay` seconds after the moment has come. Whether they were still running then."""
+    ranks = start(argv, world)
+    while not moment() and all(rank.is_alive() for rank in ranks):
+        time.sleep(0.0005)
+    time.sleep(delay)
+    running = all(rank.is_alive() for rank in ranks)
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    return running
+
+
+def kill_often(argv: list[str], out: Path, times: int, world: int = 1, seed: int = 0) -> None:
+    """Kill a run while it sets up, while it writes a checkpoint, and after its next one; then let it end."""
+    dice = random.Random(seed)
+    for i in range(times):
+        had = sorted(out.glob("checkpoints/step-*"))
+        moments = (
+            (lambda: True, dice.uniform(0, 0.6)),
+            (lambda: any(out.glob("checkpoints/.step-*.tmp")), dice.uniform(0, 0.02)),
+            (lambda: sorted(out.glob("checkpoints/step-*")) > had, dice.uniform(0, 0.1)),  # noqa: B023
+        )
+        assert kill_when(*moments[i % 3], argv, world), "the run ended before it was killed often enough"
+    finish(argv, world)
+
+
+AUTO = ("--resume", "auto")
+
+
+def test_twenty_kills_change_no_weight_and_no_number_of_the_log(prepared, tmp_path):
+    """With accumulation, gradient caching, mixed precision and gradient checkpointing."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ("--max-steps", 30, "--save-every", 1, "--validate-every", 0.2, "--precision", "bf16", "--grad-checkpoint",
+            "--batch-size", 4, "--accumulate", 2, "--grad-cache", 3, *AUTO)  # fmt: skip
+    finish(tiny(prepared, whole, *more))
+    kill_often(tiny(prepared, killed, *more), killed, 20)
+    assert same_weights(whole, killed) and numbers(whole) == numbers(killed)
+    assert Run(whole).pointer("best").name == Run(killed).pointer("best").name
+    assert not list(killed.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("stage", ["clip2", "mrg", "vqa"])
+def test_every_stage_survives_kills(stages, tmp_path, stage):  # noqa: F811
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ("--max-steps", 6, "--save-every", 1, "--validate-every", 0.5, *AUTO)
+    more += ("--questions", "presence") if stage == "vqa" else ()
+    first = "clip1" if stage == "clip2" else "clip2"
+    finish(language(stages, whole, *more, stage=stage, start=first))
+    kill_often(language(stages, killed, *more, stage=stage, start=first), killed, 3)
+    assert same_weights(whole, killed) and numbers(whole) == numbers(killed)
+
+
+def two(data: Path, out: Path, *more) -> list[str]:
+    return tiny(data, out, "--max-steps", 8, "--save-every", 1, "--batch-size", 2, *more)
+
+
+@pytest.fixture(scope="module")
+def two_whole(prepared, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "two"
+    finish(two(prepared, out), 2)
+    return out
+
+
+def test_two_processes_survive_kills(prepared, two_whole, tmp_path):
+    kill_often(two(prepared, tmp_path / "killed", *AUTO), tmp_path / "killed", 4, 2)
+    assert same_weights(two_whole, tmp_path / "killed") and numbers(two_whole) == numbers(tmp_path / "killed")
+
+
+def test_a_checkpoint_of_four_processes_resumes_on_two_and_on_one(prepared, tmp_path):
+    """The same command, whose --batch-size is of the four: the global batch is kept."""
+    one, out = tmp_path / "one", tmp_path / "out"
+    more = ("--max-steps", 9, "--save-every", 3, "--keep", 9)
+    finish(tiny(prepared, one, *more))
+    argv = tiny(prepared, out, *more, "--batch-size", 1, *AUTO)
+    for world, step in ((4, 3), (2, 6)):
+        assert kill_when(Run(out).at(step).is_dir, 0, argv, world)
+    finish(argv)
+    for a, b in zip(numbers(one), numbers(out), strict=True):
+        assert a["step"] == b["step"] and a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=2e-5)
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(out)[name], atol=2e-4), name
+
+
+def elastic(argv: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1"]
+    command += [str(ROOT / "train.py"), *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_same_weights(prepared, two_whole, tmp_path):
+    out = tmp_path / "run"
+    job = elastic(two(prepared, out))
+    try:
+        while not Run(out).at(2).is_dir() and job.poll() is None:
+            time.sleep(0.01)
+        ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        said = job.communicate(timeout=240)[0]
+    finally:
+        job.kill()
+    assert job.returncode == 0, said
+    assert same_weights(two_whole, out) and numbers(two_whole) == numbers(out)
+
+
+def test_a_restart_does_not_continue_a_run_that_this_job_did_not_begin(prepared, two_whole, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in two_whole.glob("checkpoints/*")}
+    job = elastic(two(prepared, two_whole, "--max-steps", 9))
+    assert job.communicate(timeout=240)[0].count("holds a run already; continue it with --resume") == 2  # once a start
+    assert job.returncode != 0
+    assert before == {path: path.stat().st_mtime_ns for path in two_whole.glob("checkpoints/*")}

@@ -1,0 +1,244 @@
+"""Steps whose numbers are not finite, jumps of the loss, and what a step costs."""
+
+import gzip
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from conftest import ROOT
+from reaf_hsenet import training_step
+from reaf_hsenet.checkpoint import Run
+from reaf_hsenet.contrastive import Contrastive
+from reaf_hsenet.data.manifest import load_manifest
+from reaf_hsenet.data.samplers import GlobalBatches
+from reaf_hsenet.stability import Stability, clip_gradients, diagnosis, not_finite
+from reaf_hsenet.step_log import Meter, count_flops
+from reaf_hsenet.trainer import Trainer
+from test_killed_runs import forks, one_rank, start  # noqa: F401
+from test_train import finished, keep_signal_handlers, numbers, same_weights, tiny, weights, wrong  # noqa: F401
+
+LOSS = Contrastive.loss
+
+
+def spoil_loss(step: int, rank: int, argv: list[str], gradient: bool = False, times: int = 1) -> None:
+    """In this process: from `step` on the loss, or the gradient alone, is NaN, on one rank."""
+
+    def spoiled(self, outputs, batch, now):
+        loss, more = LOSS(self, outputs, batch, now)
+        if step - 1 <= now < step - 1 + times and int(os.environ.get("RANK", "0")) == rank:
+            if gradient:
+                outputs[0].register_hook(lambda g: g * math.nan)
+            else:
+                loss = loss * math.nan
+        return loss, more
+
+    Contrastive.loss = spoiled
+
+
+def one_spoiled_rank(rank: int, world: int, port: int, argv: list[str]) -> None:
+    spoil_loss(3, 1, argv)
+    one_rank(rank, world, port, argv)
+
+
+@pytest.fixture
+def spoil():
+    yield spoil_loss
+    Contrastive.loss = LOSS
+
+
+def names_of(data: Path, step: int) -> set[str]:
+    """Of the samples of a step, in a run with seed 42 and a global batch of 4."""
+    entries = load_manifest(data).entries("train")
+    batches = list(GlobalBatches(len(entries), 4, 0, 1, 42))
+    return {entries[row]["id"] for _, row in batches[step - 1]}
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_logged_with_its_samples(prepared, tmp_path, spoil, gradient):
+    out = tmp_path / "run"
+    argv = tiny(prepared, out, "--max-steps", 4, "--save-every", 1, "--keep", 9)
+    spoil(3, 0, argv, gradient)
+    assert train.main(argv) == 0
+    (record,) = [r for r in Run(out).read_log() if "skipped" in r]
+    assert record["step"] == 3 and set(record["samples"]) == names_of(prepared, 3)
+    assert ("the loss is nan on rank 0" in record["skipped"]) != gradient
+    assert "gradients with NaN or infinite values: " in record["skipped"] and "vision." in record["skipped"]
+    assert not (gradient and "text." in record["skipped"])  # only the vision tower's
+    states = [torch.load(Run(out).at(step) / "trainer.pt", weights_only=True) for step in (2, 3, 4)]
+    files = [(Run(out).at(step) / "model.safetensors").read_bytes() for step in (2, 3, 4)]
+    assert files[0] == files[1] != files[2]
+    assert [state["stability"]["skipped"] for state in states] == [0, 1, 1]
+    assert [state["optimizer"]["state"][0]["step"] for state in states] == [2, 2, 3]
+    for line in (out / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_all_ranks_skip_what_one_of_them_finds(prepared, tmp_path):
+    out = tmp_path / "run"
+    argv = tiny(prepared, out, "--max-steps", 4, "--save-every", 1, "--keep", 9, "--batch-size", 2)
+    ranks = start(argv, 2, one_spoiled_rank)
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
+    (record,) = [r for r in Run(out).read_log() if "skipped" in r]
+    assert record["skipped"].startswith("the loss is nan on rank 1; gradients") and set(record["samples"]) == names_of(prepared, 3)
+    files = [(Run(out).at(step) / "model.safetensors").read_bytes() for step in (2, 3, 4)]
+    assert files[0] == files[1] != files[2]
+
+
+def test_too_many_skipped_steps_stop_the_run_with_the_reason_and_weights_from_before(prepared, finished, tmp_path, spoil):  # noqa: F811
+    out = tmp_path / "run"
+    argv = tiny(prepared, out, "--max-steps", 8, "--save-every", 100, "--max-skipped", 1)
+    spoil(4, 0, argv, times=99)
+    wrong(argv, "step 5: the loss is nan on rank 0; gradients with NaN .* and .* more; more than --max-skipped 1 steps")
+    before = Run(finished).at(3) / "model.safetensors"
+    assert (Run(out).pointer("last") / "model.safetensors").read_bytes() == before.read_bytes()
+    assert all(t.isfinite().all() for t in weights(out).values())
+    wrong([*argv, "--resume"], "step 6: .*--max-skipped 1")
+    Contrastive.loss = LOSS
+    assert train.main([*argv, "--resume", "--max-skipped", "3"]) == 0
+
+
+def test_fp16_scaling_is_part_of_the_checkpoint_and_its_overflows_are_no_trouble(prepared, tmp_path, monkeypatch):
+    """The scale starts far too large: the first steps overflow, and are counted apart."""
+    large = partial(torch.amp.GradScaler, init_scale=2.0**60, backoff_factor=2.0**-12, growth_factor=4, growth_interval=2)
+    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    arguments = ("--max-steps", 10, "--precision", "fp16", "--max-skipped", 0, "--save-every", 5, "--validate-every", 1, "--keep", 9)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert train.main(tiny(prepared, whole, *arguments)) == 0
+    steps = [r for r in numbers(whole) if "loss" in r]
+    assert not any("skipped" in r for r in numbers(whole)) and steps[0]["overflows"] == 1
+    assert 2 < steps[-1]["overflows"] < 8 and "grad_norm" not in steps[0] and any("grad_norm" in r for r in steps[5:])
+    state = torch.load(Run(whole).at(5) / "trainer.pt", weights_only=True)
+    assert 1 < state["scaler"]["scale"] < 2.0**60 and state["stability"]["overflows"] == steps[4]["overflows"]
+    shutil.copytree(whole, again)
+    (again / "checkpoints/last").write_text("step-000005\n")
+    assert train.main(["--stage", "clip1", "--out", str(again), "--resume", "--log-every", "1", "--device", "cpu"]) == 0
+    assert same_weights(whole, again) and numbers(whole) == numbers(again)
+
+
+def test_a_gradient_that_stays_infinite_at_the_smallest_scale_is_trouble():
+    layer, scaler = nn.Linear(2, 2), torch.amp.GradScaler("cpu", init_scale=1.0)
+    layer.weight.grad = torch.full((2, 2), math.inf)
+    assert not_finite(layer) == ["weight"] and not scaler.get_scale() > 1
+    assert diagnosis([0.5], not_finite(layer)) == "gradients with NaN or infinite values: weight"
+    assert diagnosis([0.5, math.inf], []) == "the loss is inf on rank 1"
+
+
+def test_gradients_are_clipped_as_torch_does_and_keep_what_is_not_finite():
+    torch.manual_seed(0)
+    one, two = nn.Linear(5, 3), nn.Linear(5, 3)
+    for layer in (one, two):
+        for p, q in zip(layer.parameters(), one.parameters(), strict=True):
+            p.grad = torch.randn_like(p) if layer is one else q.grad.clone()
+    assert torch.allclose(clip_gradients(one, 0.5), nn.utils.clip_grad_norm_(two.parameters(), 0.5))
+    assert all(torch.allclose(p.grad, q.grad) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+    one.bias.grad[1] = math.nan
+    kept = one.weight.grad.clone()
+    assert clip_gradients(one, 0.5).isnan() and torch.equal(one.weight.grad, kept) and not_finite(one) == ["bias"]
+
+
+def test_a_jump_of_the_loss_is_logged_once_the_loss_is_known():
+    watch = Stability()
+    assert watch.spike(50.0) is None  # nothing is known yet
+    generator = torch.Generator().manual_seed(0)
+    for value in (2 + 0.1 * torch.randn(300, generator=generator)).tolist():
+        assert watch.spike(value) is None
+    assert watch.spike(4.0) == pytest.approx(2, abs=0.2)
+
+
+def test_the_log_has_the_samples_of_a_jump(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stability, "spike", lambda self, loss: 0.25 if self.seen else setattr(self, "seen", 1))
+    assert train.main(tiny(prepared, tmp_path / "r", "--max-steps", 2)) == 0
+    (record,) = [r for r in Run(tmp_path / "r").read_log() if "spike" in r]
+    assert record["step"] == 2 and record["usual"] == 0.25 and set(record["samples"]) == names_of(prepared, 2)
+
+
+def test_a_step_reads_from_the_device_once(prepared, tmp_path, monkeypatch):
+    """What is read between two lines of the log: one small tensor a step."""
+    reads, seen = [], []
+    update, tolist = Trainer._update, torch.Tensor.tolist
+
+    def counted(self, group):
+        reads.clear()
+        done = update(self, group)
+        seen.append(list(reads))
+        return done
+
+    monkeypatch.setattr(Trainer, "_update", counted)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(tuple(t.shape)) or tolist(t))
+    for name in ("item", "__float__", "__bool__", "__int__"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, *a, read=read, name=name: reads.append(name) or read(t, *a))
+    assert train.main(tiny(prepared, tmp_path / "r", "--max-steps", 3, "--clip-norm", 0.1)) == 0
+    assert [[read for read in step if read != "item"] for step in seen] == [[(1, 3)]] * 3
+
+
+def test_utilisation_is_flops_per_second_over_the_devices_peak_and_counting_changes_nothing(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
+    assert count_flops(lambda: (nn.Linear(8, 4)(torch.zeros(2, 8)),)) == 2 * (2 * 2 * 8 * 4)  # forward; the weight's gradient
+    monkeypatch.setattr("reaf_hsenet.trainer.peak_flops", lambda device, dtype: 1e12)
+    counted = []
+    flops = training_step.TrainingStep.flops
+    monkeypatch.setattr(training_step.TrainingStep, "flops", lambda self, batch: counted.append(flops(self, batch)) or counted[-1])
+    for name, more in (("mfu", ()), ("hfu", ("--grad-checkpoint",))):
+        out = tmp_path / name
+        assert train.main(tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9, *more)) == 0
+        steps = [r for r in Run(out).read_log() if "loss" in r]
+        assert all(r[name] == pytest.approx(r["samples_per_s"] * counted[-1] / 1e12) for r in steps)
+    assert len(counted) == 2 and counted[1] > counted[0]  # once a run; with what is computed again
+    assert same_weights(tmp_path / "mfu", finished)
+
+
+def test_the_share_of_waiting_is_the_time_until_a_batch_is_there(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def slow():
+        for batch in "abc":
+            clock[0] += 3
+            yield batch
+
+    meter = Meter(4, 2, torch.device("cpu"))
+    for _ in meter.waiting(slow()):
+        clock[0] += 1
+        meter.steps += 1
+    with meter.paused():
+        clock[0] += 100
+    read = meter.read(None, "mfu")
+    assert read["waiting"] == 9 / 12 and read["samples_per_s"] == 3 * 4 / 12 and "mfu" not in read
+
+
+def test_profile_writes_a_trace_of_steps_5_to_10(prepared, tmp_path):
+    assert train.main(tiny(prepared, tmp_path / "r", "--max-steps", 11, "--validate-every", 1, "--profile")) == 0
+    with gzip.open(tmp_path / "r/profile/steps-5-10.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep#")}
+    assert len(steps) == 6 and any(e.get("name", "").startswith("aten::") for e in events)
+
+
+def test_a_signal_to_every_process_stops_the_run_with_a_checkpoint_though_its_loaders_get_it_too(prepared, tmp_path):
+    """As a scheduler sends it: SIGUSR1 before the end of time, then SIGTERM."""
+    for number, code in ((signal.SIGUSR1, 138), (signal.SIGTERM, 143)):
+        out = tmp_path / str(number)
+        argv = tiny(prepared, out, "--max-steps", 500, "--save-every", 2, "--workers", 2, "--validate-every", 1)
+        run = subprocess.Popen([sys.executable, ROOT / "train.py", *argv])
+        while not Run(out).at(2).is_dir() and run.poll() is None:
+            time.sleep(0.01)
+        loaders = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        assert len(loaders) == 2
+        for pid in (*map(int, loaders), run.pid):
+            os.kill(pid, number)
+        assert run.wait(60) == code and Run(out).pointer("last").is_dir()
+        assert Run(out).read_log()[-1]["step"] == int(Run(out).pointer("last").name[5:])
