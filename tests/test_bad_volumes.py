@@ -19,6 +19,7 @@ from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer import train_wordpiece
 from reaf_hsenet.trainer import Trainer
+from test_clip2_runs import stage2
 from test_language_runs import decoder_folder, language, stages  # noqa: F401  (fixtures)
 from test_train import (  # noqa: F401  (a fixture)
     keep_signal_handlers,
@@ -126,25 +127,45 @@ def test_the_count_survives_a_resume(data, tmp_path, monkeypatch):
     assert [name for _, name in bad_records(out)] == [one.stem, two.stem]
 
 
+def at_batch(arguments: list[str], out: Path, size: int, *more) -> list[str]:
+    """The same command into another folder, with another batch size."""
+    arguments = [*arguments, *map(str, more)]
+    arguments[arguments.index("--batch-size") + 1] = str(size)
+    arguments[arguments.index("--out") + 1] = str(out)
+    return arguments
+
+
+def assert_alike(one: Path, two: Path, bad: set[str]) -> None:
+    assert {name for _, name in bad_records(one)} == bad == {name for _, name in bad_records(two)}
+    for a, b in zip(*([r for r in numbers(run) if "lr" in r] for run in (one, two)), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=2e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3, abs=1e-6)
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(two)[name], atol=2e-4), name
+
+
 def test_two_processes_of_which_one_has_an_empty_batch_train_as_one(data, tmp_path):
     bad = {spoil(volume(data, row)) for row in (2, 7, 11)}
     arguments = tiny(data, tmp_path / "one", "--max-steps", 8, "--max-bad", 3, "--grad-checkpoint")
-    arguments[arguments.index("--batch-size") + 1] = "2"
-    assert train.main(arguments) == 0
-    arguments[arguments.index("--batch-size") + 1] = "1"
-    arguments[arguments.index(str(tmp_path / "one"))] = str(tmp_path / "two")
-    done = torchrun(2, *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
-    assert {r["bad"] for r in two if "bad" in r} == bad == {r["bad"] for r in one if "bad" in r}
-    for a, b in zip((r for r in one if "loss" in r), (r for r in two if "loss" in r), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=2e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3, abs=1e-6)
-    for name, tensor in weights(tmp_path / "one").items():
-        assert torch.allclose(tensor, weights(tmp_path / "two")[name], atol=2e-4), name
-    arguments[arguments.index("3", arguments.index("--max-bad"))] = "2"
-    arguments[arguments.index(str(tmp_path / "two"))] = str(tmp_path / "three")
-    done = torchrun(2, *arguments, cwd=tmp_path)
+    assert train.main(at_batch(arguments, tmp_path / "one", 2)) == 0
+    for name, more in (("two", ()), ("cached", ("--grad-cache", 1))):
+        done = torchrun(2, *at_batch(arguments, tmp_path / name, 1, *more), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert_alike(tmp_path / "one", tmp_path / name, bad)
+    done = torchrun(2, *at_batch(arguments, tmp_path / "three", 1, "--max-bad", 2), cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("(bad volume 3, with --max-bad 2)") == 1  # both ranks stop, one says why
+
+
+def test_stage_2_copes_with_an_empty_batch_too(stages, tmp_path):  # noqa: F811
+    root = shutil.copytree(stages, tmp_path / "stages")
+    bad = {spoil(volume(root / "data", row)) for row in (2, 7, 11)}
+    arguments = stage2(root / "clip1", root / "one", "--data", root / "data", "--max-steps", 8, "--max-bad", 3, "--no-augment")
+    assert train.main(at_batch(arguments, root / "one", 2, "--no-guidance")) == 0
+    for name, more in (("two", ("--no-guidance",)), ("guided", ())):  # the guided encoder has dropout
+        done = torchrun(2, *at_batch(arguments, root / name, 1, *more), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert all("relation" in r for r in numbers(root / name) if "lr" in r)
+    assert_alike(root / "one", root / "two", bad)
+    assert {name for _, name in bad_records(root / "guided")} == bad
 
 
 def test_language_runs_leave_bad_volumes_out_even_where_a_whole_step_is_empty(stages, decoder_folder, tmp_path):  # noqa: F811
