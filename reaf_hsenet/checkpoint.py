@@ -70,7 +70,7 @@ class Run:
         except OSError as error:
             with suppress(OSError):  # half a line
                 os.truncate(path, size)
-            raise OutputError(f"{path}: cannot be written ({error.strerror}): free space") from error
+            raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
         self.unwritten.clear()
 
     def read_log(self) -> list[dict]:

@@ -256,7 +256,7 @@ class Trainer:
             self.run.log(record)
         except OutputError as error:
             if len(self.run.unwritten) == 1:  # once, not at every step of a full disk
-                self._say(f"warning: {error}; training goes on, and its log is kept until there is room")
+                self._say(f"warning: {error}: free space; training goes on, its log is kept until there is room")
         if self.writer:
             self.writer(record)
 
@@ -276,7 +276,7 @@ class Trainer:
             distributed.on_main(lambda: self.run.save(progress.step, model, state, self.config.keep, best))
         except OutputError as error:
             if progress.step == self.total:
-                raise
+                raise OutputError(f"{error}, continue with --resume") from error
             progress.best, progress.best_step = self.saved_best
             self._say(f"warning: {error}; training goes on, the next checkpoint is tried when it is due")
         else:

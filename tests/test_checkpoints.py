@@ -114,7 +114,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(prepared, finished, tmp_path
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         FullDisk(patch, (8,))
-        wrong(tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9), "step-000008: cannot be written.*free space")
+        wrong(tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9), "step-000008: cannot be written.*free space.*--resume")
     assert Run(out).pointer("last") == Run(out).at(6)
     assert train.main(resume(out)) == 0
     assert same_weights(out, finished) and numbers(out) == numbers(finished)
