@@ -53,7 +53,8 @@ def start(device: str | None = None, hours: float = 0.5) -> Ranks:
     rank = int(os.environ.get("RANK", "0"))
     if world > 1:
         options = {"backend": "nccl" if place.type == "cuda" else "gloo", "timeout": timedelta(hours=hours)}
-        if store := job_store():  # which has the addresses of processes before a restart: names of our own keep them apart
+        if store := job_store(options["timeout"]):
+            # It still has the addresses of the processes before a restart: a prefix keeps the new ones apart.
             store = dist.PrefixStore(f"start/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             options |= {"store": store, "rank": rank, "world_size": world}
         dist.init_process_group(**options)
@@ -110,12 +111,15 @@ def on_main(work: Callable):
     return done
 
 
-def job_store() -> dist.Store | None:
-    """What all processes of a torchrun share, those of its restarts too; None without torchrun."""
+def job_store(timeout: timedelta = timedelta(seconds=20)) -> dist.Store | None:
+    """What all processes of a torchrun share, those of its restarts too; None without torchrun.
+
+    timeout: how long to wait for it, and for another process that has not set a value yet.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore("reaf_hsenet", dist.TCPStore(*place, timeout=timedelta(seconds=20)))
+    return dist.PrefixStore("reaf_hsenet", dist.TCPStore(*place, timeout=timeout))
 
 
 def begin(folder: Path) -> None:
@@ -133,5 +137,8 @@ def restarted(folder: Path) -> bool:
 
 def first_to_fail() -> bool:
     """Whether none of torchrun's other processes has ended with an error: theirs is the same, or the cause of this one."""
-    store = job_store()
-    return store is None or store.add(f"failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    try:
+        store = job_store(timedelta(seconds=2))
+        return store is None or store.add(f"failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    except dist.DistError:  # the torchrun that held the store has ended before
+        return True
