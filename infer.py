@@ -114,6 +114,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("slope", "intercept"):
         if (value := getattr(args, name)) is not None and not (math.isfinite(value) and (value or name == "intercept")):
             raise InputError(f"--{name} {value:g}: expected a finite number, and a slope other than 0")
+    if args.spacing and not all(0 < x < math.inf for x in args.spacing):
+        raise InputError(f"--spacing {args.spacing}: expected three positive distances in mm")
     if args.command in ("report", "ask"):
         what = "the question" if args.command == "ask" else "--prompt"
         if not args.question.strip():

@@ -100,7 +100,12 @@ class Run:
     def pointer(self, name: str) -> Path | None:
         """The folder that `last` or `best` points to; None when there is none."""
         path = self.checkpoints / name
-        return self.checkpoints / path.read_text().strip() if path.is_file() else None
+        if not path.is_file():
+            return None
+        step = path.read_text(errors="replace").strip()
+        if not step.removeprefix("step-").isdecimal():
+            raise InputError(f"{path}: holds {step!r:.60}; write the name of a step's folder into it, such as step-000100")
+        return self.checkpoints / step
 
     def point(self, name: str, step: int) -> None:
         """Let `last` or `best` point to a step's checkpoint; to none when it is not there."""

@@ -220,6 +220,12 @@ class ClipConfig:
     max_text: int = 512
     lora: LoraConfig | None = None
 
+    def __post_init__(self):
+        if self.model not in ("hsenet", "reaf") or self.logit_scale not in ("raw", "exp"):
+            raise InputError(f"model {self.model!r} and logit_scale {self.logit_scale!r}: expected hsenet or reaf, raw or exp")
+        if not (0 < self.embed < LARGEST and 0 < self.max_text < LARGEST):
+            raise InputError(f"embed {self.embed} and max_text {self.max_text}: expected sizes above 0")
+
 
 # Small enough for a laptop's processor. The text encoder trains on its own vocabulary, from the reports.
 TINY_TEXT = TextConfig(

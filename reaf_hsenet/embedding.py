@@ -81,6 +81,12 @@ def load_dual_encoder(folder: Path, which: str = "best", text_model: str | None 
     state, checkpoint = run.load_model(which)
     with torch.device("meta"):  # sizes that the weights do not have are not built
         require_fit(state, _run_model(config).state_dict(), str(checkpoint / "model.safetensors"))
+    tokenizer, origin = load_wordpiece(folder), values.get("origin") or {}
+    short = len(tokenizer.vocab) < config.text.vocab and not origin.get("text_model")  # a published one may have spare rows
+    if short or len(tokenizer.vocab) > config.text.vocab:
+        raise InputError(
+            f"{run.folder / 'vocab.txt'}: has {len(tokenizer.vocab)} tokens, the run's text encoder {config.text.vocab}; put the run's own back"
+        )
     model = _run_model(config)
     model.load_state_dict(state)
     return DualEncoderRun(
@@ -90,11 +96,11 @@ def load_dual_encoder(folder: Path, which: str = "best", text_model: str | None 
         model=model.eval(),
         config=config,
         recipe=recipe,
-        tokenizer=load_wordpiece(folder),
+        tokenizer=tokenizer,
         checkpoint=checkpoint,
         weights=checkpoint / "model.safetensors",
         data=Path(values["data"]) if values["data"] else None,
-        origin=values.get("origin") or {},
+        origin=origin,
         slices=values.get("slices"),
     )
 

@@ -82,14 +82,17 @@ def load_mllm(
             f"{folder}: is a run of stage {values.get('stage')!r}, which has no decoder; expected one of stage mrg or vqa"
         )
     config = MllmConfig.from_dict(values["model"], str(run.folder / "config.json"))
-    origin, tokenizer = values["origin"], load_tokenizer(run.folder)
+    origin, tokenizer = values.get("origin") or {}, load_tokenizer(run.folder)
+    frozen = [name for name, trained in (("decoder", config.full), ("encoders", config.train_vision)) if not trained]
+    if absent := [name for name in frozen if not origin.get(name)]:
+        raise InputError(f"{run.folder / 'config.json'}: origin does not say where the {absent[0]} lies; restore the file")
     states = None if config.train_vision else encoder_states(origin["encoders"])
     state, checkpoint = run.load_model(which)
     model = build_run_model(config, origin, state, states, str(checkpoint / "model.safetensors"), dtype)
     return MllmRun(
         folder=Path(folder),
         stage=values["stage"],
-        preset=values["preset"],
+        preset=values.get("preset", ""),
         model=model,
         config=config,
         recipe=from_dict(Recipe, values["recipe"], str(run.folder / "config.json")),
@@ -98,8 +101,8 @@ def load_mllm(
         weights=checkpoint / "model.safetensors",
         data=Path(values["data"]) if values["data"] else None,
         origin=origin,
-        slices=values["slices"],
-        train=values["train"],
+        slices=values.get("slices"),
+        train=values.get("train") or {},
     )
 
 

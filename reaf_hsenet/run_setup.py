@@ -238,6 +238,8 @@ def text_side(
         # Beside a start with a text encoder of its own a vocabulary alone is enough.
         bare = (words or args.init) and not any(path.suffix in SUFFIXES for path in folder.iterdir())
         text = words.config.text if bare and words else bert_config(folder)
+        if len(tokenizer.vocab) > text.vocab:
+            raise InputError(f"--text-model {args.text_model}: vocab.txt has {len(tokenizer.vocab)} tokens, its encoder {text.vocab}; fetch both again")
         config = replace(config, text=text, max_text=min(config.max_text, text.positions))
         return tokenizer, config, None if bare else bert_state(read_weights(folder))
     if words is not None:
@@ -296,6 +298,9 @@ def resumable(run: Run) -> dict:
         raise InputError(f"{run.folder / 'config.json'}: has no {', '.join(missing)} as a run has; put the run's own back")
     if (values.get("origin") or {}).get("published"):
         raise InputError(f"{run.folder}: is converted, not trained, so there is nothing to resume; start from it with --init")
+    for name, kinds in (("preset", (str,)), ("train", (dict,)), ("world", (int,)), ("max_steps", (int, type(None))), ("data", (str,))):
+        if type(values.get(name)) not in kinds:
+            raise InputError(f"{run.folder / 'config.json'}: {name} is {values.get(name)!r:.60}, which no run that was trained has; restore it")
     return values
 
 

@@ -37,7 +37,8 @@ POSITIVE = (
 RANGES = {
     "seed": (0, 2**31),
     "fusion_seed": (0, 2**31),
-    "weight_decay": (0, math.inf),
+    "lr": (0, 1e30),  # of float32
+    "weight_decay": (0, 1e30),
     "warmup": (0, 1),
     "suppression": (0, 1),
     "drop_path": (0, 0.99),

@@ -128,6 +128,8 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
         raise InputError(f"{root}: no such folder")
     table = table or only_csv(root, "id and text")
     rows = read_csv(table, ("id", "text"), "id")
+    if not rows:
+        raise InputError(f"{table}: has no rows; expected an id and a text for each volume")
     cases: dict[str, list[Case]] = {"train": [], "validation": [], "test": []}
     scans = sorted({r.get("scan") or _stem(i) for i, r in rows.items()}, key=_hash)
     held_out = set(scans[: math.ceil(validation * len(scans)) if len(scans) > 1 else 0])
@@ -139,7 +141,10 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
         if ".." in Path(name).parts or Path(name).is_absolute() or not stem:
             raise InputError(f"{table}: id {name!r} is not a path below {root}")
         seen[stem] = name
-        path = next((p for p in (root / f"{stem}.nii.gz", root / f"{stem}.nii") if p.is_file()), None)
+        try:
+            path = next((p for p in (root / f"{stem}.nii.gz", root / f"{stem}.nii") if p.is_file()), None)
+        except OSError as error:
+            raise InputError(f"{table}: id {name[:60]}... is no file's name ({error.strerror})") from error
         text = row["text"].strip()
         problem = None if path else "is listed in the table but absent"
         scan = row.get("scan") or stem

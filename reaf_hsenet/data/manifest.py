@@ -264,15 +264,16 @@ def load_manifest(folder: Path) -> Manifest:
             f"{path}: schema {values.get('schema')!r}, expected {SCHEMA}; prepare the data set again"
         )
     try:
+        _check_kinds(path, values)
         manifest = Manifest(
             folder,
             values["dataset"],
-            from_dict(Recipe, values["recipe"]),
+            from_dict(Recipe, values["recipe"], str(path)),
             values["dtype"],
             values["text"],
             values["labels"],
             values["splits"],
-            from_dict(Reading, values.get("reading", {})),
+            from_dict(Reading, values.get("reading", {}), str(path)),
             values.get("slices"),
         )
         if manifest.slices is not None:
@@ -296,6 +297,38 @@ def load_manifest(folder: Path) -> Manifest:
         repeated = next(i for i in ids if ids.count(i) > 1)
         raise InputError(f"{path}: id {repeated} is listed twice; keep one")
     return manifest
+
+
+# What a manifest and its entries have, by kind.
+KINDS = {"dataset": str, "dtype": str, "text": str, "labels": list, "splits": dict}
+ENTRY = {"id": str, "scan": str, "volume": str, "text": str, "labels": list | None}
+
+
+def _check_kinds(path: Path, values: dict) -> None:
+    """Raises InputError, naming the entry, for what is of another kind than preprocess.py writes."""
+    where = str(path)
+
+    def require(fits: bool, name: str, value) -> None:
+        if not fits:
+            raise InputError(f"{where}: {name} is {value!r:.60}; prepare the data set again")
+
+    for name, kind in KINDS.items():
+        require(isinstance(values[name], kind), name, values[name])
+    require(values["dtype"] in ("float16", "float32"), "dtype", values["dtype"])
+    for split, entries in values["splits"].items():
+        require(isinstance(entries, list), split, entries)
+        for number, entry in enumerate(entries):
+            where = f"{path}: {split} entry {number}"
+            require(isinstance(entry, dict), "it", entry)
+            for name, kind in ENTRY.items():
+                require(isinstance(entry[name], kind), name, entry[name])
+            require("\0" not in entry["volume"], "volume", entry["volume"])
+            require(isinstance(entry.get("source", {}), dict), "source", entry.get("source"))
+            require(all(label in (0, 1) for label in entry["labels"] or ()), "labels", entry["labels"])
+            asked = entry.get("qa", [])
+            texts = isinstance(asked, list) and all(isinstance(row, dict) and all(isinstance(v, str) for v in row.values()) for row in asked)
+            require(texts, "qa", asked)
+        where = str(path)
 
 
 def _check_slices(path: Path, slices) -> None:

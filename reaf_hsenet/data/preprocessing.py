@@ -6,6 +6,8 @@ pair of neighbours and one weight per axis, so here the resampled grid is a func
 planes, rows and columns which the result needs. The numbers are the published ones.
 """
 
+import math
+
 import numpy as np
 
 from reaf_hsenet.config import Recipe
@@ -150,7 +152,18 @@ def resampled_grid(volume: Volume, recipe: Recipe) -> ResampledGrid:
     order = ["LPS".index(letter) for letter in recipe.axes]
     voxels = volume.hu.transpose(order)
     spacing = [volume.spacing[i] for i in order]
+    target = recipe.spacing or spacing
+    extents = [n * s / t for n, s, t in zip(voxels.shape, spacing, target, strict=True)]
+    if max(extents) > 2**14 or math.prod(extents) > 2**32:  # a human at 0.5 mm has a quarter of that
+        raise InputError(
+            f"its {_x(voxels.shape)} voxels of {_x(spacing)} mm would be {_x(extents)} at the spacing of {_x(target)} mm; mend "
+            "the header's spacing, or choose a larger --spacing"
+        )
     return ResampledGrid(voxels, spacing, recipe.spacing, recipe.window if recipe.clamp == "before" else None)
+
+
+def _x(numbers) -> str:
+    return " x ".join(f"{n:.4g}" for n in numbers)
 
 
 def _resize(grid: ResampledGrid, box, size, scaled) -> np.ndarray:

@@ -5,7 +5,6 @@ superior, posterior, left), or the finished input. Which of the two is decided p
 a tensor.
 """
 
-import gzip
 import io
 import pickle
 import struct
@@ -18,7 +17,15 @@ import numpy as np
 from reaf_hsenet.config import RECIPES, Recipe
 from reaf_hsenet.data.preprocessing import preprocess
 from reaf_hsenet.data.slices import SliceRecipe, slice_images
-from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, Volume, choose_rescale, read_volume
+from reaf_hsenet.data.volume import (
+    ORIENTATIONS,
+    RESCALES,
+    TableRow,
+    Volume,
+    choose_rescale,
+    read_volume,
+    unpacked,
+)
 from reaf_hsenet.errors import InputError
 
 PT_GRID = RECIPES["reaf"]
@@ -28,7 +35,7 @@ NO_TABLE = TableRow()
 # What torch.load raises for damaged files, those of old torch versions included.
 DAMAGED = (
     *(OSError, EOFError, zlib.error, struct.error, RuntimeError),
-    *(ValueError, TypeError, LookupError, AttributeError, AssertionError),
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, MemoryError),
 )
 
 
@@ -96,7 +103,7 @@ def load_tensor(path: Path):
     import torch  # here, not above: the workers that prepare NIfTI files start faster without it
 
     try:
-        file = io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
+        file = io.BytesIO(unpacked(path)) if path.suffix == ".gz" else path
         tensor = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
@@ -114,6 +121,8 @@ def load_tensor(path: Path):
     odd = tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool
     if odd or tensor.layout != torch.strided:
         raise InputError(f"{path}: holds a {tensor.dtype} {tensor.layout} tensor; expected dense real numbers")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise InputError(f"{path}: claims {tensor.nbytes} bytes and holds {tensor.untyped_storage().nbytes()}; save the volume itself")
     return tensor.detach()
 
 

@@ -31,6 +31,8 @@ def csv_rows(
                     )
                 if any(row[c] is None for c in columns):
                     raise InputError(f"{path}: line {reader.line_num} has fewer fields than the header")
+                if any("\0" in row[c] for c in columns):
+                    raise InputError(f"{path}: line {reader.line_num} holds a NUL byte; save the table as plain text again")
                 yield reader.line_num, row
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error

@@ -8,6 +8,7 @@ a table that still lists an intercept) are CT-RATE's own, from its discussions 5
 import argparse
 import gzip
 import io
+import math
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from reaf_hsenet.errors import InputError
 
 RESCALES = ("auto", "header", "metadata", "none")
 ORIENTATIONS = ("header", "stored")
+MOST_UNPACKED = 100  # bytes of voxels from a byte of gzip: a CT has 2 to 10, one value repeated 1,000
 
 
 @dataclass
@@ -83,8 +85,7 @@ def _open(path: Path) -> tuple[nib.Nifti1Image, bytes]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        data = unpacked(path) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: is truncated or damaged ({_one_line(error)})") from error
     kind = nib.Nifti2Image if data[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Image
@@ -102,6 +103,7 @@ def _open(path: Path) -> tuple[nib.Nifti1Image, bytes]:
         nib.wrapstruct.WrapStructError,
         OSError,
         ValueError,
+        OverflowError,
     ) as error:
         raise InputError(f"{path}: is not a readable NIfTI file ({_one_line(error)})") from error
     shape = image.shape
@@ -113,9 +115,23 @@ def _open(path: Path) -> tuple[nib.Nifti1Image, bytes]:
     return image, data
 
 
+def unpacked(path: Path) -> bytes:
+    """A .gz file's content. Raises EOFError or OSError for a damaged one, and for one that holds far more than it is."""
+    size = path.stat().st_size
+    most = 1000 * 2**20 + MOST_UNPACKED * size
+    with gzip.open(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(f"unpacks to more than {most} bytes from {size}")
+    return data
+
+
 def _voxels(image: nib.Nifti1Image, data: bytes, path: Path) -> np.ndarray:
     """(x, y, z) values with the header's own scaling applied, in the stored type where there is none."""
     proxy = image.dataobj
+    needed = proxy.offset + math.prod(image.shape) * proxy.dtype.itemsize
+    if needed > len(data):  # before memory is taken for what is not there
+        raise InputError(f"{path}: is truncated or damaged (its header tells of {needed} bytes, there are {len(data)})")
     try:
         if (proxy.slope, proxy.inter) == (1, 0):
             # The array is the bytes that were read, not a copy of them.
@@ -147,7 +163,8 @@ def _geometry(image: nib.Nifti1Image, path: Path, table: TableRow, assume_orient
         affine = image.affine
         spacing = nib.affines.voxel_sizes(affine) if np.isfinite(affine).all() else (np.nan,) * 3
         turn = io_orientation(affine) if min(spacing) > 0 else np.zeros((3, 2))
-        if np.isnan(turn).any():
+        axes = affine[:3, :3] / (np.array(spacing) if min(spacing) > 0 else np.nan)
+        if np.isnan(turn).any() or abs(np.linalg.det(axes)) < 1e-3:  # of unit vectors
             raise InputError(
                 f"{path}: the header's affine is degenerate, two axes run the same way; mend the header"
             )

@@ -76,7 +76,7 @@ def read_weights_file(path: Path) -> State:
         ) from error
     except (SafetensorError, zipfile.BadZipFile, *DAMAGED) as error:
         raise InputError(
-            f"{path}: is truncated or not a checkpoint ({' '.join(str(error).split())[:120]})"
+            f"{path}: is truncated or not a checkpoint ({' '.join(str(error).split())[:120] or type(error).__name__})"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -146,7 +146,7 @@ def _claimed(file: IO[bytes]) -> int:
                 last = argument
             elif operation.name == "BINPERSID":
                 most = max(most, last)
-    except (ValueError, LookupError, EOFError, OSError, zipfile.BadZipFile):
+    except (ValueError, LookupError, EOFError, OSError, MemoryError, zipfile.BadZipFile):
         return most  # damaged: for torch to say so
     return most
 
