@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet.config import GENERATION
-from reaf_hsenet.data.language import question_text
+from reaf_hsenet.data.language import LIST_END, question_text
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.generation import Sampling, generate
 from reaf_hsenet.models.mllm import Mllm
@@ -99,10 +99,12 @@ def stop_ids(model: Mllm, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def answer_text(model: Mllm, tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text before the first stop token, without special tokens and outer spaces."""
+    """The text before the first stop token, after the list of labels where there is one; no special tokens, no outer spaces."""
     stops = stop_ids(model, tokenizer)
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+    mark = tokenizer.ids.get(LIST_END)
+    start = ids.index(mark) + 1 if mark in ids[:end] else 0
+    return tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
 
 
 def _autocast(model: Mllm, device: torch.device):

@@ -286,8 +286,9 @@ class TrainConfig:
     relation: weight of stage 2's relation loss at step 0, which falls to 0 at relation_steps.
     slices_follow: a volume's slice features follow its depth flip; HSENet publishes that they do not.
     encoder_rate: of the learning rate, for encoders that a language stage trains on.
-    list_epochs: the first epochs of a language stage, in which the answer is the list of the scan's labels. A decoder that
-        starts from nothing else learns to write without looking; not published, for the tiny presets.
+    label_epochs: before the first step, in which the encoders learn to tell the scan's labels (label_start.py); list_epochs:
+        the first epochs of a language stage, in which the answer is the list of these labels. Later reports begin with it.
+        A decoder that starts from nothing else learns to write without looking; not published, for the tiny presets.
     questions: kind of questions that stage vqa learns to answer.
     shard: the ranks share the weights and the optimizer's states of a language stage (sharding.py).
     max_bad: volumes that may be left out because they cannot be read, before the run stops.
@@ -321,6 +322,7 @@ class TrainConfig:
     relation_steps: int = 5000
     slices_follow: bool = True
     encoder_rate: float = 1.0
+    label_epochs: int = 0
     list_epochs: int = 0
     questions: str = "location"
     max_bad: int = 0
@@ -457,7 +459,7 @@ TINY_LANGUAGE = {
     "calibrate": 256,
 }
 for _model in ("hsenet", "reaf"):
-    TINY_STAGES["mrg", _model] = {**TINY_LANGUAGE, "epochs": 16, "list_epochs": 8}
+    TINY_STAGES["mrg", _model] = {**TINY_LANGUAGE, "label_epochs": 16, "epochs": 8, "list_epochs": 2}
     TINY_STAGES["vqa", _model] = {**TINY_LANGUAGE, "epochs": 9, "list_epochs": 5, "validate_samples": 400}
 # Phantoms for the tiny presets: coarse enough that the whole chest is in the crop.
 TINY_RECIPES = {

@@ -17,6 +17,7 @@ from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.job import Job
+from reaf_hsenet.label_start import learn_labels
 from reaf_hsenet.language_setup import LanguageSetup
 from reaf_hsenet.mllm_config import build_mllm, trained_state
 from reaf_hsenet.mllm_run import base_decoder, encoder_states, fill_encoders
@@ -58,6 +59,8 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
             bad.agree(unreadable)
             volumes, slices = zip(*good, strict=True)
             calibrate_tokens(model, torch.stack(volumes), torch.stack(slices) if setup.guided else None)
+        if settings.label_epochs and not args.resume:
+            learn_labels(model, manifest, settings, setup.guided, bad, ranks.device)
     model.decoder.grad_checkpoint = settings.grad_checkpoint
     for encoder in model.encoders:
         encoder.grad_checkpoint = settings.grad_checkpoint and config.train_vision
@@ -70,7 +73,8 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
     def data(split: str, **changes) -> LanguageDataset:
         task = "mrg" if args.stage == "mrg" else settings.questions
         return LanguageDataset(
-            manifest, split, task, setup.tokenizer, model.visual_tokens, config.max_text, slices=setup.guided, cache=cache, **changes
+            manifest, split, task, setup.tokenizer, model.visual_tokens, config.max_text, slices=setup.guided, cache=cache,
+            listed=settings.list_epochs > 0, **changes,
         )
 
     train_set = data(

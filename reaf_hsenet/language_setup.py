@@ -17,7 +17,7 @@ from reaf_hsenet.config import (
     stage_config,
     to_dict,
 )
-from reaf_hsenet.data.language import add_image_tokens
+from reaf_hsenet.data.language import LIST_END, add_image_tokens
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, label_list, questions, report_prompts, templates
 from reaf_hsenet.data.text import clean_report
@@ -112,8 +112,9 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
         raise InputError("--full, --int8, --lora-*: are of a --decoder with weights; a new one is trained whole")
     if args.int8 and args.full:
         raise InputError("--int8: weights in eight bits are not trained; leave out --full")
-    if args.decoder is not None or any(entry["labels"] is None for entry in manifest.entries("train")):
-        settings = replace(settings, list_epochs=0)
+    unlabelled = any(entry["labels"] is None for split in ("train", "validation") for entry in manifest.entries(split))
+    if args.decoder is not None or unlabelled:
+        settings = replace(settings, label_epochs=0, list_epochs=0)
     tokenizer, decoder, known = text_side(args, manifest, settings, say)
     full = args.full or known is None
     options = {name.removeprefix("lora_"): v for name, v in given(args, ("lora_r", "lora_alpha", "lora_dropout")).items()}
@@ -132,7 +133,7 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
     )
     config = replace(config, max_text=text_length(args, config))
     if not config.train_vision:  # frozen encoders stay as they are
-        settings = replace(settings, calibrate=0)
+        settings = replace(settings, calibrate=0, label_epochs=0)
     origin = {
         "init": located(first.folder),
         "encoders": [
@@ -188,6 +189,8 @@ def text_side(
             texts += templates(settings.questions)
         tokenizer = train_words(texts, 1000)
         add_image_tokens(tokenizer)
+        if settings.list_epochs and args.stage == "mrg":
+            tokenizer.add_tokens([LIST_END])
         return tokenizer, tiny_decoder(tokenizer), None
     folder = find_folder(args.decoder, FILES)
     tokenizer, config = load_tokenizer(folder), DecoderConfig.from_folder(folder)

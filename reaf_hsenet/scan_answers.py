@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet.answering import answer_text, check_context, prompt_embeddings, question_ids, stop_ids
+from reaf_hsenet.data.language import LIST_END
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.generation import Sampling, steps
 from reaf_hsenet.mllm_config import MllmConfig, build_mllm
@@ -54,9 +55,12 @@ def stream_answer(
         sampling=sampling, pad_id=tokenizer.pad_id,
     )  # fmt: skip
     ids, shown, text = [], 0, ""
+    mark = tokenizer.ids.get(LIST_END)
     for token, _ in made:
         ids.append(int(token))
         text = answer_text(model, tokenizer, ids)
+        if mark is not None and mark not in ids:
+            continue  # what is there so far may be the list of labels
         if (end := max(text.rfind(" "), text.rfind("\n"))) > shown:
             yield text[shown:end]
             shown = end

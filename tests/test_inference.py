@@ -20,7 +20,7 @@ import evaluate
 from conftest import ROOT
 from language_run import CONTEXT, write_language_run
 from reaf_hsenet import figures, inference, load, scan_answers
-from reaf_hsenet.answering import answer
+from reaf_hsenet.answering import answer, answer_text
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import PRESETS, RECIPES, GuidedVisionConfig, to_dict
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
@@ -207,6 +207,21 @@ def test_text_comes_while_it_is_made(runs, scans, monkeypatch):
     assert 0 < len(made) < 20
     rest = list(pieces)
     assert len(rest) > 5 and first + "".join(rest) == model.report(scans[0], new_tokens=40, sampling=sampling)
+
+
+def test_a_report_is_what_follows_the_list_of_labels(runs, scans, monkeypatch):
+    """A text without the token that ends a list is shown as it is."""
+    model, made = load(runs / "mrg-hsenet"), None
+    tokenizer = model.run.tokenizer
+    tokenizer.add_tokens(["<list_end>"])
+    monkeypatch.setattr(scan_answers, "steps", lambda *a, **k: ((torch.tensor(token), None) for token in made))
+    listed, written = (tokenizer.encode(text, special_tokens=False) for text in ("effusion, nodule", " Heart size is normal."))
+    for made, text in (
+        ([*listed, tokenizer.id_of("<list_end>"), *written], "Heart size is normal."),
+        (written, "Heart size is normal."),
+    ):
+        assert "".join(model.stream(scans[0])).strip() == text
+        assert answer_text(model.run.model, tokenizer, made) == text
 
 
 def test_an_answer_is_as_long_as_asked_for_or_as_the_context_allows(runs, scans, monkeypatch):

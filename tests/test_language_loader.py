@@ -8,7 +8,8 @@ from reaf_hsenet.config import Augmentation
 from reaf_hsenet.data.language import IMAGE_TOKEN, add_image_tokens
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.data.questions import report_prompts
+from reaf_hsenet.data.questions import label_list, report_prompts
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.word_tokenizer import train_words
 
@@ -93,3 +94,11 @@ def test_the_first_epochs_ask_for_the_list_of_labels(manifest, tokenizer):
     assert data.text(row, rng, 2)[0] in report_prompts() and data.text(row, rng)[0] in report_prompts()
     listed, written = data[1, row][0], data[2, row][0]
     assert len(listed.ids) < len(written.ids)
+
+
+def test_a_listed_report_is_learned_after_its_labels_and_evaluated_without_them(manifest, tokenizer):
+    data = reports(manifest, tokenizer, listed=True)
+    row = next(i for i, entry in enumerate(data.entries) if sum(entry["labels"]) > 1)
+    rng, plain = np.random.default_rng(0), clean_report(data.entries[row]["text"])
+    assert data.text(row, rng)[1] == plain
+    assert data.text(row, rng, 0)[1] == label_list(manifest, data.entries[row]) + "<list_end>" + plain

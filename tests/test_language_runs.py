@@ -74,7 +74,10 @@ def test_report_generation_trains_encoders_packers_and_a_new_decoder(stages, fin
     assert any(name.startswith("encoders.1.guidance.") for name in saved) and "decoder.embed_tokens.weight" in saved
     first = train.main(language(stages, stages / "start", "--max-steps", 1, "--lr", 1e-12))
     assert first == 0
-    start = load_mllm(stages / "start").model
+    learned = load_mllm(stages / "start").model.encoders  # of the labels, before the first step
+    assert not torch.allclose(learned[0].cls_token, stage_1.model.vision.cls_token, atol=1e-9)
+    assert train.main(language(stages, stages / "frozen", "--max-steps", 1, "--no-train-vision")) == 0
+    start = load_mllm(stages / "frozen").model
     assert torch.allclose(start.encoders[0].cls_token, stage_1.model.vision.cls_token, atol=1e-9)
     assert torch.allclose(start.encoders[1].cls_token, stage_2.model.vision.cls_token, atol=1e-9)
     losses = [r["loss"] for r in Run(finished).read_log() if "loss" in r]

@@ -15,6 +15,7 @@ from reaf_hsenet.tokenizer import Tokenizer
 IGNORED = -100  # a label that is not learned
 IMAGE_TOKEN = "<im_patch>"
 ADDED_TOKENS = (IMAGE_TOKEN, "<bx_start>", "<bx_end>", "[SEG]")
+LIST_END = "<list_end>"  # in vocabularies of models that name the labels before they write; not published
 
 
 class LanguageExample(NamedTuple):

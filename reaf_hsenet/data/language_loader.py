@@ -16,6 +16,7 @@ from reaf_hsenet.data.bad_volumes import Unreadable
 from reaf_hsenet.data.feature_cache import FeatureCache
 from reaf_hsenet.data.language import (
     IGNORED,
+    LIST_END,
     LanguageExample,
     collate_examples,
     language_example,
@@ -59,7 +60,8 @@ class LanguageDataset(Dataset):
 
     image_tokens: visual tokens that the model makes of a volume. max_text: tokens, image tokens included. prompt: one for
     all reports, in place of the published ones that are drawn. cache: of the encoders' features, read in place of volumes.
-    list_epochs: in these first epochs every row asks for the list of its scan's labels.
+    list_epochs: in these first epochs every row asks for the list of its scan's labels. listed: a report to be learned begins
+    with that list.
     """
 
     def __init__(
@@ -77,12 +79,13 @@ class LanguageDataset(Dataset):
         prompt: str | None = None,
         cache: FeatureCache | None = None,
         list_epochs: int = 0,
+        listed: bool = False,
     ):
         self.manifest, self.entries, self.task = manifest, manifest.entries(split), task
         self.rows = [(i, None) for i in range(len(self.entries))] if task == "mrg" else questions(manifest, split, task)
         self.tokenizer, self.image_tokens, self.max_text = tokenizer, image_tokens, max_text
         self.augmentation, self.seed, self.prompt, self.cache = augmentation, seed, prompt, cache
-        self.slices, self.slices_follow, self.list_epochs = slices, slices_follow, list_epochs
+        self.slices, self.slices_follow, self.list_epochs, self.listed = slices, slices_follow, list_epochs, listed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,11 +95,12 @@ class LanguageDataset(Dataset):
 
     def text(self, row: int, rng: np.random.Generator, epoch: int | None = None) -> tuple[str, str]:
         """(question, answer) of a row, in an epoch of training; a report without quotes and brackets, as published."""
-        entry, asked = self.rows[row]
+        entry, asked = self.entries[self.rows[row][0]], self.rows[row][1]
         if epoch is not None and epoch < self.list_epochs:
-            return LIST_QUESTION, label_list(self.manifest, self.entries[entry])
+            return LIST_QUESTION, label_list(self.manifest, entry)
         if asked is None:
-            return self.prompt or report_prompt(rng), clean_report(self.entries[entry]["text"])
+            named = label_list(self.manifest, entry) + LIST_END if self.listed and epoch is not None else ""
+            return self.prompt or report_prompt(rng), named + clean_report(entry["text"])
         return question_answer(asked, rng)
 
     def __getitem__(self, key: tuple[int, int]):
