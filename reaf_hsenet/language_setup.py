@@ -17,9 +17,9 @@ from reaf_hsenet.config import (
     stage_config,
     to_dict,
 )
-from reaf_hsenet.data.language import LIST_END, add_image_tokens
+from reaf_hsenet.data.language import LIST_END, add_image_tokens, label_token
 from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.data.questions import LIST_QUESTION, label_list, questions, report_prompts, templates
+from reaf_hsenet.data.questions import LIST_QUESTION, questions, report_prompts, templates
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.decoder_config import DecoderConfig
 from reaf_hsenet.distributed import Ranks
@@ -182,7 +182,7 @@ def text_side(
         say("no --decoder: a small one starts from nothing, with a vocabulary of the training texts")
         texts = [clean_report(entry["text"]) for entry in manifest.entries("train")] + list(report_prompts())
         if settings.list_epochs:
-            texts += [LIST_QUESTION, *(label_list(manifest, entry) for entry in manifest.entries("train"))]
+            texts.append(LIST_QUESTION)
         if args.stage == "vqa":
             asked = [row for _, row in questions(manifest, "train", settings.questions)]
             texts = [text for row in asked for text in (row.get("question", ""), row["answer"], row["abnormality"], row["anatomy"])]
@@ -190,7 +190,7 @@ def text_side(
         tokenizer = train_words(texts, 1000)
         add_image_tokens(tokenizer)
         if settings.list_epochs and args.stage == "mrg":
-            tokenizer.add_tokens([LIST_END])
+            tokenizer.add_tokens([*map(label_token, manifest.labels), LIST_END])
         return tokenizer, tiny_decoder(tokenizer), None
     folder = find_folder(args.decoder, FILES)
     tokenizer, config = load_tokenizer(folder), DecoderConfig.from_folder(folder)

@@ -101,4 +101,7 @@ def test_a_listed_report_is_learned_after_its_labels_and_evaluated_without_them(
     row = next(i for i, entry in enumerate(data.entries) if sum(entry["labels"]) > 1)
     rng, plain = np.random.default_rng(0), clean_report(data.entries[row]["text"])
     assert data.text(row, rng)[1] == plain
-    assert data.text(row, rng, 0)[1] == label_list(manifest, data.entries[row]) + "<list_end>" + plain
+    named = [f"<{name}>" for name in label_list(manifest, data.entries[row]).split(", ")]
+    assert data.text(row, rng, 0)[1] == "".join(named) + "<list_end>" + plain
+    listing = reports(manifest, tokenizer, listed=True, list_epochs=1)
+    assert listing.text(row, rng, 0) == ("Which abnormalities does this scan show?", "".join(named) + "<list_end>")

@@ -31,6 +31,11 @@ def add_image_tokens(tokenizer: Tokenizer) -> list[int]:
     return tokenizer.add_tokens(list(ADDED_TOKENS[:-1])) + tokenizer.add_tokens([ADDED_TOKENS[-1]], special=False)
 
 
+def label_token(name: str) -> str:
+    """One token for a label's name. A list of them is easier to write by than words, which labels share."""
+    return f"<{name.lower()}>"
+
+
 def question_text(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> str:
     """bos as text, one <im_patch> per visual token, the prompt. To be encoded with special_tokens=False."""
     if image_tokens and tokenizer.bos is None:

@@ -19,6 +19,7 @@ from reaf_hsenet.data.language import (
     LIST_END,
     LanguageExample,
     collate_examples,
+    label_token,
     language_example,
     question_text,
 )
@@ -61,7 +62,7 @@ class LanguageDataset(Dataset):
     image_tokens: visual tokens that the model makes of a volume. max_text: tokens, image tokens included. prompt: one for
     all reports, in place of the published ones that are drawn. cache: of the encoders' features, read in place of volumes.
     list_epochs: in these first epochs every row asks for the list of its scan's labels. listed: a report to be learned begins
-    with that list.
+    with that list, a token a label.
     """
 
     def __init__(
@@ -97,11 +98,15 @@ class LanguageDataset(Dataset):
         """(question, answer) of a row, in an epoch of training; a report without quotes and brackets, as published."""
         entry, asked = self.entries[self.rows[row][0]], self.rows[row][1]
         if epoch is not None and epoch < self.list_epochs:
-            return LIST_QUESTION, label_list(self.manifest, entry)
+            return LIST_QUESTION, self.label_tokens(entry) if self.listed else label_list(self.manifest, entry)
         if asked is None:
-            named = label_list(self.manifest, entry) + LIST_END if self.listed and epoch is not None else ""
+            named = self.label_tokens(entry) if self.listed and epoch is not None else ""
             return self.prompt or report_prompt(rng), named + clean_report(entry["text"])
         return question_answer(asked, rng)
+
+    def label_tokens(self, entry: dict) -> str:
+        present = zip(self.manifest.labels, entry["labels"], strict=True)
+        return "".join(label_token(name) for name, value in present if value) + LIST_END
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, row = key
