@@ -74,7 +74,7 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
         task = "mrg" if args.stage == "mrg" else settings.questions
         return LanguageDataset(
             manifest, split, task, setup.tokenizer, model.visual_tokens, config.max_text, slices=setup.guided, cache=cache,
-            listed=settings.list_epochs > 0, **changes,
+            **changes,
         )
 
     train_set = data(

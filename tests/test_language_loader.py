@@ -1,5 +1,7 @@
 """Batches of the language stages: layout, prompts, padding, determinism."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -96,12 +98,15 @@ def test_the_first_epochs_ask_for_the_list_of_labels(manifest, tokenizer):
     assert len(listed.ids) < len(written.ids)
 
 
-def test_a_listed_report_is_learned_after_its_labels_and_evaluated_without_them(manifest, tokenizer):
-    data = reports(manifest, tokenizer, listed=True)
+def test_with_tokens_for_labels_a_report_is_learned_after_their_list_and_evaluated_without(manifest, tokenizer):
+    listing = deepcopy(tokenizer)
+    listing.add_tokens([*(f"<{name.lower()}>" for name in manifest.labels), "<list_end>"])
+    data = reports(manifest, listing, list_epochs=1)
     row = next(i for i, entry in enumerate(data.entries) if sum(entry["labels"]) > 1)
     rng, plain = np.random.default_rng(0), clean_report(data.entries[row]["text"])
+    named = "".join(f"<{name}>" for name in label_list(manifest, data.entries[row]).split(", ")) + "<list_end>"
     assert data.text(row, rng)[1] == plain
-    named = [f"<{name}>" for name in label_list(manifest, data.entries[row]).split(", ")]
-    assert data.text(row, rng, 0)[1] == "".join(named) + "<list_end>" + plain
-    listing = reports(manifest, tokenizer, listed=True, list_epochs=1)
-    assert listing.text(row, rng, 0) == ("Which abnormalities does this scan show?", "".join(named) + "<list_end>")
+    assert data.text(row, rng, 1)[1] == named + plain
+    assert data.text(row, rng, 0) == ("Which abnormalities does this scan show?", named)
+    learned = [label for label in data[0, row][0].labels if label != -100]
+    assert len(learned) == len(label_list(manifest, data.entries[row]).split(", ")) + 3  # and a space, the ends of list and answer

@@ -61,8 +61,8 @@ class LanguageDataset(Dataset):
 
     image_tokens: visual tokens that the model makes of a volume. max_text: tokens, image tokens included. prompt: one for
     all reports, in place of the published ones that are drawn. cache: of the encoders' features, read in place of volumes.
-    list_epochs: in these first epochs every row asks for the list of its scan's labels. listed: a report to be learned begins
-    with that list, a token a label.
+    list_epochs: in these first epochs every row asks for the list of its scan's labels. Where the tokenizer has tokens for labels, a
+    report to be learned begins with that list.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class LanguageDataset(Dataset):
         prompt: str | None = None,
         cache: FeatureCache | None = None,
         list_epochs: int = 0,
-        listed: bool = False,
     ):
         self.manifest, self.entries, self.task = manifest, manifest.entries(split), task
         self.rows = [(i, None) for i in range(len(self.entries))] if task == "mrg" else questions(manifest, split, task)
         self.tokenizer, self.image_tokens, self.max_text = tokenizer, image_tokens, max_text
         self.augmentation, self.seed, self.prompt, self.cache = augmentation, seed, prompt, cache
-        self.slices, self.slices_follow, self.list_epochs, self.listed = slices, slices_follow, list_epochs, listed
+        self.slices, self.slices_follow, self.list_epochs = slices, slices_follow, list_epochs
+        self.listed = LIST_END in tokenizer.ids
 
     def __len__(self) -> int:
         return len(self.rows)
