@@ -1,5 +1,6 @@
 """What a step costs: samples per second, the share of time that waits for data, model FLOPs utilisation, memory, a trace."""
 
+import re
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.profiler import profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
-# Peak FLOP/s of dense 16-bit matrix products, from the vendor's data sheets; the first name that a device's has in it.
+# Peak FLOP/s of dense 16-bit matrix products, from the vendor's data sheets; the first name that stands in a device's as whole words.
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -23,6 +24,7 @@ PEAKS = {
     "A40": 149.7e12,
     "RTX A6000": 154.8e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
 }
 PROFILED = (5, 10)  # first and last step of --profile, counted from where the process starts
@@ -33,7 +35,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
     if device.type != "cuda" or dtype is None:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
+    return next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 class Meter:

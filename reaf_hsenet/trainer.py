@@ -215,7 +215,7 @@ class Trainer:
         measured = self.meter.read(self.peak, "hfu" if self.config.grad_checkpoint else "mfu")
         shown = [f"loss {done.loss:.3f}", f"gradient {done.norm:.2g}", f"{measured['samples_per_s']:.1f} samples/s"]
         shown += [f"{name} {measured[name]:.0%}" for name in ("waiting", "mfu", "hfu") if name in measured]
-        self.bar.set_postfix_str(", ".join(shown))
+        self.bar.set_postfix_str(", ".join([*shown, f"{measured['memory_gb']:.1f} GB"]))
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}  # JSON has no others
         self._record({**self._place(), **finite, **{k: n for k, n in counts.items() if n}, **measured})
 

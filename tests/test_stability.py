@@ -24,7 +24,7 @@ from reaf_hsenet.contrastive import Contrastive
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.stability import Stability, clip_gradients, diagnosis, not_finite
-from reaf_hsenet.step_log import Meter, count_flops
+from reaf_hsenet.step_log import Meter, count_flops, peak_flops
 from reaf_hsenet.trainer import Trainer
 from test_killed_runs import forks, one_rank, start  # noqa: F401
 from test_train import finished, keep_signal_handlers, numbers, same_weights, tiny, weights, wrong  # noqa: F401
@@ -199,6 +199,15 @@ def test_utilisation_is_flops_per_second_over_the_devices_peak_and_counting_chan
         assert all(r[name] == pytest.approx(r["samples_per_s"] * counted[-1] / 1e12) for r in steps)
     assert len(counted) == 2 and counted[1] > counted[0]  # once a run; with what is computed again
     assert same_weights(tmp_path / "mfu", finished)
+
+
+def test_a_gpus_peak_is_that_of_its_whole_name(monkeypatch):
+    names = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA L4": 121e12,
+             "NVIDIA L40": 181e12, "NVIDIA RTX A4000": None, "Tesla V100-SXM2-16GB": None}  # fmt: skip
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert peak_flops(torch.device("cuda"), None) is peak_flops(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_the_share_of_waiting_is_the_time_until_a_batch_is_there(monkeypatch):

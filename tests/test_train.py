@@ -170,6 +170,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(prepared, finishe
         if "loss" in a:
             assert b["loss"] == pytest.approx(a["loss"], abs=2e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
     assert done.stderr.count("train: 100%") >= 1 and "step 8: validation" in done.stderr + done.stdout
+    assert all(shown in done.stderr for shown in (" samples/s", "gradient ", "waiting ", " GB"))
 
 
 def test_more_processes_than_samples_is_one_line(prepared, tmp_path):
