@@ -1,6 +1,7 @@
 """A user's mistake: one line that names the file or flag, says what was expected and what to do."""
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -56,8 +57,12 @@ class Command(Parser):
         self.prog = prog
 
 
+def _alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
 def _first_to_fail() -> bool:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _alone():
         return True
     from reaf_hsenet import distributed  # with torch, which an error in a flag does not need
 
@@ -83,4 +88,10 @@ def run_script(main: Callable[[list[str]], int | None], argv: list[str] | None =
         if _first_to_fail():
             raise
         code = 1
+    if not _alone():
+        # DDP keeps gloo's threads past the process group, and one that frees a tensor while Python ends aborts the process.
+        atexit._run_exitfuncs()  # ends loader processes; what sys.exit would call has no public name
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
     sys.exit(code)
