@@ -25,6 +25,8 @@ from reaf_hsenet.pretrained import read_weights_file
 CONFIG = {"stage": (str,), "model": (dict,), "recipe": (dict,), "data": (str, type(None))}
 CONFIG |= {"origin": (dict, type(None)), "slices": (dict, type(None))}
 
+FILES = ("model.safetensors", "trainer.pt")  # of a step
+
 
 class Run:
     """One training run on disk."""
@@ -89,7 +91,7 @@ class Run:
         """
         for path in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed
             shutil.rmtree(path, ignore_errors=True)
-        for path in self.checkpoints.glob("step-*"):
+        for path in self.all():
             if _step(path) > step:
                 _remove(path)
         records = [r for r in self.read_log()[:lines] if r["step"] <= step]
@@ -118,6 +120,11 @@ class Run:
     def at(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
         return self.checkpoints / f"step-{step:06d}"
+
+    def all(self) -> list[Path]:
+        """The steps' folders, in order. Others, such as a copy that somebody made, are left alone."""
+        folders = (path for path in self.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+        return sorted(folders, key=_step)
 
     def save(self, step: int, model: dict, trainer: dict, keep: int, best: bool) -> None:
         """Write a checkpoint under a temporary name, rename it, then move the pointers and delete older ones.
@@ -148,8 +155,8 @@ class Run:
                 f"{target}: cannot be written ({' '.join(str(error).split())[:120]}): free space; the "
                 "checkpoints before it are kept"
             ) from error
-        kept = {self.pointer("last"), self.pointer("best"), *sorted(self.checkpoints.glob("step-*"), key=_step)[-keep:]}
-        for path in set(self.checkpoints.glob("step-*")) - kept:
+        steps = self.all()
+        for path in set(steps) - {self.pointer("last"), self.pointer("best"), *steps[-keep:]}:
             _remove(path)
 
     def load_model(self, name: str = "best") -> tuple[dict, Path]:
@@ -173,7 +180,7 @@ class Run:
         """
         last, reasons = self.pointer("last"), []
         newest = _step(last) if last is not None and last.is_dir() else math.inf
-        for folder in sorted(self.checkpoints.glob("step-*"), key=_step, reverse=True):
+        for folder in reversed(self.all()):
             if _step(folder) <= newest:
                 reason = damage(folder)
                 if reason is None:
@@ -198,11 +205,12 @@ class Run:
 def damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
     """What of a checkpoint's files (or of `names`) is not as it was written, a sentence; None when all is.
 
-    Without a checkpoint.json, as earlier versions saved, nothing is known and nothing found.
+    Without a checkpoint.json, as earlier versions saved, only what is absent is found.
     """
     record = folder / "checkpoint.json"
     if not record.is_file():
-        return None
+        absent = next((folder / name for name in names or FILES if not (folder / name).is_file()), None)
+        return absent and f"{absent}: no such file"
     try:
         files = read_json(record)["files"]
         written = {folder / name: (files[name]["bytes"], files[name]["sha256"]) for name in names or files}

@@ -37,9 +37,12 @@ def spoil(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "changed", "absent"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_newest_that_is_whole(tmp_path, file, how):
     run = save(tmp_path, 1, 3, 4)
-    if (file, how) == ("checkpoint.json", "absent"):
-        return  # as earlier versions saved: nothing is known of the files
     spoil(run.at(4) / file, how)
+    if (file, how) == ("checkpoint.json", "absent"):  # as earlier versions saved: nothing is known of the files but their names
+        assert run.newest_valid() == (run.at(4), [])
+        (run.at(4) / "trainer.pt").unlink()
+        assert run.newest_valid() == (run.at(3), [f"{run.at(4) / 'trainer.pt'}: no such file"])
+        return
     spoil(run.at(3) / file, how)
     folder, reasons = run.newest_valid()
     assert folder == run.at(1) and len(reasons) == 2 and all("\n" not in reason for reason in reasons)
@@ -48,6 +51,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_that_is_whole(tmp_pa
     spoil(run.at(1) / file, how)
     with pytest.raises(InputError, match="no other checkpoint is left"):
         run.newest_valid()
+
+
+def test_a_copy_made_by_hand_is_left_alone(tmp_path):
+    run = save(tmp_path, 1, 2)
+    copy = shutil.copytree(run.at(1), run.checkpoints / "step-000001-good")
+    save(tmp_path, 3, 4, keep=1)
+    assert run.newest_valid() == (run.at(4), [])
+    run.forget_after(2)
+    assert run.all() == [run.at(2)] and (copy / "model.safetensors").is_file()
 
 
 def test_an_evaluation_does_not_read_damaged_weights(tmp_path):
