@@ -12,7 +12,8 @@ import torch
 import train
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import Augmentation
-from reaf_hsenet.data.loader import CTReportDataset
+from reaf_hsenet.data.bad_volumes import Unreadable
+from reaf_hsenet.data.loader import CTReportDataset, read_sample
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.data.workers import batches, make_loader
@@ -53,6 +54,16 @@ def spoil(path: Path, how: str = "NaN") -> str:
     else:
         path.unlink()
     return path.stem
+
+
+@pytest.mark.parametrize("shape", ["(4, 4, 4", "(9999999, 9999999, 9)", "(99999999999999999999, 4)"])
+def test_a_damaged_header_is_a_bad_volume(data, shape):
+    """A bracket that is not closed, more than there is memory for, more than there are numbers for."""
+    manifest, path = load_manifest(data), volume(data, 0)
+    header = f"{{'descr': '<f2', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(4096))
+    found = read_sample(manifest, manifest.entries("train")[0], slices=False)
+    assert isinstance(found, Unreadable) and found.reason.startswith(f"{path}: cannot be read") and "\n" not in found.reason
 
 
 def bad_records(run: Path) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tokenize import TokenError
 from zipfile import BadZipFile
 
 import numpy as np
@@ -184,7 +185,8 @@ def _load(path: Path, again: str) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; {again}") from error
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, TokenError, MemoryError, OverflowError) as error:
+        # The last three: a header that is cut, or that claims more than there is.
         raise InputError(f"{path}: cannot be read ({error}); delete it and {again}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
         held = array.dtype if isinstance(array, np.ndarray) else "several arrays"
