@@ -136,7 +136,7 @@ def one_rank(rank: int, world: int, path: str) -> None:
 
 
 def test_two_processes_have_the_stage_2_gradients_of_one(tmp_path):
-    mp.spawn(one_rank, (2, str(tmp_path)), nprocs=2)
+    mp.start_processes(one_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     teacher, student = models()
     batch = double(data())
     guided(teacher).loss(encode(student, batch), batch, 0)[0].backward()

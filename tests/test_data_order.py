@@ -93,7 +93,7 @@ def run_ranks(world: int, *rest) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(train_and_note, (world, port, *rest), nprocs=world)
+    mp.start_processes(train_and_note, (world, port, *rest), nprocs=world, start_method="forkserver")
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])

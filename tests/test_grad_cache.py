@@ -131,7 +131,7 @@ def one_rank(rank: int, world: int, path: str, train: bool) -> None:
 
 @pytest.mark.parametrize("train", [False, True])
 def test_two_processes_cache_the_gradients_of_the_global_batch(tmp_path, train):
-    mp.spawn(one_rank, (2, str(tmp_path), train), nprocs=2)
+    mp.start_processes(one_rank, (2, str(tmp_path), train), nprocs=2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
     if train:
         expected = ranks[0]["whole"]

@@ -33,7 +33,7 @@ def one_rank(rank: int, world: int, path: str) -> None:
 
 
 def test_two_processes_have_the_gradients_of_one_with_the_concatenated_batch(tmp_path):
-    mp.spawn(one_rank, (2, str(tmp_path)), nprocs=2)
+    mp.start_processes(one_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     torch.manual_seed(0)
     model = build_dual_encoder(TINY).double().eval()
     volume, ids, mask = batch(6)
@@ -91,7 +91,7 @@ def unequal_rank(rank: int, path: str, counts: list[int]) -> None:
 
 @pytest.mark.parametrize("counts", [[1, 3], [4, 0]])
 def test_ranks_with_unequal_or_no_rows_have_the_gradients_of_one_process_with_all(tmp_path, counts):
-    mp.spawn(unequal_rank, (str(tmp_path), counts), nprocs=2)
+    mp.start_processes(unequal_rank, (str(tmp_path), counts), nprocs=2, start_method="forkserver")
     torch.manual_seed(0)
     model = build_dual_encoder(TINY).double().eval()
     volume, ids, mask = (t[:4] for t in batch(6))

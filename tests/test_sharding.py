@@ -69,7 +69,7 @@ def one_rank(rank: int, path: str, tied: bool, checkpointing: bool) -> None:
 
 @pytest.mark.parametrize(("tied", "checkpointing"), [(True, False), (False, True)])
 def test_sharded_gradients_are_those_of_one_process(tmp_path, tied, checkpointing):
-    mp.spawn(one_rank, (str(tmp_path), tied, checkpointing), nprocs=2)
+    mp.start_processes(one_rank, (str(tmp_path), tied, checkpointing), nprocs=2, start_method="forkserver")
     model = small(tied)
     expected = gradients(model, batch(), 17)
     norm = clip_gradients(model, 0.5)

@@ -74,7 +74,7 @@ def sent(argv: list[str], path: Path) -> dict[str, int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = [*argv, "--max-steps", "4", "--validate-every", "1"]
-    mp.spawn(counting_rank, (port, argv, path), nprocs=2)
+    mp.start_processes(counting_rank, (port, argv, path), nprocs=2, start_method="forkserver")
     one, two = (torch.load(path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one == two
     gathered = one["all_gather_into_tensor"] + one["all_gather_single"]
