@@ -79,11 +79,12 @@ def run(*command: str) -> None:
 
 
 def test_data(method: str) -> Path:
-    """Patients that no choice was made on, in the method's recipe for phantoms."""
-    out = ROOT / f"data/ablation-{'hsenet' if method == 'mrg' else method}"
+    """Patients that no choice was made on, in the recipe of the method's encoders for phantoms."""
+    recipe = "hsenet" if method == "mrg" else method
+    out = ROOT / f"data/ablation-{recipe}"
     if not (out / "manifest.json").is_file():
         # A training split is asked of the generator; its smallest is enough.
-        run("preprocess.py", "--dataset", "phantom", "--out", str(out), "--recipe", method,
+        run("preprocess.py", "--dataset", "phantom", "--out", str(out), "--recipe", recipe,
             "--seed", str(TEST_SEED), "--train-size", "1", "--valid-size", str(TEST_SIZE), "--workers", "2")  # fmt: skip
     return out
 
