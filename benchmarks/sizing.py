@@ -292,7 +292,8 @@ def tables(given: argparse.Namespace) -> str:
         for precision in ("fp32", "bf16"):
             for checkpointed in (False, True):
                 gb = [f"{sizes.memory(b, precision, checkpointed, 8) / GB:.0f}" for b in BATCHES]
-                moving.append([case.name, precision, "yes" if checkpointed else "no",
+                name = precision if precision == "fp32" or case.sharded else "bf16, fp16"  # which keep as many bytes
+                moving.append([case.name, name, "yes" if checkpointed else "no",
                                f"{sizes.activations(1, precision, checkpointed) / GB:.2f}", *gb])  # fmt: skip
         row = [case.name, str(case.batch)]
         line = [case.name, str(case.batch), "yes" if case.checkpointed else "no"]

@@ -76,12 +76,15 @@ class Run:
         self.unwritten.clear()
 
     def read_log(self) -> list[dict]:
+        """The records, each with its step. Other lines are left out."""
         path, records = self.folder / "log.jsonl", []
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 continue  # the last line of a run that was killed while writing it
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
         return records
 
     def forget_after(self, step: int, lines: int | None = None) -> None:

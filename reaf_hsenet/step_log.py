@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # Peak FLOP/s of dense 16-bit matrix products, from the vendor's data sheets; the first name that stands in a device's as whole words.
 PEAKS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -23,9 +24,14 @@ PEAKS = {
     "A30": 165e12,
     "A40": 149.7e12,
     "RTX A6000": 154.8e12,
+    "RTX 4090": 165.2e12,
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
+    "V100-PCIE": 112e12,
+    "V100": 125e12,
+    "MI300X": 1307e12,
+    "MI250X": 191.5e12,  # half a card is a device
 }
 PROFILED = (5, 10)  # first and last step of --profile, counted from where the process starts
 

@@ -6,6 +6,7 @@ needs no random state to continue.
 """
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -186,7 +187,7 @@ class Trainer:
             stability.overflows += 1
         elif done.trouble is not None:
             self._skipped(done.trouble, group)
-        elif (usual := stability.spike(done.loss)) is not None:
+        elif math.isfinite(done.loss) and (usual := stability.spike(done.loss)) is not None:
             self._record({**self._place(), "spike": done.loss, "usual": usual, "samples": self._samples(group)})
         return done
 
@@ -294,3 +295,6 @@ class Trainer:
 
     def _note_signal(self, number: int, frame) -> None:
         self.signal = number
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes one Ctrl-C on twice
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._say("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without")

@@ -28,7 +28,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Outcome:
     """Of a step, the same on every rank. numbers: the job's own. signal: one that a rank has received, or 0.
 
-    trouble: what was not finite, so that the step was skipped. overflow: skipped while fp16's loss scale finds its size.
+    loss and norm are NaN where no rank could read anything. trouble: what was not finite, so that the step was skipped. overflow: skipped while fp16's loss scale finds its size.
     """
 
     loss: float
@@ -78,7 +78,7 @@ class TrainingStep:
         told = distributed.gather_equal(torch.stack([loss.float(), norm, torch.full_like(norm, signal())]))
         losses, norms, signals = zip(*told.tolist(), strict=True)
         if not group:
-            return Outcome(0.0, {}, 0.0, int(max(signals)), None, False)
+            return Outcome(math.nan, {}, math.nan, int(max(signals)), None, False)
         trouble, overflow = None, False
         if all(map(math.isfinite, (*losses, *norms))):
             self.optimizer.step()

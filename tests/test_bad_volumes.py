@@ -188,12 +188,12 @@ def test_language_runs_leave_bad_volumes_out_even_where_a_whole_step_is_empty(st
     arguments[arguments.index("--batch-size") + 1] = "1"
     assert train.main(arguments) == 0
     steps = [r for r in Run(root / "plain").read_log() if "lr" in r]
-    assert sum(r["grad_norm"] == 0 for r in steps) == 2 and all(np.isfinite(r["loss"]) for r in steps)
+    assert sum(not {"loss", "grad_norm"} & set(r) for r in steps) == 2  # nothing is said of a step of nothing
     assert {name for _, name in bad_records(root / "plain")} == bad
     arguments[arguments.index(str(root / "plain"))] = str(root / "cached")
     assert train.main([*arguments, "--cache-features", str(root / "features")]) == 0
     assert {name for _, name in bad_records(root / "cached")} == bad
-    losses = [[r["loss"] for r in Run(root / name).read_log() if "lr" in r] for name in ("plain", "cached")]
+    losses = [[r["loss"] for r in Run(root / name).read_log() if "loss" in r] for name in ("plain", "cached")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 

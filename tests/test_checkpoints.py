@@ -62,6 +62,15 @@ def test_a_copy_made_by_hand_is_left_alone(tmp_path):
     assert run.all() == [run.at(2)] and (copy / "model.safetensors").is_file()
 
 
+def test_damaged_lines_of_the_log_are_left_out(tmp_path):
+    run = save(tmp_path, 1)
+    run.log({"step": 1, "loss": 2.0})
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(b'{"loss": 1.0}\n[1]\n3\n\xff\xfe\n{"step": "x"}\n{"step": 1, "lo')
+    run.forget_after(1)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
 def test_an_evaluation_does_not_read_damaged_weights(tmp_path):
     run = save(tmp_path, 1)
     spoil(run.at(1) / "model.safetensors", "changed")

@@ -203,7 +203,9 @@ def test_utilisation_is_flops_per_second_over_the_devices_peak_and_counting_chan
 
 def test_a_gpus_peak_is_that_of_its_whole_name(monkeypatch):
     names = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA L4": 121e12,
-             "NVIDIA L40": 181e12, "NVIDIA RTX A4000": None, "Tesla V100-SXM2-16GB": None}  # fmt: skip
+             "NVIDIA L40": 181e12, "NVIDIA RTX A4000": None, "Tesla V100-SXM2-16GB": 125e12,
+             "Tesla V100-PCIE-32GB": 112e12, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
+             "AMD Instinct MI250X/MI250": 191.5e12}  # fmt: skip
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak

@@ -113,6 +113,16 @@ def test_an_interrupted_run_resumes_bit_for_bit(prepared, finished, tmp_path, mo
     assert numbers(out) == numbers(finished)
 
 
+def test_a_second_ctrl_c_ends_within_the_step(prepared, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    stop_at(monkeypatch, 3, signal.SIGINT)
+    stop_at(monkeypatch, 3, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(tiny(prepared, out, "--max-steps", 8, "--save-every", 2))
+    assert Run(out).pointer("last").name == "step-000002"
+    assert "Ctrl-C again stops at once" in capsys.readouterr().out
+
+
 def test_resuming_forgets_what_was_logged_after_the_checkpoint(prepared, finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
     (out / "checkpoints/last").write_text("step-000003\n")
