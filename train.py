@@ -126,7 +126,9 @@ def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSet
     values, last = run.read_config(), run.pointer("last")
     now = json.loads(json.dumps(setup.values()))
     same = all(values.get(name) == now[name] for name in now) and values["max_steps"] == args.max_steps
-    if same and last is not None and last.name == f"step-{values['total_steps']:06d}":
+    # A last validation that was not finite is an error, which --resume says again.
+    validated = {record["step"] for record in run.read_log() if "validation" in record}
+    if same and last == run.at(values["total_steps"]) and values["total_steps"] in validated:
         say(f"{run.folder}: this run is finished already; evaluate it, or train another with --out FOLDER")
         return 0
     raise InputError(f"{run.folder}: holds a run already; continue it with --resume, or choose another --out")

@@ -129,8 +129,10 @@ class Run:
         folders = (path for path in self.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal())
         return sorted(folders, key=_step)
 
-    def save(self, step: int, model: dict, trainer: dict, keep: int, best: bool) -> None:
+    def save(self, step: int, model: dict, trainer: dict, keep: int, best: bool, good: int = 0) -> None:
         """Write a checkpoint under a temporary name, rename it, then move the pointers and delete older ones.
+
+        The last `keep` are left, `best`, and that of step `good`.
 
         Raises OutputError when the disk is full: what was complete before is kept.
         """
@@ -159,7 +161,7 @@ class Run:
                 "checkpoints before it are kept"
             ) from error
         steps = self.all()
-        for path in set(steps) - {self.pointer("last"), self.pointer("best"), *steps[-keep:]}:
+        for path in set(steps) - {self.pointer("last"), self.pointer("best"), self.at(good), *steps[-keep:]}:
             _remove(path)
 
     def load_model(self, name: str = "best") -> tuple[dict, Path]:

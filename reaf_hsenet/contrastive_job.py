@@ -45,9 +45,11 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
         say(f"{setup.teacher.checkpoint}: the teacher")
 
     def validate(model: DualEncoder) -> tuple[float, dict]:
-        return retrieval_score(
-            *embed(model, validation_set, ranks, settings.batch_size, settings.validate_samples, bad=bad)
-        )
+        pair = embed(model, validation_set, ranks, settings.batch_size, settings.validate_samples, bad=bad)
+        volumes, reports = (int((~vectors.isfinite()).any(1).sum()) for vectors in pair)
+        if volumes or reports:
+            raise FloatingPointError(f"embeddings of {volumes} volumes and {reports} reports are NaN or infinite")
+        return retrieval_score(*pair)
 
     model = build_dual_encoder(setup.model_config)
     if not args.resume:

@@ -98,6 +98,8 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
         loss, tokens = distributed.mean_over_ranks(sums).tolist()
         if tokens == 0:
             raise InputError(f"{manifest.name}: of its first {rows} validation samples none can be read")
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
         return -loss / tokens, {"loss": loss / tokens}
 
     blocks = [block for encoder in model.encoders for block in encoder.blocks] + list(model.decoder.layers)

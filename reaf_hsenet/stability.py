@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.errors import first_six
 from reaf_hsenet.sharding import whole
 
@@ -44,6 +45,8 @@ class Stability:
     """Counts of a run, and its running loss: mean, mean deviation from it, and steps that these have seen.
 
     skipped: steps left out as numerical trouble. overflows: those of fp16's loss scale, which finds its size so.
+    invalid: what was not finite in the last validation, or nothing. saved: step of the newest checkpoint that was not
+    written after such a validation; good: of the newest of these that a finite step or validation was made from.
     """
 
     skipped: int = 0
@@ -51,6 +54,25 @@ class Stability:
     mean: float = 0.0
     deviation: float = 0.0
     seen: int = 0
+    invalid: str = ""
+    saved: int = 0
+    good: int = 0
+
+    def checkpoint(self, step: int, validated: int) -> None:
+        """Take in that there is a checkpoint of this step, and the last step that was validated."""
+        if not self.invalid:
+            self.saved = step
+            self.good = step if step == validated else self.good
+
+    def way_back(self, run: Run) -> str:
+        """From weights that are of no use, in words."""
+        good, anew = run.at(self.good), "start anew with a lower --lr or another --precision"
+        if not self.good:
+            return f"no checkpoint is known to be good: {anew}"
+        return (
+            f"the last good checkpoint is {good}: write {good.name} into {good.with_name('last')} and --resume with another "
+            f"--precision, or {anew}"
+        )
 
     def spike(self, loss: float) -> float | None:
         """Take in a step's loss; the mean before it when the loss is far above that."""

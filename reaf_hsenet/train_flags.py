@@ -133,7 +133,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--validate-every", type=float, help="share of all steps between validations")
     add("--validate-samples", type=int, help="first N of the validation split")
     add("--save-every", type=int, help="steps between checkpoints")
-    add("--keep", type=int, help="checkpoints to keep, beside the best (default: 2)")
+    add("--keep", type=int, help="checkpoints to keep, beside the best and the last good one (default: 2)")
     add("--best-by", metavar="NAME", help="number of the validation that chooses the best (default: mean R@5, or the loss)")
     add("--max-skipped", type=int, metavar="N",
         help="steps to skip as their loss or gradients are not finite, before the run stops (default: 10)")  # fmt: skip

@@ -106,17 +106,25 @@ class Trainer:
 
         if not distributed.on_main(as_it_was):
             progress.best = -math.inf
-        self.saved_best = progress.best, progress.best_step
+        self._saved()
 
     @worker_deaths_named()
     def fit(self) -> int:
-        """Train to the end. Returns 0, or 128 + the number of the signal that stopped it (after a checkpoint)."""
+        """Train to the end. Returns 0, or 128 + the number of the signal that stopped it (after a checkpoint).
+
+        Raises InputError when too many steps were not finite, or the last validation was not.
+        """
         handlers = {number: signal.signal(number, self._note_signal) for number in STOPPING}
         try:
-            return self._train()
+            code = self._train()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        if code == 0 and self.stability.invalid:
+            raise InputError(
+                f"step {self.progress.step}: the last validation is not finite, {self.stability.invalid}; {self.stability.way_back(self.run)}"
+            )
+        return code
 
     def _train(self) -> int:
         self.bar = tqdm(
@@ -187,8 +195,10 @@ class Trainer:
             stability.overflows += 1
         elif done.trouble is not None:
             self._skipped(done.trouble, group)
-        elif math.isfinite(done.loss) and (usual := stability.spike(done.loss)) is not None:
-            self._record({**self._place(), "spike": done.loss, "usual": usual, "samples": self._samples(group)})
+        elif math.isfinite(done.loss):
+            stability.good = stability.saved
+            if (usual := stability.spike(done.loss)) is not None:
+                self._record({**self._place(), "spike": done.loss, "usual": usual, "samples": self._samples(group)})
         return done
 
     def _skipped(self, why: str, group: list[Batch]) -> None:
@@ -201,7 +211,7 @@ class Trainer:
             raise InputError(
                 f"step {self.progress.step}: {why}; more than --max-skipped {self.config.max_skipped} steps were skipped, "
                 f"with the samples that {self.run.folder / 'log.jsonl'} names; the last checkpoint has the weights from "
-                "before: --resume with a larger --max-skipped, or start anew with a lower --lr or another --precision"
+                f"before: --resume with a larger --max-skipped; or, if it is they that are spoiled, {self.stability.way_back(self.run)}"
             )
 
     def _samples(self, group: list[Batch]) -> list[str]:
@@ -228,13 +238,20 @@ class Trainer:
         return step > self.progress.validated and (step == self.total or step % self.validate_every == 0)
 
     def _validate(self) -> bool:
-        """Log the validation. Returns whether it is the best so far."""
-        progress, name = self.progress, self.config.best_by
+        """Log the validation. Returns whether it is the best so far, which one that is not finite never is."""
+        progress, stability, name = self.progress, self.stability, self.config.best_by
         self.model.eval()
         progress.validated = progress.step
         with self.meter.paused(), torch.no_grad(), self.update.autocast():
-            score, numbers = self.job.validate(self.model)
+            try:
+                (score, numbers), stability.invalid = self.job.validate(self.model), ""
+            except FloatingPointError as error:
+                stability.invalid = str(error)
         self._record_bad(progress.step)
+        if stability.invalid:
+            self._say(f"warning: step {progress.step}: the validation is not finite, {stability.invalid}")
+            self._record({"step": progress.step, "not_finite": stability.invalid})
+            return False
         if name is not None:
             score = -numbers[name] if name == "loss" else numbers[name]
         self._say(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
@@ -274,14 +291,21 @@ class Trainer:
             "log_lines": self.run.lines,
         }
         try:
-            distributed.on_main(lambda: self.run.save(progress.step, model, state, self.config.keep, best))
+            keep, good = self.config.keep, self.stability.good
+            distributed.on_main(lambda: self.run.save(progress.step, model, state, keep, best, good))
         except OutputError as error:
             if progress.step == self.total:
                 raise OutputError(f"{error}, continue with --resume") from error
             progress.best, progress.best_step = self.saved_best
             self._say(f"warning: {error}; training goes on, the next checkpoint is tried when it is due")
         else:
-            self.saved_best = progress.best, progress.best_step
+            self._saved()
+
+    def _saved(self) -> None:
+        """Note that there is a checkpoint of this step."""
+        progress = self.progress
+        self.saved_best = progress.best, progress.best_step
+        self.stability.checkpoint(progress.step, progress.validated)
 
     def _stopped_by(self, number: int) -> str:
         last = self.run.pointer("last")

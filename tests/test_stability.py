@@ -18,15 +18,17 @@ from torch import nn
 
 import train
 from conftest import ROOT
-from reaf_hsenet import training_step
+from reaf_hsenet import contrastive_job, trainer, training_step
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.contrastive import Contrastive
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.samplers import GlobalBatches
+from reaf_hsenet.errors import InputError
 from reaf_hsenet.stability import Stability, clip_gradients, diagnosis, not_finite
 from reaf_hsenet.step_log import Meter, count_flops, peak_flops
 from reaf_hsenet.trainer import Trainer
 from test_killed_runs import forks, one_rank, start  # noqa: F401
+from test_language_runs import language, stages  # noqa: F401
 from test_train import finished, keep_signal_handlers, numbers, same_weights, tiny, weights, wrong  # noqa: F401
 
 LOSS = Contrastive.loss
@@ -253,3 +255,77 @@ def test_a_signal_to_every_process_stops_the_run_with_a_checkpoint_though_its_lo
             os.kill(pid, number)
         assert run.wait(60) == code and Run(out).pointer("last").is_dir()
         assert Run(out).read_log()[-1]["step"] == int(Run(out).pointer("last").name[5:])
+
+
+def explode(monkeypatch, step: int) -> None:
+    """From this step's update on the weights are so large that what is computed with them is not finite."""
+    usual = trainer.learning_rate
+    monkeypatch.setattr(trainer, "learning_rate", lambda done, *rest: 1e30 if done == step - 1 else usual(done, *rest))
+
+
+def refused(argv: list[str]) -> str:
+    with pytest.raises(InputError) as error:
+        train.main(argv)
+    return str(error.value)
+
+
+def strict_log(run: Path) -> list[dict]:
+    """Its records, in which NaN is no JSON."""
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
+
+
+def test_a_diverged_run_is_diagnosed_and_keeps_its_best_and_its_last_good_checkpoint(prepared, tmp_path, monkeypatch, capsys):
+    """Validations at steps 3, 6, 9; the weights break in step 6, which is itself finite."""
+    out, argv = tmp_path / "run", tiny(prepared, tmp_path / "run", "--max-steps", 9, "--save-every", 1, "--keep", 1, "--validate-every", 0.33)
+    with monkeypatch.context() as patch:
+        explode(patch, 6)
+        said = refused(argv)
+    assert said.startswith("step 9: the last validation is not finite, embeddings of 7 volumes and 7 reports are NaN or infinite; ")
+    assert f"the last good checkpoint is {Run(out).at(5)}: write step-000005 into {out}/checkpoints/last and --resume" in said
+    assert [Run(out).pointer("best"), Run(out).pointer("last")] == [Run(out).at(3), Run(out).at(9)]
+    assert Run(out).all() == [Run(out).at(step) for step in (3, 5, 9)]
+    log = strict_log(out)
+    assert [r["step"] for r in log if "validation" in r] == [3] and [r["step"] for r in log if "not_finite" in r] == [6, 9]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line.split(", ")[0] for line in warnings] == [f"warning: step {n}: the validation is not finite" for n in (6, 9)]
+    assert refused([*argv, "--resume"]) == said
+    assert "holds a run already" in refused(argv)  # it is not finished
+    (out / "checkpoints/last").write_text("step-000005\n")
+    assert train.main([*argv, "--resume", "auto"]) == 0
+    assert [r["step"] for r in strict_log(out) if "validation" in r] == [3, 6, 9]
+
+
+def test_skipped_steps_of_a_diverged_run_name_the_last_good_checkpoint(prepared, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    explode(monkeypatch, 4)
+    flags = ("--max-steps", 9, "--save-every", 1, "--keep", 1, "--validate-every", 1, "--max-skipped", 2)
+    said = refused(tiny(prepared, out, *flags))
+    assert said.startswith("step 7: the loss is nan on rank 0; ") and f"the last good checkpoint is {Run(out).at(3)}: " in said
+    assert Run(out).all() == [Run(out).at(3), Run(out).at(7)]
+
+
+def test_one_validation_that_is_not_finite_ends_no_run(prepared, tmp_path, monkeypatch):
+    measured = contrastive_job.retrieval_score
+    scores = iter([FloatingPointError("the third"), None, None])
+
+    def spoiled(*pair):
+        error = next(scores)
+        if error:
+            raise error
+        return measured(*pair)
+
+    monkeypatch.setattr(contrastive_job, "retrieval_score", spoiled)
+    assert train.main(tiny(prepared, tmp_path / "run", "--max-steps", 3, "--validate-every", 0.33)) == 0
+    assert [sorted(r.keys() & {"validation", "not_finite"}) for r in strict_log(tmp_path / "run") if r.keys() & {"validation", "not_finite"}] == [
+        ["not_finite"], ["validation"], ["validation"]]  # fmt: skip
+
+
+def test_a_diverged_language_run_is_diagnosed_and_its_log_is_json(stages, tmp_path, monkeypatch):  # noqa: F811
+    out = tmp_path / "run"
+    explode(monkeypatch, 3)
+    flags = ("--vision", "stage1", "--max-steps", 4, "--save-every", 1, "--keep", 1, "--validate-every", 0.5)
+    said = refused(language(stages, out, *flags, start="clip1"))
+    assert said.startswith("step 4: the last validation is not finite, the loss is nan; the last good checkpoint is ")
+    assert f"{Run(out).at(2)}: " in said and Run(out).pointer("best") == Run(out).at(2)
+    assert [r["step"] for r in strict_log(out) if "validation" in r] == [2] and strict_log(out)[-1]["not_finite"] == "the loss is nan"
