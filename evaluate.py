@@ -21,7 +21,6 @@ from safetensors.torch import save
 
 from reaf_hsenet import comparison, distributed, figures, language_scores, zeroshot
 from reaf_hsenet.answering import check_context, usual_new_tokens
-from reaf_hsenet.config import GENERATION
 from reaf_hsenet.data.labels import load_label_set, manifest_labels, read_label_table
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
@@ -37,6 +36,7 @@ from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
 from reaf_hsenet.metrics.retrieval import cross_retrieval, cross_retrieval_per_scan, label_overlap
 from reaf_hsenet.mllm_run import MllmRun, load_mllm
 from reaf_hsenet.retrieval_results import print_table, write_queries
+from reaf_hsenet.training_config import GENERATION
 
 PRECISIONS = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -19,12 +19,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from reaf_hsenet.config import GENERATION
 from reaf_hsenet.data.labels import LABEL_SETS
 from reaf_hsenet.data.reading import Reading, stem
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, axis_codes
 from reaf_hsenet.errors import Command, InputError, Parser, raise_on_sigterm, run_script
 from reaf_hsenet.scan import check_scan
+from reaf_hsenet.training_config import GENERATION
 
 COMMANDS = {
     "report": "findings as text",

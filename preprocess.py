@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from reaf_hsenet.config import FITS, RECIPES, TINY_RECIPES
+from reaf_hsenet.config import FITS, RECIPES
 from reaf_hsenet.data.bimcv import read_bimcv
 from reaf_hsenet.data.datasets import Source, read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
@@ -31,6 +31,7 @@ from reaf_hsenet.data.reaf_dataset import read_reaf
 from reaf_hsenet.data.slices import SLICE_RECIPES, SLICES, require_pillow
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, axis_codes
 from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
+from reaf_hsenet.presets import TINY_RECIPES
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -20,8 +20,8 @@ def _model(threads: int, **changes):
 
     import torch
 
-    from reaf_hsenet.config import PRESETS
     from reaf_hsenet.models.clip import build_vision
+    from reaf_hsenet.presets import PRESETS
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

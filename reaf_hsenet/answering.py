@@ -7,12 +7,12 @@ a batch.
 import torch
 from torch import Tensor
 
-from reaf_hsenet.config import GENERATION
 from reaf_hsenet.data.language import LIST_END, question_text
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.generation import Sampling, generate
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.tokenizer import Tokenizer
+from reaf_hsenet.training_config import GENERATION
 
 
 @torch.inference_mode()

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 
 from reaf_hsenet.calibration import calibrate
-from reaf_hsenet.config import NO_AUGMENTATION
 from reaf_hsenet.contrastive import Contrastive, Guided, Teacher, encode
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.loader import CTReportDataset, plain_batch
@@ -16,6 +15,7 @@ from reaf_hsenet.job import Job
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder, freeze_text, set_grad_checkpoint
 from reaf_hsenet.pretrained import load_matching, load_strictly
 from reaf_hsenet.run_setup import Setup
+from reaf_hsenet.training_config import NO_AUGMENTATION
 from reaf_hsenet.training_step import PRECISIONS
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import PRESETS, ClipConfig, GuidedVisionConfig
+from reaf_hsenet.config import ClipConfig, GuidedVisionConfig
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.embedding import DualEncoderRun, is_published, load_source
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.phantom_data import phantom_folder
 from reaf_hsenet.phantom_slices import add_phantom_slices
+from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.tokenizer import WordPiece
 
 

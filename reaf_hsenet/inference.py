@@ -17,14 +17,7 @@ from torch import Tensor
 
 from reaf_hsenet import distributed, figures, zeroshot
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import (
-    GENERATION,
-    ClipConfig,
-    GuidedVisionConfig,
-    ReafVisionConfig,
-    Recipe,
-    from_dict,
-)
+from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, ReafVisionConfig, Recipe, from_dict
 from reaf_hsenet.data.labels import LabelTable, load_label_set
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
@@ -39,6 +32,7 @@ from reaf_hsenet.scan import Scan, find_slice_encoder, read_scan, slice_features
 from reaf_hsenet.scan_answers import answer_length, stream_answer
 from reaf_hsenet.search_index import SearchIndex, read_index
 from reaf_hsenet.tokenizer import load_tokenizer
+from reaf_hsenet.training_config import GENERATION
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.data.augment import augment_with_slices
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.loader import part_unreadable, read_sample
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.training_config import TrainConfig
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 32, 1e-3, 0.1
 

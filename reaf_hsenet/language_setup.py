@@ -7,16 +7,7 @@ from pathlib import Path
 import torch
 
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import (
-    NO_AUGMENTATION,
-    PUBLISHED_VISUAL_TOKENS,
-    TEXT_LENGTH,
-    Recipe,
-    TrainConfig,
-    from_dict,
-    stage_config,
-    to_dict,
-)
+from reaf_hsenet.config import Recipe, from_dict, to_dict
 from reaf_hsenet.data.language import LIST_END, add_image_tokens, label_token
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, questions, report_prompts, templates
@@ -28,6 +19,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.guided_setup import load_teacher
 from reaf_hsenet.mllm_config import TINY_KERNEL, MllmConfig, build_mllm, tiny_decoder
 from reaf_hsenet.mllm_run import decoder_sha256
+from reaf_hsenet.presets import stage_config
 from reaf_hsenet.pretrained import find_folder
 from reaf_hsenet.pretrained_decoder import FILES
 from reaf_hsenet.run_setup import (
@@ -40,6 +32,7 @@ from reaf_hsenet.run_setup import (
 )
 from reaf_hsenet.tokenizer import Tokenizer, check_fits, load_tokenizer
 from reaf_hsenet.train_flags import given
+from reaf_hsenet.training_config import NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH, TrainConfig
 from reaf_hsenet.word_tokenizer import train_words
 
 # What a run keeps for good.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reaf_hsenet.config import DECODER_LORA, VisionConfig, from_dict, to_dict, vision_config
+from reaf_hsenet.config import VisionConfig, from_dict, to_dict, vision_config
 from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import build_vision
@@ -13,6 +13,7 @@ from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.packer import PROJECTORS, build_projector
 from reaf_hsenet.tokenizer import Tokenizer
+from reaf_hsenet.training_config import DECODER_LORA
 
 # The encoders whose patch tokens the decoder sees.
 VISION = {"dual": ("stage1", "2e3"), "stage1": ("stage1",), "2e3": ("2e3",), "reaf": ("reaf",)}

@@ -4,8 +4,8 @@ import math
 
 from torch import nn
 
-from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.models.decoder import RMSNorm
+from reaf_hsenet.training_config import TrainConfig
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from reaf_hsenet import distributed
-from reaf_hsenet.config import TINY_RECIPES
 from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.presets import TINY_RECIPES
 
 PHANTOM = Path("data/phantom")
 PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 2000, 160, 0

@@ -7,18 +7,7 @@ from pathlib import Path
 import torch
 
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import (
-    NO_AUGMENTATION,
-    PRESETS,
-    ClipConfig,
-    GuidedVisionConfig,
-    LoraConfig,
-    Recipe,
-    TrainConfig,
-    from_dict,
-    stage_config,
-    to_dict,
-)
+from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, LoraConfig, Recipe, from_dict, to_dict
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
@@ -27,6 +16,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.guided_setup import find_teacher, guided_config, require_vocabulary, resumed_teacher
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.phantom_data import PHANTOM, phantom_manifest
+from reaf_hsenet.presets import PRESETS, stage_config
 from reaf_hsenet.pretrained import (
     bert_config,
     bert_state,
@@ -38,6 +28,7 @@ from reaf_hsenet.pretrained import (
 from reaf_hsenet.pretrained.reading import SUFFIXES
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece, train_wordpiece
 from reaf_hsenet.train_flags import flag, given
+from reaf_hsenet.training_config import NO_AUGMENTATION, TrainConfig
 
 VISION_FLAGS = (
     "size",

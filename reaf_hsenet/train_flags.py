@@ -4,11 +4,12 @@ import argparse
 import math
 from pathlib import Path
 
-from reaf_hsenet.config import FUSIONS, PRESETS, RECIPES
+from reaf_hsenet.config import FUSIONS, RECIPES
 from reaf_hsenet.data.radgenome import KINDS
 from reaf_hsenet.errors import InputError, Parser
 from reaf_hsenet.mllm_config import VISION
 from reaf_hsenet.models.packer import PROJECTORS
+from reaf_hsenet.presets import PRESETS
 
 CONTRASTIVE, LANGUAGE = ("clip1", "clip2"), ("mrg", "vqa")
 STAGES = (*CONTRASTIVE, *LANGUAGE)
@@ -111,7 +112,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--max-text", type=int, help="tokens of prompt and answer (default: mrg 544, vqa 74)")
     add("--questions", choices=KINDS, help="kind of questions of stage vqa (default: location)")
 
-    add = parser.add_argument_group("recipe (defaults are the stage's own, see config.py)").add_argument
+    add = parser.add_argument_group("recipe (defaults are the stage's own, see training_config.py)").add_argument
     add("--epochs", type=int)
     add("--max-steps", type=int, help="number of optimizer steps, in place of epochs")
     add("--batch-size", type=int, help="per process")

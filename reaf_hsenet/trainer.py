@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_named
@@ -27,6 +26,7 @@ from reaf_hsenet.job import Job
 from reaf_hsenet.optimizer import learning_rate
 from reaf_hsenet.stability import Stability
 from reaf_hsenet.step_log import Meter, peak_flops, profiler
+from reaf_hsenet.training_config import TrainConfig
 from reaf_hsenet.training_step import Outcome, TrainingStep
 
 # Each writes a checkpoint and ends the run: Ctrl-C, a scheduler's end of time, its warning before.

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from reaf_hsenet import distributed
-from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.grad_cache import cached_backward
@@ -20,6 +19,7 @@ from reaf_hsenet.pretrained.loading import require_fit
 from reaf_hsenet.sharding import load_whole_state, shard, whole_state
 from reaf_hsenet.stability import clip_gradients, diagnosis, not_finite
 from reaf_hsenet.step_log import count_flops
+from reaf_hsenet.training_config import TrainConfig
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

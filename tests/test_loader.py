@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from reaf_hsenet.config import NO_AUGMENTATION, Augmentation
 from reaf_hsenet.data.augment import augment, augment_with_slices, translate
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
@@ -17,6 +16,7 @@ from reaf_hsenet.data.text import clean_report, shorten_report
 from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece, train_wordpiece
+from reaf_hsenet.training_config import NO_AUGMENTATION, Augmentation
 
 EXAMPLES = json.loads((Path(__file__).parent / "golden/augmentation_examples.json").read_text())
 ALWAYS = dict.fromkeys(("rotate", "flip", "scale", "shift"), 0.0)

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reaf_hsenet.config import PRESETS, GuidedVisionConfig
+from reaf_hsenet.config import GuidedVisionConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.models.lora import LoraLinear
+from reaf_hsenet.presets import PRESETS
 from test_decoder import SMALL
 
 PLAIN = PRESETS["hsenet-tiny"].vision

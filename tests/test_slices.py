@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import preprocess
 from conftest import ROOT, error_line, script
-from reaf_hsenet.config import NO_AUGMENTATION, RECIPES
+from reaf_hsenet.config import RECIPES
 from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
@@ -37,6 +37,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.pretrained import load_strictly, slice_encoder_state
 from reaf_hsenet.tokenizer import train_wordpiece
+from reaf_hsenet.training_config import NO_AUGMENTATION
 
 HSENET = SLICE_RECIPES["hsenet"]
 RECIPE = replace(RECIPES["hsenet"], size=(16, 32, 32))

@@ -13,11 +13,12 @@ from conftest import ROOT, error_line
 from language_run import write_language_run
 from published import BERT, REAF
 from reaf_hsenet.adapters import save_adapter
-from reaf_hsenet.config import PRESETS, RECIPES, GuidedVisionConfig, ReafVisionConfig
+from reaf_hsenet.config import RECIPES, GuidedVisionConfig, ReafVisionConfig
 from reaf_hsenet.data.slice_features import save_slice_encoder
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.slice_encoder import SliceEncoder
+from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.pretrained.__main__ import main
 from reaf_hsenet.pretrained.dual import expected_state
 from reaf_hsenet.pretrained.export import m3d_clip_tensors, reaf_tensors, under_published_names

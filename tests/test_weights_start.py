@@ -11,12 +11,13 @@ import preprocess
 import published
 import train
 from published import BERT, HEADS
-from reaf_hsenet.config import PRESETS, RECIPES, VisionConfig
+from reaf_hsenet.config import RECIPES, VisionConfig
 from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.embedding import load_dual_encoder
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.positions import resample_3d
+from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.pretrained import initial_state, read_checkpoint
 from reaf_hsenet.pretrained.__main__ import main as convert
 from reaf_hsenet.pretrained.names import TEACHER, m3d_clip_state

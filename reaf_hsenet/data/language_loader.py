@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from reaf_hsenet.config import Augmentation
 from reaf_hsenet.data.augment import augment_with_slices
 from reaf_hsenet.data.bad_volumes import Unreadable
 from reaf_hsenet.data.feature_cache import FeatureCache
@@ -29,6 +28,7 @@ from reaf_hsenet.data.questions import LIST_QUESTION, label_list, question_answe
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer import Tokenizer
+from reaf_hsenet.training_config import Augmentation
 
 
 @dataclass

@@ -20,7 +20,7 @@ from faults.limits import limited
 from reaf_hsenet.adapters import adapter_settings
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.comparison import read_table
-from reaf_hsenet.config import RECIPES, ClipConfig, TrainConfig, from_dict
+from reaf_hsenet.config import RECIPES, ClipConfig, from_dict
 from reaf_hsenet.data.bimcv import read_bimcv
 from reaf_hsenet.data.datasets import read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.hsenet_json import read_hsenet_json
@@ -37,6 +37,7 @@ from reaf_hsenet.pretrained.inspection import inspect
 from reaf_hsenet.pretrained_decoder import stored_tensors
 from reaf_hsenet.search_index import read_index
 from reaf_hsenet.tokenizer import load_tokenizer
+from reaf_hsenet.training_config import TrainConfig
 from reaf_hsenet.zeroshot import load_prompts
 
 RECIPE = from_dict(type(RECIPES["hsenet"]), {**vars(RECIPES["hsenet"]), "size": [4, 8, 8]})
