@@ -11,7 +11,7 @@ from reaf_hsenet.models.clip import build_vision
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.models.packer import PROJECTORS, build_projector
+from reaf_hsenet.models.projectors import PROJECTORS, build_projector
 from reaf_hsenet.tokenizer import Tokenizer
 from reaf_hsenet.training_config import DECODER_LORA
 

@@ -1,4 +1,4 @@
-"""Published names of HSENet's packer and of the projectors it is compared with <-> those of models/packer.py.
+"""Published names of HSENet's packer and of the other projectors <-> ours (models/projectors.py).
 
 Checkpoints of report generation and question answering hold two packers, `mm_projector` for the stage-1
 encoder's tokens and `mm_projector2` for the stage-2 encoder's, below `model.` or, with adapters,
@@ -9,15 +9,9 @@ encoder's tokens and `mm_projector2` for the stage-2 encoder's, below `model.` o
 import re
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.models.packer import (
-    AveragePool,
-    MlpProjector,
-    Projector,
-    QFormer,
-    SequencePool,
-    SpatialPacker,
-    TextGuidedProjector,
-)
+from reaf_hsenet.models.packer import AveragePool, MlpProjector, Projector, SequencePool, SpatialPacker
+from reaf_hsenet.models.qformer import QFormer
+from reaf_hsenet.models.text_guided import TextGuidedProjector
 from reaf_hsenet.pretrained import State
 
 PARTS = (  # applied in order, from left to right and back

@@ -8,7 +8,7 @@ from reaf_hsenet.config import FUSIONS, RECIPES
 from reaf_hsenet.data.radgenome import KINDS
 from reaf_hsenet.errors import InputError, Parser
 from reaf_hsenet.mllm_config import VISION
-from reaf_hsenet.models.packer import PROJECTORS
+from reaf_hsenet.models.projectors import PROJECTORS
 from reaf_hsenet.presets import PRESETS
 
 CONTRASTIVE, LANGUAGE = ("clip1", "clip2"), ("mrg", "vqa")

@@ -11,12 +11,12 @@ from reaf_hsenet.models.packer import (
     CellAttention,
     M3DPool,
     Projector,
-    QFormer,
     SequencePool,
     SpatialPacker,
-    TextGuidedProjector,
     cut_cells,
 )
+from reaf_hsenet.models.qformer import QFormer
+from reaf_hsenet.models.text_guided import TextGuidedProjector
 from reaf_hsenet.pretrained import load_strictly
 from reaf_hsenet.pretrained_packer import packer_state, published_packer_state
 

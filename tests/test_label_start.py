@@ -15,7 +15,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.label_start import learn_labels
 from reaf_hsenet.models.clip import build_vision
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.models.packer import build_projector
+from reaf_hsenet.models.projectors import build_projector
 from reaf_hsenet.presets import stage_config
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from reaf_hsenet.losses import language_loss
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.models.packer import build_projector
+from reaf_hsenet.models.projectors import build_projector
 from reaf_hsenet.models.reaf import REAF
 from reaf_hsenet.models.slice_guidance import ViT2E3
 from reaf_hsenet.models.vit3d import ViT3D

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.models.packer import PROJECTORS, CellAttention, SpatialPacker, build_projector, count_cells
+from reaf_hsenet.models.packer import CellAttention, SpatialPacker, count_cells
+from reaf_hsenet.models.projectors import PROJECTORS, build_projector
 from reaf_hsenet.pretrained import load_strictly
 from reaf_hsenet.pretrained_packer import packer_state, published_packer_state
 
