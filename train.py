@@ -32,7 +32,8 @@ from reaf_hsenet.guided_setup import keep_slice_encoder
 from reaf_hsenet.language_job import language_job
 from reaf_hsenet.language_setup import LanguageSetup, new_language_setup, resumed_language_setup
 from reaf_hsenet.models.layers import count_parameters
-from reaf_hsenet.run_setup import Setup, new_setup, resumed_setup
+from reaf_hsenet.resumed_setup import resumed_setup
+from reaf_hsenet.run_setup import Setup, new_setup
 from reaf_hsenet.train_flags import LANGUAGE, parse
 from reaf_hsenet.trainer import Trainer
 

@@ -22,14 +22,8 @@ from reaf_hsenet.mllm_run import decoder_sha256
 from reaf_hsenet.presets import stage_config
 from reaf_hsenet.pretrained import find_folder
 from reaf_hsenet.pretrained_decoder import FILES
-from reaf_hsenet.run_setup import (
-    changed_settings,
-    data_of,
-    located,
-    refuse_changes,
-    resumable,
-    resumed_settings,
-)
+from reaf_hsenet.resumed_setup import refuse_changes, resumable, resumed_settings
+from reaf_hsenet.run_setup import changed_settings, data_of, located
 from reaf_hsenet.tokenizer import Tokenizer, check_fits, load_tokenizer
 from reaf_hsenet.train_flags import given
 from reaf_hsenet.training_config import NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH, TrainConfig

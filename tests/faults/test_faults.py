@@ -56,7 +56,7 @@ class Opens:
     """Unpickled, it would open a file to write."""
 
     def __reduce__(self):
-        return open, ("/tmp/reaf_hsenet_was_here", "w")
+        return open, ("was_here", "w")
 
 
 def pickled(name: str, value) -> Make:
