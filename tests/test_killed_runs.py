@@ -101,14 +101,15 @@ def test_twenty_kills_change_no_weight_and_no_number_of_the_log(prepared, tmp_pa
     assert not list(killed.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", ["clip2", "mrg", "vqa"])
-def test_every_stage_survives_kills(stages, tmp_path, stage):  # noqa: F811
+def test_every_stage_survives_kills(stages, tmp_path, stage, world):  # noqa: F811
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = ("--max-steps", 6, "--save-every", 1, "--validate-every", 0.5, *AUTO)
+    more = ("--max-steps", 6, "--save-every", 1, "--validate-every", 0.5, "--batch-size", 4 // world, *AUTO)
     more += ("--questions", "presence") if stage == "vqa" else ()
     first = "clip1" if stage == "clip2" else "clip2"
-    finish(language(stages, whole, *more, stage=stage, start=first))
-    kill_often(language(stages, killed, *more, stage=stage, start=first), killed, 3)
+    finish(language(stages, whole, *more, stage=stage, start=first), world)
+    kill_often(language(stages, killed, *more, stage=stage, start=first), killed, 3, world)
     assert same_weights(whole, killed) and numbers(whole) == numbers(killed)
 
 

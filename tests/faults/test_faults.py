@@ -12,6 +12,8 @@ import gzip
 import json
 import re
 import shlex
+import signal
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ from faults.limits import SECONDS, limited, no_file_above
 from faults.scene import Fault as Make
 from faults.scene import Scene, change, cut, header, nothing, remove, scan, tensors, write, write_originals
 from reaf_hsenet.errors import run_script
+from test_killed_runs import forks, start  # noqa: F401
 
 MAIN = {"preprocess": preprocess.main, "train": train.main, "evaluate": evaluate.main, "infer": infer.main}
 
@@ -101,6 +104,22 @@ def full_disk(most: int) -> Make:
 
     def make(scene: Scene) -> None:
         scene.most_bytes = most
+
+    return make
+
+
+def killed(rank: int, moment: str) -> Make:
+    """Two processes train into {out}; when this file is there, one is killed with SIGKILL, and the other must end by itself."""
+
+    def make(scene: Scene) -> None:
+        argv = filled(f"{CLIP1} --max-steps 8 --batch-size 2 --save-every 1 --keep 9 --validate-every 1", scene)[1:]
+        ranks = start(argv, 2)
+        while not (scene.folder / "out" / moment).exists() and ranks[rank].is_alive():
+            time.sleep(0.001)
+        ranks[rank].kill()
+        for process in ranks:
+            process.join(60)
+        assert ranks[rank].exitcode == -signal.SIGKILL and ranks[1 - rank].exitcode == 1
 
     return make
 
@@ -239,6 +258,8 @@ TRAIN = [
     Fault("resumed run whose weights are truncated", cut("trained/checkpoints/step-000001/model.safetensors"), RESUME, 2, "model.safetensors: is damaged: it has 1939186"),
     Fault("resumed run whose last step is binary", write("trained/checkpoints/last", b"\xff\0\xfe"), RESUME, 2, "write the name of a step's folder into it"),
     Fault("resumed run whose data are gone", change("trained/config.json", "data", value="/nowhere"), RESUME, 2, "manifest.json: no such file; make it with"),
+    Fault("resumed run that lost a process", killed(1, "checkpoints/step-000001"), RESUME.replace("{trained}", "{out}"), 0, "out: finished; best checkpoint"),
+    Fault("resumed run that lost a process before its first checkpoint", killed(0, "config.json"), RESUME.replace("{trained}", "{out}"), 2, "out: has no checkpoint to resume from; start it"),
     Fault("resumed run of another stage", nothing, RESUME.replace("clip1", "clip2"), 2, "trained: is a clip1 run of hsenet, not clip2 of"),
     Fault("a run is there already", nothing, f"{CLIP1.replace('{out}', '{trained}')} --seed 7", 2, "trained: holds a run already; continue it with"),
     Fault("reports without a stage-2 run", nothing, "train --stage mrg --init {none} --device cpu --out {out}", 2, "none: no run of stage clip2, whose encoder --vision"),
