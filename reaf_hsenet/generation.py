@@ -34,6 +34,8 @@ class Sampling:
             raise InputError(f"top_k {self.top_k}: expected a positive number of tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p {self.top_p}: expected a probability above 0, at most 1")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise InputError(f"seed {self.seed}: expected a whole number from 0 to 2**63 - 1")
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:

@@ -211,6 +211,6 @@ def test_a_prompt_longer_than_the_context_is_refused(phi):
 
 def test_sampling_settings_out_of_range_are_refused():
     for settings, named in (({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"temperature": 1e-40}, "temperature"), ({"top_k": 2.5}, "top_k"),
-                            ({"top_k": 0}, "top_k"), ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p")):  # fmt: skip
+                            ({"top_k": 0}, "top_k"), ({"seed": -1}, "seed"), ({"seed": 2**64}, "seed"), ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p")):  # fmt: skip
         with pytest.raises(InputError, match=named):
             Sampling(**settings)
