@@ -29,10 +29,11 @@ from reaf_hsenet.train_flags import given
 from reaf_hsenet.training_config import NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH, TrainConfig
 from reaf_hsenet.word_tokenizer import train_words
 
+LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout")
 # What a run keeps for good.
 FIXED_FLAGS = (
-    *("preset", "init", "vision", "projector", "kernel", "shared_projector", "decoder", "full", "train_vision", "int8"),
-    *("lora_r", "lora_alpha", "lora_dropout", "cache_features", "max_text", "questions", "slices_stay"),
+    *("preset", "init", "teacher", "vision", "projector", "kernel", "shared_projector", "decoder", "full", "train_vision", "int8"),
+    *(*LORA_FLAGS, "cache_features", "max_text", "questions", "slices_stay"),
     *("batch_size", "accumulate", "lr", "weight_decay", "warmup", "clip_norm", "no_augment", "seed", "max_steps"),
     "best_by",
 )
@@ -95,16 +96,18 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
         settings = replace(settings, batch_size=rows // ranks.world)
     if args.decoder is None and not preset.endswith("-tiny"):
         raise InputError("--decoder: name one that the encoders are joined to, for example microsoft/Phi-4-mini-instruct")
-    if args.decoder is None and (args.int8 or args.full or any(given(args, ("lora_r", "lora_alpha", "lora_dropout")))):
+    if args.decoder is None and (args.int8 or args.full or given(args, LORA_FLAGS)):
         raise InputError("--full, --int8, --lora-*: are of a --decoder with weights; a new one is trained whole")
     if args.int8 and args.full:
         raise InputError("--int8: weights in eight bits are not trained; leave out --full")
+    if args.full and given(args, LORA_FLAGS):
+        raise InputError("--lora-*: a decoder that is trained whole has no adapters; leave them or --full out")
     unlabelled = any(entry["labels"] is None for split in ("train", "validation") for entry in manifest.entries(split))
     if args.decoder is not None or unlabelled:
         settings = replace(settings, label_epochs=0, list_epochs=0)
     tokenizer, decoder, known = text_side(args, manifest, settings, say)
     full = args.full or known is None
-    options = {name.removeprefix("lora_"): v for name, v in given(args, ("lora_r", "lora_alpha", "lora_dropout")).items()}
+    options = {name.removeprefix("lora_"): v for name, v in given(args, LORA_FLAGS).items()}
     kernel = args.kernel or (TINY_KERNEL if preset.endswith("-tiny") else MllmConfig.kernel)
     config = MllmConfig(
         vision,
@@ -227,12 +230,15 @@ def resumed_language_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> 
     fixed |= {"preset": values["preset"], "max_steps": values["max_steps"], "init": origin["init"]}
     fixed |= {"decoder": origin["decoder"] and origin["decoder"]["name"], "shared_projector": config.shared}
     fixed |= {"no_augment": settings.augment == NO_AUGMENTATION, "slices_stay": not settings.slices_follow}
-    fixed["cache_features"] = bool(values["features"]) if args.cache_features is True else values["features"]
+    fixed["teacher"] = origin["encoders"][0]["run"] if config.vision == "dual" else None
+    features = Path(values["features"]) if values["features"] else None
+    named = args.cache_features
+    same = features and named and (named is True or Path(named).absolute() == features)
+    fixed["cache_features"] = named if same else values["features"]
     if args.max_text:
         fixed["max_text"] = config.max_text - (text_length(args, config) - args.max_text)
     refuse_changes(args, FIXED_FLAGS, fixed, run)
     settings = resumed_settings(args, run, values, ranks)
-    features = Path(values["features"]) if values["features"] else None
     return LanguageSetup(
         values["preset"], manifest, config, settings, load_tokenizer(run.folder), origin, features, values["max_steps"]
     )

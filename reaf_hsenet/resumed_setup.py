@@ -100,7 +100,7 @@ def refuse_changes(args: argparse.Namespace, names: tuple[str, ...], fixed: dict
     for name, value in given(args, names).items():
         if name == "lora":
             value = sorted(set(value))
-        elif name in ("init", "text_model", "decoder"):
+        elif name in ("init", "text_model", "decoder", "teacher"):
             value = located(value)
         value = tuple(value) if isinstance(value, list) else None if value in ("none", "all") else value
         if value != fixed.get(name):

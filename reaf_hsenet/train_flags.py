@@ -49,6 +49,7 @@ RANGES = {
     "max_bad": (0, math.inf),
     "max_skipped": (0, math.inf),
 }
+TWO_WAY = ("train_vision", "shard")  # with --no-: False is an answer, not the flag's absence
 SIZE3 = {"type": int, "nargs": 3, "metavar": ("D", "H", "W")}
 
 
@@ -165,7 +166,7 @@ def flag(name: str) -> str:
 def given(args: argparse.Namespace, names) -> dict:
     """Those of the flags that the command line has, with their values."""
     values = ((name, getattr(args, name)) for name in names)
-    return {name: value for name, value in values if value is not None and value is not False}
+    return {name: value for name, value in values if value is not None and (value is not False or name in TWO_WAY)}
 
 
 def check(args: argparse.Namespace) -> None:

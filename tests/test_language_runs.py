@@ -169,6 +169,18 @@ def test_cached_features_train_as_volumes_do_and_volumes_are_read_once(stages, d
     assert written == [files[0].stem] and same_weights(second, cached)
 
 
+def test_the_command_that_started_a_run_with_relative_paths_continues_it(stages, decoder_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(stages)
+    start = ["--stage", "mrg", "--init", "clip2", "--teacher", "clip1", "--decoder", "decoder", "--no-augment", "--batch-size",
+             "4", "--cache-features", "kept", "--max-steps", "2", "--out", str(tmp_path / "run"), "--device", "cpu", "--resume",
+             "auto"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        assert train.main(start) == 143
+    assert train.main(start) == 0
+    wrong([*start, "--cache-features", "other"], "--cache-features: with --resume.*has .*kept")
+
+
 def test_questions_are_learned_by_kind(stages, tmp_path):
     out = tmp_path / "run"
     assert train.main(language(stages, out, "--max-steps", 2, "--questions", "presence", stage="vqa", start="clip2")) == 0
@@ -194,6 +206,7 @@ def test_wrong_flags_are_named(stages, decoder_folder, finished, tmp_path):
         (("--decoder", decoder_folder, "--int8", "--full"), "--int8: .*leave out --full"),
         (("--int8",), "--full, --int8, --lora-.*: are of a --decoder with weights"),
         (("--lora-r", 4), "are of a --decoder with weights"),
+        (("--decoder", decoder_folder, "--full", "--lora-r", 4), r"--lora-\*: .* trained whole has no adapters"),
         (("--decoder", tmp_path / "none"), f"{tmp_path / 'none'}: no such folder"),
         (("--kernel", 3, 1, 1), r"--kernel \(3, 1, 1\)"),
         (("--max-text", 2000), "--max-text: 4 visual tokens and 2000 of text do not fit the decoder's context of 1024"),
@@ -211,6 +224,9 @@ def test_wrong_flags_are_named(stages, decoder_folder, finished, tmp_path):
     wrong(["--stage", "clip1", "--vision", "dual"], "--vision: is an option of --stage mrg and vqa")
     wrong(language(stages, finished, "--max-steps", 9), "holds a run already.*--resume")
     wrong(["--stage", "mrg", "--out", finished, "--resume", "--kernel", 2, 1, 1], r"--kernel: with --resume.*\(1, 2, 2\)")
+    wrong(["--stage", "mrg", "--out", finished, "--resume", "--no-train-vision"], "--train-vision: with --resume.*has True")
+    wrong(["--stage", "mrg", "--out", finished, "--resume", "--teacher", tmp_path], "--teacher: with --resume.*has .*clip1")
+    wrong(["--stage", "clip1", "--no-train-vision"], "--train-vision: is an option of --stage mrg and vqa")
     wrong(["--stage", "vqa", "--out", finished, "--resume"], "is a mrg run of hsenet, not vqa")
 
 
