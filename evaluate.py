@@ -199,12 +199,13 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     check_context(run.model, run.tokenizer, asked, new_tokens)
     head = {
         "checkpoint_sha256": run.sha256(),
+        "base_sha256": run.base_sha256(),
         "split": args.split,
         "questions": kind,
         "prompt": prompt,
         "new_tokens": new_tokens,
         "precision": str(run.model.decoder.embed_tokens.weight.dtype),
-        "rows_sha256": fingerprint(everything),
+        "rows_sha256": fingerprint(everything, data.entries),
     }
     bert = labeler = None
     if ranks.main:  # the other ranks score nothing

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything, on synthetic CTs: HSENet's four stages and all evaluations; its parts took about half an hour on two cores, one by one.
-# Sets up the environment first; what is finished already is not done again.
+# Sets up the environment first; a stage that is finished is not trained again, the evaluations are made anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash setup.sh

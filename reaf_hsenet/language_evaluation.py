@@ -16,6 +16,7 @@ from reaf_hsenet.answered_rows import AnsweredRows
 from reaf_hsenet.answering import answer, image_features
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import read_prepared, read_slices
+from reaf_hsenet.data.manifest import origin
 from reaf_hsenet.data.workers import make_loader, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
@@ -41,9 +42,10 @@ def asked_rows(dataset: LanguageDataset) -> list[Asked]:
     return rows
 
 
-def fingerprint(rows: list[Asked]) -> str:
-    """Of the volumes' ids, questions and true answers."""
-    return hashlib.sha256(json.dumps([(r.id, r.question, r.truth) for r in rows]).encode()).hexdigest()
+def fingerprint(rows: list[Asked], entries: list[dict]) -> str:
+    """Of the volumes' ids and what they were made of, of questions and true answers. entries: of the split."""
+    asked = [(r.id, r.question, r.truth) for r in rows]
+    return hashlib.sha256(json.dumps([asked, list(map(origin, entries))]).encode()).hexdigest()
 
 
 class AskedVolumes(Dataset):

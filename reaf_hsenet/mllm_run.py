@@ -50,6 +50,11 @@ class MllmRun:
         """Of the checkpoint's weights."""
         return file_sha256(self.weights)
 
+    def base_sha256(self) -> dict:
+        """Of the weights that the checkpoint's stand on: encoders, and the decoder's files."""
+        encoders, decoder = (self.origin.get(part) or {} for part in ("encoders", "decoder"))
+        return {"encoders": [encoder["sha256"] for encoder in encoders], "decoder": decoder.get("sha256")}
+
 
 def load_mllm(
     folder: Path | str,

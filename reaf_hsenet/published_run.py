@@ -10,6 +10,7 @@ import torch
 
 from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import file_sha256
 from reaf_hsenet.mllm_run import MllmRun, build_run_model
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.pretrained.dual import load_published_dual
@@ -40,9 +41,12 @@ def load_published(
         published = load_published_language(source, decoder, encoders, text_model=text_model)
         if published.encoder is not None:
             states = [published.encoder.teacher.state, published.encoder.state]
+            hashes = [file_sha256(published.encoder.source.file)]
         else:
-            states = [merged_state(load_dual_encoder(run).model) for run in published.encoder_runs]
+            runs = [load_dual_encoder(run) for run in published.encoder_runs]
+            states, hashes = [merged_state(run.model) for run in runs], [run.sha256() for run in runs]
         origin = {"published": source.family.key, "notes": list(published.notes), "decoder": published.decoder}
+        origin["encoders"] = [{"sha256": sha256} for sha256 in hashes]
         model = build_run_model(published.config, origin, published.state, states, source.name, dtype)
         known = {"stage": published.stage, "origin": origin, "train": {}}
     else:

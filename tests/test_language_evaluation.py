@@ -387,6 +387,15 @@ def test_answers_of_another_checkpoint_are_not_used(vqa_run, begun, tmp_path, ca
     assert "6 answers of before are not used: they are of another checkpoint" in capsys.readouterr().out
 
 
+def test_answers_about_volumes_that_were_prepared_anew_are_not_used(prepared, vqa_run, begun, tmp_path, capsys):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    values = json.loads((data / "manifest.json").read_text())
+    values["splits"]["validation"][0]["source"]["rescale"] = "header"
+    (data / "manifest.json").write_text(json.dumps(values))
+    evaluated("vqa", vqa_run, begun, "--data", data)
+    assert "6 answers of before are not used: they are of another checkpoint, data set" in capsys.readouterr().out
+
+
 def test_a_first_look_leaves_the_answers_of_the_rest(vqa_run, whole, begun, capsys):
     rows, scores = evaluated("vqa", vqa_run, begun, "--limit", 4)
     assert rows == read("vqa", whole)[0][:4] and scores["n"] == 4 and "rows/s" not in capsys.readouterr().out

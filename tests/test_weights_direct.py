@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import infer
@@ -15,6 +15,7 @@ import preprocess
 import published
 import train
 from published import BERT, HEADS
+from reaf_hsenet.answered_rows import AnsweredRows
 from reaf_hsenet.config import RECIPES
 from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.prepare import Options, prepare
@@ -124,6 +125,24 @@ def test_packers_and_adapters_are_evaluated_as_they_are(language, data, words, t
     assert evaluate.main(list(map(str, [*common, *flags]))) == 0
     assert json.loads((tmp_path / "eval/mm_projector_and_lora/mrg.json").read_text())["n"] == 2
     assert not (packers.parent / "eval").exists()
+
+
+def test_answers_of_packers_that_stood_on_something_else_are_not_used(language, data, tmp_path, monkeypatch, capsys):
+    packers, flags = language
+    sliced, encoder = shutil.copytree(data, tmp_path / "sliced"), published.write(tmp_path / "slices.bin", published.mae(48))
+    assert preprocess.main(["--slices", str(encoder), "--out", str(sliced), "--device", "cpu"]) == 0
+    decoder = shutil.copytree(flags[1], tmp_path / "decoder")
+    save_file({n: -t for n, t in load_file(decoder / "model.safetensors").items()}, decoder / "model.safetensors")
+    other = published.hsenet_2e3()
+    other["logit_scale"] += 1
+    encoders = published.write_m3d_clip(tmp_path / "2e3", other)
+    monkeypatch.setattr(AnsweredRows, "finish", lambda *given: None)  # as if it were interrupted at the last moment
+    common = ["--task", "mrg", "--data", sliced, "--limit", 2, "--new-tokens", 4, "--device", "cpu", "--run", packers]
+    for change, said in ({}, ""), ({}, "2 of 2 answers are there"), ({1: decoder}, "2 answers of before are not"), ({1: decoder, 3: encoders}, "2 answers of before are not"):
+        capsys.readouterr()
+        more = [change.get(i, value) for i, value in enumerate(flags)]
+        assert evaluate.main(list(map(str, [*common, *more, "--out", tmp_path / "out"]))) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_what_packers_stand_on_is_asked_for_in_one_line(language, m3d_clip, words, data, tmp_path):

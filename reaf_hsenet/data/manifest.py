@@ -186,7 +186,7 @@ def different_slices(have: dict, want: dict) -> str:
 
 def origin(entry: dict) -> dict:
     """What an entry's volume was made of: equal for two entries of one file that was read in one way."""
-    source = entry["source"]
+    source = entry.get("source", {})
     if "sha256" in source:  # then it does not matter where the file is
         source = {k: v for k, v in source.items() if k != "file"}
     return {"source": source, "table": entry.get("table")}
