@@ -11,8 +11,9 @@ from reaf_hsenet.data.bad_volumes import BadVolumes
 
 @dataclass
 class Job:
-    """encode, loss, validate: as of Trainer; validate raises FloatingPointError when what it measures is not finite. saved: the tensors of the model that a checkpoint holds.
+    """encode, loss, validate: as of Trainer; validate raises FloatingPointError when what it measures is not finite.
 
+    saved: the tensors of the model that a checkpoint holds.
     measured: names of the validation's numbers, of which --best-by takes one; a `loss` is better when lower.
     after_step: what is done to the model after every optimizer step. blocks: what --compile compiles. bad: the volumes
     that could not be read so far.
