@@ -169,6 +169,19 @@ def test_cached_features_train_as_volumes_do_and_volumes_are_read_once(stages, d
     assert written == [files[0].stem] and same_weights(second, cached)
 
 
+def test_cached_features_are_of_one_encoder_and_of_what_a_volume_was_made_of(stages, tmp_path):
+    manifest = load_manifest(stages / "data")
+    entry, shapes = manifest.entries("train")[0], [(4, 2)]
+
+    def cache(sha256: str, dtype: torch.dtype = torch.float32) -> FeatureCache:
+        return FeatureCache(tmp_path, [{"sha256": sha256}], manifest, dtype, shapes)
+
+    cache("a").write(entry, [torch.ones(4, 2)])
+    assert cache("a").has(entry) and cache("a").read(entry)[0].equal(torch.ones(4, 2))
+    assert not cache("b").has(entry) and not cache("a", torch.bfloat16).has(entry)
+    assert not cache("a").has(entry | {"source": entry["source"] | {"sha256": "0"}})
+
+
 def test_the_command_that_started_a_run_with_relative_paths_continues_it(stages, decoder_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(stages)
     start = ["--stage", "mrg", "--init", "clip2", "--teacher", "clip1", "--decoder", "decoder", "--no-augment", "--batch-size",
