@@ -223,7 +223,7 @@ def test_wrong_flags_are_named(stages, decoder_folder, finished, tmp_path):
         (("--decoder", tmp_path / "none"), f"{tmp_path / 'none'}: no such folder"),
         (("--kernel", 3, 1, 1), r"--kernel \(3, 1, 1\)"),
         (("--max-text", 2000), "--max-text: 4 visual tokens and 2000 of text do not fit the decoder's context of 1024"),
-        (("--max-text", 5), "raise the text length"),
+        (("--max-text", 5), r"raise the text length \(--max-text\)"),
         (("--cache-features",), "--cache-features: encoders that are trained have no lasting features"),
         (("--cache-features", "--no-train-vision"), "--cache-features: augmented volumes have other features; add --no-augment"),
         (("--size", 16, 32, 32), "--size: is an option of --stage clip1 and clip2"),

@@ -59,7 +59,7 @@ def language_example(tokenizer: Tokenizer, question: str, answer: str, max_lengt
     if asked >= max_length:
         raise InputError(
             f"a question of {asked} tokens, image tokens included, leaves no room for an answer in a text of at most "
-            f"{max_length}: raise the text length or shorten the question ({question[-40:]!r})"
+            f"{max_length}: raise the text length (--max-text) or shorten the question ({question[-40:]!r})"
         )
     ids = tokenizer.encode(f"{question} {answer}", max_length, special_tokens=False)
     labels = [IGNORED if i < asked or token == tokenizer.pad_id else token for i, token in enumerate(ids)]
