@@ -70,7 +70,7 @@ def generation(command: Parser, name: str) -> None:
         command.add_argument("--prompt", dest="question", default=GENERATION["mrg"]["prompt"], help="default: %(default)s")
     usual = GENERATION["mrg" if name == "report" else "vqa"]["new_tokens"]
     group = command.add_argument_group("generation")
-    group.add_argument("--new-tokens", type=int, metavar="N", help=f"at most (default: {usual}, as far as the context allows)")
+    group.add_argument("--new-tokens", type=int, metavar="N", help=f"at most, with the labels that a report of ours starts from (default: {usual}, as far as the context allows)")
     group.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always (default)")
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that add up to P")

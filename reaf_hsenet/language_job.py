@@ -57,6 +57,8 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
             entries = manifest.entries("train")[: settings.calibrate]
             good, unreadable = part_unreadable([read_sample(manifest, entry, setup.guided) for entry in entries])
             bad.agree(unreadable)
+            if not good:
+                raise InputError(f"{manifest.name}: of its first {len(entries)} training volumes, which a new decoder starts from, none can be read")
             volumes, slices = zip(*good, strict=True)
             calibrate_tokens(model, torch.stack(volumes), torch.stack(slices) if setup.guided else None)
         if settings.label_epochs and not args.resume:
@@ -85,6 +87,8 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
         list_epochs=settings.list_epochs,
     )
     validation_set = data("validation")
+    for part in (train_set, validation_set):
+        part.check_questions()
 
     def validate(model: Mllm) -> tuple[float, dict]:
         rows = min(settings.validate_samples, len(validation_set))

@@ -81,6 +81,15 @@ def test_a_report_is_cut_at_the_text_length_and_a_question_without_room_is_refus
     assert isinstance(found, InputError) and "leaves no room for an answer" in str(found)
 
 
+def test_a_question_of_the_tables_without_room_is_found_before_training(manifest, tokenizer):
+    data = LanguageDataset(manifest, "train", "location", tokenizer, 6, 60)
+    data.check_questions()
+    entry, asked = data.rows[-1]
+    data.rows[-1] = entry, {**asked, "question": "Where is the effusion? " * 30}
+    with pytest.raises(InputError, match=f"{data.name(len(data) - 1)}: a question of .* tokens.*--max-text"):
+        data.check_questions()
+
+
 def test_a_batch_moves_to_a_device_whole(manifest, tokenizer):
     data = reports(manifest, tokenizer)
     batch = data.collate([data[0, 0]]).to(torch.device("meta"))

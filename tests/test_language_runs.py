@@ -251,12 +251,16 @@ def test_a_tokenizer_of_another_decoder_is_refused(stages, decoder_folder, tmp_p
     wrong(language(stages, tmp_path / "r", "--decoder", folder), "bos has id .* in the tokenizer; expected the tokenizer of")
 
 
-def test_questions_that_are_not_there_are_named(stages, tmp_path):
+def test_questions_that_are_not_there_or_too_long_are_named(stages, tmp_path):
     root = shutil.copytree(stages, tmp_path / "stages")
     manifest = load_manifest(root / "data")
+    last = [(entry, row) for entry in manifest.entries("train") for row in entry["qa"] if row["kind"] == "location"][-1]
+    last[1]["question"] = "Where is the effusion? " * 60
+    manifest.save()
+    arguments = language(root, tmp_path / "r", "--data", root / "data", stage="vqa")
+    wrong(arguments, f"{last[0]['id']}: a question of .* tokens, .* leaves no room")
     for entries in manifest.splits.values():
         for entry in entries:
             entry.pop("qa", None)
     manifest.save()
-    arguments = language(root, tmp_path / "r", "--data", root / "data", stage="vqa")
     wrong(arguments, "its train split has no questions of kind location; add those of")

@@ -94,6 +94,16 @@ class LanguageDataset(Dataset):
     def name(self, row: int) -> str:
         return self.entries[self.rows[row][0]]["id"]
 
+    def check_questions(self) -> None:
+        """Raises InputError for a question of the tables that leaves no room for an answer: now, not when its row is reached."""
+        own = {asked["question"]: self.name(row) for row, (_, asked) in enumerate(self.rows) if asked and asked.get("question")}
+        for question, name in own.items():
+            try:
+                text = question_text(self.tokenizer, question, self.image_tokens)
+                language_example(self.tokenizer, text, "", self.max_text)
+            except InputError as error:
+                raise InputError(f"{self.manifest.name}: {name}: {error}") from error
+
     def text(self, row: int, rng: np.random.Generator, epoch: int | None = None) -> tuple[str, str]:
         """(question, answer) of a row, in an epoch of training; a report without quotes and brackets, as published."""
         entry, asked = self.entries[self.rows[row][0]], self.rows[row][1]
