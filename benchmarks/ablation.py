@@ -1,6 +1,6 @@
 """What each part of a method is worth: tiny runs on phantoms with the part and without it, over several seeds.
 
-    python benchmarks/ablation.py reaf|hsenet|mrg [--seeds 3] [--jobs 2]      # an hour on two cores; mrg after hsenet
+    python benchmarks/ablation.py reaf|hsenet|mrg [--seeds 3] [--jobs 2]      # an hour on two cores; mrg, after hsenet, two
 
 Trains on the built-in phantoms and evaluates on 512 patients of another seed. Writes the table into docs/results.md,
 between the method's marks. Finished runs (runs/ablation/) are not repeated. Seeds change initialisation and order;
@@ -166,9 +166,10 @@ def main() -> None:
                 make_slices(folder_of(args.method, first, seed), data)
             for name, measures in zip(others, pool.map(lambda n, s=seed: one(args.method, n, s, data), others), strict=True):
                 found[name].append(measures)
+    seeds, spread = (f"{args.seeds} seeds", ": mean (smallest to largest)") if args.seeds > 1 else ("One seed", "")
     note = (
-        f"{args.seeds} seeds each, {EPOCHS[args.method]} epochs of 2,000 phantoms, evaluated on {TEST_SIZE} patients of another "
-        f"seed: mean (smallest to largest). {CHANCE.get(args.method) or without_looking()} {NOTES[args.method]}\n"
+        f"{seeds} each, {EPOCHS[args.method]} epochs of 2,000 phantoms, evaluated on {TEST_SIZE} patients of another "
+        f"seed{spread}. {CHANCE.get(args.method) or without_looking()} {NOTES[args.method]}\n"
     )
     text = f"{note}\n{table(args.method, found)}"
     write(args.method, text)
