@@ -197,6 +197,13 @@ def test_language_runs_leave_bad_volumes_out_even_where_a_whole_step_is_empty(st
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_a_new_decoder_that_no_volume_can_be_read_for_is_one_line(stages, tmp_path):  # noqa: F811
+    root = shutil.copytree(stages, tmp_path / "stages")
+    for row in range(len(load_manifest(root / "data").entries("train"))):
+        spoil(volume(root / "data", row))
+    wrong(language(root, tmp_path / "r", "--data", root / "data", "--max-bad", 99), "of its first 18 training volumes, .* none can be read")
+
+
 def test_a_loader_process_that_is_killed_is_one_line(prepared, tmp_path, monkeypatch):
     read = CTReportDataset.__getitem__
 
