@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from reaf_hsenet.data.header import HEADERS
 from reaf_hsenet.data.labels import LABEL_SETS
 from reaf_hsenet.data.reading import Reading, stem
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, axis_codes
@@ -99,6 +100,10 @@ def model_and_scan(command: Parser, name: str) -> None:
     group.add_argument("--intercept", type=float, help="of raw values to HU")
     group.add_argument("--orientation", choices=ORIENTATIONS, default="header", help="stored: ignore the header's orientation")
     group.add_argument(
+        "--header", choices=HEADERS, default="check", help="what to believe of a header that contradicts itself (default: "
+        "check, refuse it; none: treat it as blank)"
+    )  # fmt: skip
+    group.add_argument(
         "--assume-orientation", type=axis_codes, metavar="CODES", help="axis codes where the header has none, such as LPS"
     )
     group.add_argument(
@@ -163,7 +168,7 @@ def main(argv: list[str]) -> int:
         folder,
         args.checkpoint,
         args.device,
-        Reading(args.rescale, args.orientation, args.assume_orientation),
+        Reading(args.rescale, args.orientation, args.assume_orientation, args.header),
         TableRow(tuple(args.spacing) if args.spacing else None, args.slope, args.intercept),
         args.slice_encoder,
         getattr(args, "precision", None),

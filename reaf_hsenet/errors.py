@@ -23,6 +23,11 @@ def first_six(items: list[str], separator: str = ", ") -> str:
     return separator.join(items[:6]) + more
 
 
+def one_line(error: Exception) -> str:
+    """Return an exception's message in one line of at most 160 characters, or its name where it has none."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 class Terminated(BaseException):
     """SIGTERM, raised where the program can still put things in order."""
 

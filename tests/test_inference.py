@@ -334,9 +334,12 @@ def test_a_blank_header_and_raw_values_are_read_with_what_is_given(runs, scans, 
     wrong("no orientation .*--assume-orientation", load(run).embed, raw)
     axes = "".join(nib.aff2axcodes(image.affine))
     reading = inference.Reading(assume_orientation=axes)
-    wrong("fit neither HU nor .*--rescale, or give the --slope and --intercept", load(run, reading=reading).embed, raw)
+    wrong("by its header the scan is 48 x 48 x", load(run, reading=reading).embed, raw)
+    spacing = tuple(map(float, image.header.get_zooms()))
+    without = load(run, reading=reading, table=TableRow(spacing))
+    wrong("not HU.*--rescale, or give the --slope and --intercept", without.embed, raw)
     lines = []
-    table = TableRow(tuple(map(float, image.header.get_zooms())), 1.0, -1024.0)
+    table = TableRow(spacing, 1.0, -1024.0)
     found = load(run, reading=reading, table=table, say=lines.append).embed(raw)
     assert (found - load(run).embed(scans[0])).abs().max() < 1e-5
     assert len(lines) == 1 and f"axes to {axes}; rescale auto: raw values" in lines[0]

@@ -5,16 +5,13 @@ superior, posterior, left), or the finished input. Which of the two is decided p
 a tensor.
 """
 
-import io
-import pickle
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from reaf_hsenet.config import RECIPES, Recipe
+from reaf_hsenet.data.header import HEADERS
 from reaf_hsenet.data.preprocessing import preprocess
 from reaf_hsenet.data.slices import SliceRecipe, slice_images
 from reaf_hsenet.data.volume import (
@@ -23,20 +20,17 @@ from reaf_hsenet.data.volume import (
     TableRow,
     Volume,
     choose_rescale,
+    finite,
     read_volume,
     unpacked,
 )
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import named
 
 PT_GRID = RECIPES["reaf"]
 # Where one volume is there in several formats, the first of these is read: the fastest.
 ENDINGS = (".pt", ".pt.gz", ".nii.gz", ".nii")
 NO_TABLE = TableRow()
-# What torch.load raises for damaged files, those of old torch versions included.
-DAMAGED = (
-    *(OSError, EOFError, zlib.error, struct.error, RuntimeError),
-    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, MemoryError),
-)
 
 
 @dataclass(frozen=True)
@@ -46,11 +40,13 @@ class Reading:
     rescale: str = "auto"
     orientation: str = "header"
     assume_orientation: str | None = None
+    header: str = "check"
 
     def __post_init__(self):
         for name, value, known in (
             ("rescale", self.rescale, RESCALES),
             ("orientation", self.orientation, ORIENTATIONS),
+            ("header", self.header, HEADERS),
         ):
             if value not in known:
                 raise InputError(f"{name} {value!r}: expected one of {', '.join(known)}")
@@ -79,7 +75,7 @@ def read_input(
             return finished
         volume = _hu_volume(voxels, path, recipe, reading.rescale)
     else:
-        volume = read_volume(path, table, reading.rescale, reading.orientation, reading.assume_orientation)
+        volume = read_volume(path, table, **vars(reading))
     try:
         return preprocess(volume, recipe), volume.record
     except InputError as error:
@@ -94,36 +90,26 @@ def read_slice_images(
         raise InputError(
             f"{path}: slices are taken from the CT itself, in HU at its own resolution; expected .nii or .nii.gz"
         )
-    volume = read_volume(path, table, reading.rescale, reading.orientation, reading.assume_orientation)
+    volume = read_volume(path, table, **vars(reading))
     return slice_images(volume, recipe, size, jpeg), volume.record
 
 
 def load_tensor(path: Path):
-    """The one tensor of a .pt or .pt.gz file. A .gz is read whole, so that its CRC is checked."""
+    """Return the one tensor of a .pt or .pt.gz file. A .gz is read whole, so that its CRC is checked."""
     import torch  # here, not above: the workers that prepare NIfTI files start faster without it
 
-    try:
-        file = io.BytesIO(unpacked(path)) if path.suffix == ".gz" else path
-        tensor = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:100]
-        raise InputError(
-            f"{path}: holds something other than a tensor, which is not unpickled ({reason}); save the tensor alone "
-            "with torch.save"
-        ) from error
-    except DAMAGED as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise InputError(f"{path}: is truncated or damaged ({reason})") from error
+    from reaf_hsenet.pickles import load_pickle, plain
+
+    data = None
+    if path.suffix == ".gz":
+        with named(path):
+            data = unpacked(path)
+    tensor = load_pickle(path, data)
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{path}: holds a {type(tensor).__name__}; expected one tensor")
-    odd = tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool
-    if odd or tensor.layout != torch.strided:
-        raise InputError(f"{path}: holds a {tensor.dtype} {tensor.layout} tensor; expected dense real numbers")
-    if tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise InputError(f"{path}: claims {tensor.nbytes} bytes and holds {tensor.untyped_storage().nbytes()}; save the volume itself")
-    return tensor.detach()
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InputError(f"{path}: holds a {tensor.dtype} tensor; expected real numbers")
+    return plain(tensor, f"{path}: it")
 
 
 def _read_tensor(path: Path) -> np.ndarray:
@@ -134,11 +120,7 @@ def _read_tensor(path: Path) -> np.ndarray:
         tensor = tensor[0]
     if tensor.ndim != 3 or min(tensor.shape) < 2:
         raise InputError(f"{path}: holds a tensor of shape {shape}; expected one volume (D, H, W)")
-    voxels = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    # The minimum of an array with NaN is NaN.
-    if not np.isfinite([voxels.min(), voxels.max()]).all():
-        raise InputError(f"{path}: holds NaN or infinite values; write it again")
-    return voxels
+    return finite(tensor.float().numpy(), path) if tensor.is_floating_point() else tensor.numpy()
 
 
 def _input_range(recipe: Recipe) -> tuple[float, float]:
