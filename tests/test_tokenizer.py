@@ -14,7 +14,14 @@ from tokenizers import Tokenizer as Backend
 from reaf_hsenet import pretrained
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.tokenizer import Tokenizer, WordPiece, check_fits, has_wordpiece, load_tokenizer, load_wordpiece
+from reaf_hsenet.tokenizer import (
+    Tokenizer,
+    WordPiece,
+    check_fits,
+    has_wordpiece,
+    load_tokenizer,
+    load_wordpiece,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = GOLDEN / "tokenizers"
