@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from tokenize import TokenError
 from typing import IO
@@ -104,6 +105,13 @@ def visible(folder: Path, pattern: str) -> list[Path]:
 
 
 def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes. A file that has not changed is read once by a process, however often it is asked."""
+    found = Path(path).stat()
+    return _sha256(str(Path(path).absolute()), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _sha256(path: str, *unchanged: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):

@@ -20,6 +20,7 @@ from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, ReafVisionConfig, Recipe, from_dict
 from reaf_hsenet.data.labels import LabelTable, load_label_set
 from reaf_hsenet.data.reading import Reading
+from reaf_hsenet.data.slice_features import slices_wanted
 from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.embedding import DualEncoderRun, is_published, load_dual_encoder
@@ -151,8 +152,7 @@ class ScanModel:
         question = GENERATION["mrg"]["prompt"] if question is None else question
         tokenizer = self.run.tokenizer if "run" in vars(self) else load_tokenizer(self.folder)
         most = answer_length(self.config, tokenizer, question, new_tokens, GENERATION[task]["new_tokens"])
-        read, slices = self.read(scan), self.slices(scan)
-        volume = read.volume.to(self.device)
+        volume, slices, _ = self.read(scan)
         yield from stream_answer(self.run.model, self.run.tokenizer, question, volume, slices, most, sampling)
 
     def classify(self, scan: Path | str, prompts: str = "volume", label_set: str = "ct-rate") -> dict[str, float]:
@@ -167,8 +167,8 @@ class ScanModel:
     def embed(self, scan: Path | str) -> Tensor:
         """The scan's unit vector, (C,) float32 on the CPU."""
         self.require_towers()
-        read, slices = self.read(scan), self.slices(scan)
-        return self.finite(self.run.model.encode_image(read.volume.to(self.device), slices))
+        volume, slices, _ = self.read(scan)
+        return self.finite(self.run.model.encode_image(volume, slices))
 
     @torch.inference_mode()
     def embed_text(self, text: str) -> Tensor:
@@ -214,8 +214,8 @@ class ScanModel:
                 "runs on their encoders"
             )
         figures.new_figure(1, 1, "explain")  # a missing matplotlib is said now
-        read, slices = self.read(scan), self.slices(scan)
-        model, volume = self.run.model, read.volume.to(self.device)
+        volume, slices, read = self.read(scan)
+        model = self.run.model
         encoder = model.encoders[found[0]] if self.has_decoder else model.vision
         if isinstance(self.encoders[found[0]], ReafVisionConfig):
             shows, draw, centre = "salient regions", figures.saliency_figure, figures.strongest
@@ -232,17 +232,17 @@ class ScanModel:
             "maps": {name: {"grid": list(m.shape), "strongest": centre(m)} for name, m in maps.items()},
         }
 
-    def read(self, path: Path | str) -> Scan:
-        """The scan by the run's recipe."""
-        scan = read_scan(Path(path), self.recipe, self.reading, self.table)
-        self.say(scan.account())
-        return scan
+    def read(self, path: Path | str) -> tuple[Tensor, Tensor | None, Scan]:
+        """Read the scan once by the run's recipe.
 
-    def slices(self, path: Path | str) -> Tensor | None:
-        """The scan's slice features, (1, S, C) on the device, where the run's encoder takes them."""
-        if not self.guided:
-            return None
-        return slice_features(Path(path), *self._slice_encoder, self.device, self.reading, self.table)
+        Returns its volume (1, 1, D, H, W), its slice features (1, S, C) where the run's encoder takes them, both on the
+        device, and the scan.
+        """
+        wanted = slices_wanted(self._slice_encoder[1], self._slice_encoder[0].size) if self.guided else None
+        scan = read_scan(Path(path), self.recipe, self.reading, self.table, wanted)
+        self.say(scan.account())
+        slices = slice_features(scan, *self._slice_encoder, self.device) if self.guided else None
+        return scan.volume.to(self.device), slices, scan
 
     @cached_property
     def _slice_encoder(self):

@@ -28,8 +28,7 @@ from reaf_hsenet.data.manifest import (
     origin,
     table_row,
 )
-from reaf_hsenet.data.reading import Reading, read_input, read_slice_images
-from reaf_hsenet.data.slices import SliceRecipe
+from reaf_hsenet.data.reading import Reading, SlicesWanted, read_input, read_slice_images
 from reaf_hsenet.data.tables import csv_rows
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import atomic_write, file_sha256, folder_lock, named
@@ -244,12 +243,12 @@ def prepare_case(case: Case, out: Path, options: Options) -> tuple[Case, dict | 
 
 
 def entry_slices(
-    entry: dict, reading: Reading, recipe: SliceRecipe, size: int, jpeg: bool
+    entry: dict, reading: Reading, wanted: SlicesWanted
 ) -> tuple[dict, np.ndarray | None, str | None]:
     """(entry, (32, size, size) uint8 pictures of its source file, None) or (entry, None, reason it was refused)."""
     path = Path(entry["source"]["file"])
     try:
-        images, record = read_slice_images(path, recipe, size, jpeg, reading, table_row(entry))
+        images, record = read_slice_images(path, wanted, reading, table_row(entry))
     except InputError as error:
         return entry, None, str(error).removeprefix(f"{path}: ")
     except MemoryError:

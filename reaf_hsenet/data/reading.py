@@ -62,36 +62,62 @@ def stem(name: str) -> str:
     return name.removesuffix(ending(name) or "")
 
 
+@dataclass(frozen=True)
+class SlicesWanted:
+    """How 2D slices are taken from a CT: the recipe, the side of a picture, and whether through JPEG."""
+
+    recipe: SliceRecipe
+    size: int
+    jpeg: bool = False
+
+
 def read_input(
     path: Path, recipe: Recipe, reading: Reading = Reading(), table: TableRow = NO_TABLE
 ) -> tuple[np.ndarray, dict]:
     """((1, D, H, W) float32 of recipe.size, record of what the file held). Raises InputError, naming the file."""
+    volume, _, record = read_source(path, recipe, None, reading, table)
+    return volume, record
+
+
+def read_slice_images(
+    path: Path, wanted: SlicesWanted, reading: Reading, table: TableRow = NO_TABLE
+) -> tuple[np.ndarray, dict]:
+    """((32, size, size) uint8 pictures, record of what the file held). Raises InputError, naming the file."""
+    _, images, record = read_source(path, None, wanted, reading, table)
+    return images, record
+
+
+def read_source(
+    path: Path,
+    recipe: Recipe | None,
+    slices: SlicesWanted | None,
+    reading: Reading = Reading(),
+    table: TableRow = NO_TABLE,
+) -> tuple[np.ndarray | None, np.ndarray | None, dict]:
+    """Return the network input of a recipe and the 2D slices, whichever are wanted, of one reading of a source file.
+
+    The input is (1, D, H, W) float32 of recipe.size, the slices (32, size, size) uint8; then a record of what the file
+    held. Raises InputError, naming the file.
+    """
     kind = ending(path.name)
+    if slices is not None and kind not in (".nii", ".nii.gz"):
+        raise InputError(
+            f"{path}: slices are taken from the CT itself, in HU at its own resolution; expected .nii or .nii.gz"
+        )
     if kind is None:
         raise InputError(f"{path}: expected a file that ends in .npy, {', '.join(ENDINGS)}")
     if kind in (".pt", ".pt.gz"):
         voxels = _read_tensor(path)
         if (finished := _finished(voxels, recipe)) is not None:
-            return finished
+            return finished[0], None, finished[1]
         volume = _hu_volume(voxels, path, recipe, reading.rescale)
     else:
         volume = read_volume(path, table, **vars(reading))
+    images = slice_images(volume, slices.recipe, slices.size, slices.jpeg) if slices else None
     try:
-        return preprocess(volume, recipe), volume.record
+        return preprocess(volume, recipe) if recipe else None, images, volume.record
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def read_slice_images(
-    path: Path, recipe: SliceRecipe, size: int, jpeg: bool, reading: Reading, table: TableRow = NO_TABLE
-) -> tuple[np.ndarray, dict]:
-    """((32, size, size) uint8 pictures, record of what the file held). Raises InputError, naming the file."""
-    if ending(path.name) not in (".nii", ".nii.gz"):
-        raise InputError(
-            f"{path}: slices are taken from the CT itself, in HU at its own resolution; expected .nii or .nii.gz"
-        )
-    volume = read_volume(path, table, **vars(reading))
-    return slice_images(volume, recipe, size, jpeg), volume.record
 
 
 def load_tensor(path: Path):

@@ -28,7 +28,7 @@ from reaf_hsenet.data.prepare import (
     worker_pool,
     write_refused,
 )
-from reaf_hsenet.data.reading import ending
+from reaf_hsenet.data.reading import SlicesWanted, ending
 from reaf_hsenet.data.slices import MEAN, SLICE_RECIPES, SLICES, STD
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write, folder_lock, read_json, write_json
@@ -238,12 +238,16 @@ def _origin(entry: dict) -> dict:
     return json.loads(json.dumps(facts))
 
 
+def slices_wanted(provenance: dict, size: int) -> SlicesWanted:
+    """Return how the slices of features of this provenance were taken; size: the side of the encoder's pictures."""
+    return SlicesWanted(SLICE_RECIPES[provenance["recipe"]], size, provenance["jpeg"])
+
+
 def _pictures(
     todo: list[dict], manifest: Manifest, size: int, workers: int
 ) -> Iterator[tuple[dict, np.ndarray | None, str | None]]:
     """entry_slices of each entry, in order, made in `workers` processes that are at most two volumes each ahead."""
-    recipe, jpeg = SLICE_RECIPES[manifest.slices["recipe"]], manifest.slices["jpeg"]
-    take = partial(entry_slices, reading=manifest.reading, recipe=recipe, size=size, jpeg=jpeg)
+    take = partial(entry_slices, reading=manifest.reading, wanted=slices_wanted(manifest.slices, size))
     if workers == 1 or len(todo) < 2:
         yield from map(take, todo)
         return
