@@ -21,7 +21,7 @@ from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.errors import InputError, OutputError
+from reaf_hsenet.errors import InputError, OutputError, early_signal
 from reaf_hsenet.job import Job
 from reaf_hsenet.optimizer import learning_rate
 from reaf_hsenet.stability import Stability
@@ -115,6 +115,7 @@ class Trainer:
         Raises InputError when too many steps were not finite, or the last validation was not.
         """
         handlers = {number: signal.signal(number, self._note_signal) for number in STOPPING}
+        self.signal = self.signal or early_signal()
         try:
             code = self._train()
         finally:
