@@ -35,7 +35,6 @@ from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.contrastive_job import contrastive_job
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError, run_script
-from reaf_hsenet.files import folder_lock
 from reaf_hsenet.guided_setup import keep_slice_encoder
 from reaf_hsenet.language_job import language_job
 from reaf_hsenet.language_setup import LanguageSetup, new_language_setup, resumed_language_setup
@@ -60,7 +59,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
 
     language = args.stage in LANGUAGE
     run = Run(args.out or Path("runs") / f"{args.stage}-{args.model}")
-    with folder_lock(run.folder) if ranks.main else nullcontext():
+    with run.writing() if ranks.main else nullcontext():
         begun, args.resume = distributed.on_main(lambda: begun_and_resumed(args, run))
         if args.resume:
             setup = (resumed_language_setup if language else resumed_setup)(args, run, ranks)

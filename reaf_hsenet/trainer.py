@@ -19,7 +19,7 @@ from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.data.samplers import GlobalBatches
-from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_named
+from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_later, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError, OutputError, early_signal
 from reaf_hsenet.job import Job
@@ -293,7 +293,8 @@ class Trainer:
         }
         try:
             keep, good = self.config.keep, self.stability.good
-            distributed.on_main(lambda: self.run.save(progress.step, model, state, keep, best, good))
+            with worker_deaths_later():
+                distributed.on_main(lambda: self.run.save(progress.step, model, state, keep, best, good))
         except OutputError as error:
             if progress.step == self.total:
                 raise OutputError(f"{error}, continue with --resume") from error
