@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
@@ -24,6 +23,7 @@ from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError, OutputError, early_signal
 from reaf_hsenet.job import Job
 from reaf_hsenet.optimizer import learning_rate
+from reaf_hsenet.progress import progress_bar, say
 from reaf_hsenet.stability import Stability
 from reaf_hsenet.step_log import Meter, peak_flops, profiler
 from reaf_hsenet.training_config import TrainConfig
@@ -128,14 +128,7 @@ class Trainer:
         return code
 
     def _train(self) -> int:
-        self.bar = tqdm(
-            total=self.total,
-            initial=self.progress.step,
-            desc="train",
-            unit="step",
-            disable=not self.ranks.main,
-            dynamic_ncols=True,
-        )
+        self.bar = progress_bar(self.total, "train", "step", done=self.progress.step, shown=self.ranks.main)
         self.peak = peak_flops(self.ranks.device, self.update.dtype)
         trace = profiler(self.run.folder / "profile") if self.profile and self.ranks.main else nullcontext()
         self._record_bad(self.progress.step)
@@ -317,7 +310,7 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.ranks.main:
-            tqdm.write(text)
+            say(text)
 
     def _note_signal(self, number: int, frame) -> None:
         self.signal = number
