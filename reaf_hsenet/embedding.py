@@ -18,7 +18,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256
 from reaf_hsenet.metrics.retrieval import cross_retrieval
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
-from reaf_hsenet.pretrained import find_folder
+from reaf_hsenet.pretrained import find_folder, is_hub_id
 from reaf_hsenet.pretrained.loading import require_fit
 from reaf_hsenet.pretrained.reading import SUFFIXES
 from reaf_hsenet.progress import progress_bar
@@ -126,8 +126,8 @@ def load_source(folder: Path | str, text_model: str | None, which: str = "best")
 
 
 def locate_run(name: Path) -> Path:
-    """A path as it is; ORGANISATION/NAME[@REVISION], where no such folder begins here, fetched from the hub."""
-    if name.exists() or len(name.parts) != 2 or name.parent.exists():
+    """A path as it is; a hub id, fetched."""
+    if name.exists() or not is_hub_id(str(name)):
         return name
     return find_folder(str(name), [*(f"*{suffix}" for suffix in SUFFIXES), "*.json", "vocab.txt"])
 
