@@ -12,6 +12,11 @@ zeroshot_scores.csv; mrg.json, mrg.csv; vqa.json, vqa.csv. An interrupted mrg or
 again, with any number of processes. With --figures DIR also pictures (needs matplotlib).
 """
 
+from reaf_hsenet.errors import start_script
+
+if __name__ == "__main__":
+    start_script()  # what is imported next takes seconds
+
 import argparse
 from contextlib import nullcontext
 from pathlib import Path

@@ -11,10 +11,14 @@ A scan is .nii or .nii.gz in any orientation and spacing, or a .pt volume of REA
 go to stdout, with --json as JSON; which run was used and how the scan was read is said on stderr.
 """
 
+from reaf_hsenet.errors import start_script
+
+if __name__ == "__main__":
+    start_script()  # what is imported next takes seconds
+
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +27,7 @@ from reaf_hsenet.data.header import HEADERS
 from reaf_hsenet.data.labels import LABEL_SETS
 from reaf_hsenet.data.reading import Reading, stem
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, axis_codes
-from reaf_hsenet.errors import Command, InputError, Parser, raise_on_sigterm, run_script
+from reaf_hsenet.errors import Command, InputError, Parser, run_script
 from reaf_hsenet.scan import check_scan
 from reaf_hsenet.training_config import GENERATION
 
@@ -157,7 +161,6 @@ def default_run(command: str, model: str | None) -> Path:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    raise_on_sigterm()
     from reaf_hsenet.embedding import locate_run
     from reaf_hsenet.inference import (
         ScanModel,  # here, not above: what is wrong with the flags is said at once
@@ -178,14 +181,9 @@ def main(argv: list[str]) -> int:
         say,
     )
     say(f"run: {folder}, stage {model.stage}, checkpoint {model.checkpoint.name}")
-    try:
-        result = RESULTS[args.command](args, model, (lambda *text, **how: None) if args.json else print)
-        if args.json:
-            print(json.dumps(result, allow_nan=False))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    result = RESULTS[args.command](args, model, (lambda *text, **how: None) if args.json else print)
+    if args.json:
+        print(json.dumps(result, allow_nan=False))
     return 0
 
 
@@ -248,4 +246,4 @@ def explain(args: argparse.Namespace, model, show: Callable) -> dict:
 RESULTS = {"report": answer, "ask": answer, "classify": classify, "embed": embed, "search": search, "explain": explain}
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, result=True)

@@ -13,6 +13,11 @@ Run it again and it does what is missing; --slices is also a step of its own, fo
 cannot be used are listed with the reason in OUT/refused.csv.
 """
 
+from reaf_hsenet.errors import start_script
+
+if __name__ == "__main__":
+    start_script()  # what is imported next takes seconds
+
 import argparse
 import sys
 from collections import Counter
@@ -31,7 +36,7 @@ from reaf_hsenet.data.radgenome import KINDS
 from reaf_hsenet.data.reaf_dataset import read_reaf
 from reaf_hsenet.data.slices import SLICE_RECIPES, SLICES, require_pillow
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, axis_codes
-from reaf_hsenet.errors import InputError, Parser, raise_on_sigterm, run_script
+from reaf_hsenet.errors import InputError, Parser, run_script
 from reaf_hsenet.presets import TINY_RECIPES
 
 
@@ -131,7 +136,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    raise_on_sigterm()
     if args.workers < 1:
         raise InputError(f"--workers {args.workers}: expected 1 or more")
     if args.dataset is None and args.slices is None:

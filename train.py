@@ -11,8 +11,16 @@ that writes reports from what the encoders see; vqa, one that answers questions.
     torchrun train.py --stage clip1 --resume auto                     # start, or continue what was started
 
 `python train.py` does the same with one process. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint first; the exit code is
-then 130, 143 or 138. A mistake, or numbers that are no longer finite, is 2.
+then 130, 143 or 138. Before the first step Ctrl-C and SIGTERM end at once, SIGUSR1 waits for that step. A mistake, or
+numbers that are no longer finite, is 2.
 """
+
+import signal
+
+from reaf_hsenet.errors import start_script
+
+if __name__ == "__main__":
+    start_script(signal.SIGUSR1)  # what is imported next takes seconds
 
 import argparse
 import json
@@ -26,8 +34,7 @@ from reaf_hsenet import __version__, distributed
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.contrastive_job import contrastive_job
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.errors import InputError, raise_on_sigterm, run_script
-from reaf_hsenet.files import folder_lock
+from reaf_hsenet.errors import InputError, run_script
 from reaf_hsenet.guided_setup import keep_slice_encoder
 from reaf_hsenet.language_job import language_job
 from reaf_hsenet.language_setup import LanguageSetup, new_language_setup, resumed_language_setup
@@ -40,7 +47,6 @@ from reaf_hsenet.trainer import Trainer
 
 def main(argv: list[str]) -> int:
     args = parse(argv, __doc__)
-    raise_on_sigterm()
     code = train(args, distributed.start(args.device))
     distributed.stop()  # not after an error, which the other ranks would hear of as a lost connection first
     return code
@@ -53,7 +59,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
 
     language = args.stage in LANGUAGE
     run = Run(args.out or Path("runs") / f"{args.stage}-{args.model}")
-    with folder_lock(run.folder) if ranks.main else nullcontext():
+    with run.writing() if ranks.main else nullcontext():
         begun, args.resume = distributed.on_main(lambda: begun_and_resumed(args, run))
         if args.resume:
             setup = (resumed_language_setup if language else resumed_setup)(args, run, ranks)

@@ -10,7 +10,8 @@ import math
 import os
 import pickle
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from reaf_hsenet.errors import InputError, OutputError, first_six
-from reaf_hsenet.files import atomic_write, file_sha256, read_json, read_object, write_json
+from reaf_hsenet.files import atomic_write, file_sha256, folder_lock, read_json, read_object, write_json
 from reaf_hsenet.pretrained import read_weights_file
 
 # What every run's config.json has, by kind; what is of the model, data and training is checked where it is used.
@@ -36,6 +37,32 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.lines = 0  # of the log
         self.unwritten: list[str] = []  # those of them that a full disk has not taken yet
+        self.held: int | None = None  # descriptor of the folder, while this process writes into it
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Lock the folder for this process, and hold on to it: a write notices when another one has taken its name."""
+        with folder_lock(self.folder):
+            self.held = os.open(self.folder, os.O_RDONLY)
+            try:
+                yield
+            finally:
+                os.close(self.held)
+                self.held = None
+
+    def require_place(self) -> None:
+        """Raises InputError when the folder was moved, removed or replaced since writing() began."""
+        try:
+            there = self.held is None or os.path.samestat(os.fstat(self.held), os.stat(self.folder))
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+        except OSError:
+            return  # a file system that does not answer, which the write itself will say
+        if not there:
+            raise InputError(
+                f"{self.folder}: was moved, removed or replaced while the run wrote into it; nothing more is written. Put it "
+                "back and continue with --resume"
+            )
 
     @property
     def exists(self) -> bool:
@@ -56,6 +83,7 @@ class Run:
         return values
 
     def write_config(self, config: dict) -> None:
+        self.require_place()
         write_json(self.folder / "config.json", config)
 
     def log(self, *records: dict) -> None:
@@ -64,6 +92,7 @@ class Run:
         self.unwritten += [json.dumps(record) + "\n" for record in records]
         if not self.unwritten:
             return
+        self.require_place()
         path = self.folder / "log.jsonl"
         size = path.stat().st_size if path.is_file() else 0
         try:
@@ -134,8 +163,10 @@ class Run:
 
         The last `keep` are left, `best`, and that of step `good`.
 
-        Raises OutputError when the disk is full: what was complete before is kept.
+        Raises OutputError when the disk is full: what was complete before is kept. Raises InputError when the folder is no
+        longer there.
         """
+        self.require_place()
         target = self.at(step)
         temporary = self.checkpoints / f".{target.name}.tmp"
         try:
@@ -154,8 +185,11 @@ class Run:
             for name in ("last", "best") if best else ("last",):
                 self.point(name, step)
         except (OSError, RuntimeError, SafetensorError, OutputError) as error:
-            # A full disk is a RuntimeError of torch's zip writer and a SafetensorError of the other.
             shutil.rmtree(temporary, ignore_errors=True)
+            self.require_place()
+            # A full disk is a RuntimeError of torch's zip writer and a SafetensorError of the other.
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
             raise OutputError(
                 f"{target}: cannot be written ({' '.join(str(error).split())[:120]}): free space; the "
                 "checkpoints before it are kept"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
@@ -19,9 +18,10 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256
 from reaf_hsenet.metrics.retrieval import cross_retrieval
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
-from reaf_hsenet.pretrained import find_folder
+from reaf_hsenet.pretrained import find_folder, is_hub_id
 from reaf_hsenet.pretrained.loading import require_fit
 from reaf_hsenet.pretrained.reading import SUFFIXES
+from reaf_hsenet.progress import progress_bar
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece
 
 # What the validation of a dual encoder measures.
@@ -126,8 +126,8 @@ def load_source(folder: Path | str, text_model: str | None, which: str = "best")
 
 
 def locate_run(name: Path) -> Path:
-    """A path as it is; ORGANISATION/NAME[@REVISION], where no such folder begins here, fetched from the hub."""
-    if name.exists() or len(name.parts) != 2 or name.parent.exists():
+    """A path as it is; a hub id, fetched."""
+    if name.exists() or not is_hub_id(str(name)):
         return name
     return find_folder(str(name), [*(f"*{suffix}" for suffix in SUFFIXES), "*.json", "vocab.txt"])
 
@@ -153,20 +153,16 @@ def embed(
     rows = min(rows or len(dataset), len(dataset))
     loader = make_loader(dataset, InOrder(rows, batch, ranks.rank, ranks.world), workers)
     index, image, text, unreadable = [], [], [], []
-    for part in tqdm(
-        batches(loader, ranks.device, tolerant=bad is not None),
-        total=len(loader),
-        desc="embed",
-        unit="batch",
-        disable=not (progress and ranks.main),
-    ):
-        index, unreadable = index + part.index, unreadable + part.bad
-        if not part.index:
-            continue
-        image.append(model.encode_image(part.volume, part.slices).float().cpu())
-        text.append(
-            model.encode_text(part.ids, part.mask).float().cpu() if reports else torch.empty(len(part.index), 0)
-        )
+    with progress_bar(len(loader), "embed", "batch", shown=progress and ranks.main) as bar:
+        for part in batches(loader, ranks.device, tolerant=bad is not None):
+            bar.update()
+            index, unreadable = index + part.index, unreadable + part.bad
+            if not part.index:
+                continue
+            image.append(model.encode_image(part.volume, part.slices).float().cpu())
+            text.append(
+                model.encode_text(part.ids, part.mask).float().cpu() if reports else torch.empty(len(part.index), 0)
+            )
     if bad is not None:
         bad.agree(unreadable)
     parts = distributed.gather_objects((index, image, text))

@@ -1,12 +1,17 @@
-"""A user's mistake: one line that names the file or flag, says what was expected and what to do."""
+"""A user's mistake: one line that names the file or flag, says what was expected and what to do.
+
+Also how a script begins and ends: signals, exit codes, and an output that is gone or full.
+"""
 
 import argparse
 import atexit
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class InputError(Exception):
@@ -29,16 +34,79 @@ def one_line(error: Exception) -> str:
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised where the program can still put things in order."""
+    """SIGTERM, raised where the program can still put things in order: remove temporary files, release locks."""
 
 
-def raise_on_sigterm() -> None:
-    """Turn SIGTERM into an exception, so that temporary files are removed and locks released."""
+def _terminate(number, frame):
+    raise Terminated
 
-    def handler(number, frame):
-        raise Terminated
 
-    signal.signal(signal.SIGTERM, handler)
+_early: list[int] = []  # signals that wait
+
+
+def start_script(*later: signal.Signals) -> None:
+    """Prepare a script for its slow imports, during which Ctrl-C ends it in one line.
+
+    later: signals that are only noted from now on, for early_signal().
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, _leave)
+    for number in later:
+        signal.signal(number, lambda number, frame: _early.append(number))
+    # A standard stream that is closed must not become a file of the run, into which libraries would then print.
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(free)
+
+
+def early_signal() -> int:
+    """The number of a signal that came since start_script and was to wait, else 0."""
+    return _early[-1] if _early else 0
+
+
+def _leave(number, frame) -> None:
+    """End at once: an exception that some import catches would not."""
+    with suppress(OSError):
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+class Output(io.FileIO):
+    """Standard output or error. What a closed pipe or a full disk does not take is lost, and ends nothing.
+
+    result: the output is what the script is for. Then a closed pipe ends it with 141, a full disk with an OutputError.
+    """
+
+    def __init__(self, number: int, result: bool):
+        super().__init__(number, "wb", closefd=False)
+        self.result, self.lost = result, False
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            first, self.lost = not self.lost, True
+            if first and self.result:
+                if isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
+                    raise SystemExit(141) from None
+                raise OutputError(f"standard output: cannot be written ({error.strerror}); free space and run again") from error
+            if first and self.fileno() == 1:
+                print(f"warning: standard output cannot be written ({error.strerror}); going on without it", file=sys.stderr)
+            return len(data)
+
+
+def _guard_output(result: bool) -> None:
+    """Put Output below the process's own standard output and error; streams that somebody has replaced stay."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when the process started
+            setattr(sys, name, open(os.devnull, "w"))
+        elif stream is getattr(sys, f"__{name}__"):
+            raw = Output(number, result and number == 1)
+            # A file name that is not of the stream's encoding is shown with its bytes escaped.
+            kept = {"encoding": stream.encoding, "errors": "backslashreplace", "line_buffering": stream.line_buffering}
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **kept))
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,25 +142,36 @@ def _first_to_fail() -> bool:
     return distributed.first_to_fail()
 
 
-def run_script(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
+def run_script(
+    main: Callable[[list[str]], int | None], argv: list[str] | None = None, result: bool = False
+) -> None:
     """Run a script's main and exit: 2 and one line for an InputError, 130 for Ctrl-C, 143 for SIGTERM.
 
-    `--debug` shows tracebacks. Of torchrun's processes only the first that fails speaks.
+    result: what main prints is what the script is for (Output). `--debug` shows tracebacks. Of torchrun's processes only
+    the first that fails speaks.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    _guard_output(result)
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main(arguments)
+        sys.stdout.flush()
     except (InputError, KeyboardInterrupt, Terminated) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         code = 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 143
         message = f"error: {error}" if code == 2 else str(error) or "interrupted"
+        message = message.replace("\n", "\\n")  # of a file's name; an error is one line
         if _first_to_fail():
             print(message, file=sys.stderr, flush=True)
     except Exception:
         if _first_to_fail():
             raise
         code = 1
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what follows must not be interrupted by an exception
     if not _alone():
         # DDP keeps gloo's threads past the process group, and one that frees a tensor while Python ends aborts the process.
         atexit._run_exitfuncs()  # ends loader processes; what sys.exit would call has no public name

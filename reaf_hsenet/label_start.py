@@ -8,13 +8,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from reaf_hsenet.data.augment import augment_with_slices
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.loader import part_unreadable, read_sample
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.progress import progress_bar
 from reaf_hsenet.training_config import TrainConfig
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 32, 1e-3, 0.1
@@ -35,7 +35,7 @@ def learn_labels(
     parameters = [*encoders.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    bar = tqdm(total=steps, desc="labels", unit="step", disable=not bad.ranks.main)
+    bar = progress_bar(steps, "labels", "step", shown=bad.ranks.main)
     for epoch in range(settings.label_epochs):
         order = np.random.default_rng((settings.seed, epoch)).permutation(len(entries))
         for rows in order[: len(order) // batch * batch].reshape(-1, batch):

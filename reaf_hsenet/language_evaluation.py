@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from reaf_hsenet.answered_rows import AnsweredRows
 from reaf_hsenet.answering import answer, image_features
@@ -21,6 +20,7 @@ from reaf_hsenet.data.workers import make_loader, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.mllm_run import MllmRun
+from reaf_hsenet.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def generate_answers(
     loader = make_loader(AskedVolumes(data, rows), batches, workers)
     began = time.perf_counter()
     try:
-        with tqdm(total=len(mine), desc=task, unit="row", disable=not ranks.main) as bar:
+        with progress_bar(len(mine), task, "row", shown=ranks.main and bool(mine)) as bar:
             for part in loader:
                 if isinstance(part, InputError):
                     raise part

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from reaf_hsenet.data.loader import CTReportDataset
 from reaf_hsenet.data.manifest import Manifest, load_manifest
@@ -28,6 +27,7 @@ from reaf_hsenet.data.slices import SLICE_RECIPES
 from reaf_hsenet.embedding import DualEncoderRun
 from reaf_hsenet.losses import contrastive_logits, contrastive_loss
 from reaf_hsenet.models.slice_encoder import SliceEncoder
+from reaf_hsenet.progress import progress_bar
 
 RECIPE = "phantom"
 ENCODER = {"size": 64, "patch": 16, "width": 128, "depth": 2, "heads": 4, "mlp": 512}
@@ -56,8 +56,11 @@ def train_slice_encoder(
     take = partial(
         entry_slices, reading=manifest.reading, recipe=SLICE_RECIPES[RECIPE], size=ENCODER["size"], jpeg=False
     )
-    with worker_pool(workers) as pool:
-        images = [torch.from_numpy(pictures) for _, pictures, _ in pool.map(take, entries, chunksize=16)]
+    images = []
+    with worker_pool(workers) as pool, progress_bar(len(entries), "slices to learn from", "volume") as bar:
+        for _, pictures, _ in pool.map(take, entries, chunksize=16):
+            images.append(torch.from_numpy(pictures))
+            bar.update()
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     encoder = SliceEncoder(**ENCODER).to(device).train()
@@ -67,7 +70,8 @@ def train_slice_encoder(
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=LEARNING_RATE, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     batch = min(BATCH, len(entries))
-    for _ in tqdm(range(steps), desc="slice encoder", unit="step"):
+    bar = progress_bar(steps, "slice encoder", "step")
+    for _ in range(steps):
         rows = rng.choice(len(entries), batch, replace=False)
         picked = [images[row][np.sort(rng.choice(len(images[row]), SLICES_A_STEP, replace=False))] for row in rows]
         features = encoder(normalise(torch.cat(picked).to(device))).unflatten(0, (batch, -1)).mean(1)
@@ -76,6 +80,8 @@ def train_slice_encoder(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        bar.update()
+    bar.close()
     return encoder.eval()
 
 

@@ -13,17 +13,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.data.samplers import GlobalBatches
-from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_named
+from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_later, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.errors import InputError, OutputError
+from reaf_hsenet.errors import InputError, OutputError, early_signal
 from reaf_hsenet.job import Job
 from reaf_hsenet.optimizer import learning_rate
+from reaf_hsenet.progress import progress_bar, say
 from reaf_hsenet.stability import Stability
 from reaf_hsenet.step_log import Meter, peak_flops, profiler
 from reaf_hsenet.training_config import TrainConfig
@@ -115,6 +115,7 @@ class Trainer:
         Raises InputError when too many steps were not finite, or the last validation was not.
         """
         handlers = {number: signal.signal(number, self._note_signal) for number in STOPPING}
+        self.signal = self.signal or early_signal()
         try:
             code = self._train()
         finally:
@@ -127,14 +128,7 @@ class Trainer:
         return code
 
     def _train(self) -> int:
-        self.bar = tqdm(
-            total=self.total,
-            initial=self.progress.step,
-            desc="train",
-            unit="step",
-            disable=not self.ranks.main,
-            dynamic_ncols=True,
-        )
+        self.bar = progress_bar(self.total, "train", "step", done=self.progress.step, shown=self.ranks.main)
         self.peak = peak_flops(self.ranks.device, self.update.dtype)
         trace = profiler(self.run.folder / "profile") if self.profile and self.ranks.main else nullcontext()
         self._record_bad(self.progress.step)
@@ -292,7 +286,8 @@ class Trainer:
         }
         try:
             keep, good = self.config.keep, self.stability.good
-            distributed.on_main(lambda: self.run.save(progress.step, model, state, keep, best, good))
+            with worker_deaths_later():
+                distributed.on_main(lambda: self.run.save(progress.step, model, state, keep, best, good))
         except OutputError as error:
             if progress.step == self.total:
                 raise OutputError(f"{error}, continue with --resume") from error
@@ -315,7 +310,7 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.ranks.main:
-            tqdm.write(text)
+            say(text)
 
     def _note_signal(self, number: int, frame) -> None:
         self.signal = number

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import error_line, script
 from reaf_hsenet.config import RECIPES
 from reaf_hsenet.data.datasets import read_nifti_folder
 from reaf_hsenet.data.loader import _load
+from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.prepare import Journal, Options, prepare, read_refused
 from reaf_hsenet.data.reading import load_tensor, read_input
 from reaf_hsenet.errors import InputError
@@ -171,3 +173,18 @@ def test_voxels_beyond_float32_are_refused_in_every_kind_of_file(tmp_path):
     torch.save(torch.from_numpy(voxels), tmp_path / "x.pt")
     with pytest.raises(InputError, match="1 voxels are NaN or infinite, or beyond float32"):
         read_input(tmp_path / "x.pt", TINY.recipe)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", os.fsdecode(b"latin-\xe9"), "bell\x07"])
+def test_odd_names_of_folders_end_in_one_line(tmp_path, name):
+    ended = script("preprocess.py", "--dataset", "nifti", "--root", tmp_path / name, "--out", tmp_path / "out")
+    assert "no such folder" in error_line(ended)
+
+
+def test_a_folder_whose_name_is_not_utf8_is_prepared(tmp_path):
+    folder = tmp_path / os.fsdecode(b"latin-\xe9")
+    folder.mkdir()
+    scans(folder)
+    ended = script("preprocess.py", "--dataset", "nifti", "--root", folder, "--out", folder / "out", "--size", "4", "8", "8")
+    assert ended.returncode == 0, ended.stderr
+    assert len(load_manifest(folder / "out").splits["train"]) == 2

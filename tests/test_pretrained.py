@@ -150,7 +150,7 @@ def test_a_bin_file_of_anything_else_is_one_line(tmp_path):
 
 
 def test_only_a_hub_id_is_looked_for_on_the_hub():
-    with pytest.raises(InputError, match="no such folder; expected one, or a hub id"):
+    with pytest.raises(InputError, match="no such folder or file; expected one, or a hub id"):
         find_folder("bert-base", ["config.json"])
     with pytest.raises(InputError, match="the hub does not give it.*fetch config.json by hand"):
         find_folder("someone/bert@main", ["config.json"])

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from reaf_hsenet import distributed
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError, first_six
+from reaf_hsenet.progress import say
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BadVolumes:
                 raise InputError(one.reason + count)
             self.new.append(one)
             if self.ranks.main:
-                tqdm.write(f"left out, {len(self.found)} of --max-bad {self.limit}: {one.id}: {one.reason}")
+                say(f"left out, {len(self.found)} of --max-bad {self.limit}: {one.id}: {one.reason}")
 
     def check(self, manifest: Manifest, splits: list[str], slices: bool) -> None:
         """Manifest.check, its looking shared by the ranks: volumes and slice features that are absent or cut are bad."""

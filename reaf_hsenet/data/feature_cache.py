@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from reaf_hsenet.config import to_dict
 from reaf_hsenet.data.bad_volumes import BadVolumes, Unreadable
@@ -22,6 +21,7 @@ from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write
 from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.progress import progress_bar
 
 
 class FeatureCache:
@@ -78,13 +78,15 @@ def fill_cache(
     missing = [entry for entry in entries if not cache.has(entry)]
     model.encoders.to(ranks.device).eval()
     enabled, unreadable = cache.dtype != torch.float32, []
-    for entry in tqdm(missing, desc="features", unit="volume", disable=not ranks.main or not missing, dynamic_ncols=True):
-        sample = read_sample(manifest, entry, slices)
-        if isinstance(sample, Unreadable):
-            unreadable.append(sample)
-            continue
-        volume, given = (x if x is None else x[None].to(ranks.device) for x in sample)
-        with torch.autocast(ranks.device.type, cache.dtype if enabled else torch.bfloat16, enabled=enabled):
-            features = model.features(volume, given)
-        cache.write(entry, [x[0] for x in features])
+    with progress_bar(len(missing), "features", "volume", shown=ranks.main and bool(missing)) as bar:
+        for entry in missing:
+            bar.update()
+            sample = read_sample(manifest, entry, slices)
+            if isinstance(sample, Unreadable):
+                unreadable.append(sample)
+                continue
+            volume, given = (x if x is None else x[None].to(ranks.device) for x in sample)
+            with torch.autocast(ranks.device.type, cache.dtype if enabled else torch.bfloat16, enabled=enabled):
+                features = model.features(volume, given)
+            cache.write(entry, [x[0] for x in features])
     bad.agree(unreadable)  # and wait for the others' files

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from reaf_hsenet.config import Recipe, to_dict
 from reaf_hsenet.data.datasets import Case, Source
@@ -32,6 +31,7 @@ from reaf_hsenet.data.reading import Reading, SlicesWanted, read_input, read_sli
 from reaf_hsenet.data.tables import csv_rows
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import atomic_write, file_sha256, folder_lock, named
+from reaf_hsenet.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def prepare(
         done = journal.read(whole)
         refused = {i: c.problem for i, c in cases.items() if c.problem}
         todo = [c for i, c in cases.items() if i not in done and i not in refused]
-        with tqdm(total=len(todo), desc="volumes", unit="", disable=not progress or not todo) as bar:
+        with progress_bar(len(todo), "volumes", "volume", shown=progress and bool(todo)) as bar:
 
             def keep(case: Case, record: dict | None, reason: str | None) -> None:
                 if record is None:

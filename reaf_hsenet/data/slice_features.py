@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from reaf_hsenet.data.manifest import Manifest, different_slices, load_manifest, origin
 from reaf_hsenet.data.prepare import (
@@ -34,6 +33,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write, folder_lock, read_json, write_json
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.pretrained import load_strictly, read_checkpoint, slice_encoder_state
+from reaf_hsenet.progress import progress_bar
 
 SETTINGS = ("size", "patch", "width", "depth", "heads", "mlp")
 REFUSED = "slices: "  # begins the reasons of refused.csv that are of this step
@@ -174,7 +174,7 @@ def add_slice_features(
             waiting.clear()
 
         with (
-            tqdm(total=len(todo), desc="slices", unit="", disable=not progress or not todo) as bar,
+            progress_bar(len(todo), "slices", "volume", shown=progress and bool(todo)) as bar,
             closing(_pictures(todo, manifest, encoder.size, workers)) as pictures,
         ):
             for entry, images, reason in pictures:

@@ -1,5 +1,7 @@
 """Loader processes: a data set's batches, read ahead; and what is said when such a process dies."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +57,31 @@ def batches(loader: DataLoader, device: torch.device, tolerant: bool = False) ->
         if batch.bad and not tolerant:
             raise InputError(batch.bad[0].reason)
         yield batch.to(device)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End what an exception has left running. They swallow the one SIGTERM that Python would send them, and it would then
+    wait for them forever."""
+    _quiet_deaths()
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def _quiet_deaths():
+    """Switch off what torch raises when a loader process dies; returns the handler that does."""
+    return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+@contextmanager
+def worker_deaths_later():
+    """Let a block that must not be interrupted end, whatever becomes of the loader processes: the next batch that is asked
+    for raises what would have been raised here."""
+    handler = _quiet_deaths()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 @contextmanager

@@ -33,19 +33,29 @@ from reaf_hsenet.pretrained.reading import State, check_finite, read_weights, re
 
 __all__ = [
     "State", "bert_config", "bert_settings", "bert_state", "check_finite", "find_folder", "initial_state",
-    "load_matching", "load_strictly", "m3d_clip_state", "mae_state", "read_checkpoint", "read_weights",
+    "is_hub_id", "load_matching", "load_strictly", "m3d_clip_state", "mae_state", "read_checkpoint", "read_weights",
     "read_weights_file", "reaf_state", "reaf_vision_state", "slice_encoder_state", "teacher_state",
     "vit3d_state",
 ]  # fmt: skip
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no file or folder can be ORGANISATION/NAME[@REVISION] of the Hugging Face hub.
+
+    A path is not: what begins with a folder that is here, or with `runs`.
+    """
+    first = name.partition("/")[0]
+    there = first.startswith(".") or first == "runs" or Path(first).is_dir()
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name)) and not there
 
 
 def find_folder(name: str, patterns: list[str]) -> Path:
     """A local folder as it is; ORGANISATION/NAME[@REVISION] from the Hugging Face hub, the files that match only."""
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or name.startswith("."):
+    if not is_hub_id(name):
         raise InputError(
-            f"{name}: no such folder; expected one, or a hub id such as google-bert/bert-base-uncased"
+            f"{name}: no such folder or file; expected one, or a hub id such as google-bert/bert-base-uncased"
         )
     repository, _, revision = name.partition("@")
     try:

@@ -93,4 +93,4 @@ def convert(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, result=True)

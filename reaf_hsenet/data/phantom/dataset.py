@@ -18,7 +18,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
 
 from reaf_hsenet.data.phantom.anatomy import scan_spacing
 from reaf_hsenet.data.phantom.findings import LABELS, labels_of
@@ -33,6 +32,7 @@ from reaf_hsenet.data.phantom.patient import (
 from reaf_hsenet.data.phantom.questions import QUESTION_COLUMNS, QUESTION_TYPES, ask_questions
 from reaf_hsenet.data.phantom.reports import write_report
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.progress import progress_bar
 
 # Pool workers leave Ctrl-C to the main process.
 QUIET = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
@@ -85,7 +85,7 @@ def write_phantom_dataset(
     missing = [
         patient for patient in everyone if not all(path.exists() for path in _volume_paths(root, patient))
     ]
-    with tqdm(total=len(missing), desc="phantoms", unit="scan", disable=not progress) as bar:
+    with progress_bar(len(missing), "phantoms", "scan", shown=progress and bool(missing)) as bar:
         for _ in _map(draw, missing, workers):
             bar.update()
     for split in SPLITS:
