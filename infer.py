@@ -81,6 +81,7 @@ def generation(command: Parser, name: str) -> None:
     group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that add up to P")
     group.add_argument("--seed", type=int, help="of the draws (default: 0)")
     group.add_argument("--precision", choices=("fp32", "bf16"), help="of the decoder (default: that of its files)")
+    group.add_argument("--compile", action="store_true", help="compile the decoder's steps, on a GPU")
 
 
 def model_and_scan(command: Parser, name: str) -> None:
@@ -169,16 +170,17 @@ def main(argv: list[str]) -> int:
     folder = locate_run(args.run) if args.run else default_run(args.command, args.model)
     model = ScanModel(
         folder,
-        args.checkpoint,
-        args.device,
-        Reading(args.rescale, args.orientation, args.assume_orientation, args.header),
-        TableRow(tuple(args.spacing) if args.spacing else None, args.slope, args.intercept),
-        args.slice_encoder,
-        getattr(args, "precision", None),
-        args.text_model,
-        getattr(args, "decoder", None),
-        getattr(args, "encoders", None),
-        say,
+        checkpoint=args.checkpoint,
+        device=args.device,
+        reading=Reading(args.rescale, args.orientation, args.assume_orientation, args.header),
+        table=TableRow(tuple(args.spacing) if args.spacing else None, args.slope, args.intercept),
+        slice_encoder=args.slice_encoder,
+        precision=getattr(args, "precision", None),
+        text_model=args.text_model,
+        decoder=getattr(args, "decoder", None),
+        encoders=getattr(args, "encoders", None),
+        compiled=getattr(args, "compile", False),
+        say=say,
     )
     say(f"run: {folder}, stage {model.stage}, checkpoint {model.checkpoint.name}")
     result = RESULTS[args.command](args, model, (lambda *text, **how: None) if args.json else print)

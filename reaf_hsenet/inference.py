@@ -27,7 +27,7 @@ from reaf_hsenet.embedding import DualEncoderRun, is_published, load_dual_encode
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.generation import Sampling
 from reaf_hsenet.mllm_config import MllmConfig
-from reaf_hsenet.mllm_run import STAGES, MllmRun, load_mllm
+from reaf_hsenet.mllm_run import STAGES, MllmRun, check_compiled, load_mllm
 from reaf_hsenet.published_run import load_published
 from reaf_hsenet.scan import Scan, find_slice_encoder, read_scan, slice_features
 from reaf_hsenet.scan_answers import answer_length, stream_answer
@@ -51,7 +51,8 @@ class ScanModel:
     checkpoint: `best` or `last`. device: cpu, cuda or cuda:N; by default a GPU where there is one. reading, table: what
     scans are taken for; see data/volume.py. slice_encoder: file, folder or hub id; see find_slice_encoder. precision: of
     the decoder, one of PRECISIONS; by default that of its files. text_model, decoder, encoders: of published weights, see
-    published_run.py. say: takes an account of every scan that is read.
+    published_run.py. compiled: run the decoder's steps as one compiled graph, on a GPU. say: takes an account of every scan
+    that is read.
 
     Every method raises InputError, a line that names the file or setting, for what cannot be done.
     """
@@ -68,6 +69,7 @@ class ScanModel:
         text_model: str | None = None,
         decoder: str | None = None,
         encoders: str | None = None,
+        compiled: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.folder, self.which, self.named, self.precision = Path(folder), checkpoint, slice_encoder, precision
@@ -92,8 +94,10 @@ class ScanModel:
         if precision is not None and (precision not in PRECISIONS or not self.has_decoder):
             raise InputError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, and a run with a decoder")
         self.device = distributed.start(device).device
+        self.compiled = compiled
+        check_compiled(compiled, self.device)
         if "run" in vars(self):
-            self.run.model.to(self.device)
+            self.placed(self.run)
         self.encoders = self.config.encoders if self.has_decoder else (self.config.vision,)
         self.guided = any(isinstance(encoder, GuidedVisionConfig) for encoder in self.encoders)
         if slice_encoder is not None and not self.guided:
@@ -115,10 +119,15 @@ class ScanModel:
     @cached_property
     def run(self) -> MllmRun | DualEncoderRun:
         if self.has_decoder:
-            run = load_mllm(self.folder, self.which, PRECISIONS.get(self.precision))
+            return self.placed(load_mllm(self.folder, self.which, PRECISIONS.get(self.precision)))
+        return self.placed(load_dual_encoder(self.folder, self.which))
+
+    def placed(self, run: MllmRun | DualEncoderRun) -> MllmRun | DualEncoderRun:
+        """The run with its model on the device, ready to answer."""
+        if self.has_decoder:
+            run.place(self.device, self.compiled)
         else:
-            run = load_dual_encoder(self.folder, self.which)
-        run.model.to(self.device)
+            run.model.to(self.device)
         return run
 
     @cached_property
@@ -153,7 +162,7 @@ class ScanModel:
         tokenizer = self.run.tokenizer if "run" in vars(self) else load_tokenizer(self.folder)
         most = answer_length(self.config, tokenizer, question, new_tokens, GENERATION[task]["new_tokens"])
         volume, slices, _ = self.read(scan)
-        yield from stream_answer(self.run.model, self.run.tokenizer, question, volume, slices, most, sampling)
+        yield from stream_answer(self.run.model, self.run.tokenizer, question, volume, slices, most, sampling, self.compiled)
 
     def classify(self, scan: Path | str, prompts: str = "volume", label_set: str = "ct-rate") -> dict[str, float]:
         """Probability by class, highest first. prompts: `volume`, `organ` or a json file; see zeroshot.py."""

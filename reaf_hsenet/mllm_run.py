@@ -16,6 +16,7 @@ from reaf_hsenet.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.models.packed import pack
 from reaf_hsenet.pretrained import find_folder, load_strictly
 from reaf_hsenet.pretrained_decoder import FILES, load_decoder, resize_vocabulary
 from reaf_hsenet.tokenizer import Tokenizer, load_tokenizer
@@ -25,7 +26,10 @@ STAGES = ("mrg", "vqa")
 
 @dataclass
 class MllmRun:
-    """A trained language model that sees, with what its inputs must be. origin: what it started from."""
+    """A trained language model that sees, with what its inputs must be.
+
+    origin: what it started from. compiled: whether steps of generation run as one compiled graph.
+    """
 
     folder: Path
     stage: str
@@ -40,6 +44,7 @@ class MllmRun:
     origin: dict
     slices: dict | None
     train: dict
+    compiled: bool = False
 
     @property
     def guided(self) -> bool:
@@ -50,11 +55,27 @@ class MllmRun:
         """Of the checkpoint's weights."""
         return file_sha256(self.weights)
 
+    def place(self, device: torch.device, compiled: bool = False) -> None:
+        """Put the model on its device for inference: on a processor its decoder's weights are packed for its kernels.
+
+        compiled: run the steps of generation as one compiled graph, on a GPU.
+        """
+        check_compiled(compiled, device)
+        self.compiled = compiled
+        self.model.to(device)
+        if device.type == "cpu":
+            pack(self.model.decoder)
+
     def base_sha256(self) -> dict:
         """Of the weights that the checkpoint's stand on: encoders, and the decoder's files."""
         encoders, decoder = (self.origin.get(part) or {} for part in ("encoders", "decoder"))
         known = decoder.get("sha256") or decoder.get("fingerprint")
         return {"encoders": [encoder["sha256"] for encoder in encoders], "decoder": known}
+
+
+def check_compiled(compiled: bool, device: torch.device) -> None:
+    if compiled and device.type != "cuda":
+        raise InputError("--compile: is for a GPU; a processor's decoder is packed for its kernels anyway, leave the flag out")
 
 
 def load_mllm(
