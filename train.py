@@ -53,6 +53,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
 
     language = args.stage in LANGUAGE
     run = Run(args.out or Path("runs") / f"{args.stage}-{args.model}")
+    if run.named:
+        raise InputError(f"--out {args.out}: is a checkpoint of a run; name the run's folder, {run.folder}")
     with folder_lock(run.folder) if ranks.main else nullcontext():
         begun, args.resume = distributed.on_main(lambda: begun_and_resumed(args, run))
         if args.resume:
@@ -91,6 +93,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             values = {
                 "version": __version__,
                 "stage": args.stage,
+                "best_of": "validation",  # the split whose rows choose `best`
                 "preset": setup.preset,
                 **setup.values(),
                 "world": ranks.world,
@@ -111,7 +114,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
         )
         code = trainer.fit()
         if code == 0:
-            say(f"{run.folder}: finished; best checkpoint {run.pointer('best')}")
+            say(f"{run.folder}: finished; best checkpoint {run.pointer('best')}, the last is what is taken unless named")
         return code
 
 

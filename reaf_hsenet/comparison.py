@@ -87,13 +87,20 @@ def evaluated(path: Path, task: str, folder: Path) -> dict[str, object]:
     return found
 
 
+def evaluated_run(folder: Path, task: str) -> str:
+    """`RUN (last, step 434)`: a run, and the checkpoint that its results are of."""
+    values = read_json(folder / "eval" / f"{task}.json")
+    name = values.get("checkpoint_name")  # None: published weights, or results of an earlier version
+    return str(folder) if name is None else f"{folder} ({name}, step {values.get('checkpoint_step')})"
+
+
 def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float]]:
     """The rows of a results csv by id: the ranks of both directions, or the scores and labels of all classes."""
     again = f"run evaluate.py --task {task} --run {folder} again"
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            names = [n for n in reader.fieldnames or () if n != "id"]
+            names = [n for n in reader.fieldnames or () if n not in ("id", "checkpoint")]
             names = [f"{d}_rank" for d in DIRECTIONS] if task == "retrieval" else names
             rows = {row["id"]: {name: float(row[name]) for name in names} for row in reader}
     except OSError as error:
@@ -143,7 +150,7 @@ def _class_scores(rows: list[dict], resamples: int, seed: int) -> dict[str, tupl
     return found | {f"AUROC, {n}": (values[auroc, j], draws[:, auroc, j]) for j, n in enumerate(names) if kept[j]}
 
 
-def print_comparison(results: dict[str, list[dict]], folders: list[Path]) -> None:
+def print_comparison(results: dict[str, list[dict]], folders: list[Path] | list[str]) -> None:
     for k, folder in enumerate(folders):
         print(f"[{k + 1}] {folder}")
     width = max(map(len, results)) + 1
