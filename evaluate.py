@@ -26,6 +26,7 @@ from safetensors.torch import save
 
 from reaf_hsenet import comparison, distributed, figures, language_scores, zeroshot
 from reaf_hsenet.answering import check_context, usual_new_tokens
+from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.data.labels import load_label_set, manifest_labels, read_label_table
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
@@ -50,9 +51,10 @@ def main(argv: list[str]) -> int:
     args = parse(argv, __doc__)
     if args.compare:
         results = comparison.compare(args.task, args.compare, args.bootstrap, args.seed)
-        comparison.print_comparison(results, args.compare)
+        runs = [comparison.evaluated_run(folder, args.task) for folder in args.compare]
+        comparison.print_comparison(results, runs)
         if args.out:
-            write_json(args.out / f"comparison_{args.task}.json", {"runs": list(map(str, args.compare)), **results})
+            write_json(args.out / f"comparison_{args.task}.json", {"runs": list(map(str, args.compare)), "evaluated": runs, **results})
         return 0
     if args.figures:
         figures.new_figure(1, 1)  # a missing matplotlib is said now, too
@@ -66,7 +68,14 @@ def main(argv: list[str]) -> int:
 
 def results_folder(args: argparse.Namespace) -> Path:
     """--out; else the run's own, or for published weights one here."""
-    return args.out or (Path("eval") / args.run.stem if is_published(args.run) else args.run / "eval")
+    return args.out or (Path("eval") / args.run.stem if is_published(args.run) else Run(args.run).folder / "eval")
+
+
+def say_checkpoint(args: argparse.Namespace, run: DualEncoderRun | MllmRun) -> None:
+    """Print the notes of published weights, and which checkpoint is evaluated."""
+    print(*run.origin.get("notes", ()), sep="\n", end="\n" if run.origin.get("notes") else "")
+    chosen = run.checkpoint.chosen_on == args.split
+    print(f"{args.run}: checkpoint {run.checkpoint}" + ", chosen on this very split: its scores are optimistic" * chosen)
 
 
 def find_data(args: argparse.Namespace, run: DualEncoderRun | MllmRun, reports: bool) -> Manifest:
@@ -84,7 +93,7 @@ def find_data(args: argparse.Namespace, run: DualEncoderRun | MllmRun, reports: 
 def dual_encoder(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     run = load_dual_encoder(args.run, args.checkpoint, args.text_model)
     if ranks.main:
-        print(*run.origin.get("notes", ()), sep="\n", end="\n" if run.origin.get("notes") else "")
+        say_checkpoint(args, run)
     manifest = find_data(args, run, reports=args.task == "retrieval")
     dataset = CTReportDataset(
         manifest,
@@ -127,14 +136,14 @@ def retrieval(
         "reports_sha256": comparison.fingerprint(entries),
         "split": args.split,
         "data": str(manifest.folder),
-        "checkpoint": str(run.checkpoint),
+        **run.checkpoint.record(),
         **exact.tables,
         "per_scan": per_scan.tables,
         "volume_to_volume": overlap,
     }
     out = results_folder(args)
     write_json(out / "retrieval.json", results)
-    write_queries(out / "retrieval_queries.csv", entries, exact, per_scan)
+    write_queries(out / "retrieval_queries.csv", entries, exact, per_scan, run.checkpoint)
     with atomic_write(out / "embeddings.safetensors", "wb") as file:
         ids = "\n".join(entry["id"] for entry in entries)
         file.write(save({"image": image, "text": text}, {"ids": ids, "model": run.sha256()}))
@@ -168,7 +177,7 @@ def classify(
         "reports_sha256": comparison.fingerprint(entries),
         "split": args.split,
         "data": str(manifest.folder),
-        "checkpoint": str(run.checkpoint),
+        **run.checkpoint.record(),
         "labels": {"table": str(table.source), "set": args.label_set},
         "prompts": {"source": args.prompts, "texts": task.texts},
         "bootstrap": {"resamples": args.bootstrap, "seed": args.seed},
@@ -177,7 +186,7 @@ def classify(
     }
     out = results_folder(args)
     write_json(out / "zeroshot.json", results)
-    zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task, scores)
+    zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task, scores, run.checkpoint)
     zeroshot.print_table(results)
     print(f"written to {out}")
     if args.figures:
@@ -188,7 +197,7 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     names = args.decoder, args.encoders, args.text_model
     run = load_mllm(args.run, args.checkpoint, PRECISIONS[args.precision], *names)
     if ranks.main:
-        print(*run.origin.get("notes", ()), sep="\n", end="\n" if run.origin.get("notes") else "")
+        say_checkpoint(args, run)
     reports = args.task == "mrg"
     manifest = find_data(args, run, reports)
     kind = "mrg" if reports else args.questions or run.train.get("questions") or "location"
@@ -232,9 +241,9 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
             scores["labeler"] = str(args.classifier) if args.classifier else "phantoms" if phantoms else None
         else:
             scores, table = language_scores.answer_scores(texts, rows, bert)
-        where = {"data": str(manifest.folder), "checkpoint": str(run.checkpoint)}
+        where = {"data": str(manifest.folder), **run.checkpoint.record()}
         write_json(out / f"{args.task}.json", {"n": len(rows), **head, **where, **scores})
-        language_scores.write_rows(out / f"{args.task}.csv", table)
+        language_scores.write_rows(out / f"{args.task}.csv", table, run.checkpoint)
         kept.finish(len(rows))
     (language_scores.print_reports if reports else language_scores.print_answers)(scores)
     print(f"written to {out}")

@@ -93,7 +93,7 @@ def model_and_scan(command: Parser, name: str) -> None:
         group.add_argument("--decoder", metavar="NAME", help="of published packers and adapters: what they stand on, folder or hub id")
         group.add_argument("--encoders", metavar="NAME", help="of the same: HSENet-2E3-CLIP, file, folder or hub id, or a clip2 run")
     group.add_argument("--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)")
-    group.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
+    group.add_argument("--checkpoint", metavar="NAME", help="last (default), best or a step, step-000100")
     group.add_argument("--slice-encoder", metavar="NAME", help="of a guided encoder's slices: file, folder or hub id")
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     group.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> int:
         compiled=getattr(args, "compile", False),
         say=say,
     )
-    say(f"run: {folder}, stage {model.stage}, checkpoint {model.checkpoint.name}")
+    say(f"run: {folder}, stage {model.stage}, checkpoint {model.checkpoint}")
     result = RESULTS[args.command](args, model, (lambda *text, **how: None) if args.json else print)
     if args.json:
         print(json.dumps(result, allow_nan=False))
@@ -191,6 +191,10 @@ def main(argv: list[str]) -> int:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def made_by(model) -> dict:
+    return {"run": str(model.folder), "checkpoint": str(model.checkpoint)}
 
 
 def answer(args: argparse.Namespace, model, show: Callable) -> dict:
@@ -204,7 +208,7 @@ def answer(args: argparse.Namespace, model, show: Callable) -> dict:
         show(piece, end="", flush=True)
     show()
     asked = {"report": "".join(pieces)} if task == "mrg" else {"question": args.question, "answer": "".join(pieces)}
-    return {"path": str(args.scan), **asked, "run": str(model.folder)}
+    return {"path": str(args.scan), **asked, **made_by(model)}
 
 
 def classify(args: argparse.Namespace, model, show: Callable) -> dict:
@@ -212,7 +216,7 @@ def classify(args: argparse.Namespace, model, show: Callable) -> dict:
     for name, probability in found.items():
         show(f"{name:<{max(map(len, found))}}  {probability:.3f}")
     classes = [{"name": name, "probability": p} for name, p in found.items()]
-    return {"path": str(args.scan), "classes": classes, "run": str(model.folder)}
+    return {"path": str(args.scan), "classes": classes, **made_by(model)}
 
 
 def embed(args: argparse.Namespace, model, show: Callable) -> list[dict]:
@@ -242,7 +246,7 @@ def search(args: argparse.Namespace, model, show: Callable) -> list[dict]:
 def explain(args: argparse.Namespace, model, show: Callable) -> dict:
     found = model.explain(args.scan, args.out)
     show(f"{args.out}: {found['shows']} of {', '.join(found['maps'])}")
-    return {"path": str(args.scan), "picture": str(args.out), **found, "run": str(model.folder)}
+    return {"path": str(args.scan), "picture": str(args.out), **found, **made_by(model)}
 
 
 RESULTS = {"report": answer, "ask": answer, "classify": classify, "embed": embed, "search": search, "explain": explain}

@@ -59,6 +59,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
 
     language = args.stage in LANGUAGE
     run = Run(args.out or Path("runs") / f"{args.stage}-{args.model}")
+    if run.named:
+        raise InputError(f"--out {args.out}: is a checkpoint of a run; name the run's folder, {run.folder}")
     with run.writing() if ranks.main else nullcontext():
         begun, args.resume = distributed.on_main(lambda: begun_and_resumed(args, run))
         if args.resume:
@@ -97,6 +99,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             values = {
                 "version": __version__,
                 "stage": args.stage,
+                "best_of": "validation",  # the split whose rows choose `best`
                 "preset": setup.preset,
                 **setup.values(),
                 "world": ranks.world,
@@ -117,7 +120,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
         )
         code = trainer.fit()
         if code == 0:
-            say(f"{run.folder}: finished; best checkpoint {run.pointer('best')}")
+            say(f"{run.folder}: finished; best checkpoint {run.pointer('best')}, the last is what is taken unless named")
         return code
 
 

@@ -91,7 +91,7 @@ def test_data(method: str) -> Path:
 
 def make_slices(teacher: Path, data: Path) -> None:
     """Slice features of the phantoms, by the encoder that a first run of stage 2 trains, and of the test patients."""
-    run("train.py", "--stage", "clip2", "--init", str(teacher), "--out", str(teacher) + "-slices", "--max-steps", "1")
+    run("train.py", "--stage", "clip2", "--init", str(teacher / "checkpoints/best"), "--out", str(teacher) + "-slices", "--max-steps", "1")
     encoder = ROOT / "data/phantom/32x64x64/slice_encoder"
     run("preprocess.py", "--slices", str(encoder), "--slice-recipe", "phantom", "--out", str(data), "--workers", "2")
 
@@ -107,13 +107,15 @@ def one(method: str, name: str, seed: int, data: Path) -> dict[str, float]:
     stage_1, stage_2 = (folder_of(family, list(VARIANTS[family])[i], seed) for i in (0, 2))
     results = [folder / f"eval/{task}.json" for task in EVALUATIONS[method]]
     if not all(path.is_file() for path in results):
+        # `best` is chosen on the validation split, of which nothing is reported here.
+        stage_1, stage_2 = (folder / "checkpoints/best" for folder in (stage_1, stage_2))
         flags = [*flags, str(stage_1)] if flags[-1:] == ["--init"] else flags
         flags = [*flags, "--init", str(stage_1)] if stage == "clip2" or "stage1" in flags else flags
         flags = [*flags, "--init", str(stage_2)] if stage == "mrg" and "stage1" not in flags else flags
         again = ["--resume"] if (folder / "checkpoints/last").is_file() else ["--epochs", str(EPOCHS[method])]
         run("train.py", "--stage", stage, "--model", family, "--seed", str(seed), "--out", str(folder), *flags, *again)
         for task, more in EVALUATIONS[method].items():
-            run("evaluate.py", "--task", task, "--run", str(folder), "--data", str(data), *more)
+            run("evaluate.py", "--task", task, "--run", str(folder), "--checkpoint", "best", "--data", str(data), *more)
     print(f"{name}, seed {seed}: done", flush=True)
     found = [json.loads(path.read_text()) for path in results]
     return {measure: read(*found) for measure, read in MEASURES[method].items()}

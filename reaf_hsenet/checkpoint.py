@@ -3,6 +3,8 @@
 RUN/config.json, RUN/log.jsonl, RUN/checkpoints/step-000123/{model.safetensors,trainer.pt,checkpoint.json}, and the files
 RUN/checkpoints/{last,best}, each of which holds the name of a step's folder. checkpoint.json has the size and the sha256
 of the others. Every file and every step's folder is whole or absent, whenever the process is killed.
+
+A run's path means its last checkpoint; RUN/checkpoints/best and RUN/checkpoints/step-000123 mean these, in every flag.
 """
 
 import json
@@ -12,6 +14,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,11 +32,40 @@ CONFIG |= {"origin": (dict, type(None)), "slices": (dict, type(None))}
 FILES = ("model.safetensors", "trainer.pt")  # of a step
 
 
-class Run:
-    """One training run on disk."""
+@dataclass(frozen=True)
+class Choice:
+    """A checkpoint's folder, the name it was asked for by, and for `best` the split that chose it."""
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    folder: Path
+    name: str | None = None  # None: published weights
+    chosen_on: str | None = None
+
+    @property
+    def step(self) -> int | None:
+        return None if self.name is None else _step(self.folder)
+
+    def __str__(self) -> str:
+        """`last, step 434`; `step 400` where a step was named; for published weights their path."""
+        if self.name is None:
+            return str(self.folder)
+        return f"step {self.step}" if _is_step(self.name) else f"{self.name}, step {self.step}"
+
+    def record(self) -> dict:
+        """What results say of it."""
+        return {
+            "checkpoint": str(self.folder), "checkpoint_name": self.name, "checkpoint_step": self.step,
+            "checkpoint_chosen_on": self.chosen_on,
+        }  # fmt: skip
+
+
+class Run:
+    """One training run on disk. named: the checkpoint that the path named, such as RUN/checkpoints/best; else None."""
+
+    def __init__(self, path: Path | str):
+        self.folder, self.named = Path(path), None
+        run = self.folder.parent.parent
+        if self.folder.parent.name == "checkpoints" and _is_name(self.folder.name) and (run / "config.json").is_file():
+            self.folder, self.named = run, self.folder.name
         self.checkpoints = self.folder / "checkpoints"
         self.lines = 0  # of the log
         self.unwritten: list[str] = []  # those of them that a full disk has not taken yet
@@ -137,7 +169,7 @@ class Run:
         if not path.is_file():
             return None
         step = path.read_text(errors="replace").strip()
-        if not step.removeprefix("step-").isdecimal():
+        if not _is_step(step):
             raise InputError(f"{path}: holds {step!r:.60}; write the name of a step's folder into it, such as step-000100")
         return self.checkpoints / step
 
@@ -155,8 +187,7 @@ class Run:
 
     def all(self) -> list[Path]:
         """The steps' folders, in order. Others, such as a copy that somebody made, are left alone."""
-        folders = (path for path in self.checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal())
-        return sorted(folders, key=_step)
+        return sorted((path for path in self.checkpoints.glob("step-*") if _is_step(path.name)), key=_step)
 
     def save(self, step: int, model: dict, trainer: dict, keep: int, best: bool, good: int = 0) -> None:
         """Write a checkpoint under a temporary name, rename it, then move the pointers and delete older ones.
@@ -198,19 +229,35 @@ class Run:
         for path in set(steps) - {self.pointer("last"), self.pointer("best"), self.at(good), *steps[-keep:]}:
             _remove(path)
 
-    def load_model(self, name: str = "best") -> tuple[dict, Path]:
-        """(state_dict, its folder) of `best` (`last` where there is no best).
+    def choose(self, name: str | None = None) -> Choice:
+        """The checkpoint `name` (last, best, step-000123), or the path's own; by default the last one.
 
-        Raises InputError when there is none, or it is not as it was written.
+        Raises InputError when it is not there. The published code evaluates and hands on its last checkpoint. `best` is
+        the default only where config.json says that a development split chose it.
         """
-        folder = self.pointer(name) or self.pointer("last")
-        if folder is None:
-            raise InputError(
-                f"{self.folder}: has no checkpoint yet; let train.py reach its first, or choose another run"
-            )
-        if reason := damage(folder, ("model.safetensors",)):
+        if name and self.named and name != self.named:
+            raise InputError(f"--checkpoint {name}: the path names another, {self.named}; leave one of them out")
+        chosen_on = self.read_config().get("best_of", "validation") if self.exists else "validation"
+        name = name or self.named or ("best" if chosen_on == "development" else "last")
+        if not _is_name(name):
+            raise InputError(f"--checkpoint {name}: expected last, best or a step such as step-000100")
+        folder = self.checkpoints / name if _is_step(name) else self.pointer(name)
+        if folder is None or not (folder / "model.safetensors").is_file():
+            there = [path.name for path in self.all()]
+            advice = f"there are {first_six(there)}" if there else "let train.py reach its first, or choose another run"
+            raise InputError(f"{self.folder}: has no checkpoint{' ' + name if there else ' yet'}; {advice}")
+        return Choice(folder, name, chosen_on if name == "best" else None)
+
+    def holding(self, sha256: str) -> str | None:
+        """The name of the checkpoint whose weights have this hash; None when there is none."""
+        return next((path.name for path in reversed(self.all()) if _written_sha256(path) == sha256), None)
+
+    def load_model(self, name: str | None = None) -> tuple[dict, Choice]:
+        """(state_dict, its checkpoint), which `choose` finds. Raises InputError when it is not as it was written."""
+        found = self.choose(name)
+        if reason := damage(found.folder, ("model.safetensors",)):
             raise InputError(f"{reason}; put the file back, or name another checkpoint")
-        return read_weights_file(folder / "model.safetensors"), folder
+        return read_weights_file(found.folder / "model.safetensors"), found
 
     def newest_valid(self) -> tuple[Path, list[str]]:
         """(the newest checkpoint that is as it was written, not later than `last`; why those after it are not taken).
@@ -264,6 +311,25 @@ def damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror})"
     return None
+
+
+def _is_step(name: str) -> bool:
+    return name.startswith("step-") and name.removeprefix("step-").isdecimal()
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file of RUN/checkpoints can be a checkpoint's name."""
+    return name in ("last", "best") or _is_step(name)
+
+
+def _written_sha256(folder: Path) -> str | None:
+    """Hash of a checkpoint's weights as they were written; of the file where no checkpoint.json says it."""
+    try:
+        if not (folder / "checkpoint.json").is_file():
+            return file_sha256(folder / "model.safetensors")
+        return read_json(folder / "checkpoint.json")["files"]["model.safetensors"]["sha256"]
+    except (InputError, LookupError, TypeError, OSError):
+        return None
 
 
 def _step(path: Path) -> int:

@@ -87,17 +87,25 @@ def evaluated(path: Path, task: str, folder: Path) -> dict[str, object]:
     return found
 
 
+def evaluated_run(folder: Path, task: str) -> str:
+    """`RUN (last, step 434)`: a run, and the checkpoint that its results are of."""
+    values = read_json(folder / "eval" / f"{task}.json")
+    name = values.get("checkpoint_name")  # None: published weights, or results of an earlier version
+    return str(folder) if name is None else f"{folder} ({name}, step {values.get('checkpoint_step')})"
+
+
 def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float]]:
     """The rows of a results csv by id: the ranks of both directions, or the scores and labels of all classes."""
     again = f"run evaluate.py --task {task} --run {folder} again"
     if not path.is_file():
         raise InputError(f"{path}: no such file; run evaluate.py --task {task} --run {folder} first")
     try:
-        # Of a zero-shot's table every column but the id is a number, of a retrieval's only the ranks.
+        # Every column of a zero-shot's table but these two is a number, of a retrieval's only the ranks.
         wanted = tuple(f"{d}_rank" for d in DIRECTIONS) if task == "retrieval" else ()
         rows = {}
         for _, row in csv_rows(path, ("id", *wanted)):
-            rows[row.pop("id")] = {name: float(row[name]) for name in wanted or row}
+            names = wanted or [name for name in row if name not in ("id", "checkpoint")]
+            rows[row["id"]] = {name: float(row[name]) for name in names}
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: is damaged ({error}); {again}") from error
     if not rows:
@@ -141,7 +149,7 @@ def _class_scores(rows: list[dict], resamples: int, seed: int) -> dict[str, tupl
     return found | {f"AUROC, {n}": (values[auroc, j], draws[:, auroc, j]) for j, n in enumerate(names) if kept[j]}
 
 
-def print_comparison(results: dict[str, list[dict]], folders: list[Path]) -> None:
+def print_comparison(results: dict[str, list[dict]], folders: list[Path] | list[str]) -> None:
     for k, folder in enumerate(folders):
         print(f"[{k + 1}] {folder}")
     width = max(map(len, results)) + 1

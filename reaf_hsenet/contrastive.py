@@ -23,6 +23,11 @@ from reaf_hsenet.models.clip import DualEncoder
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
+def at_least_float32(features: Tensor) -> Tensor:
+    """Half precision becomes float32, in which logits and losses are computed; float64 stays."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
 def encode(model: DualEncoder, batch: Batch) -> Outputs:
     """Unit vectors of the volumes and of the reports, (B, C) each, and the scale."""
     image, text, scale = model(batch.volume, batch.ids, batch.mask, batch.slices)
@@ -37,7 +42,7 @@ class Contrastive:
         return self.of_logits(self.logits(*outputs, batch), outputs[2])
 
     def logits(self, image: Tensor, text: Tensor, scale: Tensor, batch: Batch) -> Tensor:
-        image, text = (gather_with_grad(features.float(), batch.counts) for features in (image, text))
+        image, text = (gather_with_grad(at_least_float32(features), batch.counts) for features in (image, text))
         return contrastive_logits(image, text, scale)
 
     def of_logits(self, logits: Tensor, scale: Tensor) -> tuple[Tensor, dict]:
@@ -91,7 +96,7 @@ class Teacher:
 
     def _encode(self, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            return encode(*(t.to(self.device) for t in inputs)).float()
+            return at_least_float32(encode(*(t.to(self.device) for t in inputs)))
 
 
 class Guided(Contrastive):

@@ -42,7 +42,7 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
         changes = settings.augment != NO_AUGMENTATION
         teacher = Teacher(setup.teacher.model, ranks.device, dtype, chunk, changes)
         stage = Guided(teacher, settings.relation, settings.relation_steps)
-        say(f"{setup.teacher.checkpoint}: the teacher")
+        say(f"{setup.teacher.checkpoint.folder}: the teacher")
 
     def validate(model: DualEncoder) -> tuple[float, dict]:
         pair = embed(model, validation_set, ranks, settings.batch_size, settings.validate_samples, bad=bad)

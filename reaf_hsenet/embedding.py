@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet import distributed
-from reaf_hsenet.checkpoint import Run
+from reaf_hsenet.checkpoint import Choice, Run
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe, from_dict
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.loader import CTReportDataset
@@ -39,7 +39,7 @@ class DualEncoderRun:
     config: ClipConfig
     recipe: Recipe
     tokenizer: WordPiece
-    checkpoint: Path
+    checkpoint: Choice
     weights: Path
     data: Path | None
     origin: dict
@@ -55,10 +55,10 @@ class DualEncoderRun:
         return file_sha256(self.weights)
 
 
-def load_dual_encoder(folder: Path, which: str = "best", text_model: str | None = None) -> DualEncoderRun:
+def load_dual_encoder(folder: Path, which: str | None = None, text_model: str | None = None) -> DualEncoderRun:
     """Rebuild a clip1 or clip2 run's model; or that of a published checkpoint, a file or a folder.
 
-    text_model: where a published text encoder's vocab.txt is, when not beside its checkpoint. Raises InputError when the
+    which: the checkpoint, as of Run.choose. text_model: where a published text encoder's vocab.txt is, when not beside its checkpoint. Raises InputError when the
     folder holds no such run or its weights do not fit.
     """
     if is_published(folder):
@@ -80,8 +80,8 @@ def load_dual_encoder(folder: Path, which: str = "best", text_model: str | None 
     config, recipe = from_dict(ClipConfig, values["model"], source), from_dict(Recipe, values["recipe"], source)
     state, checkpoint = run.load_model(which)
     with torch.device("meta"):  # sizes that the weights do not have are not built
-        require_fit(state, _run_model(config).state_dict(), str(checkpoint / "model.safetensors"))
-    tokenizer, origin = load_wordpiece(folder), values.get("origin") or {}
+        require_fit(state, _run_model(config).state_dict(), str(checkpoint.folder / "model.safetensors"))
+    tokenizer, origin = load_wordpiece(run.folder), values.get("origin") or {}
     short = len(tokenizer.vocab) < config.text.vocab and not origin.get("text_model")  # a published one may have spare rows
     if short or len(tokenizer.vocab) > config.text.vocab:
         raise InputError(
@@ -98,7 +98,7 @@ def load_dual_encoder(folder: Path, which: str = "best", text_model: str | None 
         recipe=recipe,
         tokenizer=tokenizer,
         checkpoint=checkpoint,
-        weights=checkpoint / "model.safetensors",
+        weights=checkpoint.folder / "model.safetensors",
         data=Path(values["data"]) if values["data"] else None,
         origin=origin,
         slices=values.get("slices"),
@@ -115,14 +115,24 @@ def _run_model(config: ClipConfig) -> DualEncoder:
 def is_published(path: Path) -> bool:
     """Whether this is a file, or a folder with weights that no run of ours wrote."""
     path = Path(path)
+    if Run(path).named:  # one of a run's checkpoints
+        return False
     if path.is_dir() and not (path / "checkpoints").is_dir():
         return any(file.suffix in SUFFIXES for file in path.iterdir())
     return path.is_file() and path.suffix in SUFFIXES
 
 
-def load_source(folder: Path | str, text_model: str | None, which: str = "best") -> DualEncoderRun:
-    """What another run came from: a run, or published weights, whose vocabulary lies where that run's did."""
-    return load_dual_encoder(Path(folder), which, text_model if is_published(Path(folder)) else None)
+def load_source(path: Path | str, text_model: str | None, sha256: str | None = None) -> DualEncoderRun:
+    """A run that another run came from, or published weights, whose vocabulary lies where that run's did.
+
+    sha256: of the weights that the other run had. The checkpoint that holds them is taken, whichever the path names now.
+    """
+    path = Path(path)
+    if is_published(path):
+        return load_dual_encoder(path, None, text_model)
+    run = Run(path)
+    had = run.holding(sha256) if sha256 else None
+    return load_dual_encoder(run.folder, had) if had else load_dual_encoder(path)
 
 
 def locate_run(name: Path) -> Path:

@@ -13,7 +13,7 @@ TASKS = (*CONTRASTIVE, *LANGUAGE)
 # The flags with their defaults, by the tasks that have them. All but those of the bootstrap are of one run's evaluation.
 ONE_RUN = {
     TASKS: {
-        **{"run": None, "model": "hsenet", "checkpoint": "best", "data": None, "split": "validation"},
+        **{"run": None, "model": "hsenet", "checkpoint": None, "data": None, "split": "validation"},
         **{"batch_size": 16, "workers": 0, "device": None, "text_model": None},
     },
     CONTRASTIVE: {"figures": None, "figure_volumes": 4},
@@ -45,7 +45,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
         metavar="RUN",
         help="two or more evaluated runs: their scores, and differences from the first with bootstrap intervals",
     )
-    add("--checkpoint", choices=("best", "last"), help="default: best")
+    add("--checkpoint", metavar="NAME", help="last (default, as published), best (chosen by the validation) or a step, step-000100")
     add("--data", type=Path, help="prepared data set (default: the run's own)")
     add("--split", choices=("train", "validation", "test"), help="default: validation")
     add("--out", type=Path, help="folder of the results (default: RUN/eval)")

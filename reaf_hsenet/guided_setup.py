@@ -29,14 +29,18 @@ def find_teacher(args: argparse.Namespace, init_run: DualEncoderRun | None) -> D
             f"(python -m reaf_hsenet.pretrained convert {args.init} RUN) and name RUN"
         )
     words = args.text_model or (init_run.origin.get("text_model") if init_run else None)
-    return load_teacher(args.teacher or known or default, words)
+    had = init_run.origin.get("teacher_sha256") if known and not args.teacher else None
+    return load_teacher(args.teacher or known or default, words, had)
 
 
-def load_teacher(folder: str | Path, text_model: str | None = None) -> DualEncoderRun:
-    """A clip1 run, or a published stage-1 file or folder. text_model: where the vocabulary of the latter is, if not beside it."""
+def load_teacher(folder: str | Path, text_model: str | None = None, sha256: str | None = None) -> DualEncoderRun:
+    """A clip1 run, or a published stage-1 file or folder. text_model: where the vocabulary of the latter is, if not beside it.
+
+    sha256: of the checkpoint to take, where a run has had one of these.
+    """
     if not (is_published(Path(folder)) or Run(folder).exists):
         raise InputError(f"{folder}: no run of stage clip1, the teacher; train it first, or name one with --teacher")
-    teacher = load_source(folder, text_model)
+    teacher = load_source(folder, text_model, sha256)
     if (teacher.stage, teacher.config.model) != ("clip1", "hsenet"):
         raise InputError(f"{folder}: is a {teacher.stage} run of {teacher.config.model}; the teacher is hsenet's clip1")
     return teacher
@@ -44,10 +48,11 @@ def load_teacher(folder: str | Path, text_model: str | None = None) -> DualEncod
 
 def resumed_teacher(args: argparse.Namespace, origin: dict, tokenizer: WordPiece) -> DualEncoderRun:
     """The teacher that a run had, wherever it lies now."""
-    teacher = load_teacher(args.teacher or origin["teacher"], origin.get("text_model"))
-    if teacher.sha256() != origin.get("teacher_sha256"):
+    had = origin.get("teacher_sha256")
+    teacher = load_teacher(args.teacher or origin["teacher"], origin.get("text_model"), had)
+    if teacher.sha256() != had:
         raise InputError(
-            f"{teacher.folder}: its best checkpoint is not the teacher that the run had; name that one's folder with "
+            f"{teacher.folder}: none of its checkpoints is the teacher that the run had; name that one's folder with "
             "--teacher, or start another run with --out"
         )
     require_vocabulary(tokenizer, str(args.out or "the run"), teacher)

@@ -48,7 +48,7 @@ def load(folder: Path | str, **settings) -> "ScanModel":
 class ScanModel:
     """A run's model and how it reads scans. Weights are read when the first result needs them.
 
-    checkpoint: `best` or `last`. device: cpu, cuda or cuda:N; by default a GPU where there is one. reading, table: what
+    checkpoint: `last`, `best` or `step-000123`; see Run.choose. device: cpu, cuda or cuda:N; by default a GPU where there is one. reading, table: what
     scans are taken for; see data/volume.py. slice_encoder: file, folder or hub id; see find_slice_encoder. precision: of
     the decoder, one of PRECISIONS; by default that of its files. text_model, decoder, encoders: of published weights, see
     published_run.py. compiled: run the decoder's steps as one compiled graph, on a GPU. say: takes an account of every scan
@@ -60,7 +60,7 @@ class ScanModel:
     def __init__(
         self,
         folder: Path | str,
-        checkpoint: str = "best",
+        checkpoint: str | None = None,
         device: str | None = None,
         reading: Reading | None = None,
         table: TableRow | None = None,
@@ -72,7 +72,7 @@ class ScanModel:
         compiled: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ):
-        self.folder, self.which, self.named, self.precision = Path(folder), checkpoint, slice_encoder, precision
+        self.folder, self.named, self.precision = Path(folder), slice_encoder, precision
         self.reading, self.table, self.say = reading or Reading(), table or TableRow(), say
         names = {"text_model": text_model, "decoder": decoder, "encoders": encoders}
         if is_published(self.folder):  # its settings are read from its weights
@@ -82,7 +82,10 @@ class ScanModel:
             for note in run.origin["notes"]:
                 say(note)
         else:
-            values, source = Run(folder).read_config(), str(self.folder / "config.json")
+            run = Run(folder)
+            values, source = run.read_config(), str(run.folder / "config.json")
+            self.checkpoint = run.choose(checkpoint)
+            self.folder, self.which = run.folder, self.checkpoint.name
             for name in [name for name, value in names.items() if value is not None]:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag}: is of published weights; the run {folder} knows its own, leave it out")
@@ -106,15 +109,6 @@ class ScanModel:
     @property
     def has_decoder(self) -> bool:
         return self.stage in STAGES
-
-    @cached_property
-    def checkpoint(self) -> Path:
-        """Its folder."""
-        run = Run(self.folder)
-        folder = run.pointer(self.which) or run.pointer("last")
-        if folder is None or not (folder / "model.safetensors").is_file():
-            raise InputError(f"{self.folder}: has no checkpoint yet; let train.py reach its first, or choose another run")
-        return folder
 
     @cached_property
     def run(self) -> MllmRun | DualEncoderRun:
@@ -204,7 +198,7 @@ class ScanModel:
         path, index = (None, index) if isinstance(index, SearchIndex) else (index, read_index(Path(index)))
         if index.model != self.sha256:
             raise InputError(
-                f"{path or 'the index'}: was made by the model of sha256 {index.model[:12]}, {self.checkpoint} has "
+                f"{path or 'the index'}: was made by the model of sha256 {index.model[:12]}, {self.checkpoint.folder} has "
                 f"{self.sha256[:12]}; name that model's run, or make the index again"
             )
         return index.nearest(self.embed_text(text) if scan is None else self.embed(scan), top)
@@ -267,7 +261,7 @@ class ScanModel:
     def finite(self, vectors: Tensor) -> Tensor:
         """(1, C) -> (C,) on the CPU. Raises InputError for NaN or infinity."""
         if not vectors.isfinite().all():
-            raise InputError(f"{self.checkpoint}: gives embeddings with NaN or infinity; choose another checkpoint")
+            raise InputError(f"{self.checkpoint.folder}: gives embeddings with NaN or infinity; choose another checkpoint")
         return vectors[0].float().cpu()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from reaf_hsenet.checkpoint import Choice
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.phantom.findings import LABELS
 from reaf_hsenet.data.text import clean_report
@@ -130,12 +131,12 @@ COLUMNS = ("id", "Question", "Anatomy Type", "Ground Truth", "pred", *(f"bleu{n}
            "meteor", "meteor_without_synonyms", "bert_f1", "acc_class", "acc_class_strict", "acc_text")  # fmt: skip
 
 
-def write_rows(path: Path, table: list[dict]) -> None:
-    """The csv: those of COLUMNS that there are."""
+def write_rows(path: Path, table: list[dict], checkpoint: Choice) -> None:
+    """Write the csv: the rows' COLUMNS as far as there are such, and the checkpoint."""
     with atomic_write(path) as file:
-        writer = csv.DictWriter(file, [name for name in COLUMNS if name in table[0]])
+        writer = csv.DictWriter(file, [*(name for name in COLUMNS if name in table[0]), "checkpoint"])
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows({**row, "checkpoint": checkpoint} for row in table)
 
 
 def print_reports(scores: dict) -> None:

@@ -163,10 +163,11 @@ def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
         if args.teacher:
             raise InputError(f"--teacher: is the stage-1 run beside 2E3; --vision {vision} has none, leave it out")
         return [run]
-    teacher = load_teacher(args.teacher or run.origin["teacher"], run.origin.get("text_model"))
-    if args.teacher is None and teacher.sha256() != run.origin.get("teacher_sha256"):
+    had = None if args.teacher else run.origin.get("teacher_sha256")
+    teacher = load_teacher(args.teacher or run.origin["teacher"], run.origin.get("text_model"), had)
+    if args.teacher is None and teacher.sha256() != had:
         raise InputError(
-            f"{teacher.folder}: its best checkpoint is no longer the one that {folder} learned from; name that one's folder, "
+            f"{teacher.folder}: none of its checkpoints is the one that {folder} learned from; name that one's folder, "
             "or another stage-1 run, with --teacher"
         )
     return [teacher, run]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reaf_hsenet.checkpoint import Run
+from reaf_hsenet.checkpoint import Choice, Run
 from reaf_hsenet.config import GuidedVisionConfig, Recipe, from_dict
 from reaf_hsenet.embedding import is_published, load_source
 from reaf_hsenet.errors import InputError
@@ -38,7 +38,7 @@ class MllmRun:
     config: MllmConfig
     recipe: Recipe
     tokenizer: Tokenizer
-    checkpoint: Path
+    checkpoint: Choice
     weights: Path
     data: Path | None
     origin: dict
@@ -80,7 +80,7 @@ def check_compiled(compiled: bool, device: torch.device) -> None:
 
 def load_mllm(
     folder: Path | str,
-    which: str = "best",
+    which: str | None = None,
     dtype: torch.dtype | None = None,
     decoder: str | None = None,
     encoders: str | None = None,
@@ -88,8 +88,8 @@ def load_mllm(
 ) -> MllmRun:
     """Rebuild an mrg or vqa run's model: what it trained from its checkpoint, the rest from where its config.json points.
 
-    dtype: of the decoder; None keeps that of its files. decoder, encoders, text_model: of HSENet's published packers and
-    adapters, a file or folder in place of a run, what they stand on. Raises InputError when the folder holds no such
+    which: the checkpoint, as of Run.choose. dtype: of the decoder; None keeps that of its files. decoder, encoders,
+    text_model: of HSENet's published packers and adapters, a file or folder in place of a run, what they stand on. Raises InputError when the folder holds no such
     run, or when something does not fit, is absent or has changed since.
     """
     if is_published(Path(folder)):
@@ -115,7 +115,7 @@ def load_mllm(
         raise InputError(f"{run.folder / 'config.json'}: origin does not say where the {absent[0]} lies; restore the file")
     states = None if config.train_vision else encoder_states(origin["encoders"])
     state, checkpoint = run.load_model(which)
-    model = build_run_model(config, origin, state, states, str(checkpoint / "model.safetensors"), dtype)
+    model = build_run_model(config, origin, state, states, str(checkpoint.folder / "model.safetensors"), dtype)
     return MllmRun(
         folder=Path(folder),
         stage=values["stage"],
@@ -125,7 +125,7 @@ def load_mllm(
         recipe=from_dict(Recipe, values["recipe"], str(run.folder / "config.json")),
         tokenizer=tokenizer,
         checkpoint=checkpoint,
-        weights=checkpoint / "model.safetensors",
+        weights=checkpoint.folder / "model.safetensors",
         data=Path(values["data"]) if values["data"] else None,
         origin=origin,
         slices=values.get("slices"),
@@ -171,10 +171,10 @@ def fill_encoders(model: Mllm, states: Iterable[dict[str, Tensor]], source: str)
 def encoder_states(sources: list[dict]) -> Iterator[dict[str, Tensor]]:
     """Tensors of the dual-encoder runs that the vision encoders come from, by what origin["encoders"] says of each."""
     for source in sources:
-        run = load_source(source["run"], source.get("text_model"), source.get("checkpoint", "best"))
+        run = load_source(source["run"], source.get("text_model"), source["sha256"])
         if run.sha256() != source["sha256"]:
             raise InputError(
-                f"{run.folder}: its best checkpoint is not the encoder that the run was trained on; put that one back"
+                f"{run.folder}: none of its checkpoints is the encoder that the run was trained on; put that one back"
             )
         yield merged_state(run.model)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from reaf_hsenet.checkpoint import Choice
 from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256
@@ -64,7 +65,7 @@ def load_published(
         config=published.config,
         recipe=published.recipe,
         tokenizer=published.tokenizer,
-        checkpoint=source.file,
+        checkpoint=Choice(source.file),
         weights=source.file,
         data=None,
         slices=published.slices,

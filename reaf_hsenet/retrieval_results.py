@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+from reaf_hsenet.checkpoint import Choice
 from reaf_hsenet.files import atomic_write
 from reaf_hsenet.metrics.retrieval import CrossRetrieval
 
@@ -14,7 +15,9 @@ OVERLAPS = {
 }
 
 
-def write_queries(path: Path, entries: list[dict], exact: CrossRetrieval, per_scan: CrossRetrieval) -> None:
+def write_queries(
+    path: Path, entries: list[dict], exact: CrossRetrieval, per_scan: CrossRetrieval, checkpoint: Choice
+) -> None:
     """One row a volume: the rank of its report's volume, of its own report, and the same among scans."""
     columns = {
         f"{direction}{suffix}": dict(
@@ -25,10 +28,10 @@ def write_queries(path: Path, entries: list[dict], exact: CrossRetrieval, per_sc
     }
     with atomic_write(path) as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "scan", *columns])
+        writer.writerow(["id", "scan", *columns, "checkpoint"])
         # Per scan there is one report query a scan: the other reconstructions' cells are empty.
         writer.writerows(
-            [e["id"], e["scan"], *(c.get(i, "") for c in columns.values())] for i, e in enumerate(entries)
+            [e["id"], e["scan"], *(c.get(i, "") for c in columns.values()), checkpoint] for i, e in enumerate(entries)
         )
 
 

@@ -75,7 +75,7 @@ class TrainingStep:
             self.scaler.unscale_(self.optimizer)
             norm = clip_gradients(self.model, self.config.clip_norm)
         # The step's only wait for the device; and all that ranks decide by, so that they decide alike.
-        told = distributed.gather_equal(torch.stack([loss.float(), norm, torch.full_like(norm, signal())]))
+        told = distributed.gather_equal(torch.stack([loss, norm, torch.full_like(norm, signal())]))
         losses, norms, signals = zip(*told.tolist(), strict=True)
         if not group:
             return Outcome(math.nan, {}, math.nan, int(max(signals)), None, False)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reaf_hsenet.checkpoint import Choice
 from reaf_hsenet.data.labels import LabelSet, LabelTable
 from reaf_hsenet.embedding import DualEncoderRun
 from reaf_hsenet.errors import InputError
@@ -133,7 +134,7 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
 def score(run: DualEncoderRun, image: Tensor, task: Task) -> np.ndarray:
     """image: (N, C) unit vectors. Returns the (N, classes) float32 probabilities of the task's classes."""
     if not image.isfinite().all():
-        raise InputError(f"{run.checkpoint}: gives embeddings with NaN or infinity; choose another checkpoint")
+        raise InputError(f"{run.checkpoint.folder}: gives embeddings with NaN or infinity; choose another checkpoint")
     rows = [run.tokenizer.encode(text, run.config.max_text) for pair in task.texts.values() for text in pair]
     device = run.model.logit_scale.device
     ids, mask = (t.to(device) for t in run.tokenizer.batch(rows))
@@ -154,13 +155,13 @@ def combine(scores: Tensor) -> Tensor:
     return torch.where((scores > 0.5).any(1), scores.amax(1), scores.amin(1))
 
 
-def write_scores(path: Path, ids: list[str], task: Task, scores: np.ndarray) -> None:
-    """One row a volume: id, the score of each class, then each label."""
+def write_scores(path: Path, ids: list[str], task: Task, scores: np.ndarray, checkpoint: Choice) -> None:
+    """One row a volume: id, the score of each class, each label, and the checkpoint."""
     with atomic_write(path) as file:
         writer = csv.writer(file)
-        writer.writerow(["id", *task.names, *(f"label: {name}" for name in task.names)])
+        writer.writerow(["id", *task.names, *(f"label: {name}" for name in task.names), "checkpoint"])
         for volume, row, labels in zip(ids, scores, task.labels, strict=True):
-            writer.writerow([volume, *(f"{v:.9g}" for v in row), *labels.astype(int)])
+            writer.writerow([volume, *(f"{v:.9g}" for v in row), *labels.astype(int), checkpoint])
 
 
 def print_table(results: dict) -> None:

@@ -30,6 +30,7 @@ from parity_lora import check_lora  # noqa: E402
 from parity_metrics import check_porter, check_text_scores, check_vqa  # noqa: E402
 from parity_packer import check_packer_attention, check_projector, check_spatial_packer  # noqa: E402
 from parity_text import check_llm_inputs, check_tokenizers  # noqa: E402
+from parity_training import check_training  # noqa: E402
 from reaf_hsenet.config import RECIPES, TextConfig  # noqa: E402
 from reaf_hsenet.data.datasets import read_ct_rate  # noqa: E402
 from reaf_hsenet.data.labels import load_label_set  # noqa: E402
@@ -518,6 +519,7 @@ CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
     "preprocess": check_preprocess,
     "metrics": check_metrics,
     "porter": check_porter,
+    "training": check_training,
 }
 
 

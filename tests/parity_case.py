@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -49,7 +50,7 @@ class Case:
 
     def weights(self) -> dict[str, Tensor]:
         seed = self.values["seed"]
-        return {n: torch.from_numpy(kit.fill(n, s, seed)) for n, s in self.values["weights"].items()}
+        return {n: torch.from_numpy(np.array(kit.fill(n, s, seed))) for n, s in self.values["weights"].items()}
 
     def input(self, name: str) -> Tensor:
         spec = self.values["inputs"][name]

@@ -59,7 +59,7 @@ def finished(teacher, tmp_path_factory) -> Path:
 
 
 def test_stage_2_starts_from_its_teacher_and_trains_guidance_and_towers(teacher, finished, capsys):
-    start, end = weights(teacher, "best"), weights(finished)
+    start, end = weights(teacher), weights(finished)
     assert set(end) - set(start) == {n for n in end if n.startswith(("vision.guidance.", "vision.score."))}
     assert all(not torch.equal(start[n], end[n]) for n in start)
     config = json.loads((finished / "config.json").read_text())
@@ -196,7 +196,7 @@ def test_a_run_started_from_a_stage_2_run_keeps_its_teacher(teacher, finished, t
     shutil.copytree(teacher, tmp_path / "runs/clip1-hsenet")  # the default, which is not what the run had
     assert train.main(stage2(finished, tmp_path / "r", "--max-steps", 1)) == 0
     assert json.loads((tmp_path / "r/config.json").read_text())["origin"]["teacher"] == str(teacher)
-    assert f"{Run(teacher).pointer('best')}: the teacher\n" in capsys.readouterr().out
+    assert f"{Run(teacher).pointer('last')}: the teacher\n" in capsys.readouterr().out
 
 
 def test_flags_of_stage_2_are_checked(teacher, sliced, tmp_path):
@@ -278,13 +278,13 @@ def test_a_run_resumes_from_another_folder_and_with_its_teacher_moved(sliced, tm
     wrong(resume, f"{tmp_path}/first: no run of stage clip1, the teacher; .*--teacher")
     assert train.main([*resume, "--teacher", "moved"]) == 0
     assert json.loads((out / "config.json").read_text())["origin"]["teacher"] == str(tmp_path / "elsewhere/moved")
-    path = Run("moved").pointer("best") / "model.safetensors"
+    path = Run("moved").pointer("last") / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     wrong(resume, "model.safetensors: is damaged")
     (path.parent / "checkpoint.json").unlink()  # as other weights would be put there by hand
-    wrong(resume, "moved: its best checkpoint is not the teacher that the run had")
+    wrong(resume, "moved: none of its checkpoints is the teacher that the run had")
     wrong([*resume[:2], "--out", "nothing", "--resume"], "nothing: holds no run to resume; name one with --out")
 
 
@@ -325,7 +325,7 @@ def test_what_a_published_file_does_not_give_is_named_and_the_text_tower_is_the_
     assert f"not used: stage1_pretrained_CLIP.* ({inner})" in printed
     assert f"not used, of another vocabulary: text* ({text})" in printed
     assert f"text encoder: of the teacher, {teacher}" in printed
-    start, end = weights(teacher, "best"), weights(tmp_path / "r")
+    start, end = weights(teacher), weights(tmp_path / "r")
     # The first step's learning rate is 0.
     assert all(torch.equal(end[n], start[n]) for n in start)
 
@@ -403,6 +403,6 @@ def test_a_text_model_starts_the_text_encoder_in_the_teachers_place(teacher, tmp
     out = tmp_path / "r"
     assert train.main(["--stage", "clip2", "--teacher", str(teacher), "--text-model", str(folder), "--out", str(out),
                        "--batch-size", "4", "--max-steps", "1", "--device", "cpu"]) == 0
-    found, start = weights(out), weights(teacher, "best")
+    found, start = weights(out), weights(teacher)
     assert torch.equal(found["text.word_embed.weight"], words)
     assert torch.equal(found["vision.pos_embed"], start["vision.pos_embed"])

@@ -75,7 +75,7 @@ def test_results_are_on_stdout_and_accounts_on_stderr(at_home, capsys):
     rows = [line.rsplit(maxsplit=1) for line in out.splitlines()]
     assert len(rows) == 18 and [float(p) for _, p in rows] == sorted((float(p) for _, p in rows), reverse=True)
     run, scan = err.splitlines()
-    assert run == "run: runs/clip1-hsenet, stage clip1, checkpoint step-000001"
+    assert run == "run: runs/clip1-hsenet, stage clip1, checkpoint last, step 1"
     assert scan.startswith("scan.nii.gz: 48x48x24 voxels, ") and "axes to LPS; rescale auto: HU already (" in scan
 
 
@@ -87,14 +87,15 @@ def test_json_is_what_python_gives(at_home, capsys):
     vectors = found(capsys, "embed", "scan.nii.gz", "scan.nii.gz")
     assert [list(v) for v in vectors] == [["path", "embedding"]] * 2
     assert torch.equal(torch.tensor(vectors[1]["embedding"]), dual.embed("scan.nii.gz"))
+    made_by = {"run": "runs/mrg-hsenet", "checkpoint": "last, step 1"}
     drawing = {"new_tokens": 9, "sampling": Sampling(0.9, 50, 0.95, 4)}
     flags = ("--new-tokens", 9, "--temperature", 0.9, "--top-k", 50, "--top-p", 0.95, "--seed", 4)
     assert found(capsys, "report", "scan.nii.gz", *flags) == {
-        "path": "scan.nii.gz", "report": language.report("scan.nii.gz", **drawing), "run": "runs/mrg-hsenet"
+        "path": "scan.nii.gz", "report": language.report("scan.nii.gz", **drawing), **made_by,
     }  # fmt: skip
     assert found(capsys, "ask", "scan.nii.gz", "Where?", *flags) == {
         "path": "scan.nii.gz", "question": "Where?", "answer": language.ask("scan.nii.gz", "Where?", **drawing),
-        "run": "runs/mrg-hsenet",
+        **made_by,
     }  # fmt: skip
     text = called(capsys, "ask", "scan.nii.gz", "Where?", *flags)[0]
     assert text == language.ask("scan.nii.gz", "Where?", **drawing) + "\n"

@@ -327,7 +327,7 @@ def test_a_volume_that_cannot_be_read_ends_training_with_its_name(prepared, tmp_
 
 
 def spoil_checkpoint(run: Path, how: str) -> str:
-    path = Run(run).pointer("best") / "model.safetensors"
+    path = Run(run).pointer("last") / "model.safetensors"
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:5000])
         return "model.safetensors: is damaged: it has 5000 bytes"

@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("run", type=Path)
     command.add_argument("out", type=Path, help="folder to write")
     command.add_argument("--format", choices=FORMATS, required=True)
-    command.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
+    command.add_argument("--checkpoint", metavar="NAME", help="last (default), best or a step, step-000100")
     return parser.parse_args(argv)
 
 

@@ -76,7 +76,7 @@ def write_language_run(published: PublishedLanguage, out: Path) -> Path:
 
 def run_sha256(run: Path) -> str:
     """Of its weights, by which other runs know it."""
-    return file_sha256(Run(run).pointer("best") / "model.safetensors")
+    return file_sha256(Run(run).choose().folder / "model.safetensors")
 
 
 def _origin(published: PublishedDual | PublishedLanguage) -> dict:

@@ -31,8 +31,11 @@ from reaf_hsenet.pretrained_packer import published_language_state
 FORMATS = ("m3d-clip", "hlip", "reaf", "transformers")
 
 
-def export(folder: Path, out: Path, kind: str, which: str = "best") -> list[str]:
-    """Write a run's weights as one of FORMATS. Returns notes, a sentence each. Raises InputError where a run is none."""
+def export(folder: Path, out: Path, kind: str, which: str | None = None) -> list[str]:
+    """Write a run's weights as one of FORMATS. Returns notes, a sentence each. Raises InputError where a run is none.
+
+    which: the checkpoint, as of Run.choose.
+    """
     with new_folder(out):
         stage = Run(folder).read_config().get("stage")
         if stage not in STAGES:
@@ -85,7 +88,7 @@ def published_dual_state(run: DualEncoderRun, notes: list[str]) -> State:
 
 def stored_state(run: DualEncoderRun) -> State:
     """The checkpoint's tensors in their own type; of an adapted model, the matrices with their adapters added."""
-    return merged_state(run.model) if run.config.lora else read_weights_file(run.checkpoint / "model.safetensors")
+    return merged_state(run.model) if run.config.lora else read_weights_file(run.weights)
 
 
 def under_published_names(ours: State, names: list[str], renaming: Callable[[State], State], source: str) -> State:
@@ -192,7 +195,7 @@ def _teacher(run: DualEncoderRun, notes: list[str]) -> DualEncoderRun | None:
         return None
     folder = run.origin.get("teacher")
     there = folder and (Run(folder).exists or is_published(Path(folder)))
-    teacher = load_source(folder, run.origin.get("text_model")) if there else None
+    teacher = load_source(folder, run.origin.get("text_model"), run.origin.get("teacher_sha256")) if there else None
     if teacher is None or teacher.sha256() != run.origin.get("teacher_sha256"):
         notes.append(f"without the stage-1 model ({TEACHER}*): {folder} is no longer there, or another one")
         return None
@@ -200,7 +203,7 @@ def _teacher(run: DualEncoderRun, notes: list[str]) -> DualEncoderRun | None:
 
 
 def _not_used(run: DualEncoderRun, notes: list[str]) -> State:
-    path = run.folder / NOT_USED
+    path = Run(run.folder).folder / NOT_USED
     if path.is_file():
         return read_weights_file(path)
     notes.append(f"{run.folder}: a BERT's pooler is not trained here, so the export has none; the dual encoders do not use it")

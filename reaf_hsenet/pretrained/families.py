@@ -125,11 +125,11 @@ def identify(state: State, source: str) -> Family:
 
 def open_source(name: str) -> Source:
     """A file, a folder (a run of this project too) or a hub id. Raises InputError when there is nothing to be read."""
-    path = Path(name)
-    if not path.is_file():
-        folder = find_folder(name, FILES)
-        checkpoint = Run(folder).pointer("best") or Run(folder).pointer("last")
-        path = checkpoint / "model.safetensors" if checkpoint else weights_file(folder)
+    path, run = Path(name), Run(name)
+    if run.named or run.pointer("last"):
+        path = run.choose().folder / "model.safetensors"
+    elif not path.is_file():
+        path = weights_file(find_folder(name, FILES))
     state = read_weights_file(path)
     plain = rename(state, ((r"^module\.", ""),))
     return Source(name, path, plain, identify(plain, name))

@@ -112,7 +112,8 @@ def _encoders(name: str, text_model, slice_encoder, notes: list[str]):
         first, second = (from_dict(ClipConfig, v["model"]).vision for v in (Run(teacher).read_config(), values))
         if not isinstance(second, GuidedVisionConfig):
             raise InputError(f"--encoders {name}: takes no slices; expected the run of a 2E3 encoder")
-        return None, (Path(teacher), Path(name)), (first, second), from_dict(Recipe, values["recipe"]), values["slices"]
+        had = Run(teacher).holding(values["origin"].get("teacher_sha256"))  # what the 2E3 encoder learned from
+        return None, (Run(teacher).checkpoints / had if had else Path(teacher), Path(name)), (first, second), from_dict(Recipe, values["recipe"]), values["slices"]
     published = load_published_dual(name, text_model, slice_encoder=slice_encoder)
     if published.teacher is None:
         found = published.source.family.name
