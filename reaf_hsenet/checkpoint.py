@@ -250,7 +250,11 @@ class Run:
 
     def holding(self, sha256: str) -> str | None:
         """The name of the checkpoint whose weights have this hash; None when there is none."""
-        return next((path.name for path in reversed(self.all()) if _written_sha256(path) == sha256), None)
+        for path in reversed(self.all()):
+            with suppress(InputError, OSError):
+                if weights_sha256(path / "model.safetensors") == sha256:
+                    return path.name
+        return None
 
     def load_model(self, name: str | None = None) -> tuple[dict, Choice]:
         """(state_dict, its checkpoint), which `choose` finds. Raises InputError when it is not as it was written."""
@@ -306,7 +310,8 @@ def damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
         try:
             if path.stat().st_size != size:
                 return f"{path}: is damaged: it has {path.stat().st_size} bytes, {size} were written"
-            if file_sha256(path) != digest:
+            # One rank reads them whole for all: the others would read the same files.
+            if os.environ.get("RANK", "0") == "0" and file_sha256(path) != digest:
                 return f"{path}: is damaged: its sha256 is not that of what was written"
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror})"
@@ -322,14 +327,16 @@ def _is_name(name: str) -> bool:
     return name in ("last", "best") or _is_step(name)
 
 
-def _written_sha256(folder: Path) -> str | None:
-    """Hash of a checkpoint's weights as they were written; of the file where no checkpoint.json says it."""
+def weights_sha256(weights: Path) -> str:
+    """Return the sha256 of weights: what checkpoint.json beside them says, which load_model compares, else the file's own.
+
+    Raises InputError or OSError when neither can be read.
+    """
+    record = weights.parent / "checkpoint.json"
     try:
-        if not (folder / "checkpoint.json").is_file():
-            return file_sha256(folder / "model.safetensors")
-        return read_json(folder / "checkpoint.json")["files"]["model.safetensors"]["sha256"]
-    except (InputError, LookupError, TypeError, OSError):
-        return None
+        return read_json(record)["files"][weights.name]["sha256"] if record.is_file() else file_sha256(weights)
+    except (LookupError, TypeError) as error:
+        raise InputError(f"{record}: is damaged") from error
 
 
 def _step(path: Path) -> int:

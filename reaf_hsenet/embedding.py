@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet import distributed
-from reaf_hsenet.checkpoint import Choice, Run
+from reaf_hsenet.checkpoint import Choice, Run, weights_sha256
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe, from_dict
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.loader import CTReportDataset
@@ -15,7 +15,6 @@ from reaf_hsenet.data.samplers import InOrder
 from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import file_sha256
 from reaf_hsenet.metrics.retrieval import cross_retrieval
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
 from reaf_hsenet.pretrained import find_folder, is_hub_id
@@ -52,7 +51,7 @@ class DualEncoderRun:
 
     def sha256(self) -> str:
         """Of the checkpoint's weights, by which a run knows its teacher wherever that is moved to."""
-        return file_sha256(self.weights)
+        return weights_sha256(self.weights)
 
 
 def load_dual_encoder(folder: Path, which: str | None = None, text_model: str | None = None) -> DualEncoderRun:

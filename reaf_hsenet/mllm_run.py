@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reaf_hsenet.checkpoint import Choice, Run
+from reaf_hsenet.checkpoint import Choice, Run, weights_sha256
 from reaf_hsenet.config import GuidedVisionConfig, Recipe, from_dict
 from reaf_hsenet.embedding import is_published, load_source
 from reaf_hsenet.errors import InputError
@@ -53,7 +53,7 @@ class MllmRun:
 
     def sha256(self) -> str:
         """Of the checkpoint's weights."""
-        return file_sha256(self.weights)
+        return weights_sha256(self.weights)
 
     def place(self, device: torch.device, compiled: bool = False) -> None:
         """Put the model on its device for inference: on a processor its decoder's weights are packed for its kernels.

@@ -1,0 +1,67 @@
+"""A new run of a language stage reads and hashes each file of weights once, by one rank for all where it only compares."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from reaf_hsenet import checkpoint, files
+from reaf_hsenet.mllm_run import load_mllm
+from test_killed_runs import forks, one_rank, start  # noqa: F401
+from test_language_runs import decoder_folder, language, stages  # noqa: F401
+
+
+def counted(folder: Path, rank: int) -> None:
+    """From now on every hash of a whole file and every reading of weights of this process is a line of a file."""
+    hash_whole, read = files._sha256, checkpoint.read_weights_file
+
+    def note(kind: str, path: str | Path) -> None:
+        with open(folder / f"rank-{rank}.jsonl", "a") as file:
+            file.write(json.dumps([kind, str(Path(path).resolve())]) + "\n")
+
+    def hashed(path, *unchanged):
+        before = hash_whole.cache_info().misses
+        found = hash_whole(path, *unchanged)
+        if hash_whole.cache_info().misses > before:
+            note("hashed", path)
+        return found
+
+    files._sha256 = hashed
+    checkpoint.read_weights_file = lambda path: (note("read", path), read(path))[1]
+
+
+def counting_rank(rank: int, world: int, port: int, argv: list[str]) -> None:
+    counted(Path(argv[-1]).parent, rank)
+    one_rank(rank, world, port, argv)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_new_run_reads_and_hashes_every_file_once(stages, decoder_folder, tmp_path, world):  # noqa: F811
+    argv = language(stages, tmp_path / "run", "--decoder", decoder_folder, "--max-steps", 1, "--batch-size", 2)
+    argv = [part for part in argv if part != "--out" and part != str(tmp_path / "run")] + ["--out", str(tmp_path / "run")]
+    for rank in start(argv, world, counting_rank):
+        rank.join(240)
+        assert rank.exitcode == 0
+    encoders = {str((stages / name / "checkpoints/step-000002/model.safetensors").resolve()) for name in ("clip1", "clip2")}
+    bases = {str(path.resolve()) for path in decoder_folder.glob("*.safetensors")}
+    for rank in range(world):
+        lines = [tuple(json.loads(line)) for line in (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()]
+        count = Counter(line for line in lines if str(tmp_path / "run") not in line[1])
+        assert {path for kind, path in count if kind == "read"} == encoders
+        assert {path for kind, path in count if kind == "hashed"} == (encoders | bases if rank == 0 else set())
+        assert set(count.values()) == {1}
+
+
+def test_a_run_that_is_read_again_hashes_its_own_checkpoint_and_no_decoder(stages, decoder_folder, tmp_path, monkeypatch):  # noqa: F811
+    argv = language(stages, tmp_path / "run", "--decoder", decoder_folder, "--max-steps", 1)
+    (rank,) = start(argv)
+    rank.join(240)
+    hashed = []
+    files._sha256.cache_clear()
+    whole = files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda path, *unchanged: (hashed.append(path), whole(path, *unchanged))[1])
+    run = load_mllm(tmp_path / "run")
+    run.sha256(), run.base_sha256()
+    assert not any("decoder" in path for path in hashed)
+    assert sum(path.startswith(str(tmp_path / "run")) for path in hashed) == 1
