@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reaf_hsenet.data.loader import CTReportDataset
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.prepare import entry_slices, worker_pool
+from reaf_hsenet.data.reading import SlicesWanted
 from reaf_hsenet.data.slice_features import (
     add_slice_features,
     describe,
@@ -53,9 +54,8 @@ def train_slice_encoder(
     """Contrastive training of slices against reports; some slices of every volume a step."""
     text = report_features(manifest, teacher, device)
     entries = manifest.entries("train")
-    take = partial(
-        entry_slices, reading=manifest.reading, recipe=SLICE_RECIPES[RECIPE], size=ENCODER["size"], jpeg=False
-    )
+    wanted = SlicesWanted(SLICE_RECIPES[RECIPE], ENCODER["size"])
+    take = partial(entry_slices, reading=manifest.reading, wanted=wanted)
     images = []
     with worker_pool(workers) as pool, progress_bar(len(entries), "slices to learn from", "volume") as bar:
         for _, pictures, _ in pool.map(take, entries, chunksize=16):
