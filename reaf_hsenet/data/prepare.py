@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reaf_hsenet.config import Recipe, to_dict
+from reaf_hsenet.config import Recipe
 from reaf_hsenet.data.datasets import Case, Source
 from reaf_hsenet.data.manifest import (
     Manifest,
@@ -29,6 +29,7 @@ from reaf_hsenet.data.tables import csv_rows
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import atomic_write, file_sha256, folder_lock
 from reaf_hsenet.progress import progress_bar
+from reaf_hsenet.settings import to_dict
 
 
 @dataclass(frozen=True)
