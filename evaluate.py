@@ -216,7 +216,7 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     if ranks.main:  # the other ranks score nothing
         bert = load_bert(args.bertscore, args.bertscore_layer, ranks.device) if args.bertscore else None
         labeler = load_classifier(args.classifier, ranks.device) if args.classifier else None
-    run.model.to(ranks.device)
+    run.place(ranks.device, args.compile)
     out = results_folder(args)
     with folder_lock(out) if ranks.main else nullcontext():
         texts, kept = generate_answers(

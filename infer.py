@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from reaf_hsenet.data.header import HEADERS
 from reaf_hsenet.data.labels import LABEL_SETS
 from reaf_hsenet.data.reading import Reading, stem
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, axis_codes
@@ -80,6 +81,7 @@ def generation(command: Parser, name: str) -> None:
     group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that add up to P")
     group.add_argument("--seed", type=int, help="of the draws (default: 0)")
     group.add_argument("--precision", choices=("fp32", "bf16"), help="of the decoder (default: that of its files)")
+    group.add_argument("--compile", action="store_true", help="compile the decoder's steps, on a GPU")
 
 
 def model_and_scan(command: Parser, name: str) -> None:
@@ -102,6 +104,10 @@ def model_and_scan(command: Parser, name: str) -> None:
     group.add_argument("--slope", type=float, help="of raw values to HU")
     group.add_argument("--intercept", type=float, help="of raw values to HU")
     group.add_argument("--orientation", choices=ORIENTATIONS, default="header", help="stored: ignore the header's orientation")
+    group.add_argument(
+        "--header", choices=HEADERS, default="check", help="what to believe of a header that contradicts itself (default: "
+        "check, refuse it; none: treat it as blank)"
+    )  # fmt: skip
     group.add_argument(
         "--assume-orientation", type=axis_codes, metavar="CODES", help="axis codes where the header has none, such as LPS"
     )
@@ -164,16 +170,17 @@ def main(argv: list[str]) -> int:
     folder = locate_run(args.run) if args.run else default_run(args.command, args.model)
     model = ScanModel(
         folder,
-        args.checkpoint,
-        args.device,
-        Reading(args.rescale, args.orientation, args.assume_orientation),
-        TableRow(tuple(args.spacing) if args.spacing else None, args.slope, args.intercept),
-        args.slice_encoder,
-        getattr(args, "precision", None),
-        args.text_model,
-        getattr(args, "decoder", None),
-        getattr(args, "encoders", None),
-        say,
+        checkpoint=args.checkpoint,
+        device=args.device,
+        reading=Reading(args.rescale, args.orientation, args.assume_orientation, args.header),
+        table=TableRow(tuple(args.spacing) if args.spacing else None, args.slope, args.intercept),
+        slice_encoder=args.slice_encoder,
+        precision=getattr(args, "precision", None),
+        text_model=args.text_model,
+        decoder=getattr(args, "decoder", None),
+        encoders=getattr(args, "encoders", None),
+        compiled=getattr(args, "compile", False),
+        say=say,
     )
     say(f"run: {folder}, stage {model.stage}, checkpoint {model.checkpoint.name}")
     result = RESULTS[args.command](args, model, (lambda *text, **how: None) if args.json else print)

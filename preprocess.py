@@ -28,6 +28,7 @@ from pathlib import Path
 from reaf_hsenet.config import FITS, RECIPES
 from reaf_hsenet.data.bimcv import read_bimcv
 from reaf_hsenet.data.datasets import Source, read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.header import HEADERS
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
 from reaf_hsenet.data.questions import add_questions
@@ -81,6 +82,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         choices=ORIENTATIONS,
         default="header",
         help="stored: ignore the header's orientation, as the published pipelines do",
+    )
+    geometry.add_argument(
+        "--header",
+        choices=HEADERS,
+        default="check",
+        help="what to believe of a header that contradicts itself (default: check, refuse it; none: treat it as blank)",
     )
     geometry.add_argument(
         "--assume-orientation",
@@ -149,7 +156,7 @@ def prepare_volumes(args: argparse.Namespace) -> list[tuple[str, str]]:
     if args.fit:
         changes["fit"] = args.fit
     recipe = replace((TINY_RECIPES if args.dataset == "phantom" else RECIPES)[name], **changes)
-    options = Options(recipe, args.rescale, args.orientation, args.assume_orientation, args.dtype)
+    options = Options(recipe, args.rescale, args.orientation, args.assume_orientation, args.dtype, args.header)
     text = "findings and impressions" if args.impressions else "findings"
     if args.dataset in ("reaf", "bimcv-r"):
         text = "report"
@@ -239,6 +246,13 @@ def report(manifest, refused) -> None:
     print(
         f"{manifest.folder / 'manifest.json'}: {counts} volumes of {manifest.recipe.size}, {manifest.recipe.name}"
     )
+    heads = sum(not entry.get("chest", True) for entries in manifest.splits.values() for entry in entries)
+    if heads:
+        print(
+            f"{heads} volumes are no chests by the data set's own metadata/no_chest_*.txt: kept, as published, and marked "
+            "in the manifest",
+            file=sys.stderr,
+        )
     decisions = Counter(
         entry["source"].get("rescale", "decided when read").split(" (")[0]
         for split in manifest.splits.values()

@@ -25,17 +25,18 @@ def answer(
     new_tokens: int,
     sampling: Sampling | None = None,
     features: list[Tensor] | None = None,
+    compiled: bool = False,
 ) -> list[str]:
     """An answer of at most `new_tokens` tokens to each question, as plain text without special tokens.
 
     volume: (B, 1, D, H, W), one a question; slices: (B, S, C), for an encoder or a projector that is guided by them.
     features: of `image_features`, (B, N, C) each, where they are known already; volume is then not used. All on the
-    model's device. Raises InputError when a question and its answer do not fit the decoder's context.
+    model's device. compiled: as of generation.steps. Raises InputError when a question and its answer do not fit the decoder's context.
     """
     embeddings, mask = prompt_embeddings(model, tokenizer, questions, volume, slices, features)
     made = generate(
         model.decoder, embeddings=embeddings, mask=mask, new_tokens=new_tokens, stop_ids=stop_ids(model, tokenizer),
-        sampling=sampling, pad_id=tokenizer.pad_id,
+        sampling=sampling, pad_id=tokenizer.pad_id, compiled=compiled,
     )  # fmt: skip
     return [answer_text(model, tokenizer, row) for row in made.tolist()]
 

@@ -16,6 +16,7 @@ from reaf_hsenet.models.reaf import REAF
 from reaf_hsenet.models.vit3d import ViT3D
 
 POSITION_STD = 0.7
+LEAST_STD = 1e-3  # of what differs; copies of one scan do not, and keep the usual start
 
 
 @torch.no_grad()
@@ -26,7 +27,8 @@ def calibrate_vision(vision: ViT3D | REAF, volumes: Tensor) -> None:
     """
     tokens = vision.patch_embed(volumes)  # (n, N, C)
     mean = tokens.mean(0, keepdim=True)
-    factor = 1 / (tokens - mean).std()
+    deviation = (tokens - mean).std()
+    factor = 1 / deviation if deviation > LEAST_STD else 1.0
     vision.patch_embed.proj.weight.mul_(factor)
     vision.patch_embed.proj.bias.mul_(factor)
     if isinstance(vision.pos_embed, nn.Parameter):  # REAF's sines and cosines are such a code already
@@ -38,7 +40,10 @@ def calibrate_vision(vision: ViT3D | REAF, volumes: Tensor) -> None:
 def standardise(norm: nn.LayerNorm, features: Tensor) -> None:
     """Set the affine part of `norm` so that its outputs `features` (n, C) or (n, N, C) would have mean 0 and, about the
     mean of each of the N places, std 1 a channel."""
-    std = (features - features.mean(0)).flatten(0, -2).std(0).clamp(min=1e-3)
+    std = (features - features.mean(0)).flatten(0, -2).std(0)
+    if std.max() < LEAST_STD:
+        return
+    std = std.clamp(min=LEAST_STD)
     norm.bias.copy_((norm.bias - features.flatten(0, -2).mean(0)) / std)
     norm.weight.div_(std)
 

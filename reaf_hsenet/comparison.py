@@ -4,7 +4,6 @@ Volumes are drawn with replacement, the same for every run, so that what is hard
 evaluate.py wrote: eval/retrieval_queries.csv and eval/zeroshot_scores.csv, and beside them what was evaluated.
 """
 
-import csv
 import hashlib
 import json
 import math
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from reaf_hsenet.data.tables import csv_rows
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json
 from reaf_hsenet.metrics.classification import (
@@ -90,17 +90,15 @@ def evaluated(path: Path, task: str, folder: Path) -> dict[str, object]:
 def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float]]:
     """The rows of a results csv by id: the ranks of both directions, or the scores and labels of all classes."""
     again = f"run evaluate.py --task {task} --run {folder} again"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; run evaluate.py --task {task} --run {folder} first")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            names = [n for n in reader.fieldnames or () if n != "id"]
-            names = [f"{d}_rank" for d in DIRECTIONS] if task == "retrieval" else names
-            rows = {row["id"]: {name: float(row[name]) for name in names} for row in reader}
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; run evaluate.py --task {task} --run {folder} first") from error
-    except KeyError as error:
-        raise InputError(f"{path}: has no column {error}; {again}") from error
-    except (ValueError, TypeError, csv.Error) as error:
+        # Of a zero-shot's table every column but the id is a number, of a retrieval's only the ranks.
+        wanted = tuple(f"{d}_rank" for d in DIRECTIONS) if task == "retrieval" else ()
+        rows = {}
+        for _, row in csv_rows(path, ("id", *wanted)):
+            rows[row.pop("id")] = {name: float(row[name]) for name in wanted or row}
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: is damaged ({error}); {again}") from error
     if not rows:
         raise InputError(f"{path}: is empty; {again}")

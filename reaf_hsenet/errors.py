@@ -28,6 +28,11 @@ def first_six(items: list[str], separator: str = ", ") -> str:
     return separator.join(items[:6]) + more
 
 
+def one_line(error: Exception) -> str:
+    """Return an exception's message in one line of at most 160 characters, or its name where it has none."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 class Terminated(BaseException):
     """SIGTERM, raised where the program can still put things in order: remove temporary files, release locks."""
 
@@ -99,7 +104,8 @@ def _guard_output(result: bool) -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif stream is getattr(sys, f"__{name}__"):
             raw = Output(number, result and number == 1)
-            kept = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
+            # A file name that is not of the stream's encoding is shown with its bytes escaped.
+            kept = {"encoding": stream.encoding, "errors": "backslashreplace", "line_buffering": stream.line_buffering}
             setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **kept))
 
 
@@ -157,6 +163,7 @@ def run_script(
             traceback.print_exc()
         code = 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 143
         message = f"error: {error}" if code == 2 else str(error) or "interrupted"
+        message = message.replace("\n", "\\n")  # of a file's name; an error is one line
         if _first_to_fail():
             print(message, file=sys.stderr, flush=True)
     except Exception:

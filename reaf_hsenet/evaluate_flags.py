@@ -20,7 +20,7 @@ ONE_RUN = {
     ("zeroshot",): {"prompts": "volume", "label_set": "ct-rate", "labels": None},
     LANGUAGE: {
         **{"new_tokens": None, "limit": None, "precision": None, "bertscore": None, "bertscore_layer": None},
-        **{"anew": False, "decoder": None, "encoders": None},
+        **{"anew": False, "decoder": None, "encoders": None, "compile": False},
     },
     ("mrg",): {"prompt": None, "classifier": None},
     ("vqa",): {"questions": None},
@@ -72,6 +72,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--classifier", type=Path, metavar="FOLDER", help="of mrg: BERT or RoBERTa that reads 18 findings, as RadBERT")
     add("--decoder", metavar="NAME", help="of published packers and adapters: folder or hub id of the decoder they stand on")
     add("--encoders", metavar="NAME", help="of the same: HSENet-2E3-CLIP, a file, folder or hub id, or a clip2 run")
+    add("--compile", action="store_true", default=None, help="compile the decoder's steps, on a GPU")
     add("--anew", action="store_true", default=None, help="forget the answers of an interrupted evaluation")
     args = parser.parse_args(argv)
     check_tasks(args)

@@ -1,16 +1,55 @@
-"""Files that are whole or absent: atomic writes, and a lock so that one run at a time writes into a folder."""
+"""Files that are whole or absent: atomic writes, errors that name the file, and a lock so that one run at a time writes
+into a folder."""
 
+import csv
 import fcntl
 import hashlib
 import json
 import os
+import pickle
 import socket
+import stat
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO
 
-from reaf_hsenet.errors import InputError, OutputError
+from safetensors import SafetensorError
+
+from reaf_hsenet.errors import InputError, OutputError, one_line
+
+# What numpy, torch, safetensors, csv, json, zlib and nibabel raise for files that are not what their name says.
+DAMAGED = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    *(RuntimeError, MemoryError, SyntaxError, TokenError, struct.error, zlib.error, csv.Error),
+    *(zipfile.BadZipFile, pickle.UnpicklingError, SafetensorError),
+)
+
+
+@contextmanager
+def named(path: Path, problem: str = "is truncated or damaged", advice: str = "") -> Iterator[None]:
+    """Turn whatever a reader of `path` raises inside the block into an InputError that names the file.
+
+    The message is `PATH: problem (the reader's words); advice`. A pipe, which could block for ever, is not opened.
+    """
+    path, then = Path(path), advice and f"; {advice}"
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind):
+            held = "a folder" if stat.S_ISDIR(kind) else "a pipe or a device"
+            raise InputError(f"{path}: is {held}, expected a file{then}")
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file{then.replace('delete it and ', '')}") from error
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}){then}") from error
+    except DAMAGED as error:
+        raise InputError(f"{path}: {problem} ({one_line(error)}){then}") from error
 
 
 @contextmanager
@@ -23,7 +62,9 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        # A file name that is no UTF-8 is written with its bytes escaped.
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -45,12 +86,8 @@ def write_json(path: Path, value) -> None:
 
 def read_json(path: Path):
     """The file's JSON. Raises InputError when it is absent or not JSON."""
-    try:
+    with named(path, "is not valid JSON"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not valid JSON ({error})") from error
 
 
 def read_object(path: Path) -> dict:
@@ -61,11 +98,35 @@ def read_object(path: Path) -> dict:
     return values
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Return the sorted files below `folder` that match, without hidden ones such as the ._NAME that macOS writes."""
+    found = Path(folder).glob(pattern)
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
 def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes. A file that has not changed is read once by a process, however often it is asked."""
+    found = Path(path).stat()
+    return _sha256(str(Path(path).absolute()), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _sha256(path: str, *unchanged: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path, blocks: int = 64, block: int = 4096) -> str:
+    """Return a hash of a large file's size, its beginning and blocks spread over it: little is read, and another file's differs."""
+    size = Path(path).stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(blocks):
+            file.seek(i * max(0, size - block) // (blocks - 1))
+            digest.update(file.read(block))
     return digest.hexdigest()
 
 

@@ -20,13 +20,14 @@ from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, ReafVisionConfig, Recipe
 from reaf_hsenet.data.labels import LabelTable, load_label_set
 from reaf_hsenet.data.reading import Reading
+from reaf_hsenet.data.slice_features import slices_wanted
 from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.embedding import DualEncoderRun, is_published, load_dual_encoder
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.generation import Sampling
 from reaf_hsenet.mllm_config import MllmConfig
-from reaf_hsenet.mllm_run import STAGES, MllmRun, load_mllm
+from reaf_hsenet.mllm_run import STAGES, MllmRun, check_compiled, load_mllm
 from reaf_hsenet.published_run import load_published
 from reaf_hsenet.scan import Scan, find_slice_encoder, read_scan, slice_features
 from reaf_hsenet.scan_answers import answer_length, stream_answer
@@ -51,7 +52,8 @@ class ScanModel:
     checkpoint: `best` or `last`. device: cpu, cuda or cuda:N; by default a GPU where there is one. reading, table: what
     scans are taken for; see data/volume.py. slice_encoder: file, folder or hub id; see find_slice_encoder. precision: of
     the decoder, one of PRECISIONS; by default that of its files. text_model, decoder, encoders: of published weights, see
-    published_run.py. say: takes an account of every scan that is read.
+    published_run.py. compiled: run the decoder's steps as one compiled graph, on a GPU. say: takes an account of every scan
+    that is read.
 
     Every method raises InputError, a line that names the file or setting, for what cannot be done.
     """
@@ -68,6 +70,7 @@ class ScanModel:
         text_model: str | None = None,
         decoder: str | None = None,
         encoders: str | None = None,
+        compiled: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.folder, self.which, self.named, self.precision = Path(folder), checkpoint, slice_encoder, precision
@@ -92,8 +95,10 @@ class ScanModel:
         if precision is not None and (precision not in PRECISIONS or not self.has_decoder):
             raise InputError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, and a run with a decoder")
         self.device = distributed.start(device).device
+        self.compiled = compiled
+        check_compiled(compiled, self.device)
         if "run" in vars(self):
-            self.run.model.to(self.device)
+            self.placed(self.run)
         self.encoders = self.config.encoders if self.has_decoder else (self.config.vision,)
         self.guided = any(isinstance(encoder, GuidedVisionConfig) for encoder in self.encoders)
         if slice_encoder is not None and not self.guided:
@@ -115,10 +120,15 @@ class ScanModel:
     @cached_property
     def run(self) -> MllmRun | DualEncoderRun:
         if self.has_decoder:
-            run = load_mllm(self.folder, self.which, PRECISIONS.get(self.precision))
+            return self.placed(load_mllm(self.folder, self.which, PRECISIONS.get(self.precision)))
+        return self.placed(load_dual_encoder(self.folder, self.which))
+
+    def placed(self, run: MllmRun | DualEncoderRun) -> MllmRun | DualEncoderRun:
+        """The run with its model on the device, ready to answer."""
+        if self.has_decoder:
+            run.place(self.device, self.compiled)
         else:
-            run = load_dual_encoder(self.folder, self.which)
-        run.model.to(self.device)
+            run.model.to(self.device)
         return run
 
     @cached_property
@@ -152,9 +162,8 @@ class ScanModel:
         question = GENERATION["mrg"]["prompt"] if question is None else question
         tokenizer = self.run.tokenizer if "run" in vars(self) else load_tokenizer(self.folder)
         most = answer_length(self.config, tokenizer, question, new_tokens, GENERATION[task]["new_tokens"])
-        read, slices = self.read(scan), self.slices(scan)
-        volume = read.volume.to(self.device)
-        yield from stream_answer(self.run.model, self.run.tokenizer, question, volume, slices, most, sampling)
+        volume, slices, _ = self.read(scan)
+        yield from stream_answer(self.run.model, self.run.tokenizer, question, volume, slices, most, sampling, self.compiled)
 
     def classify(self, scan: Path | str, prompts: str = "volume", label_set: str = "ct-rate") -> dict[str, float]:
         """Probability by class, highest first. prompts: `volume`, `organ` or a json file; see zeroshot.py."""
@@ -168,8 +177,8 @@ class ScanModel:
     def embed(self, scan: Path | str) -> Tensor:
         """The scan's unit vector, (C,) float32 on the CPU."""
         self.require_towers()
-        read, slices = self.read(scan), self.slices(scan)
-        return self.finite(self.run.model.encode_image(read.volume.to(self.device), slices))
+        volume, slices, _ = self.read(scan)
+        return self.finite(self.run.model.encode_image(volume, slices))
 
     @torch.inference_mode()
     def embed_text(self, text: str) -> Tensor:
@@ -215,8 +224,8 @@ class ScanModel:
                 "runs on their encoders"
             )
         figures.new_figure(1, 1, "explain")  # a missing matplotlib is said now
-        read, slices = self.read(scan), self.slices(scan)
-        model, volume = self.run.model, read.volume.to(self.device)
+        volume, slices, read = self.read(scan)
+        model = self.run.model
         encoder = model.encoders[found[0]] if self.has_decoder else model.vision
         if isinstance(self.encoders[found[0]], ReafVisionConfig):
             shows, draw, centre = "salient regions", figures.saliency_figure, figures.strongest
@@ -233,17 +242,17 @@ class ScanModel:
             "maps": {name: {"grid": list(m.shape), "strongest": centre(m)} for name, m in maps.items()},
         }
 
-    def read(self, path: Path | str) -> Scan:
-        """The scan by the run's recipe."""
-        scan = read_scan(Path(path), self.recipe, self.reading, self.table)
-        self.say(scan.account())
-        return scan
+    def read(self, path: Path | str) -> tuple[Tensor, Tensor | None, Scan]:
+        """Read the scan once by the run's recipe.
 
-    def slices(self, path: Path | str) -> Tensor | None:
-        """The scan's slice features, (1, S, C) on the device, where the run's encoder takes them."""
-        if not self.guided:
-            return None
-        return slice_features(Path(path), *self._slice_encoder, self.device, self.reading, self.table)
+        Returns its volume (1, 1, D, H, W), its slice features (1, S, C) where the run's encoder takes them, both on the
+        device, and the scan.
+        """
+        wanted = slices_wanted(self._slice_encoder[1], self._slice_encoder[0].size) if self.guided else None
+        scan = read_scan(Path(path), self.recipe, self.reading, self.table, wanted)
+        self.say(scan.account())
+        slices = slice_features(scan, *self._slice_encoder, self.device) if self.guided else None
+        return scan.volume.to(self.device), slices, scan
 
     @cached_property
     def _slice_encoder(self):

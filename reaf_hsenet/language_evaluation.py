@@ -130,4 +130,5 @@ def _answer_batch(run: MllmRun, rows: list[Asked], part: tuple, new_tokens: int,
         None if slices is None else slices[place],
         new_tokens,
         features=[x[place] for x in features],
+        compiled=run.compiled,
     )

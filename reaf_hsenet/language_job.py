@@ -52,7 +52,8 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
         decoder = base_decoder(config, setup.origin, torch.float32 if config.full else dtype or torch.float32)
     model = build_mllm(config, decoder)
     if not (args.resume and config.train_vision):  # then they are in the checkpoint
-        fill_encoders(model, encoder_states(setup.origin["encoders"]), "the encoders' runs")
+        fill_encoders(model, setup.encoders or encoder_states(setup.origin["encoders"]), "the encoders' runs")
+        setup.encoders = None
         if settings.calibrate and not args.resume:
             entries = manifest.entries("train")[: settings.calibrate]
             good, unreadable = part_unreadable([read_sample(manifest, entry, setup.guided) for entry in entries])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import Recipe
 from reaf_hsenet.data.language import LIST_END, add_image_tokens, label_token
@@ -16,9 +17,11 @@ from reaf_hsenet.decoder_config import DecoderConfig
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import file_sha256, fingerprint
 from reaf_hsenet.guided_setup import load_teacher
 from reaf_hsenet.mllm_config import TINY_KERNEL, MllmConfig, build_mllm, tiny_decoder
-from reaf_hsenet.mllm_run import decoder_sha256
+from reaf_hsenet.mllm_run import decoder_hashes
+from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.presets import stage_config
 from reaf_hsenet.pretrained import find_folder
 from reaf_hsenet.pretrained_decoder import FILES
@@ -42,7 +45,10 @@ FIXED_FLAGS = (
 
 @dataclass
 class LanguageSetup:
-    """All that a run is made of, whether new or resumed. features: folder of --cache-features."""
+    """All that a run is made of, whether new or resumed.
+
+    features: folder of --cache-features. encoders: tensors of the dual encoders that a new run starts from, already read.
+    """
 
     preset: str
     manifest: Manifest
@@ -52,6 +58,7 @@ class LanguageSetup:
     origin: dict
     features: Path | None = None
     max_steps: int | None = None
+    encoders: list[dict] | None = None
 
     @property
     def guided(self) -> bool:
@@ -133,7 +140,8 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
         "decoder": known,
     }
     features = feature_folder(args, config, settings, manifest)
-    return LanguageSetup(preset, manifest, config, settings, tokenizer, origin, features, args.max_steps)
+    states = [merged_state(run.model) for run in runs]
+    return LanguageSetup(preset, manifest, config, settings, tokenizer, origin, features, args.max_steps, states)
 
 
 def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
@@ -189,7 +197,9 @@ def text_side(
     check_fits(tokenizer, config.vocab, special, str(folder / "config.json"))
     own = len(tokenizer)
     add_image_tokens(tokenizer)
-    known = {"name": located(args.decoder), "sha256": decoder_sha256(args.decoder), "added": len(tokenizer) - own}
+    # Read whole once, by one rank; from now on the fingerprint tells whether it is the same.
+    sha256, prints = distributed.on_main(lambda: [decoder_hashes(args.decoder, of) for of in (file_sha256, fingerprint)])
+    known = {"name": located(args.decoder), "sha256": sha256, "fingerprint": prints, "added": len(tokenizer) - own}
     return tokenizer, replace(config, vocab=len(tokenizer)), known
 
 

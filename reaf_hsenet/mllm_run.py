@@ -1,6 +1,6 @@
 """Runs of the language stages at work: rebuild one from its folder, the parts it points to included."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import GuidedVisionConfig, Recipe
 from reaf_hsenet.embedding import is_published, load_source
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import file_sha256
+from reaf_hsenet.files import file_sha256, fingerprint, visible
 from reaf_hsenet.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.models.packed import pack
 from reaf_hsenet.pretrained import find_folder, load_strictly
 from reaf_hsenet.pretrained_decoder import FILES, load_decoder, resize_vocabulary
 from reaf_hsenet.settings import from_dict
@@ -26,7 +27,10 @@ STAGES = ("mrg", "vqa")
 
 @dataclass
 class MllmRun:
-    """A trained language model that sees, with what its inputs must be. origin: what it started from."""
+    """A trained language model that sees, with what its inputs must be.
+
+    origin: what it started from. compiled: whether steps of generation run as one compiled graph.
+    """
 
     folder: Path
     stage: str
@@ -41,6 +45,7 @@ class MllmRun:
     origin: dict
     slices: dict | None
     train: dict
+    compiled: bool = False
 
     @property
     def guided(self) -> bool:
@@ -51,10 +56,27 @@ class MllmRun:
         """Of the checkpoint's weights."""
         return file_sha256(self.weights)
 
+    def place(self, device: torch.device, compiled: bool = False) -> None:
+        """Put the model on its device for inference: on a processor its decoder's weights are packed for its kernels.
+
+        compiled: run the steps of generation as one compiled graph, on a GPU.
+        """
+        check_compiled(compiled, device)
+        self.compiled = compiled
+        self.model.to(device)
+        if device.type == "cpu":
+            pack(self.model.decoder)
+
     def base_sha256(self) -> dict:
         """Of the weights that the checkpoint's stand on: encoders, and the decoder's files."""
         encoders, decoder = (self.origin.get(part) or {} for part in ("encoders", "decoder"))
-        return {"encoders": [encoder["sha256"] for encoder in encoders], "decoder": decoder.get("sha256")}
+        known = decoder.get("sha256") or decoder.get("fingerprint")
+        return {"encoders": [encoder["sha256"] for encoder in encoders], "decoder": known}
+
+
+def check_compiled(compiled: bool, device: torch.device) -> None:
+    if compiled and device.type != "cuda":
+        raise InputError("--compile: is for a GPU; a processor's decoder is packed for its kernels anyway, leave the flag out")
 
 
 def load_mllm(
@@ -128,16 +150,17 @@ def build_run_model(
 def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = None) -> Decoder:
     """The published decoder that training starts from, or adapters stand on, with rows for the added tokens."""
     known = origin["decoder"]
+    kind, of = ("fingerprint", fingerprint) if "fingerprint" in known else ("sha256", file_sha256)  # of earlier versions
+    if decoder_hashes(known["name"], of) != known[kind]:
+        raise InputError(f"{known['name']}: its weights are not those that the run was trained on; fetch that revision")
     decoder = load_decoder(known["name"], dtype, int8=config.int8)
     resize_vocabulary(decoder, config.decoder.vocab, known["added"])
-    if decoder_sha256(known["name"]) != known["sha256"]:
-        raise InputError(f"{known['name']}: its weights are not those that the run was trained on; fetch that revision")
     return decoder
 
 
-def decoder_sha256(name: str) -> dict[str, str]:
-    """Hashes of a decoder folder's weights by file name."""
-    return {path.name: file_sha256(path) for path in sorted(find_folder(name, FILES).glob("*.safetensors"))}
+def decoder_hashes(name: str, of: Callable[[Path], str]) -> dict[str, str]:
+    """Return a hash of each file of a decoder folder's weights; of: file_sha256, which reads all of it, or fingerprint."""
+    return {path.name: of(path) for path in visible(find_folder(name, FILES), "*.safetensors")}
 
 
 def fill_encoders(model: Mllm, states: Iterable[dict[str, Tensor]], source: str) -> None:

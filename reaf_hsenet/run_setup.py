@@ -25,9 +25,10 @@ from reaf_hsenet.pretrained import (
     read_checkpoint,
     read_weights,
 )
+from reaf_hsenet.pretrained.dual import TEXT_FILES
 from reaf_hsenet.pretrained.reading import SUFFIXES
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.tokenizer import WordPiece, load_wordpiece, train_wordpiece
+from reaf_hsenet.tokenizer import WordPiece, has_wordpiece, load_wordpiece, train_wordpiece
 from reaf_hsenet.training_config import NO_AUGMENTATION, TrainConfig
 
 VISION_FLAGS = (
@@ -162,7 +163,7 @@ def starting_run(args: argparse.Namespace) -> DualEncoderRun | None:
     """The run of --init; or its published folder that has a vocabulary, unless --text-model names another."""
     if not args.init or not Run(args.init).exists:
         return None
-    if is_published(args.init) and (args.text_model or not (Path(args.init) / "vocab.txt").is_file()):
+    if is_published(args.init) and (args.text_model or not has_wordpiece(Path(args.init))):
         return None
     return load_dual_encoder(Path(args.init))
 
@@ -190,8 +191,7 @@ def text_side(
 ) -> tuple[WordPiece, ClipConfig, dict | None]:
     """Tokenizer, the configuration with its text encoder, and that encoder's weights where --text-model has them."""
     if args.text_model:
-        patterns = ["config.json", "vocab.txt", "tokenizer_config.json", "*.safetensors", "pytorch_model.bin"]
-        folder = find_folder(args.text_model, patterns)
+        folder = find_folder(args.text_model, [*TEXT_FILES, "*.safetensors", "pytorch_model.bin"])
         tokenizer = load_wordpiece(folder)
         # Beside a start with a text encoder of its own a vocabulary alone is enough.
         bare = (words or args.init) and not any(path.suffix in SUFFIXES for path in folder.iterdir())

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from reaf_hsenet.config import Recipe
 from reaf_hsenet.data.manifest import different_slices
-from reaf_hsenet.data.reading import ENDINGS, Reading, ending, read_input, read_slice_images
+from reaf_hsenet.data.reading import ENDINGS, Reading, SlicesWanted, ending, read_source
 from reaf_hsenet.data.slice_features import load_slice_encoder, normalise
-from reaf_hsenet.data.slices import SLICE_RECIPES
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
@@ -21,10 +20,14 @@ from reaf_hsenet.models.slice_encoder import SliceEncoder
 
 @dataclass
 class Scan:
-    """volume: (1, 1, D, H, W) float32 on the CPU. record: what the file held and how it was read."""
+    """volume: (1, 1, D, H, W) float32 on the CPU. images: (32, size, size) uint8 slices, where they were wanted.
+
+    record: what the file held and how it was read.
+    """
 
     path: Path
     volume: Tensor
+    images: Tensor | None
     record: dict
 
     def account(self) -> str:
@@ -45,29 +48,30 @@ def check_scan(path: Path) -> None:
         raise InputError(f"{path}: expected a scan that ends in {', '.join(ENDINGS)}")
 
 
-def read_scan(path: Path, recipe: Recipe, reading: Reading, table: TableRow) -> Scan:
-    """Raises InputError, naming the file, for anything that is not a readable CT."""
+def read_scan(
+    path: Path, recipe: Recipe, reading: Reading, table: TableRow, slices: SlicesWanted | None = None
+) -> Scan:
+    """Read a scan once, for the volume and for the slices that are wanted.
+
+    Raises InputError, naming the file, for anything that is not a readable CT.
+    """
     path = Path(path)
     check_scan(path)
     try:
-        voxels, record = read_input(path, recipe, reading, table)
+        voxels, images, record = read_source(path, recipe, slices, reading, table)
     except InputError as error:
         if str(error).endswith("with --rescale"):  # there is no table here to take them from
             raise InputError(f"{error}, or give the --slope and --intercept that make them HU") from error
         raise
-    return Scan(path, torch.from_numpy(voxels).half().float()[None], record)
+    return Scan(path, torch.from_numpy(voxels).half().float()[None], images if images is None else torch.from_numpy(images), record)
 
 
 @torch.inference_mode()
-def slice_features(
-    path: Path, encoder: SliceEncoder, provenance: dict, device: torch.device, reading: Reading, table: TableRow
-) -> Tensor:
-    """(1, S, C) float32 on the device. provenance: of find_slice_encoder."""
-    recipe, jpeg = SLICE_RECIPES[provenance["recipe"]], provenance["jpeg"]
-    images, _ = read_slice_images(Path(path), recipe, encoder.size, jpeg, reading, table)
-    features = encoder.to(device)(normalise(torch.from_numpy(images).to(device))).half().float()
+def slice_features(scan: Scan, encoder: SliceEncoder, provenance: dict, device: torch.device) -> Tensor:
+    """Return (1, S, C) float32 features of the scan's slices, on the device. provenance: of find_slice_encoder."""
+    features = encoder.to(device)(normalise(scan.images.to(device))).half().float()
     if not features.isfinite().all():
-        raise InputError(f"{provenance['encoder']}: gives {path} NaN, or values beyond float16's")
+        raise InputError(f"{provenance['encoder']}: gives {scan.path} NaN, or values beyond float16's")
     return features[None]
 
 

@@ -43,8 +43,10 @@ def stream_answer(
     slices: Tensor | None,
     new_tokens: int,
     sampling: Sampling | None = None,
+    compiled: bool = False,
 ) -> Iterator[str]:
     """Pieces of text, which together are the answer. volume (1, 1, D, H, W), slices (1, S, C): on the model's device.
+    compiled: as of generation.steps.
 
     A word is given when the next one begins: until then, further tokens may change it.
     """
@@ -52,7 +54,7 @@ def stream_answer(
         embeddings, mask = prompt_embeddings(model, tokenizer, [question], volume, slices)
     made = steps(
         model.decoder, embeddings=embeddings, mask=mask, new_tokens=new_tokens, stop_ids=stop_ids(model, tokenizer),
-        sampling=sampling, pad_id=tokenizer.pad_id,
+        sampling=sampling, pad_id=tokenizer.pad_id, compiled=compiled,
     )  # fmt: skip
     ids, shown, text = [], 0, ""
     mark = tokenizer.ids.get(LIST_END)

@@ -15,14 +15,22 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import atomic_write, read_json, write_json
+from reaf_hsenet.files import atomic_write, named, read_json, read_object, write_json
 from reaf_hsenet.pretrained import find_folder
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROLES = ("bos", "eos", "unk", "pad")
 GPT2_NAMES = dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-SWITCHES = ("add_bos_token", "add_eos_token", "do_lower_case")
+SWITCHES = ("add_bos_token", "add_eos_token", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "do_basic_tokenize")
+# BERT's rules by the names of tokenizer_config.json: the library's name in tokenizer.json, and the default.
+BERT_RULES = {
+    "do_lower_case": ("lowercase", True),
+    "strip_accents": ("strip_accents", None),  # as lower case is
+    "tokenize_chinese_chars": ("handle_chinese_chars", True),
+}
+# Other ways to split that BERT folders may ask for, with the value that asks for nothing.
+OTHER_SPLITS = {"do_basic_tokenize": True, "never_split": None, "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
 # The order in which a folder is searched: first the file that holds all rules by itself.
 FORMS = {"tokenizer.json": ("tokenizer.json",), "gpt2": ("vocab.json", "merges.txt"),
          "sentencepiece": ("tokenizer.model",), "wordpiece": ("vocab.txt",)}  # fmt: skip
@@ -147,16 +155,21 @@ class Tokenizer:
 
 
 class WordPiece(Tokenizer):
-    """BERT's [CLS] text [SEP]. vocab: tokens in the order of their ids, with BERT's five special ones among them."""
+    """BERT's [CLS] text [SEP]. vocab: tokens in the order of their ids, with BERT's five special ones among them.
 
-    def __init__(self, vocab: list[str], lower_case: bool = True, added: Added = ()):
+    rules: those of BERT_RULES that are not the default.
+    """
+
+    def __init__(self, vocab: list[str], added: Added = (), **rules: bool):
         missing = [token for token in SPECIAL if token not in vocab]
         if missing:
             raise InputError(f"the vocabulary has no {', '.join(missing)}; expected BERT's vocab.txt")
-        self.vocab, self.lower_case = vocab, lower_case
+        self.vocab = vocab
+        self.rules = {name: rules.get(name, default) for name, (_, default) in BERT_RULES.items()}
         ids = {token: i for i, token in enumerate(vocab)}
         backend = Backend(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-        backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
+        named = {known: self.rules[name] for name, (known, _) in BERT_RULES.items()}
+        backend.normalizer = normalizers.BertNormalizer(**named)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece(cleanup=False)
         backend.post_processor = processors.TemplateProcessing(
@@ -176,7 +189,8 @@ class WordPiece(Tokenizer):
         """Write vocab.txt and tokenizer_config.json, as BERT folders have them."""
         with atomic_write(Path(folder) / "vocab.txt") as file:
             file.writelines(token + "\n" for token in self.vocab)
-        settings = {"do_lower_case": self.lower_case}
+        settings = {"do_lower_case": self.rules["do_lower_case"]}
+        settings |= {name: value for name, value in self.rules.items() if value != BERT_RULES[name][1]}
         if self.added != {self.ids[text]: AddedToken(text, normalized=False, special=True) for text in SPECIAL}:
             settings["added_tokens_decoder"] = _to_json(self.added)
         with atomic_write(Path(folder) / "tokenizer_config.json") as file:
@@ -211,9 +225,11 @@ def _read(folder: Path, form: str) -> Tokenizer:
             around = settings.get("add_bos_token", True), settings.get("add_eos_token", False)
             return SentencePiece(path.read_bytes(), names, added, *around)
         backend = _backend(path) if form == "tokenizer.json" else _gpt2(folder, added)
-    except InputError:
-        raise
-    except Exception as error:  # what `tokenizers` raises is of no narrower class
+        backend.encode("A text, 1 of 2.")  # some damage is only met here
+    except BaseException as error:  # what `tokenizers` raises is of no narrower class, and its panics are no Exception
+        panic = type(error).__name__ == "PanicException"
+        if isinstance(error, InputError) or not isinstance(error, Exception) and not panic:
+            raise
         raise InputError(f"{path}: cannot be read as a tokenizer ({error}); copy it again from its source") from error
     backend.no_truncation()
     backend.no_padding()
@@ -305,19 +321,54 @@ def _to_json(added: dict[int, AddedToken]) -> dict[str, dict]:
     return {str(i): {"content": t.content} | {flag: getattr(t, flag) for flag in FLAGS} for i, t in sorted(added.items())}
 
 
+def has_wordpiece(folder: Path) -> bool:
+    """Return whether a folder has a BERT's vocabulary."""
+    whole = Path(folder) / "tokenizer.json"
+    return (Path(folder) / "vocab.txt").is_file() or whole.is_file() and bool(_bert_rules(whole)[1])
+
+
 def load_wordpiece(folder: Path) -> WordPiece:
-    """Read vocab.txt, and whether it is lower-cased from tokenizer_config.json. Raises InputError when absent."""
+    """Read a BERT folder's vocab.txt, or tokenizer.json where there is none, and its rules.
+
+    The rules are tokenizer_config.json's, and those that it leaves open tokenizer.json's, as in transformers.
+    Raises InputError when there is no vocabulary, and for rules that are not BERT's.
+    """
     folder = Path(folder)
-    try:
-        vocab = (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except OSError as error:
-        raise InputError(
-            f"{folder / 'vocab.txt'}: cannot be read ({error.strerror}); expected BERT's vocabulary"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{folder / 'vocab.txt'}: is not UTF-8 text; expected BERT's vocabulary") from error
     settings, _, added = _settings(folder)
-    return WordPiece([token.removesuffix("\r") for token in vocab], settings.get("do_lower_case", True), added)
+    for name, usual in OTHER_SPLITS.items():
+        if settings.get(name) not in (usual, None, []):
+            raise InputError(f"{folder / 'tokenizer_config.json'}: {name} is {settings[name]!r}, which is not supported; use a BERT that leaves it out")
+    whole, rules, ids = folder / "tokenizer.json", {}, {}
+    if whole.is_file():
+        rules, ids = _bert_rules(whole)
+    if ids and not (folder / "vocab.txt").is_file():
+        if not all(type(i) is int for i in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
+            raise InputError(f"{whole}: its ids are not those from 0 to {len(ids) - 1}; fetch it again")
+        vocab = sorted(ids, key=ids.get)
+    else:
+        with named(folder / "vocab.txt", "is not UTF-8 text", "expected BERT's vocabulary"):
+            text = (folder / "vocab.txt").read_text(encoding="utf-8")
+        vocab = [token.removesuffix("\r") for token in text.rstrip("\n").split("\n")]
+    rules |= {name: settings[name] for name in BERT_RULES if name in settings}
+    return WordPiece(vocab, added, **rules)
+
+
+def _bert_rules(path: Path) -> tuple[dict[str, bool], dict[str, int]]:
+    """Return the rules and the vocabulary that a tokenizer.json holds; nothing of one that is no WordPiece."""
+    values = read_object(path)
+    model, normalizer = values.get("model"), values.get("normalizer")
+    if not isinstance(model, dict) or model.get("type", "WordPiece") != "WordPiece" or not isinstance(model.get("vocab"), dict):
+        return {}, {}
+    if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
+        kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
+        raise InputError(f"{path}: its normalizer is {kind!r:.60}; expected a BERT's, BertNormalizer")
+    rules = {}
+    for name, (known, default) in BERT_RULES.items():
+        value = normalizer.get(known, default)
+        if not (value is None or isinstance(value, bool)):
+            raise InputError(f"{path}: {known} of its normalizer is {value!r}; expected true or false")
+        rules[name] = value
+    return rules, model["vocab"]
 
 
 def train_wordpiece(texts: list[str], size: int) -> WordPiece:

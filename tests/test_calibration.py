@@ -47,3 +47,17 @@ def test_patch_tokens_of_a_language_model_are_standardised_about_their_place():
     assert tokens.flatten(0, 1).mean(0).abs().max() < 1e-4
     deviation = (tokens - tokens.mean(0)).flatten(0, 1)
     assert torch.allclose(deviation.std(0), torch.ones(128), atol=1e-3)
+
+
+def test_copies_of_one_scan_keep_the_usual_start():
+    """What does not differ is not divided by, in a smoke test for example."""
+    torch.manual_seed(0)
+    model = build_dual_encoder(TINY).eval()
+    volume, ids, mask = batch(6)
+    volume = volume[:1].expand(6, -1, -1, -1, -1)
+    before = model.vision.norm.weight.clone()
+    calibrate(model, volume, ids[:1].expand(6, -1), mask[:1].expand(6, -1))
+    assert torch.equal(model.vision.norm.weight, before)
+    with torch.no_grad():
+        image, text = model.encode_image(volume), model.text(ids, mask)
+    assert image.isfinite().all() and text.isfinite().all() and all(p.isfinite().all() for p in model.parameters())

@@ -135,10 +135,10 @@ def test_damaged_results_are_named(tmp_path):
     one, two = write_ranks(tmp_path / "one", [1, 2, 3]), write_ranks(tmp_path / "two", [1, 2, 3])
     path = two / "eval/retrieval_queries.csv"
     for content, words in (
-        (b"id,scan\n0,0\n1,1\n2,2\n", "queries.csv: has no column 'report_to_volume_rank'; run evaluate.py .*two again"),
+        (b"id,scan\n0,0\n1,1\n2,2\n", "queries.csv: has no column report_to_volume_rank, volume_to_report_rank"),
         (path.read_bytes().replace(b"3,3", b"x,3"), "queries.csv: is damaged"),
-        (b"id\xff\xfe,scan\n", "queries.csv: is damaged"),
-        (b"", "queries.csv: is empty"),
+        (b"id\xff\xfe,scan\n", "queries.csv: is not a UTF-8 csv file"),
+        (b"", "queries.csv: has no column id"),
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=words):

@@ -66,7 +66,7 @@ def wrong(capsys, words: str, *argv) -> None:
 
 def nifti(path: Path, values) -> Path:
     """Axes to right, anterior, superior."""
-    nib.save(nib.Nifti1Image(values, np.diag([2.0, 2.0, 2.0, 1.0])), path)
+    nib.save(nib.Nifti1Image(values, np.diag([8.0, 8.0, 8.0, 1.0])), path)
     return path
 
 
@@ -104,7 +104,7 @@ def test_json_is_what_python_gives(at_home, capsys):
 
 def test_an_index_is_written_and_searched(at_home, capsys, tmp_path):
     index = tmp_path / "new/index.safetensors"
-    other = nifti(tmp_path / "noise.nii", np.random.default_rng(0).integers(-1000, 100, (20, 20, 20)).astype(np.int16))
+    other = nifti(tmp_path / "noise.nii", np.random.default_rng(0).integers(-1000, 500, (20, 20, 20)).astype(np.int16))
     out, _ = called(capsys, "embed", "scan.nii.gz", other, "--out", index)
     assert out == f"{index}: 2 embeddings\n"
     assert load_file(index)["image"].norm(dim=1).tolist() == pytest.approx([1, 1])
@@ -152,7 +152,7 @@ def test_a_scan_that_is_no_ct_is_one_line(at_home, capsys, tmp_path):
         "b.png: expected a scan that ends in": tmp_path / "b.png",
         "c.nii: is not a readable NIfTI file": tmp_path / "c.nii",
         "d.nii.gz: is truncated or damaged": tmp_path / "d.nii.gz",
-        "fit neither HU nor": nifti(tmp_path / "mr.nii", noise),
+        "the values are not HU": nifti(tmp_path / "mr.nii", noise),
         "every voxel is -1000": nifti(tmp_path / "constant.nii", np.full((8, 8, 8), -1000, np.int16)),
         "is a 4D image": nifti(tmp_path / "4d.nii", np.stack([noise, noise], -1)),
         "voxels are NaN or infinite": nifti(tmp_path / "nan.nii", np.where(noise > 0.9, np.nan, noise)),

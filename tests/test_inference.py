@@ -23,10 +23,11 @@ from reaf_hsenet import figures, inference, load, scan_answers
 from reaf_hsenet.answering import answer, answer_text
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import RECIPES, GuidedVisionConfig
+from reaf_hsenet.data import reading
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.slice_features import add_slice_features, describe, save_slice_encoder
-from reaf_hsenet.data.volume import TableRow
+from reaf_hsenet.data.volume import TableRow, read_volume
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.generation import Sampling
 from reaf_hsenet.inference import ScanModel
@@ -129,9 +130,9 @@ def test_a_scan_has_the_embedding_that_the_prepared_data_set_has(runs, scans, tm
 
 def test_the_network_sees_the_volume_as_float16_has_it(runs, sliced, scans):
     manifest, model = load_manifest(sliced), ScanModel(runs / "clip1-hsenet")
-    assert torch.equal(model.read(scans[0]).volume[0], read_prepared(manifest, manifest.entries("validation")[0]))
+    assert torch.equal(model.read(scans[0])[2].volume[0], read_prepared(manifest, manifest.entries("validation")[0]))
     entry = manifest.entries("validation")[0]
-    assert torch.allclose(ScanModel(runs / "clip2-hsenet").slices(scans[0])[0], read_slices(manifest, entry), atol=1e-3)
+    assert torch.allclose(ScanModel(runs / "clip2-hsenet").read(scans[0])[1][0], read_slices(manifest, entry), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["clip2-hsenet", "clip1-reaf"])
@@ -335,9 +336,12 @@ def test_a_blank_header_and_raw_values_are_read_with_what_is_given(runs, scans, 
     wrong("no orientation .*--assume-orientation", load(run).embed, raw)
     axes = "".join(nib.aff2axcodes(image.affine))
     reading = inference.Reading(assume_orientation=axes)
-    wrong("fit neither HU nor .*--rescale, or give the --slope and --intercept", load(run, reading=reading).embed, raw)
+    wrong("by its header the scan is 48 x 48 x", load(run, reading=reading).embed, raw)
+    spacing = tuple(map(float, image.header.get_zooms()))
+    without = load(run, reading=reading, table=TableRow(spacing))
+    wrong("not HU.*--rescale, or give the --slope and --intercept", without.embed, raw)
     lines = []
-    table = TableRow(tuple(map(float, image.header.get_zooms())), 1.0, -1024.0)
+    table = TableRow(spacing, 1.0, -1024.0)
     found = load(run, reading=reading, table=table, say=lines.append).embed(raw)
     assert (found - load(run).embed(scans[0])).abs().max() < 1e-5
     assert len(lines) == 1 and f"axes to {axes}; rescale auto: raw values" in lines[0]
@@ -352,16 +356,16 @@ def test_salient_regions_and_patch_scores_are_drawn(runs, scans, tmp_path, monke
     found = reaf.explain(scans[0], tmp_path / "a.png")
     assert found["shows"] == "salient regions" and found["axes"] == "SPL" and set(found["maps"]) == {"scan", "slice"}
     path, volume, maps, title, axes, spacing = drawn["regions"]
-    expected = reaf.run.model.vision.salient_regions(reaf.read(scans[0]).volume)
-    assert all(torch.equal(maps[n], expected[n][0]) for n in maps) and torch.equal(volume, reaf.read(scans[0]).volume[0, 0])
+    expected = reaf.run.model.vision.salient_regions(reaf.read(scans[0])[2].volume)
+    assert all(torch.equal(maps[n], expected[n][0]) for n in maps) and torch.equal(volume, reaf.read(scans[0])[2].volume[0, 0])
     assert (title, axes, spacing) == (scans[0].name, "SPL", (14, 10, 10))
     for name in ("clip2-hsenet", "vqa-guided"):
         model = load(runs / name)
         found = model.explain(scans[0], tmp_path / f"{name}.png")
         encoder = model.run.model.encoders[1] if model.has_decoder else model.run.model.vision
         with torch.inference_mode():
-            patches = encoder.embed(model.read(scans[0]).volume)
-            expected = encoder.patch_scores(patches, model.slices(scans[0]))[0].reshape(4, 4, 4)
+            patches = encoder.embed(model.read(scans[0])[2].volume)
+            expected = encoder.patch_scores(patches, model.read(scans[0])[1])[0].reshape(4, 4, 4)
         d, h, w = found["maps"]["2E3"]["strongest"]
         assert found["shows"] == "patch scores" and found["axes"] == "SLP" and expected[d, h, w] == expected.max() > expected.min()
         assert torch.equal(drawn["scores"][2]["2E3"], expected)
@@ -394,3 +398,12 @@ def test_the_package_is_imported_without_torch_and_load_is_in_it():
 
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         reaf_hsenet.lode  # noqa: B018
+
+
+def test_a_scan_is_read_once_for_its_volume_and_its_slices(runs, scans, monkeypatch):
+    read = []
+    monkeypatch.setattr(reading, "read_volume", lambda path, *a, **k: (read.append(path), read_volume(path, *a, **k))[1])
+    model = load(runs / "clip2-hsenet")
+    assert model.guided
+    model.embed(scans[0])
+    assert read == [scans[0]]

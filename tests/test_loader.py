@@ -247,7 +247,7 @@ def test_truncation_keeps_the_separator(tmp_path):
 
 
 def test_a_saved_vocabulary_reads_back_the_same(tmp_path):
-    tokenizer = WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Ab", "##c"], lower_case=False)
+    tokenizer = WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Ab", "##c"], do_lower_case=False)
     tokenizer.save(tmp_path)
     again = load_wordpiece(tmp_path)
     assert again.vocab == tokenizer.vocab and again.encode("Abc") == tokenizer.encode("Abc") == [2, 5, 6, 3]

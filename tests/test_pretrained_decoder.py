@@ -190,7 +190,7 @@ def test_an_interrupted_save_over_an_older_one_is_refused(tmp_path, monkeypatch)
                 for name, function in interrupted_at(count).items():
                     patch.setattr(pretrained_decoder, name, function)
                 save_decoder(decoder, tmp_path, shard_bytes=shard_bytes)
-            assert "config.json: cannot be read" in refusal(tmp_path)
+            assert "config.json: no such file" in refusal(tmp_path)
 
 
 def test_shards_of_an_older_save_in_another_number_are_removed(tmp_path):
@@ -410,7 +410,7 @@ def test_a_broken_index_and_a_broken_config_are_named(tmp_path):
     (folder / "config.json").write_text("[]")
     assert f"{folder / 'config.json'}: expected an object" in refusal(folder)
     (folder / "config.json").unlink()
-    assert f"{folder / 'config.json'}: cannot be read" in refusal(folder)
+    assert f"{folder / 'config.json'}: no such file" in refusal(folder)
 
 
 def test_a_pickle_alone_is_refused_with_what_to_do(tmp_path):

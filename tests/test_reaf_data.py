@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from conftest import error_line, script
+from reaf_hsenet import pickles
 from reaf_hsenet.config import RECIPES
 from reaf_hsenet.data.datasets import read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
@@ -273,7 +274,7 @@ def test_a_finished_input_is_taken_as_it_is(nifti, tmp_path, dtype):
 def test_reading_a_tensor_leaves_it_unchanged(nifti, tmp_path, monkeypatch):
     hu = resampled_hu(nifti)
     before = hu.clone()
-    monkeypatch.setattr(torch, "load", lambda *a, **k: hu)
+    monkeypatch.setattr(pickles, "load_pickle", lambda *a, **k: hu)
     for size in (RECIPE.size, (24, 60, 64)):  # the second holds all of it, without a crop
         read_input(tmp_path / "x.pt", replace(RECIPE, size=size))
         assert torch.equal(hu, before)
@@ -295,18 +296,18 @@ def with_nan(hu):
         (lambda hu: {"image": hu}, "holds a dict; expected one tensor"),
         (lambda hu: OrderedDict(a=hu), "holds a OrderedDict; expected one tensor"),
         (lambda hu: [hu, hu], "holds a list; expected one tensor"),
-        (lambda hu: hu.numpy(), "something other than a tensor, which is not unpickled"),
-        (lambda hu: Payload(), "something other than a tensor, which is not unpickled .*print"),
+        (lambda hu: hu.numpy(), "holds more than tensors .*, which is not loaded"),
+        (lambda hu: Payload(), "holds more than tensors .print., which is not loaded"),
         (lambda hu: hu[0], "holds a tensor of shape"),
         (lambda hu: hu[None].repeat(2, 1, 1, 1), "holds a tensor of shape .*2, 20, 57, 57.*expected one volume"),
         (lambda hu: hu[:0], "holds a tensor of shape"),
-        (lambda hu: hu > 0, "expected dense real numbers"),
-        (lambda hu: hu.to_sparse(), "expected dense real numbers"),
-        (with_nan, "holds NaN or infinite values"),
+        (lambda hu: hu > 0, "holds a torch.bool tensor; expected real numbers"),
+        (lambda hu: hu.to_sparse(), "it is a sparse, quantised, nested or empty tensor"),
+        (with_nan, "voxels are NaN or infinite"),
         (lambda hu: hu.clamp(0, 0), "every voxel is 0; .*values run from 0 to 0"),
-        (lambda hu: (hu + 1150) / 1500, "fit neither HU.*its values run from .*a finished input is 24x48x64 from -1.987 to"),
+        (lambda hu: (hu + 1150) / 1500, "not HU.*its values run from .*a finished input is 24x48x64 from -1.987 to"),
         (lambda hu: (hu > 0).to(torch.int16), "like a mask"),
-        (lambda hu: hu + 1024, "fit neither HU"),
+        (lambda hu: hu + 1024, "not HU"),
     ],
 )
 def test_a_wrong_pt_file_is_refused_in_one_line_with_its_name(nifti, tmp_path, make, words, capsys):
@@ -319,7 +320,7 @@ def test_a_wrong_pt_file_is_refused_in_one_line_with_its_name(nifti, tmp_path, m
 
 def test_the_finished_range_counts_only_at_the_recipes_size(nifti, tmp_path):
     torch.save(torch.from_numpy(preprocess(read_volume(nifti), RECIPE))[:, :-1], tmp_path / "x.pt")
-    with pytest.raises(InputError, match="fit neither HU"):
+    with pytest.raises(InputError, match="not HU"):
         read_input(tmp_path / "x.pt", RECIPE)
 
 

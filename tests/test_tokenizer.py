@@ -14,7 +14,14 @@ from tokenizers import Tokenizer as Backend
 from reaf_hsenet import pretrained
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.tokenizer import Tokenizer, WordPiece, check_fits, load_tokenizer, load_wordpiece
+from reaf_hsenet.tokenizer import (
+    Tokenizer,
+    WordPiece,
+    check_fits,
+    has_wordpiece,
+    load_tokenizer,
+    load_wordpiece,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = GOLDEN / "tokenizers"
@@ -481,4 +488,68 @@ def test_an_added_token_that_cannot_have_its_id_is_named(tmp_path):
     values["added_tokens"] = [{"id": 9, "content": "<s>", "special": True, **flags}]
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="tokenizer.json: its added token <s> has id 9, but becomes 2"):
+        load_tokenizer(tmp_path)
+
+
+BERT_WORDS = [*"[PAD] [UNK] [CLS] [SEP] [MASK] hacía hacia Hacía pulmón pulmon 胸 水 胸水".split()]
+
+
+def bert_folder(folder: Path, config: dict, whole: dict | None = None, vocab: bool = True) -> Path:
+    """A BERT folder with a tokenizer_config.json, and a tokenizer.json of these normalizer settings."""
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if vocab:
+        (folder / "vocab.txt").write_text("\n".join(BERT_WORDS) + "\n")
+    if whole is not None:
+        model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+        model["vocab"] = {word: i for i, word in enumerate(BERT_WORDS)}
+        normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": model, "normalizer": normalizer | whole}))
+    return folder
+
+
+@pytest.mark.parametrize(("config", "whole", "tokens"), [
+    ({}, None, ["hacia", "pulmon", "胸", "水"]),
+    ({"do_lower_case": True, "strip_accents": False}, None, ["hacía", "pulmón", "胸", "水"]),
+    ({"do_lower_case": False}, None, ["Hacía", "pulmón", "胸", "水"]),
+    ({"do_lower_case": False, "strip_accents": True}, None, ["[UNK]", "pulmon", "胸", "水"]),
+    ({"tokenize_chinese_chars": False}, None, ["hacia", "pulmon", "胸水"]),
+    ({}, {"lowercase": False}, ["Hacía", "pulmón", "胸", "水"]),
+    ({}, {"strip_accents": False, "handle_chinese_chars": False}, ["hacía", "pulmón", "胸水"]),
+    ({"do_lower_case": True}, {"lowercase": False}, ["hacia", "pulmon", "胸", "水"]),
+])  # fmt: skip
+def test_a_berts_own_rules_are_kept_with_the_run(tmp_path, config, whole, tokens):
+    """The tokens are those of the library's BertNormalizer with these rules, which transformers' BertTokenizer uses."""
+    folder = bert_folder(tmp_path / "bert", config, whole)
+    load_wordpiece(folder).save(tmp_path / "run")
+    for place in (folder, tmp_path / "run"):
+        tokenizer = load_wordpiece(place)
+        assert tokenizer.tokens(tokenizer.encode("Hacía pulmón 胸水", special_tokens=False)) == tokens
+
+
+def test_a_folder_with_only_a_tokenizer_json_has_a_berts_vocabulary(tmp_path):
+    folder = bert_folder(tmp_path / "bert", {}, {"lowercase": False}, vocab=False)
+    assert has_wordpiece(folder) and load_wordpiece(folder).vocab == BERT_WORDS
+    assert not has_wordpiece(tmp_path)
+
+
+@pytest.mark.parametrize(("config", "whole", "words"), [
+    ({"word_tokenizer_type": "mecab"}, None, "word_tokenizer_type is 'mecab', which is not supported"),
+    ({"do_basic_tokenize": False}, None, "do_basic_tokenize is False, which is not supported"),
+    ({"strip_accents": 3}, None, "strip_accents is 3; expected true or false"),
+    ({}, {"type": "NFC"}, "its normalizer is 'NFC'; expected a BERT's"),
+    ({}, {"lowercase": "no"}, "lowercase of its normalizer is 'no'"),
+])  # fmt: skip
+def test_rules_that_are_not_berts_are_refused_by_name(tmp_path, config, whole, words):
+    with pytest.raises(InputError, match=words):
+        load_wordpiece(bert_folder(tmp_path / "bert", config, whole))
+
+
+@pytest.mark.parametrize("normalizer", [
+    {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Replace", "pattern": {"String": ""}, "content": "x"},
+])  # fmt: skip
+def test_a_tokenizer_json_that_makes_the_library_panic_is_one_error(tmp_path, normalizer):
+    values = json.loads((GOLDEN / "tokenizers/bytebpe/tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values | {"normalizer": normalizer}))
+    with pytest.raises(InputError, match="tokenizer.json: cannot be read as a tokenizer"):
         load_tokenizer(tmp_path)

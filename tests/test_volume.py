@@ -21,7 +21,7 @@ def chest(shape=(20, 18, 16)) -> np.ndarray:
 
 
 def save(folder: Path, voxels, affine=None, codes=(1, 1), name="scan.nii.gz", slope=None) -> Path:
-    image = nib.Nifti1Image(voxels, np.diag([-1.0, -1.0, 1.0, 1.0]) if affine is None else affine)
+    image = nib.Nifti1Image(voxels, np.diag([-3.0, -3.0, 4.0, 1.0]) if affine is None else affine)
     image.set_sform(image.affine, codes[0])
     image.set_qform(image.affine, codes[1])
     if slope:
@@ -34,9 +34,9 @@ def save(folder: Path, voxels, affine=None, codes=(1, 1), name="scan.nii.gz", sl
 def test_any_orientation_becomes_left_posterior_superior(tmp_path):
     """The same body stored in 12 axis orders reads as one array."""
     lps = chest()
-    affine = np.diag([-0.8, -0.9, 2.5, 1.0])
+    affine = np.diag([-2.8, -2.9, 2.5, 1.0])
     reference = read_volume(save(tmp_path, lps, affine))
-    assert np.array_equal(reference.hu, lps) and reference.spacing == pytest.approx((0.8, 0.9, 2.5))
+    assert np.array_equal(reference.hu, lps) and reference.spacing == pytest.approx((2.8, 2.9, 2.5))
     image = nib.Nifti1Image(lps, affine)
     for codes in ("LPS", "RAS", "LAS", "RPI", "SPL", "PSR", "ASL", "IRP", "LSA", "AIL", "SRA", "PLI"):
         turn = nib.orientations.ornt_transform(
@@ -51,7 +51,7 @@ def test_any_orientation_becomes_left_posterior_superior(tmp_path):
 
 
 def test_stored_orientation_keeps_the_files_axes(tmp_path):
-    path = save(tmp_path, chest()[::-1], np.diag([0.8, -0.9, 2.5, 1.0]))
+    path = save(tmp_path, chest()[::-1], np.diag([2.8, -2.9, 2.5, 1.0]))
     assert np.array_equal(read_volume(path, orientation="stored").hu, chest()[::-1])
     assert np.array_equal(read_volume(path).hu, chest())
 
@@ -66,21 +66,21 @@ def test_a_blank_header_is_refused_unless_the_orientation_is_said(tmp_path):
 
 def test_a_blank_headers_spacing_comes_from_the_table(tmp_path):
     path = save(tmp_path, chest(), codes=(0, 0))
-    table = TableRow((0.7, 0.6, 1.5))
-    assert read_volume(path, table, assume_orientation="LPS").spacing == (0.7, 0.6, 1.5)
-    assert read_volume(path, table, assume_orientation="SPL").spacing == (1.5, 0.6, 0.7)
+    table = TableRow((2.7, 2.6, 5.5))
+    assert read_volume(path, table, assume_orientation="LPS").spacing == (2.7, 2.6, 5.5)
+    assert read_volume(path, table, assume_orientation="SPL").spacing == (5.5, 2.6, 2.7)
 
 
 def test_a_headers_spacing_wins_over_the_table(tmp_path):
-    path = save(tmp_path, chest(), np.diag([-0.8, -0.9, 2.5, 1]))
-    assert read_volume(path, TableRow((9, 9, 9))).spacing == pytest.approx((0.8, 0.9, 2.5))
+    path = save(tmp_path, chest(), np.diag([-2.8, -2.9, 2.5, 1]))
+    assert read_volume(path, TableRow((9, 9, 9))).spacing == pytest.approx((2.8, 2.9, 2.5))
 
 
 @pytest.mark.parametrize("intercept", [-1024, -8192])
 def test_auto_applies_the_intercept_to_raw_values_and_never_to_hu(tmp_path, intercept):
     hu = save(tmp_path, chest(), name="v2.nii.gz")
     raw = save(tmp_path, chest().astype(np.float32) - intercept, codes=(0, 0), name="v1.nii.gz")
-    table = TableRow((1, 1, 1), 1, intercept)
+    table = TableRow((3, 3, 4), 1, intercept)
     as_v2, as_v1 = read_volume(hu, table), read_volume(raw, table, assume_orientation="LPS")
     assert np.array_equal(as_v2.hu, chest()) and np.array_equal(as_v1.hu, chest())
     assert "HU already" in as_v2.record["rescale"] and "raw values" in as_v1.record["rescale"]
@@ -88,7 +88,7 @@ def test_auto_applies_the_intercept_to_raw_values_and_never_to_hu(tmp_path, inte
 
 def test_metadata_policy_applies_the_intercept_always_and_header_never(tmp_path):
     path = save(tmp_path, chest())
-    table = TableRow((1, 1, 1), 1, -24)
+    table = TableRow((3, 3, 4), 1, -24)
     assert np.array_equal(read_volume(path, table, "metadata").hu, chest() - 24)
     assert np.array_equal(read_volume(path, table, "header").hu, chest())
     with pytest.raises(InputError, match="no table"):
@@ -104,12 +104,12 @@ def test_header_scaling_is_always_applied(tmp_path):
 def test_values_that_fit_neither_are_refused(tmp_path):
     path = save(tmp_path, (chest() + 3000).astype(np.int16))
     with pytest.raises(InputError, match="fit neither HU nor.*--rescale"):
-        read_volume(path, TableRow((1, 1, 1), 1, -1024))
+        read_volume(path, TableRow((3, 3, 4), 1, -1024))
     assert read_volume(path, rescale="none").hu.max() > 3000
 
 
 def test_record_says_what_the_file_held(tmp_path):
-    record = read_volume(save(tmp_path, chest(), np.diag([-0.8, 0.9, 2.5, 1]))).record
+    record = read_volume(save(tmp_path, chest(), np.diag([-2.8, 2.9, 2.5, 1]))).record
     assert record["shape"] == [20, 18, 16] and record["orientation"] == "LAS"
     assert record["hu_range"] == [chest().min(), chest().max()]
 
@@ -152,7 +152,7 @@ def zero_spacing(folder):
 def negative_spacing(folder):
     path = save(folder, chest(), name="negative.nii")
     data = bytearray(path.read_bytes())
-    data[80:84] = np.float32(-0.8).tobytes()
+    data[80:84] = np.float32(-2.8).tobytes()
     path.write_bytes(data)
     return path
 
@@ -174,8 +174,8 @@ WRONG = [
     (lambda f: save(f, np.stack([chest()] * 3, -1)), "a 4D image of shape"),
     (with_nan, "2 voxels are NaN or infinite"),
     (zero_spacing, "spacing"),
-    (negative_spacing, "spacing.*-0.8"),
-    (lambda f: save(f, np.full((9, 9, 9), -1000, np.int16)), "every voxel is -1000"),
+    (negative_spacing, "spacing.*-2.8"),
+    (lambda f: save(f, np.full((20, 20, 20), -1000, np.int16)), "every voxel is -1000"),
     (lambda f: save(f, (chest() % 50 - 1020).astype(np.int16)), "only air"),
     (lambda f: save(f, (chest() > 0).astype(np.uint8)), "like a mask"),
     (lambda f: save(f, (chest() % 118).astype(np.int16)), "like a mask"),

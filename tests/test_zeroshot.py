@@ -301,7 +301,7 @@ def test_a_label_table_that_lacks_a_volume_is_refused(run, prepared, tmp_path):
     ("VolumeName,Emphysema\na,1\na.nii.gz,1\n", "volume a is listed twice"),
     ("VolumeName,Emphysema\na.nii.gz,2\n", "Emphysema of a is '2'; expected 0 or 1"),
     ("VolumeName,Emphysema\na.nii.gz,\n", "Emphysema of a is ''; expected 0 or 1"),
-    (b"\xff\xfe\x00", "cannot be read as a csv"),
+    (b"\xff\xfe\x00", "is not a UTF-8 csv file"),
 ])  # fmt: skip
 def test_a_damaged_label_table_is_one_line(tmp_path, content, words):
     path = tmp_path / "labels.csv"
@@ -317,6 +317,8 @@ def test_volumes_without_labels_ask_for_a_table(run, prepared, tmp_path):
     (data / "manifest.json").write_text(json.dumps(values))
     victim = values["splits"]["validation"][3]["id"]
     wrong(f"manifest.json: has no labels of volume {victim}; .*--labels", "--run", run, "--data", data)
+    for entry in values["splits"]["train"] + values["splits"]["validation"]:
+        entry["labels"] = None
     (data / "manifest.json").write_text(json.dumps({**values, "labels": []}))
     wrong("manifest.json: its volumes have no labels; name a table of them with --labels", "--run", run, "--data", data)
     wrong("no such file|cannot be read", "--run", run, "--labels", tmp_path / "none.csv")

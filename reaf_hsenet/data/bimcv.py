@@ -9,8 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from reaf_hsenet.data.datasets import Case, Source, only_csv
-from reaf_hsenet.data.tables import csv_rows
+from reaf_hsenet.data.tables import csv_rows, given
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import visible
 
 SESSION = re.compile(r"(sub-[^/_]+)[/_](ses-[^/_.]+)")
 ENDING = ".nii.gz"
@@ -25,7 +26,7 @@ def read_bimcv(root: Path, table: Path | None) -> Source:
     for a path that is neither a volume's nor a session's, and for two reports of one volume.
     """
     root = Path(root)
-    files = sorted(root.glob(f"CT*/ct/*{ENDING}"))
+    files = visible(root, f"CT*/ct/*{ENDING}")
     if not files:
         raise InputError(f"{root}: no BIMCV-R data set; expected CT*/ct/*{ENDING} below it")
     table = table or only_csv(root, "path and Report_en")
@@ -54,9 +55,9 @@ def read_bimcv(root: Path, table: Path | None) -> Source:
 def _reports(table: Path) -> dict[str, str]:
     """Reports by the file name or the session of their path, in the table's order."""
     reports: dict[str, str] = {}
-    for line, row in csv_rows(table, ("path", "Report_en")):
-        path, text = row["path"].strip(), row["Report_en"].strip()
-        key = Path(path).name if path.endswith(ENDING) else _session(path)
+    for line, row in csv_rows(table, ("path", "Report_en"), names_volume=lambda cell: bool(_key(cell))):
+        path, text = row["path"].strip(), given(row["Report_en"])
+        key = _key(path)
         if key is None:
             raise InputError(
                 f"{table}: line {line}: path {path!r} names no {ENDING} file, nor a session such as sub-S1/ses-E1"
@@ -78,6 +79,11 @@ def _cases(root: Path, table: Path, key: str, text: str, files: list[Path]) -> l
 def _case(root: Path, file: Path, text: str, problem: str | None) -> Case:
     name = str(file.relative_to(root)).removesuffix(ENDING)
     return Case(name, _session(file.name) or name, file, text, problem=problem)
+
+
+def _key(path: str) -> str | None:
+    """Return the file name of a volume's path, or the session of a folder's; None for another text."""
+    return Path(path).name if path.endswith(ENDING) else _session(path)
 
 
 def _session(path: str) -> str | None:

@@ -7,20 +7,25 @@ report, an absent file) carries the reason as `problem`.
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from reaf_hsenet.data.radgenome import read_questions, refusal
-from reaf_hsenet.data.tables import read_csv
+from reaf_hsenet.data.tables import given, plain_path, read_csv
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import named, visible
+
+CT_RATE_VOLUME = re.compile(r"[A-Za-z]+_\d+_[A-Za-z]+_\d+\.nii\.gz")
 
 
 @dataclass(frozen=True)
 class Case:
     """One volume and its report. scan: volumes with the same scan are reconstructions of one acquisition.
 
-    questions: rows of radgenome.read_questions; None where the data set has no tables of them.
+    questions: rows of radgenome.read_questions; None where the data set has no tables of them. chest: False where the
+    data set itself says that the volume is of another part of the body.
     """
 
     id: str
@@ -31,6 +36,7 @@ class Case:
     table: TableRow = TableRow()
     problem: str | None = None
     questions: tuple[dict, ...] | None = None
+    chest: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,15 +49,25 @@ class Source:
     blank_orientation: str | None = None
 
     def by_id(self) -> dict[str, Case]:
-        """All cases. Raises InputError when two have one id."""
+        """Return all cases. Raises InputError when two have one id or one file, and for an id that leaves its folder."""
         cases: dict[str, Case] = {}
+        files: dict[tuple[int, int], Case] = {}
         for case in (case for split in self.splits.values() for case in split):
+            plain_path(case.id, f"{self.kind}: id")
             if case.id in cases:
                 raise InputError(
                     f"{self.kind}: id {case.id} is in two splits ({cases[case.id].path} and {case.path}); "
                     "each volume needs its own"
                 )
             cases[case.id] = case
+            if case.problem is None:
+                try:
+                    file = case.path.stat()
+                except OSError:
+                    continue  # said by name when it is read
+                other = files.setdefault((file.st_dev, file.st_ino), case)
+                if other is not case:
+                    raise InputError(f"{case.path}: is the file of id {other.id} and of id {case.id}; keep one")
         return cases
 
 
@@ -60,17 +76,19 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
 
     root: the folder that holds `dataset`, or `dataset` itself. The text is Findings_EN, and with `impressions` also
     Impressions_EN. A volume on disk that has no report is a case with that problem, not left out. Questions are read
-    from radgenome_files beside the reports, where that is.
+    from radgenome_files beside the reports, where that is. Volumes of metadata/no_chest_*.txt are marked, and kept.
     """
     root = Path(root)
     base = root / "dataset" if (root / "dataset").is_dir() else root
     splits: dict[str, list[Case]] = {}
     label_names: tuple[str, ...] = ()
+    names_from: Path | None = None
     for split, table_name, folder in (("train", "train", "train"), ("validation", "validation", "valid")):
         reports_csv = base / "radiology_text_reports" / f"{table_name}_reports.csv"
         if not reports_csv.is_file():
             continue
-        reports = read_csv(reports_csv, ("VolumeName", "Findings_EN", "Impressions_EN"), "VolumeName")
+        columns = ("VolumeName", "Findings_EN", "Impressions_EN")
+        reports = read_csv(reports_csv, columns, "VolumeName", names_volume=CT_RATE_VOLUME.fullmatch)
         metadata = _optional_csv(
             base / "metadata" / f"{table_name}_metadata.csv",
             ("VolumeName", "XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept"),
@@ -78,10 +96,15 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
         labels_csv = base / "multi_abnormality_labels" / f"{folder}_predicted_labels.csv"
         labels = _optional_csv(labels_csv, ("VolumeName",))
         if labels:
-            label_names = tuple(name for name in next(iter(labels.values())) if name != "VolumeName")
+            # Every volume's labels are read by name, in the order of the first table.
+            names = tuple(name for name in next(iter(labels.values())) if name != "VolumeName")
+            label_names, names_from = label_names or names, names_from or labels_csv
+            if set(names) != set(label_names):
+                raise InputError(f"{labels_csv}: its columns differ from those of {names_from}; give both tables the same labels")
         # v2 lives in *_fixed; where both are present it is the one with correct headers.
         volumes = base / f"{folder}_fixed" if (base / f"{folder}_fixed").is_dir() else base / folder
-        on_disk = {p.name: p for p in sorted(volumes.glob("*/*/*.nii.gz"))}
+        on_disk = {p.name: p for p in visible(volumes, "*/*/*.nii.gz")}
+        no_chest = _no_chest(base / "metadata" / f"no_chest_{folder}.txt")
         names = [*reports, *(n for n in on_disk if n not in reports)]
         questions = None
         if (tables := base / "radgenome_files").is_dir():
@@ -105,6 +128,7 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
                     _table_row(metadata.get(name)),
                     problem,
                     None if questions is None else tuple(questions.get(name.removesuffix(".nii.gz"), ())),
+                    name not in no_chest,
                 )
             )
         splits[split] = cases
@@ -127,25 +151,23 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
     table = table or only_csv(root, "id and text")
-    rows = read_csv(table, ("id", "text"), "id")
+    rows = read_csv(table, ("id", "text"), "id", names_volume=lambda cell: bool(_nifti_file(root, _stem(cell))))
     if not rows:
         raise InputError(f"{table}: has no rows; expected an id and a text for each volume")
     cases: dict[str, list[Case]] = {"train": [], "validation": [], "test": []}
-    scans = sorted({r.get("scan") or _stem(i) for i, r in rows.items()}, key=_hash)
+    scans = sorted({r.get("scan") or _stem(str(PurePosixPath(i))) for i, r in rows.items()}, key=_hash)
     held_out = set(scans[: math.ceil(validation * len(scans)) if len(scans) > 1 else 0])
     seen: dict[str, str] = {}
     for name, row in rows.items():
-        stem = _stem(name)
+        stem = _stem(plain_path(name, f"{table}: id"))
         if stem in seen:
             raise InputError(f"{table}: id {name} and id {seen[stem]} are the same volume; keep one")
-        if ".." in Path(name).parts or Path(name).is_absolute() or not stem:
-            raise InputError(f"{table}: id {name!r} is not a path below {root}")
         seen[stem] = name
         try:
-            path = next((p for p in (root / f"{stem}.nii.gz", root / f"{stem}.nii") if p.is_file()), None)
+            path = _nifti_file(root, stem)
         except OSError as error:
             raise InputError(f"{table}: id {name[:60]}... is no file's name ({error.strerror})") from error
-        text = row["text"].strip()
+        text = given(row["text"])
         problem = None if path else "is listed in the table but absent"
         scan = row.get("scan") or stem
         split = row.get("split") or ("validation" if scan in held_out else "train")
@@ -159,7 +181,7 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
 
 def only_csv(root: Path, columns: str) -> Path:
     """The csv file of a folder. Raises InputError unless there is exactly one."""
-    found = sorted(root.glob("*.csv"))
+    found = visible(root, "*.csv")
     if len(found) != 1:
         raise InputError(f"{root}: has {len(found)} csv files; name the one with {columns} with --csv")
     return found[0]
@@ -172,7 +194,7 @@ def _optional_csv(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, s
 def _ct_rate_folders(name: str, table: Path) -> tuple[str, str]:
     """train_1_a_2.nii.gz -> (train_1, train_1_a)."""
     parts = name.removesuffix(".nii.gz").split("_")
-    if len(parts) != 4 or not name.endswith(".nii.gz"):
+    if not CT_RATE_VOLUME.fullmatch(name):
         raise InputError(f"{table}: VolumeName {name!r} is not of CT-RATE's form, such as train_1_a_1.nii.gz")
     return "_".join(parts[:2]), "_".join(parts[:3])
 
@@ -181,8 +203,16 @@ def _ct_rate_text(row: dict[str, str] | None, impressions: bool, table: Path) ->
     if row is None:
         return "", f"has no row in {table.name}"
     parts = [row["Findings_EN"], row["Impressions_EN"]] if impressions else [row["Findings_EN"]]
-    given = [p.strip() for p in parts if p.strip() and p.strip().lower() != "not given."]
-    return " ".join(given), None if given else f"has an empty report in {table.name}"
+    text = " ".join(filter(None, map(given, parts)))
+    return text, None if text else f"has an empty report in {table.name}"
+
+
+def _no_chest(path: Path) -> set[str]:
+    """Return the volumes of a list of paths, one a line; none where there is no list."""
+    if not path.is_file():
+        return set()
+    with named(path, "cannot be read as a list of volumes"):
+        return {line.strip().rpartition("/")[2] for line in path.read_text(encoding="utf-8").splitlines()}
 
 
 def label_row(
@@ -219,6 +249,10 @@ def _number(row: dict[str, str], column: str) -> float | None:
     except ValueError as error:
         problem = f"{column} of {row['VolumeName']} is {row[column]!r}; expected a number"
         raise InputError(f"the metadata table: {problem}") from error
+
+
+def _nifti_file(root: Path, stem: str) -> Path | None:
+    return next((p for p in (root / f"{stem}.nii.gz", root / f"{stem}.nii") if p.is_file()), None)
 
 
 def _stem(name: str) -> str:

@@ -5,12 +5,14 @@ entry: {"image": a prepared volume, .npy, "text": the report or a .txt file that
 file's name, without the `_3D_features.npy` of HSENet's own files; where names repeat, the path without `.npy`.
 """
 
+import os
 from collections import Counter
 from pathlib import Path
 
 from reaf_hsenet.data.reaf_dataset import CT_RATE_NAME
+from reaf_hsenet.data.tables import given
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import read_json
+from reaf_hsenet.files import named, read_json
 
 SPLITS = ("train", "validation", "test")
 FEATURES = "biomedclip_features"
@@ -34,9 +36,9 @@ def read_hsenet_json(path: Path) -> tuple[dict[str, list[dict]], dict | None]:
             raise InputError(f"{path}: {split} is no list; expected entries of image and text")
         splits[split] = [_entry(path, f"{path}: {split} entry {i}", e) for i, e in enumerate(entries)]
         for entry in splits[split]:
-            if entry["id"] in seen:
+            if (image := os.path.normpath(entry["volume"])) in seen:
                 raise InputError(f"{path}: image {entry['volume']} is listed twice; keep one")
-            seen.add(entry["id"])
+            seen.add(image)
     names = Counter(_stem(entry["volume"]) for entries in splits.values() for entry in entries)
     for entry in (e for entries in splits.values() for e in entries):
         if names[stem := _stem(entry["volume"])] == 1:
@@ -59,7 +61,7 @@ def _entry(path: Path, where: str, values) -> dict:
         raise InputError(f"{where} ({image}): has no text; expected a report or the path of a .txt file")
     name = image.removesuffix(".npy")
     text = _report(path.parent / text) if text.endswith(".txt") and "\n" not in text else text
-    entry = {"id": name, "scan": name, "volume": image, "text": text, "labels": None, "source": {"file": image}}
+    entry = {"id": name, "scan": name, "volume": image, "text": given(text), "labels": None, "source": {"file": image}}
     if features is not None:
         if not (isinstance(features, str) and features.endswith((".npy", ".pt"))):
             raise InputError(f"{where} ({image}): {FEATURES} is {features!r}; expected the path of a .npy or .pt file")
@@ -68,7 +70,5 @@ def _entry(path: Path, where: str, values) -> dict:
 
 
 def _report(path: Path) -> str:
-    try:
+    with named(path, "cannot be read as a report"):
         return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a report ({error})") from error

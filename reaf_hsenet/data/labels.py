@@ -5,15 +5,14 @@ A label set is data, label_sets/<name>.json: `columns` (class -> columns of the 
 of the published results leaves out). A table that has a column of the class's own name needs no mapping.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from reaf_hsenet.data.datasets import read_csv
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.reading import stem
+from reaf_hsenet.data.tables import Volumes, csv_rows
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json
 
@@ -49,18 +48,23 @@ class LabelTable:
 
     def values(self, ids: list[str], columns: list[list[str]]) -> np.ndarray:
         """(N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume, and values not 0 or 1."""
-        rows = [self._row(i) for i in ids]
+        rows = self._rows(ids)
         found = [[any([self._value(i, row, c) for c in group]) for group in columns] for i, row in zip(ids, rows, strict=True)]
         return np.array(found, dtype=bool)
 
-    def _row(self, volume: str) -> dict:
-        """By the id, or by its last part: tables know nothing of the folders that volumes lie in."""
-        row = self.rows.get(volume) or self.rows.get(volume.rpartition("/")[2])
-        if row is None:
-            raise InputError(
-                f"{self.source}: has no labels of volume {volume}; add its row, or name another table with --labels"
-            )
-        return row
+    def _rows(self, ids: list[str]) -> list[dict]:
+        """Return the volumes' rows: tables may know nothing of the folders that volumes lie in, or more of them."""
+        volumes, found = Volumes(ids), {}
+        for name, row in self.rows.items():
+            volume = volumes.find(name, f"{self.source}: the row of {name}")
+            if volume is not None and found.setdefault(volume, row) != row:
+                raise InputError(f"{self.source}: two rows are of volume {volume}; keep one")
+        for volume in ids:
+            if volume not in found:
+                raise InputError(
+                    f"{self.source}: has no labels of volume {volume}; add its row, or name another table with --labels"
+                )
+        return [found[volume] for volume in ids]
 
     def _value(self, volume: str, row: dict, column: str) -> bool:
         value = row.get(column)
@@ -86,18 +90,17 @@ def manifest_labels(manifest: Manifest, split: str) -> LabelTable:
 def read_label_table(path: Path) -> LabelTable:
     """A csv with an id column of KEYS (volume names with or without ending) and a column a label."""
     path = Path(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            header = next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--labels {path}: cannot be read as a csv file ({error})") from error
-    key = next((k for k in KEYS if k in header), None)
-    if key is None:
-        raise InputError(f"--labels {path}: has no column of volume ids; expected {' or '.join(KEYS)}")
     rows: dict[str, dict] = {}
-    for name, row in read_csv(path, (key,), key).items():
-        volume = stem(name)
+    key, header = None, []
+    for _, row in csv_rows(path, ()):
+        header = header or list(row)
+        key = next((k for k in KEYS if k in header), None)
+        if key is None:
+            raise InputError(f"--labels {path}: has no column of volume ids; expected {' or '.join(KEYS)}")
+        volume = stem(row[key] or "")
         if volume in rows:
-            raise InputError(f"--labels {path}: volume {volume} is listed twice, also as {name}; keep one")
+            raise InputError(f"--labels {path}: volume {volume} is listed twice, also as {row[key]}; keep one")
         rows[volume] = row
+    if key is None:
+        raise InputError(f"--labels {path}: has no rows; expected one of labels a volume")
     return LabelTable(path, [name for name in header if name != key], rows)

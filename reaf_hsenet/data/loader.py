@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tokenize import TokenError
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from reaf_hsenet.data.manifest import Manifest, table_row
 from reaf_hsenet.data.reading import load_tensor, read_input
 from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import named
 from reaf_hsenet.tokenizer import WordPiece
 from reaf_hsenet.training_config import Augmentation
 
@@ -181,13 +180,8 @@ def read_slices(manifest: Manifest, entry: dict) -> Tensor:
 
 def _load(path: Path, again: str) -> np.ndarray:
     """An array of real numbers that torch can take. again: how the file is made again."""
-    try:
+    with named(path, "cannot be read", f"delete it and {again}"):
         array = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; {again}") from error
-    except (OSError, ValueError, EOFError, BadZipFile, TokenError, MemoryError, OverflowError) as error:
-        # The last three: a header that is cut, or that claims more than there is.
-        raise InputError(f"{path}: cannot be read ({error}); delete it and {again}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
         held = array.dtype if isinstance(array, np.ndarray) else "several arrays"
         raise InputError(f"{path}: holds {held}; expected one array of numbers, delete it and {again}")

@@ -1,18 +1,19 @@
 """The manifest of a data set: manifest.json, beside volumes/*.npy or of source files as they are.
 
 {"schema": 1, "dataset": ..., "recipe": {...}, "dtype": "float16" (of the .npy files), "text": ..., "labels": [names],
- "reading": {rescale, orientation, assume_orientation} (of the source files; optional),
+ "reading": {rescale, orientation, assume_orientation, header} (of the source files; optional),
  "slices": {encoder, sha256 of its weights, width, slices, ...} (of slices/*.npy; optional),
  "splits": {"train": [entry, ...], "validation": [...], "test": [...]}}
 entry: {"id", "scan", "volume" (path, absolute or below the folder), "text", "labels" (or null), "source": {file,
 sha256, shape, spacing, orientation, rescale, hu_range}, "table": {spacing, slope, intercept} (of a source file;
 optional), "slices" (path; optional), "qa": [{"kind", "anatomy", "abnormality", "size"?, "question"?, "answer"}, ...]
-(optional; see questions.py)}. Volumes that end in .npy are prepared, others are source files; both may stand
+(optional; see questions.py), "chest": false (optional: by the data set's own list it is another part of the body)}. Volumes that end in .npy are prepared, others are source files; both may stand
 side by side.
 """
 
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from reaf_hsenet.data.datasets import Case, Source
 from reaf_hsenet.data.hsenet_json import FEATURES, read_hsenet_json
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.reaf_dataset import is_reaf_layout, read_reaf
+from reaf_hsenet.data.tables import given, plain_path
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_object, write_json
@@ -108,7 +110,7 @@ class Manifest:
 
     def check_reports(self, split: str) -> None:
         for entry in self.entries(split):
-            if not entry["text"].strip():
+            if not given(entry["text"]):
                 raise InputError(f"{self.name}: the report of {entry['id']} is empty")
 
     def check_files(self, entry: dict, slices: bool) -> None:
@@ -211,6 +213,7 @@ def make_entry(case: Case, folder: Path, volume: Path, source: dict) -> dict:
         "source": source,
         **table,
         **({} if case.questions is None else {"qa": list(case.questions)}),
+        **({} if case.chest else {"chest": False}),
     }
 
 
@@ -279,7 +282,6 @@ def load_manifest(folder: Path) -> Manifest:
         )
         if manifest.slices is not None:
             _check_slices(path, manifest.slices)
-        ids = [entry["id"] for split in manifest.splits.values() for entry in split]
         for split in manifest.splits.values():
             for entry in split:
                 entry["scan"], entry["volume"], entry["text"], entry["labels"]  # KeyError if absent
@@ -294,9 +296,14 @@ def load_manifest(folder: Path) -> Manifest:
         raise InputError(
             f"{path}: the table row of {entry['id']} is not of numbers ({error}); prepare the data set again"
         ) from error
-    if len(ids) != len(set(ids)):
-        repeated = next(i for i in ids if ids.count(i) > 1)
-        raise InputError(f"{path}: id {repeated} is listed twice; keep one")
+    listed = [entry for split in manifest.splits.values() for entry in split]
+    for what, names in (
+        ("id", [entry["id"] for entry in listed]),
+        ("volume", [os.path.normpath(entry["volume"]) for entry in listed]),
+    ):
+        repeated = [name for name, times in Counter(names).items() if times > 1]
+        if repeated:
+            raise InputError(f"{path}: {what} {repeated[0]} is listed twice; keep one")
     return manifest
 
 
@@ -326,6 +333,8 @@ def _check_kinds(path: Path, values: dict) -> None:
             require("\0" not in entry["volume"], "volume", entry["volume"])
             require(isinstance(entry.get("source", {}), dict), "source", entry.get("source"))
             require(all(label in (0, 1) for label in entry["labels"] or ()), "labels", entry["labels"])
+            require(entry["labels"] is None or len(entry["labels"]) == len(values["labels"]), "labels", entry["labels"])
+            plain_path(entry["id"], f"{where}: id")
             asked = entry.get("qa", [])
             texts = isinstance(asked, list) and all(isinstance(row, dict) and all(isinstance(v, str) for v in row.values()) for row in asked)
             require(texts, "qa", asked)

@@ -23,11 +23,10 @@ from reaf_hsenet.data.manifest import (
     table_row,
 )
 from reaf_hsenet.data.pool import worker_pool
-from reaf_hsenet.data.reading import Reading, read_input, read_slice_images
-from reaf_hsenet.data.slices import SliceRecipe
+from reaf_hsenet.data.reading import Reading, SlicesWanted, read_input, read_slice_images
 from reaf_hsenet.data.tables import csv_rows
 from reaf_hsenet.errors import InputError, OutputError
-from reaf_hsenet.files import atomic_write, file_sha256, folder_lock
+from reaf_hsenet.files import atomic_write, file_sha256, folder_lock, named
 from reaf_hsenet.progress import progress_bar
 from reaf_hsenet.settings import to_dict
 
@@ -41,17 +40,21 @@ class Options:
     orientation: str = "header"
     assume_orientation: str | None = None
     dtype: str = "float16"
+    header: str = "check"
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.rescale, self.orientation, self.assume_orientation)
+        return Reading(self.rescale, self.orientation, self.assume_orientation, self.header)
 
     def for_source(self, source: Source) -> "Options":
         """With the source's own orientation of blank headers, unless one was chosen."""
         return replace(self, assume_orientation=self.assume_orientation or source.blank_orientation)
 
     def to_json(self) -> dict:
-        return json.loads(json.dumps(to_dict(self)))
+        values = json.loads(json.dumps(to_dict(self)))
+        if self.header == "check":  # as in journals from before there was a choice
+            del values["header"]
+        return values
 
 
 def prepare(
@@ -80,7 +83,8 @@ def prepare(
         def whole(record: dict) -> bool:
             """Is the volume whole, and has its source not changed since?"""
             case, volume = cases.get(record["id"]), out / volume_name(record["id"])
-            unchanged = case and not case.problem and _stamp(case) == record["stamp"]
+            unchanged = case and not case.problem and isinstance(record.get("source"), dict)
+            unchanged = unchanged and _stamp(case) == record.get("stamp")
             return bool(unchanged) and volume.is_file() and volume.stat().st_size == manifest.file_size
 
         done = journal.read(whole)
@@ -174,26 +178,30 @@ class Journal:
 
     def read(self, whole: Callable[[dict], bool]) -> dict[str, dict]:
         """Records by id of the volumes that `whole` still finds as they were left."""
-        done: dict[str, dict] = {}
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            head = json.loads(lines[0]) if lines else None
-            changed = [k for k in self.head if lines and k not in self.ignored and head.get(k) != self.head[k]]
-            if changed:
+        head, *records = self.lines() or [None]
+        if head is not None:
+            known = {k: v for k, v in head.items() if k not in self.ignored}
+            wanted = {k: v for k, v in self.head.items() if k not in self.ignored}
+            if changed := [k for k in {**wanted, **known} if known.get(k) != wanted.get(k)]:
                 raise InputError(
                     f"{self.path.parent}: holds {self.holds} with another {', '.join(changed)}; choose another --out"
                 )
-            for line in lines[1:]:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # the last line of a run that was killed while writing it
-                if whole(record):
-                    done[record["id"]] = record
+        done = {record["id"]: record for record in records if isinstance(record.get("id"), str) and whole(record)}
         with atomic_write(self.path) as file:
             for line in (self.head, *done.values()):
                 file.write(json.dumps(line) + "\n")
         return done
+
+    def lines(self) -> list[dict]:
+        """Return the first line and the records, without those that are damaged. Raises InputError for a first line that is."""
+        if not self.path.exists():
+            return []
+        with named(self.path):
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [_object(line) for line in lines]
+        if found and found[0] is None:
+            raise InputError(f"{self.path}: its first line is damaged, which says how {self.holds} were made; choose another --out")
+        return [record for record in found if record is not None]  # the last line may be half, of a run that was killed
 
     def add(self, record: dict) -> None:
         try:
@@ -203,6 +211,14 @@ class Journal:
             raise OutputError(
                 f"{self.path}: cannot be written ({error.strerror}): free space and run again"
             ) from error
+
+
+def _object(line: str) -> dict | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def volume_name(case_id: str) -> str:
@@ -224,12 +240,12 @@ def prepare_case(case: Case, out: Path, options: Options) -> tuple[Case, dict | 
 
 
 def entry_slices(
-    entry: dict, reading: Reading, recipe: SliceRecipe, size: int, jpeg: bool
+    entry: dict, reading: Reading, wanted: SlicesWanted
 ) -> tuple[dict, np.ndarray | None, str | None]:
     """(entry, (32, size, size) uint8 pictures of its source file, None) or (entry, None, reason it was refused)."""
     path = Path(entry["source"]["file"])
     try:
-        images, record = read_slice_images(path, recipe, size, jpeg, reading, table_row(entry))
+        images, record = read_slice_images(path, wanted, reading, table_row(entry))
     except InputError as error:
         return entry, None, str(error).removeprefix(f"{path}: ")
     except MemoryError:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from reaf_hsenet.data.tables import csv_rows
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import visible
 
 SPLITS = ("train", "validation")
 KINDS = ("location", "abnormality", "presence", "size")
@@ -27,7 +28,7 @@ def find_tables(root: Path) -> Path:
     """The folder at or below `root` that holds question tables. Raises InputError when none does."""
     root = Path(root)
     for folder in (root, root / "radgenome_files", root / "dataset" / "radgenome_files"):
-        if any(folder.glob("*_vqa_*.csv")):
+        if visible(folder, "*_vqa_*.csv"):
             return folder
     raise InputError(
         f"{root}: has no RadGenome-ChestCT tables; expected train_vqa_location.csv or others of its name there, or in "

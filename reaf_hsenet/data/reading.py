@@ -5,16 +5,13 @@ superior, posterior, left), or the finished input. Which of the two is decided p
 a tensor.
 """
 
-import io
-import pickle
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from reaf_hsenet.config import RECIPES, Recipe
+from reaf_hsenet.data.header import HEADERS
 from reaf_hsenet.data.preprocessing import preprocess
 from reaf_hsenet.data.slices import SliceRecipe, slice_images
 from reaf_hsenet.data.volume import (
@@ -23,20 +20,17 @@ from reaf_hsenet.data.volume import (
     TableRow,
     Volume,
     choose_rescale,
+    finite,
     read_volume,
     unpacked,
 )
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import named
 
 PT_GRID = RECIPES["reaf"]
 # Where one volume is there in several formats, the first of these is read: the fastest.
 ENDINGS = (".pt", ".pt.gz", ".nii.gz", ".nii")
 NO_TABLE = TableRow()
-# What torch.load raises for damaged files, those of old torch versions included.
-DAMAGED = (
-    *(OSError, EOFError, zlib.error, struct.error, RuntimeError),
-    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, MemoryError),
-)
 
 
 @dataclass(frozen=True)
@@ -46,11 +40,13 @@ class Reading:
     rescale: str = "auto"
     orientation: str = "header"
     assume_orientation: str | None = None
+    header: str = "check"
 
     def __post_init__(self):
         for name, value, known in (
             ("rescale", self.rescale, RESCALES),
             ("orientation", self.orientation, ORIENTATIONS),
+            ("header", self.header, HEADERS),
         ):
             if value not in known:
                 raise InputError(f"{name} {value!r}: expected one of {', '.join(known)}")
@@ -66,64 +62,80 @@ def stem(name: str) -> str:
     return name.removesuffix(ending(name) or "")
 
 
+@dataclass(frozen=True)
+class SlicesWanted:
+    """How 2D slices are taken from a CT: the recipe, the side of a picture, and whether through JPEG."""
+
+    recipe: SliceRecipe
+    size: int
+    jpeg: bool = False
+
+
 def read_input(
     path: Path, recipe: Recipe, reading: Reading = Reading(), table: TableRow = NO_TABLE
 ) -> tuple[np.ndarray, dict]:
     """((1, D, H, W) float32 of recipe.size, record of what the file held). Raises InputError, naming the file."""
+    volume, _, record = read_source(path, recipe, None, reading, table)
+    return volume, record
+
+
+def read_slice_images(
+    path: Path, wanted: SlicesWanted, reading: Reading, table: TableRow = NO_TABLE
+) -> tuple[np.ndarray, dict]:
+    """((32, size, size) uint8 pictures, record of what the file held). Raises InputError, naming the file."""
+    _, images, record = read_source(path, None, wanted, reading, table)
+    return images, record
+
+
+def read_source(
+    path: Path,
+    recipe: Recipe | None,
+    slices: SlicesWanted | None,
+    reading: Reading = Reading(),
+    table: TableRow = NO_TABLE,
+) -> tuple[np.ndarray | None, np.ndarray | None, dict]:
+    """Return the network input of a recipe and the 2D slices, whichever are wanted, of one reading of a source file.
+
+    The input is (1, D, H, W) float32 of recipe.size, the slices (32, size, size) uint8; then a record of what the file
+    held. Raises InputError, naming the file.
+    """
     kind = ending(path.name)
+    if slices is not None and kind not in (".nii", ".nii.gz"):
+        raise InputError(
+            f"{path}: slices are taken from the CT itself, in HU at its own resolution; expected .nii or .nii.gz"
+        )
     if kind is None:
         raise InputError(f"{path}: expected a file that ends in .npy, {', '.join(ENDINGS)}")
     if kind in (".pt", ".pt.gz"):
         voxels = _read_tensor(path)
         if (finished := _finished(voxels, recipe)) is not None:
-            return finished
+            return finished[0], None, finished[1]
         volume = _hu_volume(voxels, path, recipe, reading.rescale)
     else:
-        volume = read_volume(path, table, reading.rescale, reading.orientation, reading.assume_orientation)
+        volume = read_volume(path, table, **vars(reading))
+    images = slice_images(volume, slices.recipe, slices.size, slices.jpeg) if slices else None
     try:
-        return preprocess(volume, recipe), volume.record
+        return preprocess(volume, recipe) if recipe else None, images, volume.record
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def read_slice_images(
-    path: Path, recipe: SliceRecipe, size: int, jpeg: bool, reading: Reading, table: TableRow = NO_TABLE
-) -> tuple[np.ndarray, dict]:
-    """((32, size, size) uint8 pictures, record of what the file held). Raises InputError, naming the file."""
-    if ending(path.name) not in (".nii", ".nii.gz"):
-        raise InputError(
-            f"{path}: slices are taken from the CT itself, in HU at its own resolution; expected .nii or .nii.gz"
-        )
-    volume = read_volume(path, table, reading.rescale, reading.orientation, reading.assume_orientation)
-    return slice_images(volume, recipe, size, jpeg), volume.record
-
-
 def load_tensor(path: Path):
-    """The one tensor of a .pt or .pt.gz file. A .gz is read whole, so that its CRC is checked."""
+    """Return the one tensor of a .pt or .pt.gz file. A .gz is read whole, so that its CRC is checked."""
     import torch  # here, not above: the workers that prepare NIfTI files start faster without it
 
-    try:
-        file = io.BytesIO(unpacked(path)) if path.suffix == ".gz" else path
-        tensor = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:100]
-        raise InputError(
-            f"{path}: holds something other than a tensor, which is not unpickled ({reason}); save the tensor alone "
-            "with torch.save"
-        ) from error
-    except DAMAGED as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise InputError(f"{path}: is truncated or damaged ({reason})") from error
+    from reaf_hsenet.pickles import load_pickle, plain
+
+    data = None
+    if path.suffix == ".gz":
+        with named(path):
+            data = unpacked(path)
+    tensor = load_pickle(path, data)
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{path}: holds a {type(tensor).__name__}; expected one tensor")
-    odd = tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool
-    if odd or tensor.layout != torch.strided:
-        raise InputError(f"{path}: holds a {tensor.dtype} {tensor.layout} tensor; expected dense real numbers")
-    if tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise InputError(f"{path}: claims {tensor.nbytes} bytes and holds {tensor.untyped_storage().nbytes()}; save the volume itself")
-    return tensor.detach()
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InputError(f"{path}: holds a {tensor.dtype} tensor; expected real numbers")
+    return plain(tensor, f"{path}: it")
 
 
 def _read_tensor(path: Path) -> np.ndarray:
@@ -134,11 +146,7 @@ def _read_tensor(path: Path) -> np.ndarray:
         tensor = tensor[0]
     if tensor.ndim != 3 or min(tensor.shape) < 2:
         raise InputError(f"{path}: holds a tensor of shape {shape}; expected one volume (D, H, W)")
-    voxels = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    # The minimum of an array with NaN is NaN.
-    if not np.isfinite([voxels.min(), voxels.max()]).all():
-        raise InputError(f"{path}: holds NaN or infinite values; write it again")
-    return voxels
+    return finite(tensor.float().numpy(), path) if tensor.is_floating_point() else tensor.numpy()
 
 
 def _input_range(recipe: Recipe) -> tuple[float, float]:

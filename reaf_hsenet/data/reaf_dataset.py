@@ -7,14 +7,14 @@ A reports json is a list of {"image": file name or path below volumes/, "convers
 
 import glob
 import re
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reaf_hsenet.data.datasets import Case, Source, label_row, read_csv
+from reaf_hsenet.data.datasets import Case, Source, label_row
 from reaf_hsenet.data.reading import ENDINGS, ending, stem
+from reaf_hsenet.data.tables import Volumes, given, read_csv
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import read_json
+from reaf_hsenet.files import read_json, visible
 
 SPLITS = {"train": ("train",), "validation": ("val", "valid"), "test": ("test",)}
 CT_RATE_NAME = re.compile(r"(.*/)?[a-z]+_\d+_[a-z]+_\d+")
@@ -71,34 +71,33 @@ def read_reaf(root: Path) -> Source:
 def _read_split(folder: Path, labels: dict[str, tuple[int, ...]]) -> list[Case]:
     volumes, reports = folder / "volumes", folder / "reports"
     on_disk: dict[str, Path] = {}
-    # glob follows links to folders, which Path.rglob does not.
+    # glob follows links to folders, which Path.rglob does not, and leaves hidden files out.
     found = [n for n in glob.glob("**/*", root_dir=volumes, recursive=True) if ending(n)]
     for name in sorted(found, key=lambda n: (stem(n), ENDINGS.index(ending(n)))):
         on_disk.setdefault(stem(name), volumes / name)
     answers = _read_reports(reports, on_disk)
+    labels = _by_volume(labels, on_disk, folder)
     cases = []
     for name in [*answers, *(n for n in on_disk if n not in answers)]:
-        path, base = on_disk.get(name), name.rpartition("/")[2]
+        path = on_disk.get(name)
         text, problem = "", f"has no report in {reports}"
         if name in answers:
-            text = answers[name].text().strip()
+            text = given(answers[name].text())
             problem = None if text else f"has an empty report in {answers[name].file.name}"
             if path is None:
                 problem = f"is listed in {answers[name].file.name} but absent"
         scan = name.rpartition("_")[0] if CT_RATE_NAME.fullmatch(name) else name
-        label = labels.get(name, labels.get(base))
-        cases.append(Case(name, scan, path or volumes / answers[name].image, text, label, problem=problem))
+        image = path or volumes / answers[name].image
+        cases.append(Case(name, scan, image, text, labels.get(name), problem=problem))
     return cases
 
 
 def _read_reports(folder: Path, on_disk: dict[str, Path]) -> dict[str, Answers]:
     """Answers by the id of the volume (its path below volumes/ without ending), or of the image where that is absent."""
-    files = sorted(folder.glob("*.json"))
+    files = visible(folder, "*.json")
     if not files:
         raise InputError(f"{folder}: has no .json file; expected REAF's reports, image and conversations")
-    by_base = defaultdict(list)
-    for name in on_disk:
-        by_base[name.rpartition("/")[2]].append(name)
+    volumes = Volumes(on_disk)
     answers: dict[str, Answers] = {}
     for file in files:
         values = read_json(file)
@@ -106,14 +105,7 @@ def _read_reports(folder: Path, on_disk: dict[str, Path]) -> dict[str, Answers]:
             raise InputError(f"{file}: holds no list; expected a list of image and conversations")
         for number, entry in enumerate(values):
             image, pairs = _entry(entry, f"{file}: entry {number}")
-            name = stem(image)
-            if name not in on_disk:
-                candidates = by_base[name.rpartition("/")[2]]
-                if len(candidates) > 1:
-                    raise InputError(
-                        f"{file}: image {image} may be {' or '.join(candidates)}; give the path below volumes/"
-                    )
-                name = candidates[0] if candidates else name
+            name = volumes.find(stem(image), f"{file}: image {image}") or stem(image)
             said = answers.setdefault(name, Answers(file, image))
             for is_report, answer in pairs:
                 (said.report if is_report else said.other).add(answer)
@@ -139,11 +131,21 @@ def _entry(entry, where: str) -> tuple[str, list[tuple[bool, str]]]:
     return image, pairs
 
 
+def _by_volume(labels: dict[str, tuple[int, ...]], on_disk: dict[str, Path], folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the labels by volume; a row of one that is not there is left out."""
+    volumes, found = Volumes(on_disk), {}
+    for name, label in labels.items():
+        volume = volumes.find(name, f"{folder}: the row of labels of {name}")
+        if volume is not None and found.setdefault(volume, label) != label:
+            raise InputError(f"{folder}: two rows of labels are of {volume} and differ; keep one")
+    return found
+
+
 def _read_labels(root: Path, split: Path, names: dict[tuple[str, ...], Path]) -> dict[str, tuple[int, ...]]:
     """Labels by volume, without ending; `names` gains the columns and their file."""
     own = split / "labels.csv"
     labels = {}
-    for path in [own] if own.is_file() else sorted(root.glob("*labels*.csv")):
+    for path in [own] if own.is_file() else visible(root, "*labels*.csv"):
         table = read_csv(path, ("VolumeName",), "VolumeName")
         for volume, row in table.items():
             columns = tuple(c for c in row if c != "VolumeName")

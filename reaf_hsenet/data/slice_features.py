@@ -3,7 +3,6 @@
 Restartable: what is done is in slices.jsonl and on disk. The manifest says which encoder made the features.
 """
 
-import csv
 import hashlib
 import json
 import math
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from reaf_hsenet.data.manifest import Manifest, different_slices, load_manifest, origin
 from reaf_hsenet.data.pool import worker_pool
-from reaf_hsenet.data.prepare import Journal, entry_slices, remove_half_written, write_refused
-from reaf_hsenet.data.reading import ending
+from reaf_hsenet.data.prepare import Journal, entry_slices, read_refused, remove_half_written, write_refused
+from reaf_hsenet.data.reading import SlicesWanted, ending
 from reaf_hsenet.data.slices import MEAN, SLICE_RECIPES, SLICES, STD
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write, folder_lock, read_json, write_json
@@ -131,6 +130,7 @@ def add_slice_features(
         remove_half_written(folder)
         manifest = load_manifest(folder)
         entries = [e for split in manifest.splits.values() for e in split]
+        others = [line for line in read_refused(folder) if not line[1].startswith(REFUSED)]
         _refuse_tensors(entries)
         if other := different_slices(_held(manifest, entries), provenance):
             if not replace:
@@ -147,7 +147,7 @@ def add_slice_features(
 
         def whole(record: dict) -> bool:
             path = folder / slices_name(record["id"])
-            same = origins.get(record["id"]) == record["origin"]
+            same = origins.get(record["id"]) == record.get("origin")
             return same and path.is_file() and path.stat().st_size == manifest.slices_size
 
         done = journal.read(whole)
@@ -185,7 +185,7 @@ def add_slice_features(
             entry.pop("slices", None)
             if entry["id"] in done:
                 entry["slices"] = slices_name(entry["id"])
-        write_refused(folder, [*_other_refused(folder), *refused])
+        write_refused(folder, [*others, *refused])
         manifest.save()
     return refused
 
@@ -201,7 +201,7 @@ def _held(manifest: Manifest, entries: list[dict]) -> dict:
         return manifest.slices
     if not journal.is_file() or not any((manifest.folder / slices_name(e["id"])).is_file() for e in entries):
         return {}
-    return json.loads(journal.read_text(encoding="utf-8").partition("\n")[0])
+    return next(iter(Journal(journal, {}, "slice features").lines()), {})
 
 
 def _remove(manifest: Manifest, entries: list[dict]) -> None:
@@ -232,12 +232,16 @@ def _origin(entry: dict) -> dict:
     return json.loads(json.dumps(facts))
 
 
+def slices_wanted(provenance: dict, size: int) -> SlicesWanted:
+    """Return how the slices of features of this provenance were taken; size: the side of the encoder's pictures."""
+    return SlicesWanted(SLICE_RECIPES[provenance["recipe"]], size, provenance["jpeg"])
+
+
 def _pictures(
     todo: list[dict], manifest: Manifest, size: int, workers: int
 ) -> Iterator[tuple[dict, np.ndarray | None, str | None]]:
     """entry_slices of each entry, in order, made in `workers` processes that are at most two volumes each ahead."""
-    recipe, jpeg = SLICE_RECIPES[manifest.slices["recipe"]], manifest.slices["jpeg"]
-    take = partial(entry_slices, reading=manifest.reading, recipe=recipe, size=size, jpeg=jpeg)
+    take = partial(entry_slices, reading=manifest.reading, wanted=slices_wanted(manifest.slices, size))
     if workers == 1 or len(todo) < 2:
         yield from map(take, todo)
         return
@@ -259,13 +263,3 @@ def _encode(encoder: SliceEncoder, images: np.ndarray, device, batch: int) -> np
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(f"--slice-batch {batch}: does not fit the GPU's memory; choose a smaller one") from error
     return torch.cat(parts).half().cpu().numpy()
-
-
-def _other_refused(folder: Path) -> list[tuple[str, str]]:
-    """The rows of refused.csv that are of volumes, not of slices."""
-    path = folder / "refused.csv"
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))[1:]
-    return [(file, reason) for file, reason in rows if not reason.startswith(REFUSED)]

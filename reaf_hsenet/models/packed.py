@@ -15,8 +15,9 @@ ROWS = 4  # of a typical step: the arrangement is chosen for it
 
 def packable(weight: Tensor) -> bool:
     """Whether this torch has the kernel for a matrix of this type and place."""
-    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-    return known and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class PackedLinear(nn.Module):

@@ -22,9 +22,9 @@ from reaf_hsenet.pretrained.names import TEACHER, reaf_state, sources
 from reaf_hsenet.pretrained.reading import State, check_finite
 from reaf_hsenet.pretrained.shapes import OWN, Reader, dual_config, read_beside
 from reaf_hsenet.settings import from_dict
-from reaf_hsenet.tokenizer import WordPiece, load_wordpiece
+from reaf_hsenet.tokenizer import WordPiece, has_wordpiece, load_wordpiece
 
-TEXT_FILES = ["config.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+TEXT_FILES = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def expected_state(config: ClipConfig) -> State:
 
 def vocabulary(folder: Path, rows: int, named: bool) -> WordPiece:
     """vocab.txt of a folder. Raises InputError when there is none, or one of another number of tokens."""
-    if not (folder / "vocab.txt").is_file():
+    if not has_wordpiece(folder):
         where = "name another with --text-model" if named else "name the text encoder's folder or hub id with --text-model"
         raise InputError(f"{folder}: has no vocab.txt, by which the text encoder reads reports; {where}, or put it there")
     tokenizer = load_wordpiece(folder)

@@ -12,7 +12,7 @@ from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.decoder_config import DecoderConfig
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import file_sha256
+from reaf_hsenet.files import fingerprint, visible
 from reaf_hsenet.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.pretrained import find_folder
@@ -137,9 +137,9 @@ def _decoder(name: str, notes: list[str]) -> tuple[Tokenizer, DecoderConfig, dic
     check_fits(tokenizer, config.vocab, special, str(folder / "config.json"))
     own = len(tokenizer)
     add_image_tokens(tokenizer)
-    hashes = {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    hashes = {path.name: fingerprint(path) for path in visible(folder, "*.safetensors")}
     if not hashes:
         raise InputError(f"--decoder {folder}: has no safetensors; expected a folder as transformers writes it")
     located = str(Path(name).resolve()) if Path(name).exists() else name
-    known = {"name": located, "sha256": hashes, "added": len(tokenizer) - own}
+    known = {"name": located, "fingerprint": hashes, "added": len(tokenizer) - own}
     return tokenizer, replace(config, vocab=len(tokenizer)), known

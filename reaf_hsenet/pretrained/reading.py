@@ -1,24 +1,13 @@
-"""Weights files -> dictionaries of tensors: .safetensors, and pickles (.bin, .pt, .pth) of which only tensors are read.
+"""Weights files -> dictionaries of tensors: .safetensors, and pickles (.bin, .pt, .pth) of which only tensors are read."""
 
-A pickle is looked over before it is loaded: an archive that unpacks to far more than it holds, and a tensor that claims
-more numbers than there are bytes, are refused while nothing is in memory.
-"""
-
-import pickle
-import pickletools
-import re
-import zipfile
 from pathlib import Path
-from typing import IO
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reaf_hsenet.data.reading import DAMAGED
 from reaf_hsenet.errors import InputError, first_six
-from reaf_hsenet.files import read_json
+from reaf_hsenet.files import named, read_json, visible
+from reaf_hsenet.pickles import load_pickle, plain
 
 State = dict[str, Tensor]
 
@@ -28,8 +17,6 @@ NAMES = (
     *("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "open_clip_model.safetensors"),
     *("pytorch_model.bin", "open_clip_pytorch_model.bin"),
 )
-# torch stores tensors as they are. A file that was packed again may be smaller, but not by orders of magnitude.
-MOST_UNPACKED = 16
 
 
 def read_weights(folder: Path) -> State:
@@ -46,7 +33,7 @@ def weights_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     for pattern in ("*", "*/**/*"):  # beside it, else below
-        others = sorted(path for path in folder.glob(pattern) if path.suffix in SUFFIXES and path.is_file())
+        others = [path for path in visible(folder, pattern) if path.suffix in SUFFIXES and path.is_file()]
         if len(others) == 1:
             return others[0]
         if others:
@@ -60,37 +47,18 @@ def read_weights_file(path: Path) -> State:
     path = Path(path)
     if path.suffix == ".json":
         return _read_shards(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        _look_over(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        with open(path, "rb") as file:  # a zip file, or a pickle as torch wrote before 1.6
-            pickled = file.read(1) in (b"P", b"\x80")
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        # Of the older format, what is cut short in mid-name asks for a class that is not there.
-        problem = f"holds more than tensors{f' ({wanted[1]})' if wanted else ''}, which is not loaded, or is truncated"
-        raise InputError(
-            f"{path}: {problem}; save its state_dict alone" if pickled else f"{path}: is truncated or not a checkpoint"
-        ) from error
-    except (SafetensorError, zipfile.BadZipFile, *DAMAGED) as error:
-        raise InputError(
-            f"{path}: is truncated or not a checkpoint ({' '.join(str(error).split())[:120] or type(error).__name__})"
-        ) from error
+    problem = "is truncated or not a checkpoint"
+    if path.suffix == ".safetensors":
+        with named(path, problem):
+            state = load_file(path)
+    else:
+        state = load_pickle(path, problem=problem)
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
         raise InputError(f"{path}: is not a dictionary of tensors by name")
-    for name, tensor in state.items():
-        if tensor.is_sparse or tensor.is_quantized or tensor.is_meta:
-            raise InputError(f"{path}: {name} is a sparse, quantised or empty tensor; save plain ones")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise InputError(
-                f"{path}: {name} claims {tensor.nbytes} bytes and holds {tensor.untyped_storage().nbytes()}; fetch it again"
-            )
-    return state
+    return {name: plain(tensor, f"{path}: {name}") for name, tensor in state.items()}
 
 
 def _read_shards(index: Path) -> State:
@@ -107,48 +75,6 @@ def _read_shards(index: Path) -> State:
     if absent:
         raise InputError(f"{index}: lists {first_six(absent)}, which the shards do not have; fetch them again")
     return state
-
-
-def _look_over(path: Path) -> None:
-    """Raise InputError for a pickle that would take far more memory than the file has bytes."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(4)
-        if start != b"PK\x03\x04":  # by which torch tells the formats apart too
-            file.seek(0)
-            if start[:1] == b"\x80":  # torch before 1.6: three small pickles, the tensors' own, their bytes
-                _require_room(path, max(_claimed(file) for _ in range(4)), size)
-            return
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > MOST_UNPACKED * size:
-            raise InputError(
-                f"{path}: unpacks to {unpacked} bytes from {size}, which no checkpoint does; it is not opened, fetch it from "
-                "its authors"
-            )
-        for name in archive.namelist():
-            if name.endswith("data.pkl"):
-                with archive.open(name) as file:
-                    _require_room(path, _claimed(file), unpacked)
-
-
-def _require_room(path: Path, claimed: int, held: int) -> None:
-    if claimed > held:
-        raise InputError(f"{path}: is truncated or damaged: a tensor claims {claimed} numbers, the file holds {held} bytes; fetch it again")
-
-
-def _claimed(file: IO[bytes]) -> int:
-    """The most numbers that a storage of the next pickle has: the last integer before each persistent id. Nothing is run."""
-    most = last = 0
-    try:
-        for operation, argument, _ in pickletools.genops(file):
-            if isinstance(argument, int) and operation.name.startswith(("BININT", "LONG", "INT")):
-                last = argument
-            elif operation.name == "BINPERSID":
-                most = max(most, last)
-    except (ValueError, LookupError, EOFError, OSError, MemoryError, zipfile.BadZipFile):
-        return most  # damaged: for torch to say so
-    return most
 
 
 def is_finite(tensor: Tensor) -> bool:
