@@ -14,7 +14,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -24,12 +24,30 @@ from safetensors.torch import save_file
 from reaf_hsenet.errors import InputError, OutputError, first_six
 from reaf_hsenet.files import atomic_write, file_sha256, folder_lock, read_json, read_object, write_json
 from reaf_hsenet.pretrained import read_weights_file
-
-# What every run's config.json has, by kind; what is of the model, data and training is checked where it is used.
-CONFIG = {"stage": (str,), "model": (dict,), "recipe": (dict,), "data": (str, type(None))}
-CONFIG |= {"origin": (dict, type(None)), "slices": (dict, type(None))}
+from reaf_hsenet.settings import check_ranges, from_dict, setting
 
 FILES = ("model.safetensors", "trainer.pt")  # of a step
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The outline of a run's config.json; `model`, `recipe` and `train` have dataclasses of their own."""
+
+    stage: str
+    model: dict
+    recipe: dict
+    data: str | None = None
+    origin: dict | None = None
+    slices: dict | None = None
+    preset: str = ""
+    train: dict | None = None
+    features: str | None = None
+    world: int | None = setting(None, above=0)
+    max_steps: int | None = setting(None, least=0)
+    total_steps: int | None = setting(None, least=0)  # 0: converted, not trained
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -101,7 +119,7 @@ class Run:
         return (self.folder / "config.json").is_file()
 
     def read_config(self) -> dict:
-        """Raises InputError when this is not a run."""
+        """The config.json, with what it leaves out. Raises InputError when this is not a run."""
         if not self.exists:
             raise InputError(
                 f"{self.folder}: holds no run (no config.json); train one with train.py, or name one "
@@ -109,10 +127,9 @@ class Run:
             )
         path = self.folder / "config.json"
         values = read_object(path)
-        for name, kinds in CONFIG.items():
-            if type(values.get(name)) not in kinds:
-                raise InputError(f"{path}: {name} is {values.get(name)!r:.60}, which no run has; restore the file, or train the run again")
-        return values
+        known = [field.name for field in fields(RunSettings)]
+        outline = from_dict(RunSettings, {name: values[name] for name in known if name in values}, str(path))
+        return {**vars(outline), **values}
 
     def write_config(self, config: dict) -> None:
         self.require_place()
@@ -303,7 +320,7 @@ def damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
         return absent and f"{absent}: no such file"
     try:
         files = read_json(record)["files"]
-        written = {folder / name: (files[name]["bytes"], files[name]["sha256"]) for name in names or files}
+        written = {folder / name: (files[name]["bytes"], files[name]["sha256"]) for name in names or FILES}
     except (InputError, LookupError, TypeError):
         return f"{record}: is damaged"
     for path, (size, digest) in written.items():

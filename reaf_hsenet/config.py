@@ -1,16 +1,17 @@
-"""What describes a network and its input: dataclasses, whose defaults are the published sizes, and how JSON becomes one.
+"""What describes a network and its input: dataclasses, whose defaults are the published sizes.
 
 Symbols: D/H/W depth, height and width of a volume, C width, L layers. Spacings are mm in (D, H, W) order,
 windows are HU. Sources: HSENet (commit c7198f3) and REAF (commit f9475f8), as their settings take effect.
 """
 
-import dataclasses
 import math
-import typing
 from dataclasses import dataclass, field
+from typing import Literal
 
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.settings import check_ranges, setting
 
+LARGEST = 2**24  # of any size of a network: above is a mistake, which would be found out by running out of memory
 Size3 = tuple[int, int, int]
 
 
@@ -32,13 +33,16 @@ class Recipe:
     spacing: tuple[float, float, float] | None
     window: tuple[float, float]
     size: Size3
-    clamp: str
-    scale: str
+    clamp: Literal["before", "after"]
+    scale: Literal["minmax", "window"]
     fit: str
     mean: float = 0.0
-    std: float = 1.0
+    std: float = setting(1.0, above=0, most=1e30)
 
     def __post_init__(self):
+        check_ranges(self)
+        if sorted(self.axes) != ["L", "P", "S"]:
+            raise InputError(f"axes of Recipe are {self.axes!r:.60}; expected the letters L, P and S in the order of D H W")
         if not (len(self.window) == 2 and self.window[0] < self.window[1]):
             raise InputError(f"--window {self.window}: expected LOW HIGH in HU with LOW < HIGH")
         if not all(math.isfinite(x) for x in self.window):
@@ -54,15 +58,17 @@ class Recipe:
 
 
 FITS = ("foreground", "crop", "resize")
-LARGEST = 2**24  # of any size of a network: above is a mistake, which would be found out by running out of memory
 
 
-def _require_sizes(config, *sizes: int) -> None:
-    """Raises InputError unless a network's sizes are positive, and its width is one of whole heads."""
-    if not all(0 < n < LARGEST for n in sizes) or config.depth > 1000:
-        raise InputError(f"{type(config).__name__} has a size out of range: {str(config)[:200]}")
+def _size(default):
+    """The field of a size, or of several."""
+    return setting(default, above=0, most=LARGEST)
+
+
+def _whole_heads(config) -> None:
     if config.width % config.heads:
         raise InputError(f"{config.heads} heads do not share a width of {config.width}")
+
 
 # 0.449 and 0.226 are the averages over colours of ImageNet's means and standard deviations, in float32 as published.
 RECIPES = {
@@ -88,19 +94,26 @@ RECIPES = {
 class VisionConfig:
     """3D patch ViT (HSENet stage 1; the vision encoder of M3D-CLIP)."""
 
-    size: Size3 = (32, 256, 256)
-    patch: Size3 = (4, 16, 16)
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp: int = 3072
+    size: Size3 = _size((32, 256, 256))
+    patch: Size3 = _size((4, 16, 16))
+    width: int = _size(768)
+    depth: int = setting(12, above=0, most=1000)
+    heads: int = _size(12)
+    mlp: int = _size(3072)
 
     def __post_init__(self):
-        _require_sizes(self, *self.size, *self.patch, self.width, self.depth, self.heads, self.mlp)
+        check_ranges(self)
+        _whole_heads(self)
         if any(s % p for s, p in zip(self.size, self.patch, strict=True)):
             raise InputError(
                 f"input size {self.size} is not a multiple of the patch {self.patch}: change --size"
             )
+
+    @staticmethod
+    def variant(values: dict) -> type["VisionConfig"]:
+        """The encoder that settings are of, by those that only one has."""
+        guided = GuidedVisionConfig if "slice_width" in values else VisionConfig
+        return ReafVisionConfig if "scan_layers" in values else guided
 
     @property
     def grid(self) -> Size3:
@@ -118,34 +131,21 @@ class ReafVisionConfig(VisionConfig):
     regions: of region_size tokens that keep weight 1 in the saliency map; 0, no map of regions.
     """
 
-    size: Size3 = (112, 336, 336)
-    patch: Size3 = (8, 24, 24)
+    size: Size3 = _size((112, 336, 336))
+    patch: Size3 = _size((8, 24, 24))
     scan_layers: tuple[int, ...] = (2, 5, 8, 11)
-    fusion: str | None = "weighted_mean"
-    fusion_seed: int = 0
-    regions: int = 3
-    region_size: Size3 = (3, 3, 3)
-    suppression: float = 0.1
-    class_score: str = "first_patch"  # or class_token
-    remainder: str = "suppressed"  # or regions
-    slice_class: str = "first"  # or mean
-    drop_path: float = 0.2
+    fusion: Literal[(*FUSIONS, "last")] | None = "weighted_mean"
+    fusion_seed: int = setting(0, least=0, most=2**31)
+    regions: int = setting(3, least=0, most=LARGEST)
+    region_size: Size3 = _size((3, 3, 3))
+    suppression: float = setting(0.1, least=0, most=1)
+    class_score: Literal["first_patch", "class_token"] = "first_patch"
+    remainder: Literal["suppressed", "regions"] = "suppressed"
+    slice_class: Literal["first", "mean"] = "first"
+    drop_path: float = setting(0.2, least=0, most=0.99)
 
     def __post_init__(self):
         super().__post_init__()
-        choices = {
-            "fusion": (*FUSIONS, "last", None),
-            "class_score": ("first_patch", "class_token"),
-            "remainder": ("suppressed", "regions"),
-            "slice_class": ("first", "mean"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(map(str, known))}")
-        if min(self.region_size) < 1 or self.regions < 0:
-            raise InputError(
-                f"--region-size {self.region_size}, --regions {self.regions}: expected positive sizes and 0 or more"
-            )
         if self.regions and any(r > n for r, n in zip(self.region_size, self.grid, strict=True)):
             raise InputError(
                 f"--region-size {self.region_size}: does not fit the grid of {self.grid} patches; choose a smaller "
@@ -161,121 +161,61 @@ class ReafVisionConfig(VisionConfig):
 class GuidedVisionConfig(VisionConfig):
     """HSENet's 2E3 encoder: slices features of slice_width a volume score its patches (models/slice_guidance.py)."""
 
-    slices: int = 32
-    slice_width: int = 768
-    guidance_dropout: float = 0.1
-
-    def __post_init__(self):
-        super().__post_init__()
-        _require_sizes(self, self.slices, self.slice_width)
+    slices: int = _size(32)
+    slice_width: int = _size(768)
+    guidance_dropout: float = setting(0.1, least=0, most=0.99)
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """BERT or RoBERTa encoder, as its config.json says."""
 
-    vocab: int = 30522
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp: int = 3072
-    positions: int = 512
-    token_types: int = 2
-    layer_norm_eps: float = 1e-12
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    pad_id: int = 0
-    kind: str = "bert"  # or roberta: positions count from pad_id + 1
+    vocab: int = _size(30522)
+    width: int = _size(768)
+    depth: int = setting(12, above=0, most=1000)
+    heads: int = _size(12)
+    mlp: int = _size(3072)
+    positions: int = _size(512)
+    token_types: int = _size(2)
+    layer_norm_eps: float = setting(1e-12, above=0, most=1)
+    dropout: float = setting(0.1, least=0, most=0.99)
+    attention_dropout: float = setting(0.1, least=0, most=0.99)
+    pad_id: int = setting(0, least=0)
+    kind: Literal["bert", "roberta"] = "bert"  # roberta: positions count from pad_id + 1
 
     def __post_init__(self):
-        sizes = self.vocab, self.width, self.depth, self.heads, self.mlp, self.positions, self.token_types
-        _require_sizes(self, *sizes)
-        if not 0 <= self.pad_id < self.vocab or self.layer_norm_eps <= 0:
-            raise InputError(f"pad_id {self.pad_id} and layer_norm_eps {self.layer_norm_eps}: expected a token, and a number above 0")
-        if not (0 <= self.dropout < 1 and 0 <= self.attention_dropout < 1):
-            raise InputError(f"dropout {self.dropout} and {self.attention_dropout}: expected probabilities below 1")
+        check_ranges(self)
+        _whole_heads(self)
+        if self.pad_id >= self.vocab:
+            raise InputError(f"pad_id of TextConfig is {self.pad_id}; expected one of {self.vocab} tokens")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters of a dual encoder (models/lora.py). towers: of `vision` and `text`, those that get them."""
 
-    towers: tuple[str, ...]
-    r: int = 8
-    alpha: float = 8
-    dropout: float = 0.0
+    towers: tuple[Literal["vision", "text"], ...]
+    r: int = _size(8)
+    alpha: float = setting(8, above=0, most=1e30)
+    dropout: float = setting(0.0, least=0, most=0.99)
     targets: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
 class ClipConfig:
     """Dual encoder. logit_scale `raw` multiplies by the parameter itself, as HSENet publishes; `exp` is CLIP's."""
 
-    model: str = "hsenet"
+    model: Literal["hsenet", "reaf"] = "hsenet"
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    embed: int = 768
+    embed: int = _size(768)
     projection_bias: bool = True
-    logit_scale: str = "raw"
-    max_text: int = 512
+    logit_scale: Literal["raw", "exp"] = "raw"
+    max_text: int = _size(512)
     lora: LoraConfig | None = None
 
     def __post_init__(self):
-        if self.model not in ("hsenet", "reaf") or self.logit_scale not in ("raw", "exp"):
-            raise InputError(f"model {self.model!r} and logit_scale {self.logit_scale!r}: expected hsenet or reaf, raw or exp")
-        if not (0 < self.embed < LARGEST and 0 < self.max_text < LARGEST):
-            raise InputError(f"embed {self.embed} and max_text {self.max_text}: expected sizes above 0")
-
-
-def to_dict(config) -> dict:
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls, values: dict, source: str = "config.json"):
-    """Rebuild a dataclass from its JSON form (lists become tuples, nested dataclasses are rebuilt).
-
-    Raises InputError, naming `source` and the setting, for what is absent, unknown or of another kind.
-    """
-    if not isinstance(values, dict):
-        raise InputError(f"{source}: {cls.__name__} is {values!r:.60}; expected an object of settings")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise InputError(f"{source}: {cls.__name__} has no setting {', '.join(unknown)[:200]}: written by another version?")
-    made = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and name == "vision":
-            value = vision_config(value, source)
-        elif isinstance(value, dict) and name in hints:
-            nested = [kind for kind in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(kind)]
-            value = from_dict(nested[0], value, source) if nested else value
-        made[name] = tuple(value) if isinstance(value, list) else value
-        if not _is_a(made[name], hints[name]):
-            kind = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else ""
-            raise InputError(f"{source}: {name} of {cls.__name__} is {value!r:.60}; expected {kind or hints[name]}")
-    try:
-        return cls(**made)
-    except TypeError as error:  # a setting without default is absent
-        raise InputError(f"{source}: {error}") from error
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def _is_a(value, hint) -> bool:
-    """Whether a value is of an annotation: a class, a tuple of one, or a choice of these."""
-    parts = typing.get_args(hint)
-    if not parts:
-        return type(value) in (int, float) and math.isfinite(value) if hint is float else (
-            isinstance(value, hint) if dataclasses.is_dataclass(hint) else type(value) is hint
-        )
-    if typing.get_origin(hint) is not tuple:
-        return any(_is_a(value, part) for part in parts)
-    parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
-    return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_a, value, parts))
-
-
-def vision_config(values: dict, source: str = "config.json") -> VisionConfig:
-    """The encoder's settings of whichever kind these are."""
-    known = values if isinstance(values, dict) else {}
-    guided = GuidedVisionConfig if "slice_width" in known else VisionConfig
-    return from_dict(ReafVisionConfig if "scan_layers" in known else guided, values, source)
+        check_ranges(self)

@@ -6,9 +6,11 @@ What a config.json asks for and models/decoder.py does not do is refused by name
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json
+from reaf_hsenet.settings import check_ranges, setting
 
 # Keys that change no output of a trained model, and keys of which one value is implemented.
 INERT = {
@@ -45,16 +47,26 @@ class RopeConfig:
     `long_factor` for more tokens than that. context: tokens that it can take.
     """
 
-    dims: int
-    theta: float = 10000.0
-    kind: str = "default"
-    original: int = 0
-    context: int = 0
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
+    dims: int = setting(above=0, most=LARGEST)
+    theta: float = setting(10000.0, above=0)
+    kind: Literal["default", "longrope", "llama3"] = "default"
+    original: int = setting(0, least=0, most=LARGEST)
+    context: int = setting(0, least=0, most=LARGEST)
+    short_factor: tuple[float, ...] = setting((), above=0)
+    long_factor: tuple[float, ...] = setting((), above=0)
+    factor: float = setting(1.0, above=0)
+    low_freq_factor: float = setting(1.0, above=0)
+    high_freq_factor: float = setting(1.0, above=0)
+
+    def __post_init__(self):
+        check_ranges(self)
+        factors = self.dims // 2 if self.kind == "longrope" else 0
+        if self.dims % 2 or not len(self.short_factor) == len(self.long_factor) == factors:
+            raise InputError(f"RopeConfig has {self.dims} dims of kind {self.kind}; expected an even number, and {factors} factors")
+        if self.kind == "longrope" and self.original < 2:
+            raise InputError(f"original of RopeConfig is {self.original}; expected 2 or more")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise InputError("low_freq_factor of RopeConfig is not below high_freq_factor")
 
     @property
     def frequencies(self) -> tuple[list[float], list[float]]:
@@ -85,22 +97,22 @@ class DecoderConfig:
     """family: `phi3` (qkv and gate_up are one matrix each on disk) or `llama` (separate). window: None or tokens seen,
     the query's own included. Ids: eos may be several, pad and bos may be absent."""
 
-    family: str
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    context: int
+    family: Literal["phi3", "llama"]
+    vocab: int = setting(above=0, most=LARGEST)
+    width: int = setting(above=0, most=LARGEST)
+    layers: int = setting(above=0, most=LARGEST)
+    heads: int = setting(above=0, most=LARGEST)
+    kv_heads: int = setting(above=0, most=LARGEST)
+    head_dim: int = setting(above=0, most=LARGEST)
+    mlp: int = setting(above=0, most=LARGEST)
+    context: int = setting(above=0, most=LARGEST)
     rope: RopeConfig
-    eps: float = 1e-5
+    eps: float = setting(1e-5, above=0)
     tied: bool = False
     window: int | None = None
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
+    bos_id: int | None = setting(None, least=0)
+    eos_ids: tuple[int, ...] = setting((), least=0)
+    pad_id: int | None = setting(None, least=0)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "DecoderConfig":
@@ -155,6 +167,9 @@ class DecoderConfig:
             raise InputError(f"{source}: {error}") from error
 
     def __post_init__(self):
+        check_ranges(self)
+        if self.rope.dims > self.head_dim:
+            raise InputError(f"{self.rope.dims} rotated features are more than the {self.head_dim} of a head")
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads")
         if self.heads * self.head_dim > LARGEST:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Choice, Run, weights_sha256
-from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe, from_dict
+from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.loader import CTReportDataset
 from reaf_hsenet.data.samplers import InOrder
@@ -21,6 +21,7 @@ from reaf_hsenet.pretrained import find_folder, is_hub_id
 from reaf_hsenet.pretrained.loading import require_fit
 from reaf_hsenet.pretrained.reading import SUFFIXES
 from reaf_hsenet.progress import progress_bar
+from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer import WordPiece, load_wordpiece
 
 # What the validation of a dual encoder measures.

@@ -8,7 +8,7 @@ A scan is read by the run's own recipe. What a call can find wrong with its inpu
 """
 
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reaf_hsenet import distributed, figures, zeroshot
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, ReafVisionConfig, Recipe, from_dict
+from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, ReafVisionConfig, Recipe
 from reaf_hsenet.data.labels import LabelTable, load_label_set
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.slice_features import slices_wanted
@@ -32,6 +32,7 @@ from reaf_hsenet.published_run import load_published
 from reaf_hsenet.scan import Scan, find_slice_encoder, read_scan, slice_features
 from reaf_hsenet.scan_answers import answer_length, stream_answer
 from reaf_hsenet.search_index import SearchIndex, read_index
+from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer import load_tokenizer
 from reaf_hsenet.training_config import GENERATION
 
@@ -92,8 +93,8 @@ class ScanModel:
             self.stage, self.data, self.made_of = values["stage"], values["data"], values.get("slices")
             if self.stage not in ("clip1", "clip2", *STAGES):
                 raise InputError(f"{folder}: is a run of stage {self.stage!r}; expected one of clip1, clip2, mrg and vqa")
-            of = MllmConfig.from_dict if self.has_decoder else partial(from_dict, ClipConfig)
-            self.config, self.recipe = of(values["model"], source), from_dict(Recipe, values["recipe"], source)
+            of = MllmConfig if self.has_decoder else ClipConfig
+            self.config, self.recipe = from_dict(of, values["model"], source), from_dict(Recipe, values["recipe"], source)
         if precision is not None and (precision not in PRECISIONS or not self.has_decoder):
             raise InputError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, and a run with a decoder")
         self.device = distributed.start(device).device

@@ -8,7 +8,7 @@ import torch
 
 from reaf_hsenet import distributed
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import Recipe, from_dict, to_dict
+from reaf_hsenet.config import Recipe
 from reaf_hsenet.data.language import LIST_END, add_image_tokens, label_token
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, questions, report_prompts, templates
@@ -27,6 +27,7 @@ from reaf_hsenet.pretrained import find_folder
 from reaf_hsenet.pretrained_decoder import FILES
 from reaf_hsenet.resumed_setup import refuse_changes, resumable, resumed_settings
 from reaf_hsenet.run_setup import changed_settings, data_of, located
+from reaf_hsenet.settings import from_dict, to_dict
 from reaf_hsenet.tokenizer import Tokenizer, check_fits, load_tokenizer
 from reaf_hsenet.train_flags import given
 from reaf_hsenet.training_config import NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH, TrainConfig
@@ -67,7 +68,7 @@ class LanguageSetup:
     def values(self) -> dict:
         """What config.json says of the run, besides its stage, length and place."""
         return {
-            "model": self.config.to_dict(),
+            "model": to_dict(self.config),
             "recipe": to_dict(self.manifest.recipe),
             "origin": self.origin,
             "slices": self.manifest.slices if self.guided else None,
@@ -232,7 +233,7 @@ def resumed_language_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> 
     model = "reaf" if values["model"].get("vision") == "reaf" else "hsenet"
     if (values["stage"], model) != (args.stage, args.model):
         raise InputError(f"{run.folder}: is a {values['stage']} run of {model}, not {args.stage} of {args.model}")
-    config, settings, origin = MllmConfig.from_dict(values["model"]), from_dict(TrainConfig, values["train"]), values["origin"]
+    config, settings, origin = from_dict(MllmConfig, values["model"]), from_dict(TrainConfig, values["train"]), values["origin"]
     manifest = load_manifest(args.data or Path(values["data"]))
     manifest.require(from_dict(Recipe, values["recipe"]), str(run.folder))
     if values["slices"]:

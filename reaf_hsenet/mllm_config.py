@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reaf_hsenet.config import VisionConfig, from_dict, to_dict, vision_config
+from reaf_hsenet.config import LARGEST, VisionConfig
 from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import build_vision
@@ -12,6 +12,7 @@ from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.projectors import PROJECTORS, build_projector
+from reaf_hsenet.settings import check_ranges, setting
 from reaf_hsenet.tokenizer import Tokenizer
 from reaf_hsenet.training_config import DECODER_LORA
 
@@ -41,39 +42,24 @@ class MllmConfig:
     encoders: tuple[VisionConfig, ...]
     decoder: DecoderConfig
     projector: str = "spatial_packer"
-    kernel: tuple[int, int, int] = (1, 4, 4)
+    kernel: tuple[int, int, int] = setting((1, 4, 4), above=0, most=LARGEST)
     shared: bool = False
     full: bool = False
     train_vision: bool = False
     int8: bool = False
-    r: int = DECODER_LORA["r"]
-    alpha: float = DECODER_LORA["alpha"]
-    dropout: float = DECODER_LORA["dropout"]
-    max_text: int = 800
+    r: int = setting(DECODER_LORA["r"], above=0, most=LARGEST)
+    alpha: float = setting(DECODER_LORA["alpha"], above=0, most=1e30)
+    dropout: float = setting(DECODER_LORA["dropout"], least=0, most=0.99)
+    max_text: int = setting(800, above=0, most=LARGEST)
 
     def __post_init__(self):
+        check_ranges(self)
         if self.vision not in VISION or len(self.encoders) != len(VISION[self.vision]):
             raise InputError(f"--vision {self.vision}: expected one of {', '.join(VISION)}, with its encoders")
         if self.projector not in PROJECTORS:
             raise InputError(f"--projector {self.projector}: expected one of {', '.join(PROJECTORS)}")
         if len({encoder.grid for encoder in self.encoders}) > 1 and self.shared:
             raise InputError("--shared-projector: the two encoders have other token grids; leave the flag out")
-
-    @classmethod
-    def from_dict(cls, values: dict, source: str = "config.json") -> "MllmConfig":
-        """Rebuild from its JSON form. Raises InputError, naming `source`, for what is not of this form."""
-        decoder, encoders = (values.get(key) if isinstance(values, dict) else None for key in ("decoder", "encoders"))
-        if not isinstance(decoder, dict) or not isinstance(encoders, list):
-            raise InputError(f"{source}: is not of a run with a decoder; expected its settings, and a list of encoders")
-        decoder = decoder | {"rope": from_dict(RopeConfig, decoder.get("rope"), source)}
-        parts = {
-            "encoders": tuple(vision_config(encoder, source) for encoder in encoders),
-            "decoder": from_dict(DecoderConfig, decoder, source),
-        }
-        return from_dict(cls, {**values, **parts}, source)
-
-    def to_dict(self) -> dict:
-        return to_dict(self)
 
 
 def new_decoder(config: DecoderConfig) -> Decoder:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet.checkpoint import Choice, Run, weights_sha256
-from reaf_hsenet.config import GuidedVisionConfig, Recipe, from_dict
+from reaf_hsenet.config import GuidedVisionConfig, Recipe
 from reaf_hsenet.embedding import is_published, load_source
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256, fingerprint, visible
@@ -19,6 +19,7 @@ from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.packed import pack
 from reaf_hsenet.pretrained import find_folder, load_strictly
 from reaf_hsenet.pretrained_decoder import FILES, load_decoder, resize_vocabulary
+from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer import Tokenizer, load_tokenizer
 
 STAGES = ("mrg", "vqa")
@@ -108,7 +109,7 @@ def load_mllm(
         raise InputError(
             f"{folder}: is a run of stage {values.get('stage')!r}, which has no decoder; expected one of stage mrg or vqa"
         )
-    config = MllmConfig.from_dict(values["model"], str(run.folder / "config.json"))
+    config = from_dict(MllmConfig, values["model"], str(run.folder / "config.json"))
     origin, tokenizer = values.get("origin") or {}, load_tokenizer(run.folder)
     frozen = [name for name, trained in (("decoder", config.full), ("encoders", config.train_vision)) if not trained]
     if absent := [name for name in frozen if not origin.get(name)]:

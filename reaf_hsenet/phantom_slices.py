@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from reaf_hsenet.data.loader import CTReportDataset
 from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.data.prepare import entry_slices, worker_pool
+from reaf_hsenet.data.pool import worker_pool
+from reaf_hsenet.data.prepare import entry_slices
 from reaf_hsenet.data.reading import SlicesWanted
 from reaf_hsenet.data.slice_features import (
     add_slice_features,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, LoraConfig, to_dict
+from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, LoraConfig
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
@@ -27,6 +27,7 @@ from reaf_hsenet.pretrained import (
 )
 from reaf_hsenet.pretrained.dual import TEXT_FILES
 from reaf_hsenet.pretrained.reading import SUFFIXES
+from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer import WordPiece, has_wordpiece, load_wordpiece, train_wordpiece
 from reaf_hsenet.training_config import NO_AUGMENTATION, TrainConfig
 

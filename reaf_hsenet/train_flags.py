@@ -1,15 +1,16 @@
 """The command line of train.py: every flag, what it is good for, and to which stages it belongs."""
 
 import argparse
-import math
 from pathlib import Path
 
-from reaf_hsenet.config import FUSIONS, RECIPES
+from reaf_hsenet.config import FUSIONS, RECIPES, LoraConfig, ReafVisionConfig
 from reaf_hsenet.data.radgenome import KINDS
 from reaf_hsenet.errors import InputError, Parser
-from reaf_hsenet.mllm_config import VISION
+from reaf_hsenet.mllm_config import VISION, MllmConfig
 from reaf_hsenet.models.projectors import PROJECTORS
 from reaf_hsenet.presets import PRESETS
+from reaf_hsenet.settings import Range, ranges
+from reaf_hsenet.training_config import TrainConfig
 
 CONTRASTIVE, LANGUAGE = ("clip1", "clip2"), ("mrg", "vqa")
 STAGES = (*CONTRASTIVE, *LANGUAGE)
@@ -31,24 +32,10 @@ ONLY = {
     **dict.fromkeys(DECODER_FLAGS, LANGUAGE),
     "questions": ("vqa",),
 }
-POSITIVE = (
-    *("epochs", "max_steps", "batch_size", "accumulate", "lr", "clip_norm", "validate_every", "validate_samples"),
-    *("save_every", "keep", "log_every", "grad_cache", "relation_steps", "lora_r", "lora_alpha", "max_text"),
-)
-RANGES = {
-    "seed": (0, 2**31),
-    "fusion_seed": (0, 2**31),
-    "lr": (0, 1e30),  # of float32
-    "weight_decay": (0, 1e30),
-    "warmup": (0, 1),
-    "suppression": (0, 1),
-    "drop_path": (0, 0.99),
-    "lora_dropout": (0, 0.99),
-    "relation": (0, 1000),
-    "workers": (0, 10_000),
-    "max_bad": (0, math.inf),
-    "max_skipped": (0, math.inf),
-}
+# A flag has the range of its setting; those that are no settings have one of their own.
+RANGES = ranges(TrainConfig) | ranges(ReafVisionConfig) | ranges(MllmConfig)
+RANGES |= {f"lora_{name}": held for name, held in ranges(LoraConfig).items()}
+RANGES |= dict.fromkeys(("max_steps", "log_every"), Range(above=0)) | {"workers": Range(least=0, most=10_000)}
 TWO_WAY = ("train_vision", "shard")  # with --no-: False is an answer, not the flag's absence
 SIZE3 = {"type": int, "nargs": 3, "metavar": ("D", "H", "W")}
 
@@ -170,13 +157,10 @@ def given(args: argparse.Namespace, names) -> dict:
 
 
 def check(args: argparse.Namespace) -> None:
-    for name, value in given(args, POSITIVE).items():
-        if not value > 0:
-            raise InputError(f"{flag(name)} {value}: expected more than 0")
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"{flag(name)} {value}: expected {f'{low} or more' if high >= 10_000 else f'{low} to {high}'}")
+    for name, value in vars(args).items():
+        if expected := RANGES.get(name, Range()).expected(value):
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise InputError(f"{flag(name)} {shown}: expected {expected}")
     for name in given(args, ONLY):
         if args.stage not in ONLY[name]:
             raise InputError(f"{flag(name)}: is an option of --stage {' and '.join(ONLY[name])}; leave it out")

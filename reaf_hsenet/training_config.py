@@ -4,18 +4,24 @@ Sources: HSENet (commit c7198f3) and REAF (commit f9475f8), as their settings ta
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+from reaf_hsenet.settings import check_ranges, setting
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """Probabilities of HSENet's training augmentations, applied in this order; 0 switches one off."""
 
-    rotate: float = 0.5  # by 90, 180 or 270 degrees in the (H, W) plane
-    flip: float = 0.1  # each of D, H, W, independently
-    scale: float = 0.5  # v * (1 + f), f uniform in +-intensity
-    shift: float = 0.5  # v + o, o uniform in +-intensity
-    intensity: float = 0.1
-    translate: int = 0  # voxels at most, each axis, background moving in; not published, for the tiny presets
+    rotate: float = setting(0.5, least=0, most=1)  # by 90, 180 or 270 degrees in the (H, W) plane
+    flip: float = setting(0.1, least=0, most=1)  # each of D, H, W, independently
+    scale: float = setting(0.5, least=0, most=1)  # v * (1 + f), f uniform in +-intensity
+    shift: float = setting(0.5, least=0, most=1)  # v + o, o uniform in +-intensity
+    intensity: float = setting(0.1, least=0, most=1)
+    translate: int = setting(0, least=0, most=1000)  # voxels at most, each axis, background moving in; not published, for the tiny presets
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -39,39 +45,42 @@ class TrainConfig:
     calibrate: training volumes that set the start of what is trained from nothing (calibration.py); 0: plain start.
     """
 
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
-    warmup: float
-    epochs: int
-    batch_size: int  # per process
-    no_decay: str = "hsenet"
-    clip_norm: float | None = 1.0
-    accumulate: int = 1
-    precision: str = "bf16"
+    lr: float = setting(above=0, most=1e30)  # of float32
+    weight_decay: float = setting(least=0, most=1e30)
+    betas: tuple[float, float] = setting(least=0, most=0.999999)
+    eps: float = setting(least=0, most=1)
+    warmup: float = setting(least=0, most=1)
+    epochs: int = setting(above=0)
+    batch_size: int = setting(above=0)  # per process
+    no_decay: Literal["hsenet", "reaf"] = "hsenet"
+    clip_norm: float | None = setting(1.0, above=0)
+    accumulate: int = setting(1, above=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     grad_checkpoint: bool = False
-    seed: int = 42
+    seed: int = setting(42, least=0, most=2**31)
     augment: Augmentation = Augmentation()
-    validate_every: float = 0.04  # share of all steps
-    validate_samples: int = 512
-    save_every: int = 1000
-    keep: int = 2
-    first_step: int = 0
-    text_blocks: int | None = None
-    grad_cache: int | None = None
-    relation: float = 0.0
-    relation_steps: int = 5000
+    validate_every: float = setting(0.04, above=0, most=1e6)  # share of all steps
+    validate_samples: int = setting(512, above=0)
+    save_every: int = setting(1000, above=0)
+    keep: int = setting(2, above=0)
+    first_step: Literal[0, 1] = 0
+    text_blocks: int | None = setting(None, least=0)
+    grad_cache: int | None = setting(None, above=0)
+    relation: float = setting(0.0, least=0, most=1000)
+    relation_steps: int = setting(5000, above=0)
     slices_follow: bool = True
-    encoder_rate: float = 1.0
-    label_epochs: int = 0
-    list_epochs: int = 0
+    encoder_rate: float = setting(1.0, least=0, most=1e30)
+    label_epochs: int = setting(0, least=0)
+    list_epochs: int = setting(0, least=0)
     questions: str = "location"
-    max_bad: int = 0
+    max_bad: int = setting(0, least=0)
     shard: bool = False
-    max_skipped: int = 10
+    max_skipped: int = setting(10, least=0)
     best_by: str | None = None
-    calibrate: int = 0
+    calibrate: int = setting(0, least=0)
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 NO_AUGMENTATION = Augmentation(rotate=0, flip=0, scale=0, shift=0)

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import GuidedVisionConfig, VisionConfig, to_dict
+from reaf_hsenet.config import GuidedVisionConfig, VisionConfig
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.questions import report_prompts
 from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.mllm_config import MllmConfig, build_mllm, trained_state
+from reaf_hsenet.settings import to_dict
 from reaf_hsenet.word_tokenizer import train_words
 
 WIDTH, CONTEXT = 32, 512
@@ -45,7 +46,7 @@ def write_language_run(folder: Path, data: Path, stage: str = "mrg", seed: int =
     tokenizer.save(run.folder)
     run.write_config(
         {
-            "version": "0", "stage": stage, "preset": "hsenet-tiny", "model": config.to_dict(),
+            "version": "0", "stage": stage, "preset": "hsenet-tiny", "model": to_dict(config),
             "recipe": to_dict(manifest.recipe), "origin": {"encoders": None, "decoder": None},
             "slices": manifest.slices if guided else None, "train": {}, "data": str(data),
         }

@@ -22,7 +22,7 @@ from language_run import CONTEXT, write_language_run
 from reaf_hsenet import figures, inference, load, scan_answers
 from reaf_hsenet.answering import answer, answer_text
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import RECIPES, GuidedVisionConfig, to_dict
+from reaf_hsenet.config import RECIPES, GuidedVisionConfig
 from reaf_hsenet.data import reading
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
@@ -35,6 +35,7 @@ from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.search_index import SearchIndex, read_index
+from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer import train_wordpiece
 
 

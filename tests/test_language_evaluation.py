@@ -21,7 +21,7 @@ from language_run import CONTEXT, write_language_run
 from reaf_hsenet import answering, language_evaluation, language_scores
 from reaf_hsenet.answering import answer
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import ClipConfig, TextConfig, VisionConfig, to_dict
+from reaf_hsenet.config import ClipConfig, TextConfig, VisionConfig
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import read_prepared
 from reaf_hsenet.data.manifest import load_manifest
@@ -36,6 +36,7 @@ from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
 from reaf_hsenet.mllm_run import load_mllm
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.slice_encoder import SliceEncoder
+from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer import train_wordpiece
 from reaf_hsenet.training_config import GENERATION
 from test_text_metrics import bert_folder

@@ -11,6 +11,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.models.lora import LoraLinear
 from reaf_hsenet.presets import PRESETS
+from reaf_hsenet.settings import from_dict, to_dict
 from test_decoder import SMALL
 
 PLAIN = PRESETS["hsenet-tiny"].vision
@@ -20,7 +21,7 @@ DUAL = MllmConfig("dual", (PLAIN, GUIDED), replace(SMALL, pad_id=None), kernel=(
 
 def test_settings_survive_json():
     for config in (DUAL, MllmConfig("reaf", (PRESETS["reaf-tiny"].vision,), SMALL, full=True)):
-        assert MllmConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert from_dict(MllmConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
 def test_packers_and_adapters_are_trained_and_saved_the_rest_is_not():

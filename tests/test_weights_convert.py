@@ -19,7 +19,6 @@ from reaf_hsenet.config import (
     LoraConfig,
     TextConfig,
     VisionConfig,
-    to_dict,
 )
 from reaf_hsenet.embedding import load_dual_encoder
 from reaf_hsenet.errors import InputError, OutputError
@@ -31,6 +30,7 @@ from reaf_hsenet.pretrained import bert_config, load_strictly, read_checkpoint, 
 from reaf_hsenet.pretrained.__main__ import main
 from reaf_hsenet.pretrained.dual import fusion_constants, load_published_dual
 from reaf_hsenet.pretrained_packer import packer_state
+from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer import load_tokenizer
 
 OWN = {"reaf_hsenet": {"model": to_dict(REAF)}}

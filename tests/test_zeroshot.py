@@ -18,13 +18,13 @@ import evaluate
 from conftest import ROOT, error_line, script
 from reaf_hsenet import zeroshot
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import to_dict
 from reaf_hsenet.data.labels import LabelTable, load_label_set, read_label_table
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.embedding import load_dual_encoder
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.presets import PRESETS
+from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer import train_wordpiece
 from reaf_hsenet.zeroshot import combine, define_task, load_prompts
 

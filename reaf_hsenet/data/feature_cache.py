@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from reaf_hsenet.config import to_dict
 from reaf_hsenet.data.bad_volumes import BadVolumes, Unreadable
 from reaf_hsenet.data.loader import read_sample
 from reaf_hsenet.data.manifest import Manifest, origin
@@ -22,6 +21,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.progress import progress_bar
+from reaf_hsenet.settings import to_dict
 
 
 class FeatureCache:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reaf_hsenet.config import RECIPES, Recipe, from_dict, to_dict
+from reaf_hsenet.config import RECIPES, Recipe
 from reaf_hsenet.data.datasets import Case, Source
 from reaf_hsenet.data.hsenet_json import FEATURES, read_hsenet_json
 from reaf_hsenet.data.reading import Reading
@@ -28,6 +28,7 @@ from reaf_hsenet.data.tables import given, plain_path
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_object, write_json
+from reaf_hsenet.settings import from_dict, to_dict
 
 SCHEMA = 1
 

@@ -5,19 +5,14 @@ Or only a manifest of the CTs as they are, which training reads and processes it
 
 import csv
 import json
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from reaf_hsenet.config import Recipe, to_dict
+from reaf_hsenet.config import Recipe
 from reaf_hsenet.data.datasets import Case, Source
 from reaf_hsenet.data.manifest import (
     Manifest,
@@ -27,11 +22,13 @@ from reaf_hsenet.data.manifest import (
     origin,
     table_row,
 )
+from reaf_hsenet.data.pool import worker_pool
 from reaf_hsenet.data.reading import Reading, SlicesWanted, read_input, read_slice_images
 from reaf_hsenet.data.tables import csv_rows
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import atomic_write, file_sha256, folder_lock, named
 from reaf_hsenet.progress import progress_bar
+from reaf_hsenet.settings import to_dict
 
 
 @dataclass(frozen=True)
@@ -258,29 +255,6 @@ def entry_slices(
         reason = f"its {', '.join(other)} differs from the prepared volume's; run preprocess.py --dataset again"
         return entry, None, reason
     return entry, images, None
-
-
-@contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that leave Ctrl-C to this one. After an error what is in work is finished, the rest is not begun."""
-    # spawn: a forked child of a process with threads can hang.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    )
-    # One thread each, where nothing else is asked for: as many workers as cores, each with as many threads, would wait
-    # for one another. They read this as they start; here the libraries are loaded already.
-    threads = [name for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if name not in os.environ]
-    os.environ.update(dict.fromkeys(threads, "1"))
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a worker was killed, most likely for want of memory; run again with fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for name in threads:
-            del os.environ[name]
 
 
 def _run(todo: list[Case], out: Path, options: Options, workers: int, keep: Callable[..., None]) -> None:

@@ -19,14 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from reaf_hsenet.data.manifest import Manifest, different_slices, load_manifest, origin
-from reaf_hsenet.data.prepare import (
-    Journal,
-    entry_slices,
-    read_refused,
-    remove_half_written,
-    worker_pool,
-    write_refused,
-)
+from reaf_hsenet.data.pool import worker_pool
+from reaf_hsenet.data.prepare import Journal, entry_slices, read_refused, remove_half_written, write_refused
 from reaf_hsenet.data.reading import SlicesWanted, ending
 from reaf_hsenet.data.slices import MEAN, SLICE_RECIPES, SLICES, STD
 from reaf_hsenet.errors import InputError

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from reaf_hsenet.config import TextConfig, from_dict
+from reaf_hsenet.config import TextConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_object
 from reaf_hsenet.pretrained.loading import load_matching, load_strictly
@@ -30,6 +30,7 @@ from reaf_hsenet.pretrained.names import (
     vit3d_state,
 )
 from reaf_hsenet.pretrained.reading import State, check_finite, read_weights, read_weights_file, summary
+from reaf_hsenet.settings import from_dict
 
 __all__ = [
     "State", "bert_config", "bert_settings", "bert_state", "check_finite", "find_folder", "initial_state",

@@ -13,12 +13,12 @@ from safetensors.torch import save
 
 from reaf_hsenet import __version__
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import to_dict
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write, file_sha256
 from reaf_hsenet.pretrained.dual import PublishedDual
 from reaf_hsenet.pretrained.language import PublishedLanguage
 from reaf_hsenet.pretrained.reading import State
+from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer import load_tokenizer
 
 NOT_USED = "not_used.safetensors"  # what a published file has and no model here takes; `export` gives it back
@@ -59,7 +59,7 @@ def write_language_run(published: PublishedLanguage, out: Path) -> Path:
             write_dual_run(published.encoder, out / "encoder")
             runs = (out / "encoder/stage1", out / "encoder")
         values = {
-            "model": published.config.to_dict(),
+            "model": to_dict(published.config),
             "origin": {
                 "published": _origin(published),
                 "init": str(runs[-1].resolve()),

@@ -9,15 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from reaf_hsenet.config import (
-    RECIPES,
-    ClipConfig,
-    GuidedVisionConfig,
-    ReafVisionConfig,
-    Recipe,
-    Size3,
-    from_dict,
-)
+from reaf_hsenet.config import RECIPES, ClipConfig, GuidedVisionConfig, ReafVisionConfig, Recipe, Size3
 from reaf_hsenet.data.slice_features import load_slice_encoder
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import DualEncoder, build_dual_encoder
@@ -29,6 +21,7 @@ from reaf_hsenet.pretrained.loading import load_strictly, require_fit
 from reaf_hsenet.pretrained.names import TEACHER, reaf_state, sources
 from reaf_hsenet.pretrained.reading import State, check_finite
 from reaf_hsenet.pretrained.shapes import OWN, Reader, dual_config, read_beside
+from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer import WordPiece, has_wordpiece, load_wordpiece
 
 TEXT_FILES = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]

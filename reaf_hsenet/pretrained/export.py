@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reaf_hsenet.adapters import adapter_state, save_adapter
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import GuidedVisionConfig, ReafVisionConfig, TextConfig, VisionConfig, to_dict
+from reaf_hsenet.config import GuidedVisionConfig, ReafVisionConfig, TextConfig, VisionConfig
 from reaf_hsenet.embedding import DualEncoderRun, is_published, load_dual_encoder, load_source
 from reaf_hsenet.errors import InputError, first_six
 from reaf_hsenet.files import atomic_write, write_json
@@ -27,6 +27,7 @@ from reaf_hsenet.pretrained.reading import State, read_weights_file
 from reaf_hsenet.pretrained.shapes import OWN, TEXT_KEYS
 from reaf_hsenet.pretrained_decoder import save_decoder
 from reaf_hsenet.pretrained_packer import published_language_state
+from reaf_hsenet.settings import to_dict
 
 FORMATS = ("m3d-clip", "hlip", "reaf", "transformers")
 

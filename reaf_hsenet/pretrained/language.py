@@ -8,7 +8,7 @@ import torch
 from reaf_hsenet.adapters import CONFIG as ADAPTER_CONFIG
 from reaf_hsenet.adapters import adapter_parameters, adapter_settings
 from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe, from_dict
+from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.decoder_config import DecoderConfig
 from reaf_hsenet.errors import InputError
@@ -23,6 +23,7 @@ from reaf_hsenet.pretrained.reading import State, check_finite
 from reaf_hsenet.pretrained.shapes import Reader
 from reaf_hsenet.pretrained_decoder import FILES
 from reaf_hsenet.pretrained_packer import PACKERS
+from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer import FORMS, Tokenizer, check_fits, load_tokenizer
 from reaf_hsenet.training_config import DECODER_LORA, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH
 

@@ -16,12 +16,12 @@ from reaf_hsenet.config import (
     Size3,
     TextConfig,
     VisionConfig,
-    from_dict,
 )
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_object
 from reaf_hsenet.pretrained.names import reaf_names
 from reaf_hsenet.pretrained.reading import State
+from reaf_hsenet.settings import from_dict
 
 OWN = "reaf_hsenet"  # the key of this project's settings in the config.json of what it exports
 # config.json's keys of an encoder, as M3D-CLIP's says them, and the settings here.

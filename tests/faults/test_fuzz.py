@@ -20,7 +20,7 @@ from faults.limits import limited
 from reaf_hsenet.adapters import adapter_settings
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.comparison import read_table
-from reaf_hsenet.config import RECIPES, ClipConfig, from_dict
+from reaf_hsenet.config import RECIPES, ClipConfig
 from reaf_hsenet.data.bimcv import read_bimcv
 from reaf_hsenet.data.datasets import read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.hsenet_json import read_hsenet_json
@@ -36,6 +36,7 @@ from reaf_hsenet.pretrained import bert_config, read_weights_file
 from reaf_hsenet.pretrained.inspection import inspect
 from reaf_hsenet.pretrained_decoder import stored_tensors
 from reaf_hsenet.search_index import read_index
+from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer import load_tokenizer
 from reaf_hsenet.training_config import TrainConfig
 from reaf_hsenet.zeroshot import load_prompts
@@ -171,7 +172,7 @@ def test_hundreds_of_mutated_tables(tmp_path, name):
 
 def run_settings(path: Path) -> None:
     values = Run(path.parent).read_config()
-    (MllmConfig.from_dict if values["stage"] == "mrg" else lambda model: from_dict(ClipConfig, model))(values["model"])
+    from_dict(MllmConfig if values["stage"] == "mrg" else ClipConfig, values["model"])
     from_dict(TrainConfig, values.get("train", {}))
 
 

@@ -8,11 +8,8 @@ import csv
 import gzip
 import io
 import json
-import multiprocessing
 import os
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +28,10 @@ from reaf_hsenet.data.phantom.patient import (
 )
 from reaf_hsenet.data.phantom.questions import QUESTION_COLUMNS, QUESTION_TYPES, ask_questions
 from reaf_hsenet.data.phantom.reports import write_report
+from reaf_hsenet.data.pool import worker_pool
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.progress import progress_bar
 
-# Pool workers leave Ctrl-C to the main process.
-QUIET = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
 MINIMAL_SHAPE = (16, 32, 32)
 # CT-RATE names metadata, reports and questions train_ and validation_, but the labels train_ and valid_.
 TABLE_PREFIX = {"train": "train", "valid": "validation"}
@@ -143,11 +139,11 @@ def _claim_folder(root: Path, parameters: dict) -> None:
 
 
 def _map(function, items: list, workers: int) -> Iterator:
-    """`map` over processes; spawned, not forked, since the caller may hold threads (torch)."""
+    """`map` over processes."""
     if workers == 1 or len(items) < 2:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(min(workers, len(items)), multiprocessing.get_context("spawn"), *QUIET) as pool:
+    with worker_pool(min(workers, len(items))) as pool:
         yield from pool.map(function, items, chunksize=max(1, min(8, len(items) // workers)))
 
 
