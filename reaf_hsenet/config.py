@@ -13,6 +13,7 @@ from reaf_hsenet.settings import check_ranges, setting
 
 LARGEST = 2**24  # of any size of a network: above is a mistake, which would be found out by running out of memory
 Size3 = tuple[int, int, int]
+MOST_VOXELS = 2**30  # of a volume, whether read or made
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Recipe:
     clamp: Literal["before", "after"]
     scale: Literal["minmax", "window"]
     fit: str
-    mean: float = 0.0
+    mean: float = setting(0.0, least=-1e30, most=1e30)
     std: float = setting(1.0, above=0, most=1e30)
 
     def __post_init__(self):
@@ -49,6 +50,8 @@ class Recipe:
             raise InputError(f"--window {self.window}: expected finite HU values")
         if len(self.size) != 3 or min(self.size) < 1:
             raise InputError(f"--size {self.size}: expected three positive numbers of voxels, D H W")
+        if math.prod(self.size) > MOST_VOXELS:
+            raise InputError(f"--size {self.size}: expected at most {MOST_VOXELS} voxels in all, 4 GB of float32")
         if self.spacing is not None and (
             len(self.spacing) != 3 or not all(0 < x < math.inf for x in self.spacing)
         ):

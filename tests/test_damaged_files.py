@@ -18,6 +18,7 @@ from reaf_hsenet.data.reading import load_tensor, read_input
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import DAMAGED, named, read_json
 from reaf_hsenet.pretrained.reading import read_weights_file
+from reaf_hsenet.settings import to_dict
 from test_header import image
 from test_wild_tables import table
 
@@ -188,3 +189,16 @@ def test_a_folder_whose_name_is_not_utf8_is_prepared(tmp_path):
     ended = script("preprocess.py", "--dataset", "nifti", "--root", folder, "--out", folder / "out", "--size", "4", "8", "8")
     assert ended.returncode == 0, ended.stderr
     assert len(load_manifest(folder / "out").splits["train"]) == 2
+
+
+@pytest.mark.parametrize("change", [
+    {"axes": "SSS"}, {"axes": ""}, {"size": [0, 1, 1]}, {"size": [10**9] * 3}, {"size": [1, 2]}, {"size": [True, 2, 3]},
+    {"spacing": [-1, 1, 1]}, {"window": [5, 1]}, {"std": 0}, {"mean": 1e300}, {"fit": "x"}, {"name": 3}, {"more": 1},
+])  # fmt: skip
+def test_a_manifest_with_an_impossible_recipe_is_one_line(tmp_path, change):
+    recipe = {**json.loads(json.dumps(to_dict(RECIPES["hsenet"]))), **change}
+    head = {"schema": 1, "dataset": "x", "dtype": "float16", "text": "findings", "labels": [], "splits": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps({**head, "recipe": recipe}))
+    with pytest.raises(InputError, match="manifest.json: .*(Recipe|--)") as caught:
+        load_manifest(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 
+from reaf_hsenet.config import MOST_VOXELS
 from reaf_hsenet.data.header import geometry, read_header
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import named
@@ -23,7 +24,6 @@ from reaf_hsenet.files import named
 RESCALES = ("auto", "header", "metadata", "none")
 ORIENTATIONS = ("header", "stored")
 HEADER_BYTES = 1024  # more than a header and the flag of its extensions
-MOST_VOXELS = 2**30
 BODY, LEAST_BODY = (-200.0, 250.0), 0.04  # HU of a body's middle value; its share of the voxels, in a small child's scan
 MOST_UNPACKED = 100  # bytes of voxels from a byte of gzip: a CT has 2 to 10, one value repeated 1,000
 
