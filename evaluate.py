@@ -31,6 +31,7 @@ from reaf_hsenet.data.labels import load_label_set, manifest_labels, read_label_
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
+from reaf_hsenet.data.questions import read_templates
 from reaf_hsenet.embedding import DualEncoderRun, embed, is_published, load_dual_encoder
 from reaf_hsenet.errors import InputError, run_script
 from reaf_hsenet.evaluate_flags import LANGUAGE, parse
@@ -203,8 +204,10 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     kind = "mrg" if reports else args.questions or run.train.get("questions") or "location"
     prompt = (args.prompt or GENERATION["mrg"]["prompt"]) if reports else None
     image_tokens, most = run.model.visual_tokens, run.config.max_text
+    own = run.train.get("templates") if kind == run.train.get("questions") else None
+    templates = read_templates(args.templates, kind) if args.templates else own and tuple(own)
     data = LanguageDataset(
-        manifest, args.split, kind, run.tokenizer, image_tokens, most, slices=run.guided, prompt=prompt
+        manifest, args.split, kind, run.tokenizer, image_tokens, most, slices=run.guided, prompt=prompt, templates=templates
     )
     everything = asked_rows(data)
     rows = everything[: args.limit]

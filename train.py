@@ -41,8 +41,10 @@ from reaf_hsenet.language_setup import LanguageSetup, new_language_setup, resume
 from reaf_hsenet.models.layers import count_parameters
 from reaf_hsenet.resumed_setup import resumed_setup
 from reaf_hsenet.run_setup import Setup, new_setup
+from reaf_hsenet.settings import from_dict, to_dict
 from reaf_hsenet.train_flags import LANGUAGE, parse
 from reaf_hsenet.trainer import Trainer
+from reaf_hsenet.training_config import TrainConfig
 
 
 def main(argv: list[str]) -> int:
@@ -134,7 +136,9 @@ def begun_and_resumed(args: argparse.Namespace, run: Run) -> tuple[bool, bool]:
 def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSetup, say) -> int:
     """A second start: fine when the same run is finished, else a mistake."""
     values, last = run.read_config(), run.pointer("last")
-    now = json.loads(json.dumps(setup.values()))
+    # Settings that came after the run have their defaults in it.
+    values["train"] = to_dict(from_dict(TrainConfig, values.get("train"), str(run.folder / "config.json")))
+    now, values = (json.loads(json.dumps(v)) for v in (setup.values(), values))
     same = all(values.get(name) == now[name] for name in now) and values["max_steps"] == args.max_steps
     # A last validation that was not finite is an error, which --resume says again.
     validated = {record["step"] for record in run.read_log() if "validation" in record}

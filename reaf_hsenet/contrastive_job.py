@@ -12,7 +12,14 @@ from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.embedding import SCORES, embed, retrieval_score
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.job import Job
-from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder, freeze_text, set_grad_checkpoint
+from reaf_hsenet.models.clip import (
+    DualEncoder,
+    adapt,
+    build_dual_encoder,
+    freeze_text,
+    set_grad_checkpoint,
+    start_as_published,
+)
 from reaf_hsenet.pretrained import load_matching, load_strictly
 from reaf_hsenet.run_setup import Setup
 from reaf_hsenet.training_config import NO_AUGMENTATION
@@ -73,7 +80,9 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
 def start_weights(
     model: DualEncoder, setup: Setup, data: Callable, args: argparse.Namespace, bad: BadVolumes, say
 ) -> None:
-    """Pretrained weights as the command line names them; what starts from nothing is calibrated where the recipe says."""
+    """Pretrained weights as the command line names them; what starts from nothing starts as the recipe says."""
+    if setup.settings.start == "published":
+        start_as_published(model)
     if setup.text_weights is not None:
         load_strictly(model.text, setup.text_weights, args.text_model)
     if setup.init_state is not None:

@@ -23,7 +23,7 @@ ONE_RUN = {
         **{"anew": False, "decoder": None, "encoders": None, "compile": False},
     },
     ("mrg",): {"prompt": None, "classifier": None},
-    ("vqa",): {"questions": None},
+    ("vqa",): {"questions": None, "templates": None},
 }
 BOOTSTRAP = {"bootstrap": 1000, "seed": 0}
 LEAST = {"batch_size": 1, "workers": 0, "figure_volumes": 0, "bootstrap": 0, "seed": 0, "new_tokens": 1, "limit": 1}
@@ -63,6 +63,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--seed", type=int, help="of the bootstrap (default: 0)")
     add = parser.add_argument_group("report generation (mrg) and question answering (vqa)").add_argument
     add("--questions", choices=KINDS, help="of vqa (default: the kind that the run was trained on)")
+    add("--templates", type=Path, metavar="FILE", help="of vqa: the questions' wordings (default: those that the run was trained on)")
     add("--prompt", help="of mrg: what every report is asked for with (default: the published one)")
     add("--new-tokens", type=int, metavar="N", help="most tokens of a report or an answer (default: 512, 74)")
     add("--limit", type=int, metavar="N", help="the first N reports or questions (default: all)")

@@ -64,6 +64,7 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
             calibrate_tokens(model, torch.stack(volumes), torch.stack(slices) if setup.guided else None)
         if settings.label_epochs and not args.resume:
             learn_labels(model, manifest, settings, setup.guided, bad, ranks.device)
+    model.frozen_dropout = settings.frozen_dropout
     model.decoder.grad_checkpoint = settings.grad_checkpoint
     for encoder in model.encoders:
         encoder.grad_checkpoint = settings.grad_checkpoint and config.train_vision
@@ -77,6 +78,7 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
         task = "mrg" if args.stage == "mrg" else settings.questions
         return LanguageDataset(
             manifest, split, task, setup.tokenizer, model.visual_tokens, config.max_text, slices=setup.guided, cache=cache,
+            templates=settings.templates,
             **changes,
         )
 

@@ -37,7 +37,7 @@ LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout")
 # What a run keeps for good.
 FIXED_FLAGS = (
     *("preset", "init", "teacher", "vision", "projector", "kernel", "shared_projector", "decoder", "full", "train_vision", "int8"),
-    *(*LORA_FLAGS, "cache_features", "max_text", "questions", "slices_stay"),
+    *(*LORA_FLAGS, "cache_features", "max_text", "questions", "templates", "frozen_dropout", "slices_stay"),
     *("batch_size", "accumulate", "lr", "weight_decay", "warmup", "clip_norm", "no_augment", "seed", "max_steps"),
     "best_by",
 )
@@ -186,7 +186,7 @@ def text_side(
         if args.stage == "vqa":
             asked = [row for _, row in questions(manifest, "train", settings.questions)]
             texts = [text for row in asked for text in (row.get("question", ""), row["answer"], row["abnormality"], row["anatomy"])]
-            texts += templates(settings.questions)
+            texts += settings.templates or templates(settings.questions)
         tokenizer = train_words(texts, 1000)
         add_image_tokens(tokenizer)
         if settings.list_epochs and args.stage == "mrg":
@@ -224,6 +224,8 @@ def feature_folder(args, config: MllmConfig, settings: TrainConfig, manifest: Ma
         raise InputError("--cache-features: encoders that are trained have no lasting features; add --no-train-vision")
     if settings.augment != NO_AUGMENTATION:
         raise InputError("--cache-features: augmented volumes have other features; add --no-augment")
+    if settings.frozen_dropout:
+        raise InputError("--cache-features: features under dropout are others each time; leave --frozen-dropout out")
     return (manifest.folder / "features" if args.cache_features is True else Path(args.cache_features)).absolute()
 
 

@@ -46,6 +46,7 @@ PRESETS = {
 # sides that phantom reports name, and a shift of all voxels is larger than most findings in a mean over tokens.
 TINY_STAGES = {
     ("clip1", "hsenet"): {
+        "start": "xavier",
         "lr": 1e-3,
         "weight_decay": 0.3,
         "warmup": 0.1,
@@ -57,6 +58,7 @@ TINY_STAGES = {
         "calibrate": 256,
     },
     ("clip2", "hsenet"): {
+        "start": "xavier",
         "lr": 1e-3,
         "weight_decay": 0.3,
         "warmup": 0.1,
@@ -68,6 +70,7 @@ TINY_STAGES = {
         "relation_steps": 150,
     },
     ("clip1", "reaf"): {
+        "start": "xavier",
         "lr": 1e-3,
         "weight_decay": 0.3,
         "warmup": 0.1,

@@ -103,7 +103,7 @@ def refuse_changes(args: argparse.Namespace, names: tuple[str, ...], fixed: dict
         value = tuple(value) if isinstance(value, list) else None if value in ("none", "all") else value
         if value != fixed.get(name):
             raise InputError(
-                f"{flag(name)}: with --resume a run keeps its settings ({run.folder} has {fixed.get(name)}); leave the "
+                f"{flag(name)}: with --resume a run keeps its settings ({run.folder} has {fixed.get(name)!s:.200}); leave the "
                 "flag out, or start another run with --out"
             )
 

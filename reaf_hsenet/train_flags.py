@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from reaf_hsenet.config import FUSIONS, RECIPES, LoraConfig, ReafVisionConfig
+from reaf_hsenet.data.questions import read_templates
 from reaf_hsenet.data.radgenome import KINDS
 from reaf_hsenet.errors import InputError, Parser
 from reaf_hsenet.mllm_config import VISION, MllmConfig
@@ -23,14 +24,14 @@ ENCODER_FLAGS = (
 GUIDED_FLAGS = ("relation", "relation_steps", "no_guidance")
 DECODER_FLAGS = (
     *("vision", "projector", "kernel", "shared_projector", "decoder", "full", "train_vision", "int8"),
-    *("cache_features", "max_text", "shard"),
+    *("cache_features", "max_text", "shard", "frozen_dropout"),
 )
 ONLY = {
     **dict.fromkeys(ENCODER_FLAGS, CONTRASTIVE),
     **dict.fromkeys(GUIDED_FLAGS, ("clip2",)),
     **dict.fromkeys(("teacher", "slices_stay"), ("clip2", *LANGUAGE)),
     **dict.fromkeys(DECODER_FLAGS, LANGUAGE),
-    "questions": ("vqa",),
+    **dict.fromkeys(("questions", "templates"), ("vqa",)),
 }
 # A flag has the range of its setting; those that are no settings have one of their own.
 RANGES = ranges(TrainConfig) | ranges(ReafVisionConfig) | ranges(MllmConfig)
@@ -95,10 +96,12 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--int8", action="store_true", help="hold the frozen decoder's weights in eight bits")
     add("--shard", action=argparse.BooleanOptionalAction, default=None,
         help="with --full: every GPU holds a part of the weights and the optimizer's states (FSDP)")  # fmt: skip
+    add("--frozen-dropout", action="store_true", default=None, help="frozen encoders keep their dropout, as published")
     add("--cache-features", nargs="?", const=True, metavar="DIR",
         help="store the frozen encoders' tokens (default: DATA/features); needs --no-augment")  # fmt: skip
     add("--max-text", type=int, help="tokens of prompt and answer (default: mrg 544, vqa 74)")
     add("--questions", choices=KINDS, help="kind of questions of stage vqa (default: location)")
+    add("--templates", type=Path, metavar="FILE", help="all questions' wordings: HSENet's prompt_templates.py, or json")
 
     add = parser.add_argument_group("recipe (defaults are the stage's own, see training_config.py)").add_argument
     add("--epochs", type=int)
@@ -164,5 +167,7 @@ def check(args: argparse.Namespace) -> None:
     for name in given(args, ONLY):
         if args.stage not in ONLY[name]:
             raise InputError(f"{flag(name)}: is an option of --stage {' and '.join(ONLY[name])}; leave it out")
+    if args.templates:
+        args.templates = read_templates(args.templates, args.questions or TrainConfig.questions)
     if args.no_guidance and args.slices_stay:
         raise InputError("--slices-stay: with --no-guidance there are no slice features; leave one out")

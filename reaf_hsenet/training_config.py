@@ -37,11 +37,13 @@ class TrainConfig:
     label_epochs: before the first step, in which the encoders learn to tell the scan's labels (label_start.py); list_epochs:
         the first epochs of a language stage, in which the answer is the list of these labels. Later reports begin with it.
         A decoder that starts from nothing else learns to write without looking; not published, for the tiny presets.
-    questions: kind of questions that stage vqa learns to answer.
+    questions: kind of questions that stage vqa learns to answer; templates: their wordings, of --templates; None: ours.
+    frozen_dropout: frozen encoders keep their dropout in a language stage; HSENet publishes that they do.
     shard: the ranks share the weights and the optimizer's states of a language stage (sharding.py).
     max_bad: volumes that may be left out because they cannot be read, before the run stops.
     max_skipped: steps that may be skipped because a loss or a gradient is not finite, before the run stops.
     best_by: the number of the validation that chooses the best checkpoint; None: mean R@5, or the loss.
+    start: of weights that nothing is loaded into: `published`, or `xavier`, from which the tiny presets train, and all earlier runs.
     calibrate: training volumes that set the start of what is trained from nothing (calibration.py); 0: plain start.
     """
 
@@ -73,10 +75,13 @@ class TrainConfig:
     label_epochs: int = setting(0, least=0)
     list_epochs: int = setting(0, least=0)
     questions: str = "location"
+    templates: tuple[str, ...] | None = None
+    frozen_dropout: bool = False
     max_bad: int = setting(0, least=0)
     shard: bool = False
     max_skipped: int = setting(10, least=0)
     best_by: str | None = None
+    start: Literal["xavier", "published"] = "xavier"
     calibrate: int = setting(0, least=0)
 
     def __post_init__(self):
@@ -88,7 +93,14 @@ NO_AUGMENTATION = Augmentation(rotate=0, flip=0, scale=0, shift=0)
 # The published settings of every stage, per process (HSENet and REAF used 8 and 1 processes in their examples).
 STAGES = {
     ("clip1", "hsenet"): TrainConfig(
-        lr=1e-4, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, warmup=0.03, epochs=50, batch_size=3
+        lr=1e-4,
+        weight_decay=0.1,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        warmup=0.03,
+        epochs=50,
+        batch_size=3,
+        start="published",
     ),
     ("clip2", "hsenet"): TrainConfig(
         lr=1e-4,
@@ -99,6 +111,7 @@ STAGES = {
         epochs=50,
         batch_size=3,
         relation=0.1,
+        start="published",
     ),
     ("mrg", "hsenet"): TrainConfig(
         lr=1e-4,
@@ -139,6 +152,7 @@ STAGES = {
         augment=NO_AUGMENTATION,
         first_step=1,
         text_blocks=0,
+        start="published",
     ),
 }
 

@@ -204,7 +204,7 @@ def test_reaf_trains_resumes_and_starts_another_run(prepared_reaf, tmp_path, cap
     assert same_weights(whole, parts)
     vision = json.loads((whole / "config.json").read_text())["model"]["vision"]
     assert vision["fusion"] == "random_weighted_mean" and vision["class_score"] == "class_token"
-    weights = whole / "checkpoints/step-000004"  # weights alone, without the run's vocabulary
+    weights = whole / "checkpoints/step-000004/model.safetensors"  # weights alone, without the run's vocabulary
     assert train.main(tiny(prepared_reaf, tmp_path / "next", "--max-steps", 1, "--init", weights)) == 0
     assert "text.blocks.* (" in capsys.readouterr().out  # so left at its start
 
@@ -263,7 +263,7 @@ def test_lora_trains_the_adapters_of_both_towers_and_leaves_their_matrices(prepa
     # A run that starts from it has the adapters in its matrices.
     assert train.main(tiny(prepared_reaf, tmp_path / "next", "--max-steps", 1, "--init", out, "--lr", "1e-9")) == 0
     merged = weights(tmp_path / "next")["vision.blocks.0.attn.qkv.weight"]
-    a, b = (weights(out, "best")[f"vision.blocks.0.attn.qkv.lora_{x}"] for x in "ab")
+    a, b = (weights(out)[f"vision.blocks.0.attn.qkv.lora_{x}"] for x in "ab")
     query = base["vision.blocks.0.attn.qkv.weight"][:144] + 4 * b[:144] @ a[:2]  # alpha 8, r 2
     assert torch.allclose(merged[:144], query, atol=1e-5)
 

@@ -61,8 +61,8 @@ class LanguageDataset(Dataset):
 
     image_tokens: visual tokens that the model makes of a volume. max_text: tokens, image tokens included. prompt: one for
     all reports, in place of the published ones that are drawn. cache: of the encoders' features, read in place of volumes.
-    list_epochs: in these first epochs every row asks for the list of its scan's labels. Where the tokenizer has tokens for labels, a
-    report to be learned begins with that list.
+    templates: of questions, in place of the tables' own. list_epochs: in these first epochs every row asks for the list of
+    its scan's labels. Where the tokenizer has tokens for labels, a report to be learned begins with that list.
     """
 
     def __init__(
@@ -80,12 +80,14 @@ class LanguageDataset(Dataset):
         prompt: str | None = None,
         cache: FeatureCache | None = None,
         list_epochs: int = 0,
+        templates: tuple[str, ...] | None = None,
     ):
         self.manifest, self.entries, self.task = manifest, manifest.entries(split), task
         self.rows = [(i, None) for i in range(len(self.entries))] if task == "mrg" else questions(manifest, split, task)
         self.tokenizer, self.image_tokens, self.max_text = tokenizer, image_tokens, max_text
         self.augmentation, self.seed, self.prompt, self.cache = augmentation, seed, prompt, cache
         self.slices, self.slices_follow, self.list_epochs = slices, slices_follow, list_epochs
+        self.templates = templates
         self.listed = LIST_END in tokenizer.ids
 
     def __len__(self) -> int:
@@ -96,7 +98,8 @@ class LanguageDataset(Dataset):
 
     def check_questions(self) -> None:
         """Raises InputError for a question of the tables that leaves no room for an answer: now, not when its row is reached."""
-        own = {asked["question"]: self.name(row) for row, (_, asked) in enumerate(self.rows) if asked and asked.get("question")}
+        rows = enumerate(self.rows) if self.templates is None else ()
+        own = {asked["question"]: self.name(row) for row, (_, asked) in rows if asked and asked.get("question")}
         for question, name in own.items():
             try:
                 text = question_text(self.tokenizer, question, self.image_tokens)
@@ -112,7 +115,7 @@ class LanguageDataset(Dataset):
         if asked is None:
             named = self.label_tokens(entry) if self.listed and epoch is not None else ""
             return self.prompt or report_prompt(rng), named + clean_report(entry["text"])
-        return question_answer(asked, rng)
+        return question_answer(asked, rng, self.templates)
 
     def label_tokens(self, entry: dict) -> str:
         present = zip(self.manifest.labels, entry["labels"], strict=True)

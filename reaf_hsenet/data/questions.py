@@ -4,6 +4,7 @@ An entry's `qa` is a list of {"kind": one of KINDS, "anatomy", "abnormality", "a
 the table has them. Templates are data: prompts/report.json and prompts/questions.json.
 """
 
+import ast
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from reaf_hsenet.files import folder_lock, read_json
 
 PROMPTS = Path(__file__).parent / "prompts"
 REFUSED = "questions: "  # begins the reasons of refused.csv that are of question tables
+SLOTS = "{abnormality}", "{anatomy}"  # of a template
 # How a question calls an anatomy that has no name of its own.
 SPOKEN = {"": "whole scan", "others": "other regions"}
 
@@ -33,6 +35,37 @@ def templates(kind: str) -> tuple[str, ...]:
     return tuple(read_json(PROMPTS / "questions.json")[checked_kind(kind)])
 
 
+def read_templates(path: Path, kind: str) -> tuple[str, ...]:
+    """Questions of a kind from a file of the user: JSON as prompts/questions.json is, or HSENet's prompt_templates.py.
+
+    Of a Python file nothing is run: the dictionary that has a list of texts under the kind is read as a literal. Raises
+    InputError, naming the file, for one that has no such list, and for a question without a slot.
+    """
+    if path.suffix == ".py":
+        try:
+            statements = ast.parse(path.read_text(encoding="utf-8")).body
+            values = [_literal(s.value) for s in statements if isinstance(s, ast.Assign | ast.AnnAssign) and isinstance(s.value, ast.Dict)]
+        except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise InputError(f"--templates {path}: cannot be read ({error})") from error
+    else:
+        values = [read_json(path)]
+    found = next((v[kind] for v in values if isinstance(v, dict) and isinstance(v.get(kind), list) and v[kind]), None)
+    if found is None:
+        raise InputError(f'--templates {path}: has no list of questions of this kind; expected {{"{kind}": ["Where is the {{abnormality}}?", ...]}}')
+    for text in found:
+        if not isinstance(text, str) or not any(slot in text for slot in SLOTS):
+            raise InputError(f"--templates {path}: {text!r:.80} is no question with {' or '.join(SLOTS)} in it")
+    return tuple(found)
+
+
+def _literal(node: ast.AST):
+    """The value of a literal; None of anything that would have to be run."""
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return None
+
+
 def checked_kind(kind: str) -> str:
     """The kind. Raises InputError unless it is one of KINDS."""
     if kind not in KINDS:
@@ -45,16 +78,25 @@ def report_prompt(rng: np.random.Generator) -> str:
     return _draw(report_prompts(), rng)
 
 
-def question_answer(row: dict, rng: np.random.Generator) -> tuple[str, str]:
-    """The question of a qa row, its own or else a template drawn uniformly, and its answer."""
-    question = row.get("question") or question_text(row["kind"], row["abnormality"], row["anatomy"], rng)
-    return question, row["answer"]
+def question_answer(row: dict, rng: np.random.Generator, own: tuple[str, ...] | None = None) -> tuple[str, str]:
+    """The question of a qa row and its answer. The question is the row's, or else a template drawn uniformly.
+
+    own: templates of the user, which take the place of both.
+    """
+    question = None if own else row.get("question")
+    return question or question_text(row["kind"], row["abnormality"], row["anatomy"], rng, own), row["answer"]
 
 
-def question_text(kind: str, abnormality: str, anatomy: str, rng: np.random.Generator) -> str:
-    """A template of the kind, filled. Of an anatomy such as "lung/right lung" the last part is named."""
+def question_text(
+    kind: str, abnormality: str, anatomy: str, rng: np.random.Generator, own: tuple[str, ...] | None = None
+) -> str:
+    """A template of the kind, or one of `own`, filled. Of an anatomy such as "lung/right lung" the last part is named."""
     anatomy = anatomy.split("/")[-1].strip()
-    return _draw(templates(kind), rng).format(abnormality=abnormality, anatomy=SPOKEN.get(anatomy.lower(), anatomy))
+    words = abnormality, SPOKEN.get(anatomy.lower(), anatomy)
+    text = _draw(own or templates(kind), rng)
+    for slot, word in zip(SLOTS, words, strict=True):
+        text = text.replace(slot, word)
+    return text
 
 
 LIST_QUESTION = "Which abnormalities does this scan show?"

@@ -70,6 +70,35 @@ def set_grad_checkpoint(model: DualEncoder, on: bool) -> None:
     model.vision.grad_checkpoint = model.text.grad_checkpoint = on
 
 
+@torch.no_grad()
+def start_as_published(model: DualEncoder) -> None:
+    """Draw the weights of a model that nothing is loaded into as the published code does, whose libraries differ.
+
+    Where these say truncated, it is at 100 standard deviations.
+    Every Linear starts as torch's own: uniform in +-1 / sqrt(inputs), biases too. On top of that:
+    HSENet's ViT (monai 1.3): patches and positions are normal with std 0.02, the class token and patch biases are 0.
+    REAF's ViT (timm 1.0): the blocks are normal with std 0.02, their biases 0, the class token has std 1e-6.
+    BERT (transformers 4.49): matrices and tables are normal with std 0.02, the padding row and the biases are 0.
+    """
+    vision, text = model.vision, model.text
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    reaf = isinstance(vision, REAF)
+    drawn = [vision.blocks if reaf else vision.patch_embed, text]  # the others keep torch's start
+    for module in (module for part in drawn for module in part.modules()):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    text.word_embed.weight[text.pad_id] = 0
+    if reaf:
+        nn.init.normal_(vision.cls_token, std=1e-6)
+    else:
+        nn.init.zeros_(vision.cls_token)
+        nn.init.normal_(vision.pos_embed, std=0.02)
+
+
 def freeze_text(model: DualEncoder, blocks: int) -> None:
     """Freeze the text encoder but for its LayerNorms and its last `blocks` blocks (one more: the embeddings too).
 

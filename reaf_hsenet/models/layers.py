@@ -106,7 +106,8 @@ class PatchEmbed3D(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices and zero biases, as ViT and MAE start; embeddings of std 0.02, as BERT does."""
+    """Xavier-uniform matrices, zero biases, embeddings of std 0.02: what is built has these until a run starts or weights
+    are loaded (models/clip.py: start_as_published)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

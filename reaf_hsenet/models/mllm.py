@@ -22,6 +22,7 @@ class Mllm(nn.Module):
             raise ValueError(f"{len(projectors)} projectors for {len(encoders)} encoders: expected one, or one for each")
         self.encoders = nn.ModuleList(encoders).requires_grad_(False)
         self.projectors, self.decoder = nn.ModuleList(projectors), decoder
+        self.frozen_dropout = False
         # A shared projector serves every encoder.
         self.visual_tokens = sum(self.projector(i).visual_tokens for i in range(len(encoders)))
 
@@ -29,10 +30,10 @@ class Mllm(nn.Module):
         return self.projectors[i % len(self.projectors)]
 
     def train(self, mode: bool = True) -> "Mllm":
-        """The frozen encoders stay in evaluation mode, so that a volume's features are always the same."""
+        """Frozen encoders stay in evaluation mode, so that a volume's features are always the same, unless `frozen_dropout`."""
         super().train(mode)
         for encoder in self.encoders:
-            encoder.train(mode and any(p.requires_grad for p in encoder.parameters()))
+            encoder.train(mode and (self.frozen_dropout or any(p.requires_grad for p in encoder.parameters())))
         return self
 
     def features(self, volume: Tensor, slices: Tensor | None = None) -> list[Tensor]:
