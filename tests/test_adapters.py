@@ -258,7 +258,7 @@ def test_files_that_are_absent_or_damaged_are_named(tmp_path):
         (folder / CONFIG).write_text(text)
         assert f"{folder / CONFIG}: {named}" in refusal(decoder, folder)
     (folder / CONFIG).unlink()
-    assert f"{folder / CONFIG}: cannot be read" in refusal(decoder, folder)
+    assert f"{folder / CONFIG}: no such file" in refusal(decoder, folder)
     assert "no such folder" in refusal(decoder, tmp_path / "absent")
 
 
