@@ -259,7 +259,7 @@ class Run:
         if not _is_name(name):
             raise InputError(f"--checkpoint {name}: expected last, best or a step such as step-000100")
         folder = self.checkpoints / name if _is_step(name) else self.pointer(name)
-        if folder is None or not (folder / "model.safetensors").is_file():
+        if folder is None or not folder.is_dir():
             there = [path.name for path in self.all()]
             advice = f"there are {first_six(there)}" if there else "let train.py reach its first, or choose another run"
             raise InputError(f"{self.folder}: has no checkpoint{' ' + name if there else ' yet'}; {advice}")
