@@ -122,7 +122,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
         )
         code = trainer.fit()
         if code == 0:
-            say(f"{run.folder}: finished; best checkpoint {run.pointer('best')}, the last is what is taken unless named")
+            say(f"{run.folder}: finished; best checkpoint {run.pointer('best')}, which is taken by name only")
         return code
 
 
@@ -136,8 +136,8 @@ def begun_and_resumed(args: argparse.Namespace, run: Run) -> tuple[bool, bool]:
 def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSetup, say) -> int:
     """A second start: fine when the same run is finished, else a mistake."""
     values, last = run.read_config(), run.pointer("last")
-    # Settings that came after the run have their defaults in it.
-    values["train"] = to_dict(from_dict(TrainConfig, values.get("train"), str(run.folder / "config.json")))
+    if values.get("train"):  # a converted run has none. Settings that came after a run have their defaults in it
+        values["train"] = to_dict(from_dict(TrainConfig, values["train"], str(run.folder / "config.json")))
     now, values = (json.loads(json.dumps(v)) for v in (setup.values(), values))
     same = all(values.get(name) == now[name] for name in now) and values["max_steps"] == args.max_steps
     # A last validation that was not finite is an error, which --resume says again.

@@ -4,7 +4,7 @@ RUN/config.json, RUN/log.jsonl, RUN/checkpoints/step-000123/{model.safetensors,t
 RUN/checkpoints/{last,best}, each of which holds the name of a step's folder. checkpoint.json has the size and the sha256
 of the others. Every file and every step's folder is whole or absent, whenever the process is killed.
 
-A run's path means its last checkpoint; RUN/checkpoints/best and RUN/checkpoints/step-000123 mean these, in every flag.
+A run's path means its last checkpoint; RUN/checkpoints/best and RUN/checkpoints/step-000123 mean these, wherever weights are read.
 """
 
 import json
@@ -69,7 +69,7 @@ class Choice:
         return f"step {self.step}" if _is_step(self.name) else f"{self.name}, step {self.step}"
 
     def record(self) -> dict:
-        """What results say of it."""
+        """Return the entries by which results name the checkpoint."""
         return {
             "checkpoint": str(self.folder), "checkpoint_name": self.name, "checkpoint_step": self.step,
             "checkpoint_chosen_on": self.chosen_on,
@@ -247,10 +247,10 @@ class Run:
             _remove(path)
 
     def choose(self, name: str | None = None) -> Choice:
-        """The checkpoint `name` (last, best, step-000123), or the path's own; by default the last one.
+        """Find the checkpoint `name` (last, best, step-000123), or the path's own; by default the last one, as published.
 
-        Raises InputError when it is not there. The published code evaluates and hands on its last checkpoint. `best` is
-        the default only where config.json says that a development split chose it.
+        `best` is the default only where config.json says that a development split chose it. Raises InputError when the
+        checkpoint is not there.
         """
         if name and self.named and name != self.named:
             raise InputError(f"--checkpoint {name}: the path names another, {self.named}; leave one of them out")
@@ -274,7 +274,10 @@ class Run:
         return None
 
     def load_model(self, name: str | None = None) -> tuple[dict, Choice]:
-        """(state_dict, its checkpoint), which `choose` finds. Raises InputError when it is not as it was written."""
+        """Return the state_dict of the checkpoint that `choose` finds, and the checkpoint.
+
+        Raises InputError when the weights are not as they were written.
+        """
         found = self.choose(name)
         if reason := damage(found.folder, ("model.safetensors",)):
             raise InputError(f"{reason}; put the file back, or name another checkpoint")

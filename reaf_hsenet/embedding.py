@@ -58,8 +58,8 @@ class DualEncoderRun:
 def load_dual_encoder(folder: Path, which: str | None = None, text_model: str | None = None) -> DualEncoderRun:
     """Rebuild a clip1 or clip2 run's model; or that of a published checkpoint, a file or a folder.
 
-    which: the checkpoint, as of Run.choose. text_model: where a published text encoder's vocab.txt is, when not beside its checkpoint. Raises InputError when the
-    folder holds no such run or its weights do not fit.
+    which: the checkpoint, as of Run.choose. text_model: where a published text encoder's vocab.txt is, when not beside its
+    checkpoint. Raises InputError when the folder holds no such run or its weights do not fit.
     """
     if is_published(folder):
         from reaf_hsenet.published_run import load_published  # which takes all of the package with it
@@ -123,9 +123,9 @@ def is_published(path: Path) -> bool:
 
 
 def load_source(path: Path | str, text_model: str | None, sha256: str | None = None) -> DualEncoderRun:
-    """A run that another run came from, or published weights, whose vocabulary lies where that run's did.
+    """Load a run that another run came from, or published weights, whose vocabulary lies where that run's did.
 
-    sha256: of the weights that the other run had. The checkpoint that holds them is taken, whichever the path names now.
+    sha256: hash of the weights that the other run had. The checkpoint with these is taken, whichever the path names now.
     """
     path = Path(path)
     if is_published(path):

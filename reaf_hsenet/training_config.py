@@ -90,7 +90,8 @@ class TrainConfig:
 
 NO_AUGMENTATION = Augmentation(rotate=0, flip=0, scale=0, shift=0)
 
-# The published settings of every stage, per process (HSENet and REAF used 8 and 1 processes in their examples).
+# The published settings of every stage, per process. HSENet's README has 8 processes for the contrastive stages, its files
+# force one in clip1, mrg and vqa; REAF's example has one.
 STAGES = {
     ("clip1", "hsenet"): TrainConfig(
         lr=1e-4,
@@ -134,8 +135,8 @@ STAGES = {
         save_every=2000,
         validate_samples=1024,
     ),
-    # REAF's script says warmup 313, which its code reads as epochs, so that the published run of 2 epochs never
-    # leaves the warm-up; its README's example (2 of 50 epochs) is taken instead.
+    # REAF's train.sh says warmup 313, which its code reads as epochs, so that the published run of 2 epochs never leaves
+    # the warm-up. Its README's example (2 of 50 epochs) is taken instead; our README has train.sh as a command.
     ("clip1", "reaf"): TrainConfig(
         lr=5e-4,
         weight_decay=0.2,

@@ -72,13 +72,13 @@ def set_grad_checkpoint(model: DualEncoder, on: bool) -> None:
 
 @torch.no_grad()
 def start_as_published(model: DualEncoder) -> None:
-    """Draw the weights of a model that nothing is loaded into as the published code does, whose libraries differ.
+    """Draw the weights of a model from scratch as the libraries of the published code do.
 
-    Where these say truncated, it is at 100 standard deviations.
-    Every Linear starts as torch's own: uniform in +-1 / sqrt(inputs), biases too. On top of that:
+    Every Linear starts as torch's own: uniform in +-1 / sqrt(inputs), biases too. Then, by library:
     HSENet's ViT (monai 1.3): patches and positions are normal with std 0.02, the class token and patch biases are 0.
     REAF's ViT (timm 1.0): the blocks are normal with std 0.02, their biases 0, the class token has std 1e-6.
     BERT (transformers 4.49): matrices and tables are normal with std 0.02, the padding row and the biases are 0.
+    Where these libraries truncate a normal of 0.02, it is at 100 standard deviations, which is never reached.
     """
     vision, text = model.vision, model.text
     for module in model.modules():
