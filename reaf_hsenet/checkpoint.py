@@ -10,12 +10,12 @@ A run's path means its last checkpoint; RUN/checkpoints/best and RUN/checkpoints
 import json
 import math
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -23,10 +23,49 @@ from safetensors.torch import save_file
 
 from reaf_hsenet.errors import InputError, OutputError, first_six
 from reaf_hsenet.files import atomic_write, file_sha256, folder_lock, read_json, read_object, write_json
+from reaf_hsenet.pickles import load_pickle
 from reaf_hsenet.pretrained import read_weights_file
 from reaf_hsenet.settings import check_ranges, from_dict, setting
 
 FILES = ("model.safetensors", "trainer.pt")  # of a step
+
+
+@dataclass(frozen=True)
+class EncoderOrigin:
+    """A dual encoder that a language run sees through: its run, and the hash of that run's weights."""
+
+    run: str
+    sha256: str
+    text_model: str | None = None
+    checkpoint: Literal["best", "last"] = "best"
+
+
+@dataclass(frozen=True)
+class DecoderOrigin:
+    """The published decoder below a language run, by what its files are, and the tokens that were added to its own."""
+
+    name: str
+    added: int = setting(0, least=0)
+    sha256: dict[str, str] | None = None
+    fingerprint: dict[str, str] | None = None
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.sha256 is None and self.fingerprint is None:
+            raise InputError("DecoderOrigin lacks fingerprint, by which the decoder's files are known")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run's weights started from."""
+
+    text_model: str | None = None
+    init: str | None = None
+    teacher: str | None = None
+    teacher_sha256: str | None = None
+    published: dict | None = None
+    encoders: tuple[EncoderOrigin, ...] | None = None
+    decoder: DecoderOrigin | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +76,7 @@ class RunSettings:
     model: dict
     recipe: dict
     data: str | None = None
-    origin: dict | None = None
+    origin: Origin | None = None
     slices: dict | None = None
     preset: str = ""
     train: dict | None = None
@@ -115,8 +154,12 @@ class Run:
             )
 
     @property
+    def config(self) -> Path:
+        return self.folder / "config.json"
+
+    @property
     def exists(self) -> bool:
-        return (self.folder / "config.json").is_file()
+        return self.config.is_file()
 
     def read_config(self) -> dict:
         """The config.json, with what it leaves out. Raises InputError when this is not a run."""
@@ -125,15 +168,14 @@ class Run:
                 f"{self.folder}: holds no run (no config.json); train one with train.py, or name one "
                 "with --run"
             )
-        path = self.folder / "config.json"
-        values = read_object(path)
+        values = read_object(self.config)
         known = [field.name for field in fields(RunSettings)]
-        outline = from_dict(RunSettings, {name: values[name] for name in known if name in values}, str(path))
+        outline = from_dict(RunSettings, {name: values[name] for name in known if name in values}, str(self.config))
         return {**vars(outline), **values}
 
     def write_config(self, config: dict) -> None:
         self.require_place()
-        write_json(self.folder / "config.json", config)
+        write_json(self.config, config)
 
     def log(self, *records: dict) -> None:
         """Append to log.jsonl. Raises OutputError on a full disk: the records wait and are written with the next."""
@@ -302,14 +344,7 @@ class Run:
 
     def load_trainer(self, folder: Path) -> tuple[dict, dict]:
         """(model, trainer state) of a checkpoint."""
-        model = read_weights_file(folder / "model.safetensors")
-        try:
-            return model, torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(
-                f"{folder / 'trainer.pt'}: is damaged; write the name of an older step's folder into "
-                f"{self.checkpoints / 'last'}, or start again with another --out"
-            ) from error
+        return read_weights_file(folder / "model.safetensors"), load_pickle(folder / "trainer.pt")
 
 
 def damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:

@@ -142,10 +142,22 @@ def _first_to_fail() -> bool:
     return distributed.first_to_fail()
 
 
+def _ending(error: BaseException) -> tuple[int, str]:
+    """The exit code for an exception, and its line; 1 for a mistake of the program's own, which has a traceback."""
+    if isinstance(error, OSError) and error.filename is not None:  # a disk that is full, a permission, a name too long
+        return 2, f"error: {error.filename}: {error.strerror}"
+    if isinstance(error, InputError):
+        return 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, str(error) or "interrupted"
+    return (143, "interrupted") if isinstance(error, Terminated) else (1, "")
+
+
 def run_script(
     main: Callable[[list[str]], int | None], argv: list[str] | None = None, result: bool = False
 ) -> None:
-    """Run a script's main and exit: 2 and one line for an InputError, 130 for Ctrl-C, 143 for SIGTERM.
+    """Run a script's main and exit: 2 and one line for an InputError, or an OSError that names a file; 130 for Ctrl-C, 143
+    for SIGTERM.
 
     result: what main prints is what the script is for (Output). `--debug` shows tracebacks. Of torchrun's processes only
     the first that fails speaks.
@@ -158,18 +170,15 @@ def run_script(
     try:
         code = main(arguments)
         sys.stdout.flush()
-    except (InputError, KeyboardInterrupt, Terminated) as error:
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        code, message = _ending(error)
+        speaks = _first_to_fail()
+        if code == 1 and speaks:
+            raise
         if "--debug" in arguments:
             traceback.print_exc()
-        code = 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 143
-        message = f"error: {error}" if code == 2 else str(error) or "interrupted"
-        message = message.replace("\n", "\\n")  # of a file's name; an error is one line
-        if _first_to_fail():
-            print(message, file=sys.stderr, flush=True)
-    except Exception:
-        if _first_to_fail():
-            raise
-        code = 1
+        if speaks:
+            print(message.replace("\n", "\\n"), file=sys.stderr, flush=True)  # a file's name may have such; an error is one line
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what follows must not be interrupted by an exception
     if not _alone():

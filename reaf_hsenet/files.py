@@ -151,8 +151,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
             raise InputError(
                 f"{folder}: {holder} is writing into it; wait for it or choose another folder"
             ) from error
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        os.ftruncate(file.fileno(), 0)
+        with suppress(OSError):  # a full disk: then the holder has no name
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield

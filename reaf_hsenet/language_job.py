@@ -47,7 +47,7 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
     dtype = PRECISIONS[settings.precision]
     torch.manual_seed(settings.seed)
     decoder = None  # a new one, or one whose weights are in the checkpoint
-    if setup.origin["decoder"] and not (config.full and args.resume):
+    if setup.origin.get("decoder") and not (config.full and args.resume):
         # A frozen decoder is held in the type it computes in; what is trained is float32.
         decoder = base_decoder(config, setup.origin, torch.float32 if config.full else dtype or torch.float32)
     model = build_mllm(config, decoder)

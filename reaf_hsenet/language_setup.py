@@ -235,14 +235,17 @@ def resumed_language_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> 
     model = "reaf" if values["model"].get("vision") == "reaf" else "hsenet"
     if (values["stage"], model) != (args.stage, args.model):
         raise InputError(f"{run.folder}: is a {values['stage']} run of {model}, not {args.stage} of {args.model}")
-    config, settings, origin = from_dict(MllmConfig, values["model"]), from_dict(TrainConfig, values["train"]), values["origin"]
+    source, origin = str(run.config), values["origin"] or {}
+    if not origin.get("encoders"):
+        raise InputError(f"{source}: its origin has no encoders, which a language run sees through; put the run's own back")
+    config, settings = from_dict(MllmConfig, values["model"], source), from_dict(TrainConfig, values["train"], source)
     manifest = load_manifest(args.data or Path(values["data"]))
-    manifest.require(from_dict(Recipe, values["recipe"]), str(run.folder))
+    manifest.require(from_dict(Recipe, values["recipe"], source), str(run.folder))
     if values["slices"]:
         manifest.require_slices(values["slices"], str(run.folder))
     fixed = {**vars(settings), **vars(config), **{f"lora_{name}": getattr(config, name) for name in ("r", "alpha", "dropout")}}
-    fixed |= {"preset": values["preset"], "max_steps": values["max_steps"], "init": origin["init"]}
-    fixed |= {"decoder": origin["decoder"] and origin["decoder"]["name"], "shared_projector": config.shared}
+    fixed |= {"preset": values["preset"], "max_steps": values["max_steps"], "init": origin.get("init")}
+    fixed |= {"decoder": (origin.get("decoder") or {}).get("name"), "shared_projector": config.shared}
     fixed |= {"no_augment": settings.augment == NO_AUGMENTATION, "slices_stay": not settings.slices_follow}
     fixed["teacher"] = origin["encoders"][0]["run"] if config.vision == "dual" else None
     features = Path(values["features"]) if values["features"] else None

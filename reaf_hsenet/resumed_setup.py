@@ -66,14 +66,14 @@ def resumable(run: Run) -> dict:
 def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
     """Everything from the run's config.json; a flag that would change what is trained is refused."""
     values = resumable(run)
-    config = from_dict(ClipConfig, values["model"])
+    config = from_dict(ClipConfig, values["model"], str(run.config))
     if (values["stage"], config.model) != (args.stage, args.model):
         raise InputError(
             f"{run.folder}: is a {values['stage']} run of {config.model}, not {args.stage} of {args.model}"
         )
     manifest = load_manifest(args.data or Path(values["data"]))
-    manifest.require(from_dict(Recipe, values["recipe"]), str(run.folder))
-    settings = from_dict(TrainConfig, values["train"])
+    manifest.require(from_dict(Recipe, values["recipe"], str(run.config)), str(run.folder))
+    settings = from_dict(TrainConfig, values["train"], str(run.config))
     origin = values.get("origin") or {}
     fixed = {**vars(settings), **vars(config.vision), "logit_scale": config.logit_scale, "preset": values["preset"]}
     fixed |= {"max_steps": values["max_steps"], "unfreeze_text": settings.text_blocks, **origin}
@@ -110,7 +110,7 @@ def refuse_changes(args: argparse.Namespace, names: tuple[str, ...], fixed: dict
 
 def resumed_settings(args: argparse.Namespace, run: Run, values: dict, ranks: Ranks) -> TrainConfig:
     """The run's own, but for what changes nothing that is learned; its global batch is shared by these ranks."""
-    settings = from_dict(TrainConfig, values["train"])
+    settings = from_dict(TrainConfig, values["train"], str(run.config))
     whole = settings.batch_size * values["world"]
     if whole % ranks.world:
         raise InputError(f"{run.folder}: its global batch of {whole} cannot be shared by {ranks.world} processes")

@@ -1,6 +1,7 @@
 """Settings as dataclasses. A field's annotation says the kind of its value, `setting` the range; JSON is held to both."""
 
 import dataclasses
+import math
 import sys
 import typing
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -31,7 +32,7 @@ class Range:
 
 
 def setting(default=MISSING, *, above: float | None = None, least: float | None = None, most: float | None = None):
-    """A dataclass field of one number or several, which must lie in this range."""
+    """A dataclass field of one number or several, which must lie in this range. least: -inf allows that too."""
     held = {"range": Range(above, least, most)}
     return dataclasses.field(metadata=held) if default is MISSING else dataclasses.field(default=default, metadata=held)
 
@@ -72,7 +73,9 @@ def from_dict(cls, values: dict, source: str = "config.json"):
     made = {}
     for name, value in values.items():
         made[name] = _rebuilt(value, hints[name], source)
-        if not _fits(made[name], hints[name]):
+        least = known[name].metadata.get("range", Range()).least
+        endless = type(value) is float and value == least == -math.inf
+        if not (endless or _fits(made[name], hints[name])):
             kind = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else ""
             expected = kind or str(hints[name]).replace("typing.", "")
             raise InputError(f"{source}: {name} of {cls.__name__} is {value!r:.60}; expected {expected}")
@@ -100,7 +103,7 @@ def _fits(value, hint) -> bool:
         parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
     if origin is dict:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
     if parts:
         return any(_fits(value, part) for part in parts)
     if hint is float:  # a finite one, also where JSON has it as a whole number

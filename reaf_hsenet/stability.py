@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.errors import first_six
+from reaf_hsenet.settings import check_ranges, setting
 from reaf_hsenet.sharding import whole
 
 DECAY, WARM_UP, SPIKE = 0.98, 50, 8  # of the running loss; steps before one can spike; in mean deviations
@@ -49,14 +50,17 @@ class Stability:
     written after such a validation; good: of the newest of these that a finite step or validation was made from.
     """
 
-    skipped: int = 0
-    overflows: int = 0
+    skipped: int = setting(0, least=0)
+    overflows: int = setting(0, least=0)
     mean: float = 0.0
-    deviation: float = 0.0
-    seen: int = 0
+    deviation: float = setting(0.0, least=0)
+    seen: int = setting(0, least=0)
     invalid: str = ""
-    saved: int = 0
-    good: int = 0
+    saved: int = setting(0, least=0)
+    good: int = setting(0, least=0)
+
+    def __post_init__(self):
+        check_ranges(self)
 
     def checkpoint(self, step: int, validated: int) -> None:
         """Take in that there is a checkpoint of this step, and the last step that was validated."""

@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,10 +24,11 @@ from reaf_hsenet.errors import InputError, OutputError, early_signal
 from reaf_hsenet.job import Job
 from reaf_hsenet.optimizer import learning_rate
 from reaf_hsenet.progress import progress_bar, say
+from reaf_hsenet.settings import check_ranges, from_dict, setting
 from reaf_hsenet.stability import Stability
 from reaf_hsenet.step_log import Meter, peak_flops, profiler
 from reaf_hsenet.training_config import TrainConfig
-from reaf_hsenet.training_step import Outcome, TrainingStep
+from reaf_hsenet.training_step import Outcome, TrainingStep, other_form
 
 # Each writes a checkpoint and ends the run: Ctrl-C, a scheduler's end of time, its warning before.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -38,12 +39,31 @@ class Progress:
     """Optimizer steps done, the epoch, batches of it already used, the last validated step, the best score so far and
     its step."""
 
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    validated: int = 0
-    best: float = -math.inf
-    best_step: int = 0
+    step: int = setting(0, least=0)
+    epoch: int = setting(0, least=0)
+    batch: int = setting(0, least=0)
+    validated: int = setting(0, least=0)
+    best: float = setting(-math.inf, least=-math.inf)
+    best_step: int = setting(0, least=0)
+
+    def __post_init__(self):
+        check_ranges(self)
+        if max(self.validated, self.best_step) > self.step:
+            raise InputError(f"Progress is at step {self.step}, and validated or best at a later one")
+
+
+@dataclass
+class Saved:
+    """What trainer.pt holds beside the optimizer's state. log_lines: of log.jsonl when it was written."""
+
+    progress: Progress
+    scaler: dict[str, float]
+    stability: Stability = field(default_factory=Stability)
+    bad: dict[str, str] = field(default_factory=dict)
+    log_lines: int | None = setting(None, least=0)
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 class Trainer:
@@ -92,14 +112,19 @@ class Trainer:
         for reason in reasons:
             say(f"{reason}; continuing from {folder.name}")
         state = self.update.load(lambda: self.run.load_trainer(folder), str(folder))
-        self.update.scaler.load_state_dict(state["scaler"])
-        self.stability = Stability(**state.get("stability", {}))
-        self.progress = progress = Progress(**state["progress"])
-        self.job.bad.restore(state.get("bad", {}))
+        saved = from_dict(Saved, state, str(folder / "trainer.pt"))
+        if self.update.scaler.is_enabled() and saved.scaler:  # empty after steps in another precision
+            with other_form(str(folder)):
+                self.update.scaler.load_state_dict(saved.scaler)
+        self.stability, self.progress = saved.stability, saved.progress
+        progress = self.progress
+        if self.run.at(progress.step) != folder:
+            raise InputError(f"{folder / 'trainer.pt'}: is of step {progress.step}; put the one of this step back")
+        self.job.bad.restore(saved.bad)
 
         def as_it_was() -> bool:
             """The folder, when the checkpoint was written. Whether its best checkpoint is still there."""
-            self.run.forget_after(progress.step, state.get("log_lines"))
+            self.run.forget_after(progress.step, saved.log_lines)
             if "best_step" in state["progress"]:
                 self.run.point("best", progress.best_step)
             return self.run.pointer("best") is not None

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from reaf_hsenet import distributed
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.files import named
 from reaf_hsenet.grad_cache import cached_backward
 from reaf_hsenet.job import Job
 from reaf_hsenet.optimizer import parameter_groups
@@ -37,6 +39,12 @@ class Outcome:
     signal: int
     trouble: str | None
     overflow: bool
+
+
+def other_form(checkpoint: str):
+    """A block that reads trainer.pt: what it raises is one line."""
+    advice = "write the name of an older step's folder into checkpoints/last, or start again with another --out"
+    return named(Path(checkpoint) / "trainer.pt", "is not the state of this run's training", advice)
 
 
 class TrainingStep:
@@ -135,7 +143,8 @@ class TrainingStep:
         def fitting() -> tuple[dict[str, Tensor], dict, dict]:
             tensors, state = read()
             require_fit(tensors, self.job.saved(self.model), source)
-            return tensors, state.pop("optimizer"), state
+            with other_form(source):
+                return tensors, self._moments(state.pop("optimizer")), state
 
         if self.config.shard:
             return load_whole_state(self.model, self.optimizer, fitting)
@@ -143,6 +152,18 @@ class TrainingStep:
         self.model.load_state_dict(tensors, strict=False)
         self.optimizer.load_state_dict(optimizer)
         return rest
+
+    def _moments(self, saved: dict) -> dict:
+        """The optimizer's state from a checkpoint, with this run's own settings. Raises ValueError where it is another's."""
+        own = self.optimizer.state_dict()["param_groups"]
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
+            raise ValueError("its optimizer has other parameters")
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, moments in saved["state"].items():
+            shape = parameters[number].shape
+            if {name: tensor.shape for name, tensor in moments.items()} != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+                raise ValueError(f"its optimizer has other moments of parameter {number}")
+        return {"state": saved["state"], "param_groups": own}
 
     def flops(self, batch: Batch) -> float:
         """Of a sample, forward and backward, with what --grad-checkpoint computes again."""

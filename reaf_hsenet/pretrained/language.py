@@ -110,11 +110,12 @@ def _encoders(name: str, text_model, slice_encoder, notes: list[str]):
         teacher = (values.get("origin") or {}).get("teacher")
         if values["stage"] != "clip2" or not teacher or not Run(teacher).exists:
             raise InputError(f"--encoders {name}: is a {values['stage']} run, or its teacher is not there; expected a clip2 run with it")
-        first, second = (from_dict(ClipConfig, v["model"]).vision for v in (Run(teacher).read_config(), values))
+        first, second = (from_dict(ClipConfig, Run(f).read_config()["model"], str(Run(f).config)).vision for f in (teacher, name))
         if not isinstance(second, GuidedVisionConfig):
             raise InputError(f"--encoders {name}: takes no slices; expected the run of a 2E3 encoder")
         had = Run(teacher).holding(values["origin"].get("teacher_sha256"))  # what the 2E3 encoder learned from
-        return None, (Run(teacher).checkpoints / had if had else Path(teacher), Path(name)), (first, second), from_dict(Recipe, values["recipe"]), values["slices"]
+        runs = Run(teacher).checkpoints / had if had else Path(teacher), Path(name)
+        return None, runs, (first, second), from_dict(Recipe, values["recipe"], str(Run(name).config)), values["slices"]
     published = load_published_dual(name, text_model, slice_encoder=slice_encoder)
     if published.teacher is None:
         found = published.source.family.name

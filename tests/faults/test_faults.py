@@ -14,6 +14,7 @@ import re
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +83,18 @@ def unhashed(make: Make) -> Make:
         make(scene)
 
     return made
+
+
+def trainer_state(edit: Callable[[dict], object]) -> Make:
+    """A trainer.pt, as earlier versions saved it without its hash, that holds what `edit` returns, or leaves."""
+
+    def make(scene: Scene) -> None:
+        remove("trained/checkpoints/step-000001/checkpoint.json")(scene)
+        path = scene.file("trained/checkpoints/step-000001/trainer.pt")
+        state = torch.load(path)
+        torch.save(edit(state) or state, path)
+
+    return make
 
 
 def volumes(count: int, write_it) -> Make:
@@ -255,6 +268,24 @@ TRAIN = [
     Fault("resumed run whose world is a text", change("trained/config.json", "world", value="all"), RESUME, 2, "config.json: world of RunSettings is 'all'; expected"),
     Fault("resumed run whose trainer state is truncated", cut("trained/checkpoints/step-000001/trainer.pt"), RESUME, 2, "trainer.pt: is damaged: it has "),
     Fault("resumed run whose trainer state is a list", pickled("trained/checkpoints/step-000001/trainer.pt", [1]), RESUME, 2, "trainer.pt: is damaged: it has 1261 bytes, "),
+    Fault("resumed run whose trainer state is a number", trainer_state(lambda s: 3), RESUME, 2, "trainer.pt: is not the state of this run's training"),
+    Fault("resumed run whose trainer state is empty", trainer_state(lambda s: s.clear()), RESUME, 2, "trainer.pt: is not the state of this run's training ('optimizer')"),
+    Fault("resumed run without its progress", trainer_state(lambda s: s.pop("progress") and None), RESUME, 2, "trainer.pt: Saved lacks progress"),
+    Fault("resumed run whose step is a text", trainer_state(lambda s: s["progress"].update(step="1")), RESUME, 2, "trainer.pt: step of Progress is '1'; expected int"),
+    Fault("resumed run whose best score is a tensor", trainer_state(lambda s: s["progress"].update(best=torch.ones(2))), RESUME, 2, "trainer.pt: best of Progress is tensor"),
+    Fault("resumed run whose step is another", trainer_state(lambda s: s["progress"].update(step=7)), RESUME, 2, "trainer.pt: is of step 7; put the one of this step"),
+    Fault("resumed run whose batch is negative", trainer_state(lambda s: s["progress"].update(batch=-7)), RESUME, 2, "trainer.pt: batch of Progress is -7; expected 0 or"),
+    Fault("resumed run with moments of another shape", trainer_state(lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3))), RESUME, 2, "its optimizer has other moments of parameter 0"),
+    Fault("resumed run with an optimizer of other parameters", trainer_state(lambda s: s["optimizer"]["param_groups"].pop() and None), RESUME, 2, "its optimizer has other parameters"),
+    Fault("resumed run whose bad volumes are numbers", trainer_state(lambda s: s.update(bad={3: 4})), RESUME, 2, "trainer.pt: bad of Saved is {3: 4}; expected"),
+    Fault("resumed run that accumulates -1 batches", change("trained/config.json", "train", "accumulate", value=-1), RESUME, 2, "config.json: accumulate of TrainConfig is -1; expected more"),
+    Fault("resumed run of betas above 1", change("trained/config.json", "train", "betas", value=[2, 3]), RESUME, 2, "config.json: betas of TrainConfig is (2, 3); expected"),
+    Fault("resumed run of an unknown precision", change("trained/config.json", "train", "precision", value="fp8"), RESUME, 2, "config.json: precision of TrainConfig is 'fp8'; expected"),
+    Fault("resumed run of a world of none", change("trained/config.json", "world", value=0), RESUME, 2, "config.json: world of RunSettings is 0; expected more"),
+    Fault("resumed run that flips twice as often as always", change("trained/config.json", "train", "augment", "flip", value=2), RESUME, 2, "config.json: flip of Augmentation is 2; expected 1 or"),
+    Fault("resumed run whose checkpoint.json lists no file", change("trained/checkpoints/step-000001/checkpoint.json", "files", value={}), RESUME, 2, "checkpoint.json: is damaged; no other checkpoint"),
+    Fault("start from a run that is not there", nothing, f"{CLIP1} --init runs/typo", 2, "runs/typo: no such folder or file; expected one, or a hub"),
+    Fault("start from a file that is not in a folder", nothing, f"{CLIP1} --init data/typo", 2, "data/typo: no such folder or file; expected one, or a hub"),
     Fault("resumed run whose weights are truncated", cut("trained/checkpoints/step-000001/model.safetensors"), RESUME, 2, "model.safetensors: is damaged: it has 1939186"),
     Fault("resumed run whose last step is binary", write("trained/checkpoints/last", b"\xff\0\xfe"), RESUME, 2, "write the name of a step's folder into it"),
     Fault("resumed run whose data are gone", change("trained/config.json", "data", value="/nowhere"), RESUME, 2, "manifest.json: no such file; make it with"),
