@@ -51,16 +51,16 @@ def seconds(work, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def ours(decoder: Decoder, ids: torch.Tensor, compiled: bool) -> tuple[float, float, list]:
-    """(seconds of the prefill, of the later tokens, the tokens)."""
-    made = steps(decoder, ids=ids, new_tokens=NEW + 1, compiled=compiled)
+def ours(decoder: Decoder, ids: torch.Tensor, compiled: bool, new: int = NEW) -> tuple[float, float, list]:
+    """(seconds of the prefill, of the `new` later tokens, the tokens)."""
+    made = steps(decoder, ids=ids, new_tokens=new + 1, compiled=compiled)
     tokens = []
     prefill = seconds(lambda: tokens.append(next(made)[0]), ids.device)
     return prefill, seconds(lambda: tokens.extend(t for t, _ in made), ids.device), torch.stack(tokens, 1).tolist()
 
 
 @torch.inference_mode()
-def theirs(model, ids: torch.Tensor) -> tuple[float, float, list]:
+def theirs(model, ids: torch.Tensor, new: int = NEW) -> tuple[float, float, list]:
     """The same with transformers' model and its cache, in a bare loop, which is faster than its generate()."""
     from transformers import DynamicCache
 
@@ -71,7 +71,7 @@ def theirs(model, ids: torch.Tensor) -> tuple[float, float, list]:
         tokens.append(logits[:, -1].argmax(-1))
 
     prefill = seconds(lambda: step(ids), ids.device)
-    decode = seconds(lambda: [step(tokens[-1][:, None]) for _ in range(NEW)], ids.device)
+    decode = seconds(lambda: [step(tokens[-1][:, None]) for _ in range(new)], ids.device)
     return prefill, decode, torch.stack(tokens, 1).tolist()
 
 

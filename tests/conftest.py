@@ -34,6 +34,11 @@ def error_line(process: subprocess.CompletedProcess) -> str:
     return lines[-1]
 
 
+def pytest_runtest_setup(item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory) -> Path:
     """12 + 6 small phantoms in CT-RATE's layout; some scans have two reconstructions."""

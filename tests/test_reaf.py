@@ -253,7 +253,7 @@ def test_forward_and_backward_never_wait_for_a_value():
         volume.sum().item()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_forward_on_a_gpu_does_not_synchronise():
     model, volume = encoder(drop_path=0.5).train().cuda(), volumes().cuda()
     model(volume)

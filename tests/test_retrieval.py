@@ -245,7 +245,7 @@ def test_wrong_input_is_refused_in_one_line():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_results_on_a_gpu_equal_those_on_a_cpu():
     image, text, scans, labels = dataset(0)
     on_gpu = cross_retrieval_per_scan(image.cuda(), text.cuda(), scans.cuda())

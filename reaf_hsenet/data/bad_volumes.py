@@ -63,7 +63,9 @@ class BadVolumes:
     def count(self, batches: list, expected: int) -> None:
         """Called by all ranks with a step's batches, of `expected` rows each: tells each how many rows every rank has of it,
         and agrees on what is missing."""
-        rows = torch.tensor([len(batch.index) for batch in batches], device=self.ranks.device)
+        # One process alone has nothing to send: on its GPU, the rows would be waited for at every step.
+        device = self.ranks.device if self.ranks.world > 1 else "cpu"
+        rows = torch.tensor([len(batch.index) for batch in batches], device=device)
         by_rank = distributed.gather_equal(rows).tolist()
         for i, batch in enumerate(batches):
             batch.counts = [counts[i] for counts in by_rank]

@@ -3,7 +3,7 @@
 As in loader.py an item is asked for as (epoch, row), and its randomness (prompt, augmentation) depends on seed and both.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from reaf_hsenet.data.language import (
     language_example,
     question_text,
 )
-from reaf_hsenet.data.loader import empty_sample, part_unreadable, read_sample, read_slices
+from reaf_hsenet.data.loader import empty_sample, part_unreadable, read_sample, read_slices, with_tensors
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, label_list, question_answer, questions, report_prompt
 from reaf_hsenet.data.text import clean_report
@@ -48,12 +48,10 @@ class LanguageBatch:
     counts: list[int] | None = None
 
     def to(self, device: torch.device) -> "LanguageBatch":
-        def there(value):
-            if isinstance(value, list):
-                return [there(part) for part in value]
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
-        return LanguageBatch(**{f.name: there(getattr(self, f.name)) for f in fields(self)})
+    def pin_memory(self) -> "LanguageBatch":
+        return with_tensors(self, Tensor.pin_memory)
 
 
 class LanguageDataset(Dataset):

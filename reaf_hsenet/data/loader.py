@@ -1,6 +1,7 @@
 """Prepared volumes and reports -> batches. What a step sees depends on (seed, epoch, step), not on ranks or workers."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,11 @@ class Batch:
     counts: list[int] | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        volume, ids, mask, slices = (
-            t if t is None else t.to(device, non_blocking=True) for t in (self.volume, self.ids, self.mask, self.slices)
-        )
-        return replace(self, volume=volume, ids=ids, mask=mask, slices=slices)
+        return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by torch's loader, which knows no dataclass. A copy from unpinned memory would wait for the GPU."""
+        return with_tensors(self, Tensor.pin_memory)
 
     def split(self, rows: int) -> list["Batch"]:
         """Parts of `rows` volumes; the last may have fewer."""
@@ -46,6 +48,17 @@ class Batch:
         index = [self.index[i : i + rows] for i in range(0, len(self.volume), rows)]
         slices = [None] * len(index) if self.slices is None else self.slices.split(rows)
         return [Batch(*p) for p in zip(*parts, index, slices, strict=True)]
+
+
+def with_tensors(batch, change: Callable[[Tensor], Tensor]):
+    """Return a copy of a batch, a dataclass, with every tensor changed, those in its lists too."""
+
+    def changed(value):
+        if isinstance(value, list):
+            return [changed(part) for part in value]
+        return change(value) if isinstance(value, Tensor) else value
+
+    return replace(batch, **{f.name: changed(getattr(batch, f.name)) for f in fields(batch)})
 
 
 class CTReportDataset(Dataset):
