@@ -86,7 +86,7 @@ def generation(command: Parser, name: str) -> None:
 
 def model_and_scan(command: Parser, name: str) -> None:
     group = command.add_argument_group("model")
-    group.add_argument("--run", type=Path, help="run folder of train.py, or published weights: file, "
+    group.add_argument("--run", help="run folder of train.py, or published weights: file, "
                        "folder or hub id (default: the last stage's that can do it, in runs/)")  # fmt: skip
     group.add_argument("--text-model", metavar="NAME", help="folder or hub id with the vocabulary of a published checkpoint")
     if name in ("report", "ask"):

@@ -135,11 +135,11 @@ def load_source(path: Path | str, text_model: str | None, sha256: str | None = N
     return load_dual_encoder(run.folder, had) if had else load_dual_encoder(path)
 
 
-def locate_run(name: Path) -> Path:
+def locate_run(name: str) -> Path:
     """A path as it is; a hub id, fetched."""
-    if name.exists() or not is_hub_id(str(name)):
-        return name
-    return find_folder(str(name), [*(f"*{suffix}" for suffix in SUFFIXES), "*.json", "vocab.txt"])
+    if Path(name).exists() or not is_hub_id(name):
+        return Path(name)
+    return find_folder(name, [*(f"*{suffix}" for suffix in SUFFIXES), "*.json", "vocab.txt"])
 
 
 @worker_deaths_named()

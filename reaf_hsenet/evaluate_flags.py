@@ -34,7 +34,7 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     parser = Parser(description)
     add = parser.add_argument
     add("--task", choices=TASKS, required=True)
-    add("--run", type=Path, help="run folder of train.py, or published weights: file, folder or hub id (default: "
+    add("--run", help="run folder of train.py, or published weights: file, folder or hub id (default: "
         "runs/clip1-MODEL; runs/mrg-MODEL, runs/vqa-MODEL)")  # fmt: skip
     add("--text-model", metavar="NAME", help="folder or hub id with the vocabulary of a published checkpoint")
     add("--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)")

@@ -1,6 +1,7 @@
 """Published BERT folders load under every layout they come in, and wrong ones are refused by name."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import fill
 import train
+from reaf_hsenet import pretrained
+from reaf_hsenet.embedding import locate_run
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.text_encoder import TextEncoder
 from reaf_hsenet.pretrained import (
@@ -154,3 +157,13 @@ def test_only_a_hub_id_is_looked_for_on_the_hub():
         find_folder("bert-base", ["config.json"])
     with pytest.raises(InputError, match="the hub does not give it.*fetch config.json by hand"):
         find_folder("someone/bert@main", ["config.json"])
+
+
+@pytest.mark.parametrize("name", ["runs/typo", "data/typo", "./x/y", "../y", "/x/y", "x", "x/y/z", "typo.bin"])
+def test_a_path_that_is_not_there_is_asked_of_nobody(tmp_path, monkeypatch, name):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **options: pytest.fail(f"{name} was asked of the hub"))
+    with pytest.raises(InputError, match=f"^{re.escape(name)}: no such folder or file"):
+        read_checkpoint(name)
+    assert locate_run(name) == Path(name)

@@ -1,0 +1,128 @@
+"""One table of settings: what a field may hold, read by config.json and by the flags."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from reaf_hsenet.checkpoint import DecoderOrigin, RunSettings
+from reaf_hsenet.config import (
+    ClipConfig,
+    GuidedVisionConfig,
+    LoraConfig,
+    ReafVisionConfig,
+    TextConfig,
+    VisionConfig,
+)
+from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.mllm_config import MllmConfig
+from reaf_hsenet.presets import PRESETS
+from reaf_hsenet.settings import check_ranges, from_dict, ranges, setting, to_dict
+from reaf_hsenet.stability import Stability
+from reaf_hsenet.train_flags import RANGES
+from reaf_hsenet.trainer import Progress, Saved
+from reaf_hsenet.training_config import STAGES, Augmentation, TrainConfig
+
+
+@dataclass(frozen=True)
+class Inner:
+    share: float = setting(0.5, least=0, most=1)
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    sizes: tuple[int, int] = setting((1, 2), above=0)
+    kind: Literal["a", 1] = "a"
+    inner: Inner | None = None
+    several: tuple[Inner, ...] = ()
+    words: dict[str, int] = dataclasses.field(default_factory=dict)
+    low: float = setting(-math.inf, least=-math.inf)
+
+    __post_init__ = Inner.__post_init__
+
+
+WHOLE = {"name": "x", "sizes": [3, 4], "kind": 1, "inner": {"share": 1}, "several": [{"share": 0.1}, {}], "words": {"a": 2}, "low": 3}
+
+
+def test_what_was_written_is_read_again():
+    made = from_dict(Outer, WHOLE)
+    assert made == Outer("x", (3, 4), 1, Inner(1), (Inner(0.1), Inner()), {"a": 2}, 3)
+    assert from_dict(Outer, json.loads(json.dumps(to_dict(made)))) == made
+    assert from_dict(Outer, to_dict(Outer("x"))).low == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": 3}, "f.json: name of Outer is 3; expected str"),
+        ({"sizes": [3]}, "f.json: sizes of Outer is .3.; expected tuple.int, int."),
+        ({"sizes": [3, True]}, "sizes of Outer is .3, True."),
+        ({"sizes": [3, 0]}, "f.json: sizes of Outer is .3, 0.; expected more than 0"),
+        ({"kind": "b"}, "kind of Outer is 'b'; expected Literal"),
+        ({"kind": True}, "kind of Outer is True"),
+        ({"inner": {"share": 1.5}}, "f.json: share of Inner is 1.5; expected 1 or less"),
+        ({"inner": {"share": float("nan")}}, "share of Inner is nan; expected float"),
+        ({"inner": {"share": 10**400}}, "share of Inner is 1000"),
+        ({"several": [{"share": -1}]}, "share of Inner is -1; expected 0 or more"),
+        ({"several": [3]}, "several of Outer is .3."),
+        ({"words": {"a": "b"}}, "words of Outer is"),
+        ({"low": float("inf")}, "low of Outer is inf"),
+        ({"more": 1}, "f.json: Outer has no setting more: written by another version"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_file_and_field(change, words):
+    with pytest.raises(InputError, match=words) as error:
+        from_dict(Outer, {**WHOLE, **change}, "f.json")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_absent_is_named():
+    with pytest.raises(InputError, match="f.json: Outer lacks name"):
+        from_dict(Outer, {}, "f.json")
+    with pytest.raises(InputError, match="f.json: Outer is .1.; expected an object of settings"):
+        from_dict(Outer, [1], "f.json")
+
+
+SETTINGS = (
+    *(Augmentation, ClipConfig, DecoderOrigin, GuidedVisionConfig, LoraConfig, MllmConfig, Progress, ReafVisionConfig),
+    *(RunSettings, Saved, Stability, TextConfig, TrainConfig, VisionConfig, DecoderConfig, RopeConfig),
+)
+
+
+@pytest.mark.parametrize("cls", SETTINGS)
+def test_every_range_is_held_to(cls):
+    """A number below it is refused when the object is made, however it is made."""
+    for name, held in ranges(cls).items():
+        if held.least == -math.inf:
+            continue
+        below = held.above if held.above is not None else held.least - 1
+        broken = cls.__new__(cls)
+        for field in dataclasses.fields(cls):
+            default = None if field.default is dataclasses.MISSING else field.default
+            object.__setattr__(broken, field.name, below if field.name == name else default)
+        with pytest.raises(InputError, match=f"^{name} of {cls.__name__} is {below}"):
+            broken.__post_init__()
+
+
+def test_every_number_of_a_recipe_has_a_range():
+    for cls in (TrainConfig, Augmentation, ReafVisionConfig, TextConfig, LoraConfig, MllmConfig):
+        free = {f.name for f in dataclasses.fields(cls) if "int" in str(f.type) or "float" in str(f.type)} - ranges(cls).keys()
+        assert free <= {"scan_layers"}, cls
+
+
+def test_flags_have_the_ranges_of_their_settings():
+    assert all(RANGES[name] == held for name, held in ranges(TrainConfig).items())
+    assert RANGES["lora_r"] == ranges(LoraConfig)["r"] and RANGES["kernel"] == ranges(MllmConfig)["kernel"]
+
+
+def test_published_settings_and_presets_survive_json():
+    for config in (*PRESETS.values(), *STAGES.values()):
+        assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
