@@ -44,14 +44,14 @@ class Part:
 
 PARTS = (  # by worth
     Part("machine", "gpu_speed:machine", 15),
-    Part("tests", "gpu_correctness:tests", 30),
+    Part("tests", "gpu_correctness:tests", 25),
     Part("parity", "gpu_correctness:parity", 40),
-    Part("hsenet-base", "gpu_speed:encoder", 60),
-    Part("reaf-base", "gpu_speed:encoder", 60),
-    Part("phi-4-mini", "gpu_speed:language", 105),
-    Part("train-bf16", "gpu_training:train_and_resume", 50),
+    Part("hsenet-base", "gpu_speed:encoder", 70),
+    Part("reaf-base", "gpu_speed:encoder", 70),
+    Part("phi-4-mini", "gpu_speed:language", 100),
+    Part("train-bf16", "gpu_training:train_and_resume", 45),
     Part("train-fp16", "gpu_training:train_and_resume", 40),
-    Part("grad-cache", "gpu_training:grad_cache", 20),
+    Part("grad-cache", "gpu_training:grad_cache", 15),
     Part("ddp", "gpu_training:ddp", 20),
     Part("waits", "gpu_training:waits", 20),
 )

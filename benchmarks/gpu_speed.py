@@ -125,7 +125,7 @@ def encoder(report: Report, setting: Setting) -> None:
 
         step(update=True)
         reset_peak(device)
-        seconds = timed(step, device, 0.1 if setting.dry else 1.0)
+        seconds = timed(step, device, 0.1 if setting.dry else 0.5)
         checkpointed = "checkpoint" in form
         numbers = {
             "batch": batch,
