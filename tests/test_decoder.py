@@ -92,7 +92,11 @@ def test_the_rotary_frequencies_stay_float32_in_a_bfloat16_model():
 @pytest.mark.parametrize("tied", [True, False])
 def test_packed_weights_compute_the_same(dtype, tied):
     decoder = small(tied=tied).to(dtype)
-    assert packable(next(decoder.parameters()))
+    if not packable(next(decoder.parameters())):  # a processor without the instructions: all stays as it is
+        assert dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        pack(decoder)
+        assert not any(isinstance(m, PackedLinear) for m in decoder.modules())
+        return
     with torch.inference_mode():
         expected, weight = decoder(ids()), decoder.layers[0].mlp.down_proj.weight.clone()
         pack(decoder)
