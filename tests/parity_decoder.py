@@ -93,7 +93,7 @@ def _plain(case: Case, decoder: Decoder, inputs: dict[str, Tensor]) -> Iterator[
         if "logits_no_padding_mask" in outputs:
             yield _close("logits without mask", decoder(ids), outputs["logits_no_padding_mask"])
             yield _close("logits, long factors", decoder(inputs["ids48"]), outputs["logits48"])
-            plain = replace(decoder.config.rope, kind="default")
+            plain = replace(decoder.config.rope, kind="default", short_factor=(), long_factor=())
             yield _close("logits, default rope", build(case, rope=plain)(ids, mask=mask), outputs["logits_default_rope"], mask)
             yield _close("logits, window off", build(case, window=None)(ids, mask=mask), outputs["logits_window_off"], mask)
             values = case["config"]

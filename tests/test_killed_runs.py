@@ -20,7 +20,7 @@ import train
 from conftest import ROOT
 from reaf_hsenet.checkpoint import Run
 from test_language_runs import language, stages  # noqa: F401
-from test_train import numbers, same_weights, tiny, weights
+from test_train import assert_close_weights, numbers, same_weights, tiny
 
 FORKS = multiprocessing.get_context("forkserver")
 
@@ -140,8 +140,7 @@ def test_a_checkpoint_of_four_processes_resumes_on_two_and_on_one(prepared, tmp_
     finish(argv)
     for a, b in zip(numbers(one), numbers(out), strict=True):
         assert a["step"] == b["step"] and a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=2e-5)
-    for name, tensor in weights(one).items():
-        assert torch.allclose(tensor, weights(out)[name], atol=2e-4), name
+    assert_close_weights(one, out)
 
 
 def elastic(argv: list[str]) -> subprocess.Popen:

@@ -355,7 +355,7 @@ def test_two_processes_go_on_where_one_was_and_answer_as_one(vqa_run, whole, beg
     assert (begun / "vqa.csv").read_text() == (whole / "vqa.csv").read_text()
     assert (begun / "vqa.json").read_text() == (whole / "vqa.json").read_text()
     half = (len(read("vqa", whole)[0]) - 6) // 2
-    assert f"{half}/{half} " in done.stderr  # of the first process's bar
+    assert f"row {half} of {half}, " in done.stderr  # of the first process
     assert done.stdout.count("6 of") == 1 and done.stdout.count("written to") == 1 and not list(begun.glob("*.jsonl"))
 
 

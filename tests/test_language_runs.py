@@ -23,7 +23,7 @@ from reaf_hsenet.models.int8 import Int8Linear
 from reaf_hsenet.pretrained_decoder import save_decoder
 from reaf_hsenet.word_tokenizer import train_words
 from test_clip2_runs import encoder, stage2
-from test_train import numbers, same_weights, stop_at, tiny, torchrun, weights
+from test_train import assert_close_weights, numbers, same_weights, stop_at, tiny, torchrun, weights
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,7 @@ def test_two_processes_train_as_one_does(stages, tmp_path):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-5)
         if "validation" in a:
             assert a["validation"]["loss"] == pytest.approx(b["validation"]["loss"], abs=1e-4)
-    for name, tensor in weights(one).items():
-        assert torch.allclose(tensor, weights(two)[name], atol=2e-4), name
+    assert_close_weights(one, two)
 
 
 def test_a_published_decoder_gets_adapters_and_only_what_is_trained_is_saved(stages, decoder_folder, tmp_path):
