@@ -11,7 +11,7 @@ import torch
 from reaf_hsenet.checkpoint import Choice
 from reaf_hsenet.embedding import DualEncoderRun, load_dual_encoder
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import fingerprint
+from reaf_hsenet.files import file_sha256
 from reaf_hsenet.mllm_run import MllmRun, build_run_model
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.pretrained.dual import load_published_dual
@@ -42,7 +42,7 @@ def load_published(
         published = load_published_language(source, decoder, encoders, text_model=text_model)
         if published.encoder is not None:
             states = [published.encoder.teacher.state, published.encoder.state]
-            hashes = [fingerprint(published.encoder.source.file)]
+            hashes = [file_sha256(published.encoder.source.file)]
         else:
             runs = [load_dual_encoder(run) for run in published.encoder_runs]
             states, hashes = [merged_state(run.model) for run in runs], [run.sha256() for run in runs]

@@ -47,8 +47,10 @@ def test_a_disk_that_is_full_at_the_end_ends_a_run_with_its_loaders(prepared, tm
 def test_a_loader_that_is_killed_while_a_checkpoint_is_written_does_not_drop_it(prepared, tmp_path, monkeypatch, capsys):
     save_file, out = checkpoint.save_file, tmp_path / "run"
 
+    before = set(multiprocessing.active_children())  # of other tests
+
     def killing(tensors, path):
-        (loader,) = multiprocessing.active_children()
+        (loader,) = set(multiprocessing.active_children()) - before
         loader.kill()
         while " Z " not in Path(f"/proc/{loader.pid}/stat").read_text():  # what torch raises when it hears of it, is raised here
             time.sleep(0.001)
