@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from reaf_hsenet.data.volume import read_volume
+from reaf_hsenet.data.volume import TableRow, read_volume
 from reaf_hsenet.errors import InputError
 from test_volume import chest, save
 
@@ -187,3 +187,12 @@ def test_of_a_sparse_file_no_more_is_read_than_its_header_tells_of(tmp_path):
     with open(path, "r+b") as file:
         file.truncate(20 * 2**30)
     assert same_as_stored(read_volume(path))
+
+
+@pytest.mark.parametrize("padding", [-2000, -1000, -300])
+def test_raw_values_with_padding_are_rescaled_and_not_taken_for_hu(tmp_path, padding):
+    """Padding lies below -200 whatever the scale is, and is no air."""
+    raw = np.pad(chest().astype(np.int32), ((12, 12), (12, 12), (0, 0)), constant_values=-1000) + 1024
+    raw[:6] = padding
+    volume = read_volume(save(tmp_path, raw), TableRow(None, 1, -1024))
+    assert "raw values" in volume.record["rescale"] and np.array_equal(volume.hu, raw - 1024)

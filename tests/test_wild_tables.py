@@ -57,7 +57,7 @@ def test_a_table_whose_quotes_do_not_balance_is_refused_with_its_lines(tmp_path,
         read_nifti_folder(tmp_path, path)
 
 
-@pytest.mark.parametrize("text", ['"Two lines:\nlungs, clear"', '"A ""6 mm"" nodule,\nunchanged"', '6" nodule', "'quoted'"])
+@pytest.mark.parametrize("text", ['"Two lines:\nlungs, clear"', '"A ""6 mm"" nodule,\nunchanged"', '6" nodule', "'quoted'", '"Findings:\n' + 300 * "x" + ', end."'])
 def test_texts_of_several_lines_and_with_quotes_are_read_whole(tmp_path, text):
     touch(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
     path = table(tmp_path / "r.csv", "id,text,split", f"a,{text},train", "b,Normal.,train")

@@ -151,7 +151,7 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
     table = table or only_csv(root, "id and text")
-    rows = read_csv(table, ("id", "text"), "id", names_volume=lambda cell: bool(_nifti_file(root, _stem(cell))))
+    rows = read_csv(table, ("id", "text"), "id", names_volume=lambda cell: len(cell.encode()) < 200 and bool(_nifti_file(root, _stem(cell))))
     if not rows:
         raise InputError(f"{table}: has no rows; expected an id and a text for each volume")
     cases: dict[str, list[Case]] = {"train": [], "validation": [], "test": []}

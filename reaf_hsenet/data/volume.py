@@ -197,7 +197,8 @@ def not_hu(sample: np.ndarray) -> str | None:
     real CTs. It moves with any offset that was applied twice or not at all; a minimum would be no test, since padding
     varies, and neither is a maximum, since metal and bone pass it.
     """
-    if (air := float(np.percentile(sample, 1))) >= -200:
+    inside = sample[sample > sample.min()]  # the smallest value may be padding, which says nothing of air
+    if (air := float(np.percentile(inside, 1))) >= -200:
         return f"there is no air or lung below -200 (1st percentile {air:.0f})"
     body = sample[sample > -500]
     if len(body) < LEAST_BODY * len(sample):
