@@ -37,7 +37,6 @@ class EncoderOrigin:
     run: str
     sha256: str
     text_model: str | None = None
-    checkpoint: Literal["best", "last"] = "best"
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,7 @@ class RunSettings:
     data: str | None = None
     origin: Origin | None = None
     slices: dict | None = None
+    best_of: Literal["validation", "development"] = "validation"  # the split that chose its best checkpoint
     preset: str = ""
     train: dict | None = None
     features: str | None = None
@@ -296,7 +296,7 @@ class Run:
         """
         if name and self.named and name != self.named:
             raise InputError(f"--checkpoint {name}: the path names another, {self.named}; leave one of them out")
-        chosen_on = self.read_config().get("best_of", "validation") if self.exists else "validation"
+        chosen_on = self.read_config()["best_of"] if self.exists else "validation"
         name = name or self.named or ("best" if chosen_on == "development" else "last")
         if not _is_name(name):
             raise InputError(f"--checkpoint {name}: expected last, best or a step such as step-000100")

@@ -10,7 +10,7 @@ from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.embedding import DualEncoderRun, is_published, load_source
-from reaf_hsenet.errors import InputError
+from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.phantom_data import phantom_folder
 from reaf_hsenet.phantom_slices import add_phantom_slices
 from reaf_hsenet.presets import PRESETS
@@ -97,4 +97,7 @@ def keep_slice_encoder(manifest: Manifest, run: Path) -> None:
     """Copy the encoder of the phantoms' slices into the run, so that it can see a single scan wherever it is moved."""
     own = manifest.folder / "slice_encoder"
     if own.is_dir():
-        shutil.copytree(own, run / own.name, dirs_exist_ok=True)
+        try:
+            shutil.copytree(own, run / own.name, dirs_exist_ok=True)
+        except shutil.Error as error:
+            raise OutputError(f"{run / own.name}: cannot be written ({error.args[0][0][-1]}); free space and start again") from error

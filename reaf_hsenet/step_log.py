@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.profiler import profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
+from reaf_hsenet.progress import say
+
 # Peak FLOP/s of dense 16-bit matrix products, from the vendor's data sheets; the first name that stands in a device's as whole words.
 PEAKS = {
     "B200": 2250e12,
@@ -101,8 +103,11 @@ def profiler(folder: Path) -> profile:
     first, last = PROFILED
 
     def write(done: profile) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        done.export_chrome_trace(str(folder / f"steps-{first}-{last}.json.gz"))
+        try:
+            folder.mkdir(exist_ok=True)
+            done.export_chrome_trace(str(folder / f"steps-{first}-{last}.json.gz"))
+        except OSError as error:  # a full disk
+            say(f"warning: {folder}: the trace cannot be written ({error.strerror}); training goes on")
 
     steps = schedule(wait=first - 2, warmup=1, active=last - first + 1, repeat=1)
     return profile(schedule=steps, on_trace_ready=write)

@@ -241,6 +241,13 @@ def test_profile_writes_a_trace_of_steps_5_to_10(prepared, tmp_path):
     assert len(steps) == 6 and any(e.get("name", "").startswith("aten::") for e in events)
 
 
+def test_a_trace_that_cannot_be_written_ends_no_run(prepared, tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/profile").touch()
+    assert train.main(tiny(prepared, tmp_path / "r", "--max-steps", 11, "--validate-every", 1, "--profile")) == 0
+    assert "r/profile: the trace cannot be written (File exists); training goes on" in capsys.readouterr().out
+
+
 def test_a_signal_to_every_process_stops_the_run_with_a_checkpoint_though_its_loaders_get_it_too(prepared, tmp_path):
     """As a scheduler sends it: SIGUSR1 before the end of time, then SIGTERM."""
     for number, code in ((signal.SIGUSR1, 138), (signal.SIGTERM, 143)):

@@ -314,6 +314,7 @@ EVALUATE = [
     Fault("run whose patch has two sizes", change("run/config.json", "model", "vision", "patch", value=[4, 8]), RETRIEVAL, 2, "config.json: patch of VisionConfig is [4, 8]"),
     Fault("run whose recipe is incomplete", change("run/config.json", "recipe", "window", value=...), RETRIEVAL, 2, "config.json: Recipe lacks window; put the file back"),
     Fault("run whose data are a number", change("run/config.json", "data", value=3), RETRIEVAL, 2, "config.json: data of RunSettings is 3; expected"),
+    Fault("run whose best is chosen on nothing", change("run/config.json", "best_of", value="luck"), RETRIEVAL, 2, "config.json: best_of of RunSettings is 'luck'"),
     Fault("run whose slices are a text", change("run/config.json", "slices", value="many"), RETRIEVAL, 2, "config.json: slices of RunSettings is 'many'"),
     Fault("run without a checkpoint", remove("run/checkpoints"), RETRIEVAL, 2, "run: has no checkpoint yet; let train.py reach its"),
     Fault("run whose weights are truncated", cut("run/checkpoints/step-000001/model.safetensors"), RETRIEVAL, 2, "model.safetensors: is damaged: it has 1494770"),
