@@ -163,7 +163,8 @@ def classify(
 ) -> None:
     entries = manifest.entries(args.split)
     ids = [entry["id"] for entry in entries]
-    table = read_label_table(args.labels) if args.labels else manifest_labels(manifest, args.split)
+    known = [entry["id"] for entries in manifest.splits.values() for entry in entries]
+    table = read_label_table(args.labels, known) if args.labels else manifest_labels(manifest, args.split)
     label_set = load_label_set(args.label_set)
     task = zeroshot.define_task(zeroshot.load_prompts(args.prompts), label_set, table, ids)
     image, _ = embed(

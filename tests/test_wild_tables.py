@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from reaf_hsenet.data.bimcv import read_bimcv
 from reaf_hsenet.data.datasets import Case, Source, read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.hsenet_json import read_hsenet_json
 from reaf_hsenet.data.labels import read_label_table
+from reaf_hsenet.data.radgenome import read_questions
 from reaf_hsenet.data.reaf_dataset import read_reaf
 from reaf_hsenet.data.tables import Volumes, csv_rows, given
 from reaf_hsenet.errors import InputError
@@ -109,7 +112,7 @@ def test_a_path_means_the_volume_that_it_ends_in():
     volumes = Volumes(["s1/ct", "s2/ct", "deep/s3/ct", "flat", "x/twin", "y/twin"])
     for path, volume in {
         "s1/ct": "s1/ct", "./s1//ct": "s1/ct", "/data/x/s2/ct": "s2/ct", "s3/ct": "deep/s3/ct", "flat": "flat",
-        "/any/where/flat": "flat", "s9/ct": None, "s1/other": None, "1/ct": None, "z/twin": None, "": None,
+        "/any/where/flat": None, "s9/ct": None, "s1/other": None, "1/ct": None, "z/twin": None, "": None,
     }.items():  # fmt: skip
         assert volumes.find(path, "x") == volume, path
     for path in ("ct", "twin"):
@@ -138,7 +141,7 @@ def test_labels_never_go_to_another_patients_file_of_the_same_name(tmp_path):
     table(root / "train/labels.csv", "VolumeName,Cyst", "s3/ct.nii.gz,1", "/data/train/volumes/s2/ct.nii.gz,0")
     assert {i: c.labels for i, c in read_reaf(root).by_id().items()} == {"s1/ct": None, "s2/ct": (0,)}
     table(root / "train/labels.csv", "VolumeName,Cyst", "ct.nii.gz,1")
-    with pytest.raises(InputError, match="the row of labels of ct may be s1/ct or s2/ct"):
+    with pytest.raises(InputError, match="labels.csv: the row of ct.nii.gz may be s1/ct or s2/ct"):
         read_reaf(root)
     named = read_label_table(table(tmp_path / "l.csv", "VolumeName,Cyst", "s1/ct.nii.gz,1", "s2/ct.nii.gz,0"))
     assert named.values(["s2/ct", "s1/ct"], [["Cyst"]]).tolist() == [[False], [True]]
@@ -221,8 +224,87 @@ def test_volumes_of_ct_rates_no_chest_lists_are_kept_and_marked(tmp_path):
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
-    import os
-
     os.mkfifo(tmp_path / "r.csv")
     with pytest.raises(InputError, match="r.csv: is a pipe or a device, expected a file"):
         list(csv_rows(tmp_path / "r.csv", ("id",)))
+
+
+def test_a_row_is_missed_wherever_its_name_stands_in_it(tmp_path):
+    """An index column, as pandas writes it, or a text before the id."""
+    touch(*(tmp_path / f"{name}.nii.gz" for name in "abc"))
+    for header, rows in (
+        (",id,text", ['0,a,"report one', '1,b,nodule of 5"', "2,c,text c"]),
+        ("text,id", ['"report one,a', 'nodule 5",b', "text c,c"]),
+    ):
+        with pytest.raises(InputError, match="r.csv: lines 2 to 3: a quoted text runs over the row of [ab]"):
+            read_nifti_folder(tmp_path, table(tmp_path / "r.csv", header, *rows))
+
+
+def test_tables_of_labels_numbers_and_questions_miss_a_swallowed_row(tmp_path):
+    base = ct_rate(tmp_path / "ct", "train", ["train_1_a_1", "train_2_a_1"], "Note,Cyst", ('"open,0', '5",1'))
+    with pytest.raises(InputError, match="train_predicted_labels.csv: lines 2 to 3: a quoted text runs over the row of train_2"):
+        read_ct_rate(tmp_path / "ct")
+    (base / "multi_abnormality_labels/train_predicted_labels.csv").unlink()
+    table(base / "metadata/train_metadata.csv", "VolumeName,Note,XYSpacing,ZSpacing,RescaleSlope,RescaleIntercept",
+          'train_1_a_1.nii.gz,"open,"', 'train_2_a_1.nii.gz,5","[1, 1]",1,1,-1024')  # fmt: skip
+    with pytest.raises(InputError, match="train_metadata.csv: lines? 2"):
+        read_ct_rate(tmp_path / "ct")
+    labels = read_label_table(table(tmp_path / "l.csv", "VolumeName,note,A", 'x,"open,1', 'y,5",0'))
+    with pytest.raises(InputError, match="l.csv: a quoted text of the row of x runs over that of y"):
+        labels.values(["x", "y"], [["A"]])
+    folder = tmp_path / "q"
+    table(folder / "train_vqa_location.csv", "Volumename,Anatomy,Abnormality,Question",
+          'train_1_a_1,lung,nodule,"Where is it', 'train_2_a_1,heart,cyst,Where?"')  # fmt: skip
+    with pytest.raises(InputError, match="train_vqa_location.csv: lines 2 to 3: a quoted text runs over the row of train_2_a_1"):
+        read_questions(folder, "train", ["train_1_a_1", "train_2_a_1"], ["location"])
+
+
+def two_splits(root: Path) -> Path:
+    reaf(root, ["s1/ct.nii.gz"], {"s1/ct.nii.gz": "One."})
+    (root / "val").mkdir()
+    shutil.copytree(root / "train/reports", root / "val/reports")
+    touch(root / "val/volumes/s2/ct.nii.gz")
+    (root / "val/reports/r.json").write_text((root / "train/reports/r.json").read_text().replace("s1", "s2"))
+    return root
+
+
+def test_a_name_that_two_splits_have_labels_neither(tmp_path):
+    root = two_splits(tmp_path)
+    table(root / "labels.csv", "VolumeName,Cyst", "ct.nii.gz,1")
+    with pytest.raises(InputError, match="the row of ct.nii.gz may be s1/ct or s2/ct"):
+        read_reaf(root)
+    table(root / "labels.csv", "VolumeName,Cyst", "/data/val/volumes/s2/ct.nii.gz,1", "s1/ct,0")
+    assert {i: c.labels for i, c in read_reaf(root).by_id().items()} == {"s1/ct": (0,), "s2/ct": (1,)}
+    labels = read_label_table(table(tmp_path / "l.csv", "VolumeName,Cyst", "ct,1"), known=["s1/ct", "s2/ct"])
+    with pytest.raises(InputError, match="the row of ct may be s1/ct or s2/ct"):
+        labels.values(["s1/ct"], [["Cyst"]])
+
+
+def test_the_path_of_another_splits_volume_labels_none_of_this(tmp_path):
+    reaf(tmp_path, ["ct.nii.gz"], {"ct.nii.gz": "One."})
+    (tmp_path / "val/volumes").mkdir(parents=True)
+    table(tmp_path / "val/reports/r.json", "[]")
+    table(tmp_path / "labels.csv", "VolumeName,Cyst", "val/volumes/ct,1")
+    assert [c.labels for c in read_reaf(tmp_path).by_id().values()] == [None]
+
+
+def test_labels_that_contradict_each_other_are_refused(tmp_path):
+    root = reaf(tmp_path, ["s1/ct.nii.gz"], {"s1/ct.nii.gz": "One."})
+    table(root / "train/labels.csv", "VolumeName,Cyst", "s1/ct,1", "s1/ct.pt,0")
+    with pytest.raises(InputError, match="another row than s1/ct.pt says otherwise of s1/ct"):
+        read_reaf(root)
+    for read in (lambda path: read_label_table(path), lambda path: list(csv_rows(path, ("VolumeName",)))):
+        with pytest.raises(InputError, match="has two columns Cyst; keep one"):
+            read(table(tmp_path / "l.csv", "VolumeName,Cyst,Cyst", "x,1,0"))
+
+
+def test_ct_rates_names_are_found_with_and_without_their_ending(tmp_path):
+    base = ct_rate(tmp_path, "train", ["train_1_a_1", "train_2_a_1"])
+    table(base / "multi_abnormality_labels/train_predicted_labels.csv", "VolumeName,Cyst", "train_1_a_1,1", "train_2_a_1.nii.gz,0")
+    (base / "metadata").mkdir()
+    (base / "metadata/no_chest_train.txt").write_text('\ufeff"train_1_a_1",\ntrain\\train_2\\train_2_a\\train_2_a_1.nii.gz\n\n')
+    assert {i: (c.labels, c.chest) for i, c in read_ct_rate(tmp_path).by_id().items()} == \
+        {"train_1_a_1": ((1,), False), "train_2_a_1": ((0,), False)}  # fmt: skip
+    (base / "metadata/no_chest_train.txt").write_text("some words\n")
+    with pytest.raises(InputError, match="no_chest_train.txt: 'some words' is not a volume of CT-RATE's form"):
+        read_ct_rate(tmp_path)

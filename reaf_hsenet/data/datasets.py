@@ -9,6 +9,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from reaf_hsenet.data.radgenome import read_questions, refusal
@@ -17,7 +18,7 @@ from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import named, visible
 
-CT_RATE_VOLUME = re.compile(r"[A-Za-z]+_\d+_[A-Za-z]+_\d+\.nii\.gz")
+CT_RATE_VOLUME = re.compile(r"[A-Za-z]+_\d+_[A-Za-z]+_\d+(\.nii\.gz)?")
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,11 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
             continue
         columns = ("VolumeName", "Findings_EN", "Impressions_EN")
         reports = read_csv(reports_csv, columns, "VolumeName", names_volume=CT_RATE_VOLUME.fullmatch)
-        metadata = _optional_csv(
-            base / "metadata" / f"{table_name}_metadata.csv",
-            ("VolumeName", "XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept"),
-        )
+        metadata_csv = base / "metadata" / f"{table_name}_metadata.csv"
+        columns = ("VolumeName", "XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept")
+        metadata = _by_stem(_optional_csv(metadata_csv, columns), metadata_csv)
         labels_csv = base / "multi_abnormality_labels" / f"{folder}_predicted_labels.csv"
-        labels = _optional_csv(labels_csv, ("VolumeName",))
+        labels = _by_stem(_optional_csv(labels_csv, ("VolumeName",)), labels_csv)
         if labels:
             # Every volume's labels are read by name, in the order of the first table.
             names = tuple(name for name in next(iter(labels.values())) if name != "VolumeName")
@@ -124,11 +124,11 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
                     scan,
                     path,
                     text,
-                    label_row(labels, name, label_names, labels_csv),
-                    _table_row(metadata.get(name)),
+                    label_row(labels, _stem(name), label_names, labels_csv),
+                    _table_row(metadata.get(_stem(name))),
                     problem,
                     None if questions is None else tuple(questions.get(name.removesuffix(".nii.gz"), ())),
-                    name not in no_chest,
+                    _stem(name) not in no_chest,
                 )
             )
         splits[split] = cases
@@ -151,7 +151,8 @@ def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
     table = table or only_csv(root, "id and text")
-    rows = read_csv(table, ("id", "text"), "id", names_volume=lambda cell: len(cell.encode()) < 200 and bool(_nifti_file(root, _stem(cell))))
+    on_disk = cache(lambda: {_stem(str(path.relative_to(root))) for path in visible(root, "**/*.nii*")})
+    rows = read_csv(table, ("id", "text"), "id", names_volume=lambda cell: _stem(cell) in on_disk())
     if not rows:
         raise InputError(f"{table}: has no rows; expected an id and a text for each volume")
     cases: dict[str, list[Case]] = {"train": [], "validation": [], "test": []}
@@ -188,13 +189,22 @@ def only_csv(root: Path, columns: str) -> Path:
 
 
 def _optional_csv(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    return read_csv(path, columns, "VolumeName") if path.is_file() else {}
+    return read_csv(path, columns, "VolumeName", names_volume=CT_RATE_VOLUME.fullmatch) if path.is_file() else {}
+
+
+def _by_stem(table: dict[str, dict[str, str]], path: Path) -> dict[str, dict[str, str]]:
+    """Return the rows by their volume without its ending, which some copies of these tables leave out."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, row in table.items():
+        if rows.setdefault(_stem(name), row) is not row:
+            raise InputError(f"{path}: VolumeName {name} is listed twice, with and without its ending; keep one")
+    return rows
 
 
 def _ct_rate_folders(name: str, table: Path) -> tuple[str, str]:
     """train_1_a_2.nii.gz -> (train_1, train_1_a)."""
     parts = name.removesuffix(".nii.gz").split("_")
-    if not CT_RATE_VOLUME.fullmatch(name):
+    if not (CT_RATE_VOLUME.fullmatch(name) and name.endswith(".nii.gz")):
         raise InputError(f"{table}: VolumeName {name!r} is not of CT-RATE's form, such as train_1_a_1.nii.gz")
     return "_".join(parts[:2]), "_".join(parts[:3])
 
@@ -208,11 +218,15 @@ def _ct_rate_text(row: dict[str, str] | None, impressions: bool, table: Path) ->
 
 
 def _no_chest(path: Path) -> set[str]:
-    """Return the volumes of a list of paths, one a line; none where there is no list."""
+    """Return the volumes of a list of paths, one a line, without ending; none where there is no list."""
     if not path.is_file():
         return set()
     with named(path, "cannot be read as a list of volumes"):
-        return {line.strip().rpartition("/")[2] for line in path.read_text(encoding="utf-8").splitlines()}
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    names = [line.strip(' ",\t').replace("\\", "/").rpartition("/")[2] for line in lines if line.strip()]
+    if wrong := [name for name in names if not CT_RATE_VOLUME.fullmatch(name)]:
+        raise InputError(f"{path}: {wrong[0]!r:.60} is not a volume of CT-RATE's form, such as train_1_a_1.nii.gz")
+    return set(map(_stem, names))
 
 
 def label_row(
@@ -227,7 +241,7 @@ def label_row(
     except (TypeError, ValueError):
         values = (math.nan,)
     if not all(v in (0, 1) for v in values):
-        raise InputError(f"{path}: the row of {name} is not all 0 and 1")
+        raise InputError(f"{path}: the row of {row.get('VolumeName', name)} is not all 0 and 1")
     return tuple(int(v) for v in values)
 
 

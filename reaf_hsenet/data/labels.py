@@ -5,6 +5,7 @@ A label set is data, label_sets/<name>.json: `columns` (class -> columns of the 
 of the published results leaves out). A table that has a column of the class's own name needs no mapping.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.reading import stem
-from reaf_hsenet.data.tables import Volumes, csv_rows
+from reaf_hsenet.data.tables import Volumes, csv_rows, swallowed
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json
 
@@ -35,11 +36,15 @@ def load_label_set(name: str) -> LabelSet:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """source: the file. names: its columns. rows: volume id -> {column: 0 or 1, as written there}."""
+    """source: the file. names: its columns. rows: volume id -> {column: 0 or 1, as written there}.
+
+    known: ids of all volumes of the data set, among which a row's name must mean one; by default those asked for.
+    """
 
     source: Path
     names: list[str]
     rows: dict[str, dict]
+    known: tuple[str, ...] = ()
 
     def classes(self, label_set: LabelSet) -> dict[str, list[str]]:
         """The classes that the table can tell, each with its columns."""
@@ -54,8 +59,10 @@ class LabelTable:
 
     def _rows(self, ids: list[str]) -> list[dict]:
         """Return the volumes' rows: tables may know nothing of the folders that volumes lie in, or more of them."""
-        volumes, found = Volumes(ids), {}
+        volumes, found = Volumes(self.known or ids), {}
         for name, row in self.rows.items():
+            if lost := next(filter(None, (swallowed(str(cell), lambda c: stem(c) in volumes) for cell in row.values())), None):
+                raise InputError(f"{self.source}: a quoted text of the row of {name} runs over that of {lost}; close its quotes")
             volume = volumes.find(name, f"{self.source}: the row of {name}")
             if volume is not None and found.setdefault(volume, row) != row:
                 raise InputError(f"{self.source}: two rows are of volume {volume}; keep one")
@@ -87,8 +94,8 @@ def manifest_labels(manifest: Manifest, split: str) -> LabelTable:
     return LabelTable(source, manifest.labels, rows)
 
 
-def read_label_table(path: Path) -> LabelTable:
-    """A csv with an id column of KEYS (volume names with or without ending) and a column a label."""
+def read_label_table(path: Path, known: Iterable[str] = ()) -> LabelTable:
+    """A csv with an id column of KEYS (volume names with or without ending) and a column a label. known: as of LabelTable."""
     path = Path(path)
     rows: dict[str, dict] = {}
     key, header = None, []
@@ -103,4 +110,4 @@ def read_label_table(path: Path) -> LabelTable:
         rows[volume] = row
     if key is None:
         raise InputError(f"--labels {path}: has no rows; expected one of labels a volume")
-    return LabelTable(path, [name for name in header if name != key], rows)
+    return LabelTable(path, [name for name in header if name != key], rows, tuple(known))

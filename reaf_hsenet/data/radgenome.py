@@ -51,8 +51,9 @@ def read_questions(
     for kind in kinds:
         table = folder / f"{split}_vqa_{kind}.csv"
         unknown: Counter[str] = Counter()
-        for line, cells in csv_rows(table, COLUMNS[kind], _column) if table.is_file() else ():
-            name = cells["volumename"].strip().removesuffix(".gz").removesuffix(".nii")
+        rows = csv_rows(table, COLUMNS[kind], _column, lambda cell: _stem(cell).lower() in ids) if table.is_file() else ()
+        for line, cells in rows:
+            name = _stem(cells["volumename"].strip())
             if name.lower() not in ids:
                 unknown[name] += 1
                 continue
@@ -74,6 +75,10 @@ def refusal(refused: list[Refused], advice: str) -> InputError:
     names = list(dict.fromkeys(volume for path, volume, _ in refused if path == table))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return InputError(f"{table}: {', '.join(names[:3])}{more}: {reason}; {advice}")
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _column(name: str) -> str:

@@ -8,7 +8,8 @@ A reports json is a list of {"image": file name or path below volumes/, "convers
 import glob
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
 
 from reaf_hsenet.data.datasets import Case, Source, label_row
 from reaf_hsenet.data.reading import ENDINGS, ending, stem
@@ -51,15 +52,16 @@ def read_reaf(root: Path) -> Source:
     *labels*.csv in `root`.
     """
     root = Path(root)
-    splits: dict[str, list[Case]] = {}
+    found: dict[str, Path] = {}
     label_names: dict[tuple[str, ...], Path] = {}
     for split, names in SPLITS.items():
         folders = [root / n for n in names if (root / n / "volumes").is_dir() or (root / n / "reports").is_dir()]
         if len(folders) > 1:
             raise InputError(f"{root}: has both {' and '.join(names)} with volumes or reports; keep one")
         if folders:
-            labels = _read_labels(root, folders[0], label_names)
-            splits[split] = _read_split(folders[0], labels)
+            found[split] = folders[0]
+    on_disk = {folder: _volumes(folder / "volumes") for folder in found.values()}
+    splits = {split: _read_split(folder, on_disk[folder], _read_labels(root, folder, on_disk, label_names)) for split, folder in found.items()}
     if not splits:
         raise InputError(f"{root}: no REAF data set; expected train/volumes and train/reports below it")
     if len(label_names) > 1:
@@ -68,15 +70,19 @@ def read_reaf(root: Path) -> Source:
     return Source("reaf", splits, next(iter(label_names), ()))
 
 
-def _read_split(folder: Path, labels: dict[str, tuple[int, ...]]) -> list[Case]:
-    volumes, reports = folder / "volumes", folder / "reports"
+def _volumes(folder: Path) -> dict[str, Path]:
+    """Return the volumes below a folder by their path without ending; of several formats the fastest."""
     on_disk: dict[str, Path] = {}
     # glob follows links to folders, which Path.rglob does not, and leaves hidden files out.
-    found = [n for n in glob.glob("**/*", root_dir=volumes, recursive=True) if ending(n)]
+    found = [n for n in glob.glob("**/*", root_dir=folder, recursive=True) if ending(n)]
     for name in sorted(found, key=lambda n: (stem(n), ENDINGS.index(ending(n)))):
-        on_disk.setdefault(stem(name), volumes / name)
+        on_disk.setdefault(stem(name), folder / name)
+    return on_disk
+
+
+def _read_split(folder: Path, on_disk: dict[str, Path], labels: dict[str, tuple[int, ...]]) -> list[Case]:
+    volumes, reports = folder / "volumes", folder / "reports"
     answers = _read_reports(reports, on_disk)
-    labels = _by_volume(labels, on_disk, folder)
     cases = []
     for name in [*answers, *(n for n in on_disk if n not in answers)]:
         path = on_disk.get(name)
@@ -131,24 +137,27 @@ def _entry(entry, where: str) -> tuple[str, list[tuple[bool, str]]]:
     return image, pairs
 
 
-def _by_volume(labels: dict[str, tuple[int, ...]], on_disk: dict[str, Path], folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the labels by volume; a row of one that is not there is left out."""
-    volumes, found = Volumes(on_disk), {}
-    for name, label in labels.items():
-        volume = volumes.find(name, f"{folder}: the row of labels of {name}")
-        if volume is not None and found.setdefault(volume, label) != label:
-            raise InputError(f"{folder}: two rows of labels are of {volume} and differ; keep one")
-    return found
+def _read_labels(
+    root: Path, split: Path, on_disk: dict[Path, dict[str, Path]], names: dict[tuple[str, ...], Path]
+) -> dict[str, tuple[int, ...]]:
+    """Return labels by the volume's path without ending; `names` gains the columns and their file.
 
-
-def _read_labels(root: Path, split: Path, names: dict[tuple[str, ...], Path]) -> dict[str, tuple[int, ...]]:
-    """Labels by volume, without ending; `names` gains the columns and their file."""
+    on_disk: the volumes of every split's folder. In a table of all splits a name must mean one volume of them all.
+    """
     own = split / "labels.csv"
-    labels = {}
-    for path in [own] if own.is_file() else visible(root, "*labels*.csv"):
-        table = read_csv(path, ("VolumeName",), "VolumeName")
-        for volume, row in table.items():
+    tables = [own] if own.is_file() else visible(root, "*labels*.csv")
+    volumes = Volumes(on_disk[split] if own.is_file() else dict.fromkeys(v for held in on_disk.values() for v in held))
+    others = {folder.name for folder in on_disk} - {split.name}
+    labels: dict[str, tuple[int, ...]] = {}
+    for path in tables:
+        table = read_csv(path, ("VolumeName",), "VolumeName", names_volume=lambda cell: stem(cell) in volumes)
+        for name, row in table.items():
             columns = tuple(c for c in row if c != "VolumeName")
             names.setdefault(columns, path)
-            labels[stem(volume)] = label_row(table, volume, columns, path)
+            label, parts = label_row(table, name, columns, path), PurePosixPath(name).parts
+            if any(part in others and after == "volumes" for part, after in pairwise(parts)):
+                continue  # the path of another split's volume
+            volume = volumes.find(stem(name), f"{path}: the row of {name}")
+            if volume is not None and labels.setdefault(volume, label) != label:
+                raise InputError(f"{path}: another row than {name} says otherwise of {volume}; keep one")
     return labels

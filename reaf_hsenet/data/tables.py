@@ -20,8 +20,8 @@ def csv_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line, row) of a csv in UTF-8, with or without byte order mark.
 
-    rename: the names that its columns get. names_volume: whether a cell is the name of a volume; a text that holds a
-    line which begins with one has swallowed that row.
+    rename: the names that its columns get. names_volume: whether a cell is the name of a volume; a text of several lines
+    in which one is a cell has swallowed a row.
     Raises InputError for an absent file, a missing or repeated column, a row of another length, and quotes that do not
     balance.
     """
@@ -31,7 +31,7 @@ def csv_rows(
         listed = f"its columns are {', '.join(names) or 'none'}"
         if missing := [c for c in columns if c not in names]:
             raise InputError(f"{path}: has no column {', '.join(missing)}; {listed}")
-        if repeated := [c for c in columns if names.count(c) > 1]:
+        if repeated := [c for c in names if c and names.count(c) > 1]:
             raise InputError(f"{path}: has two columns {repeated[0]}; keep one ({listed})")
         while True:
             first = reader.line_num + 1
@@ -56,19 +56,20 @@ def csv_rows(
             if any("\0" in cell for cell in row.values() if cell):
                 raise InputError(f"{path}: line {reader.line_num} holds a NUL byte; save the table as plain text again")
             if reader.line_num > first:
-                _refuse_swallowed(path, row, first, reader.line_num, names_volume)
+                for text in row.values():
+                    if name := swallowed(text or "", names_volume):
+                        raise InputError(
+                            f"{path}: lines {first} to {reader.line_num}: a quoted text runs over the row of {name}; end each "
+                            "quoted text with a double quote and write one inside it twice"
+                        )
             yield reader.line_num, row
 
 
-def _refuse_swallowed(path: Path, row: dict, first: int, last: int, names_volume: Callable[[str], bool]) -> None:
-    for text in row.values():
-        for line in (text or "").splitlines()[1:]:
-            cell, comma, _ = line.partition(",")
-            if comma and names_volume(cell.strip(' "')):
-                raise InputError(
-                    f"{path}: lines {first} to {last}: a quoted text runs over the row of {cell.strip()}; end each quoted text "
-                    "with a double quote and write one inside it twice"
-                )
+def swallowed(text: str, names_volume: Callable[[str], bool]) -> str | None:
+    """Return the name of a volume whose row a text of several lines has swallowed: a cell of one of its lines."""
+    lines = text.splitlines()
+    cells = [cell.strip(' "') for line in lines if len(lines) > 1 and "," in line for cell in line.split(",")]
+    return next((cell for cell in cells if cell and names_volume(cell)), None)
 
 
 def read_csv(
@@ -107,18 +108,27 @@ class Volumes:
 
     def __init__(self, ids: Iterable[str]):
         self.by_last: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-        self.ids = {}
+        self.ids: dict[tuple[str, ...], str] = {}
         for volume in ids:
             parts = PurePosixPath(volume).parts
             self.ids[parts] = volume
             self.by_last[parts[-1]].append(parts)
+
+    def __contains__(self, name: str) -> bool:
+        return PurePosixPath(name).parts in self.ids
 
     def find(self, name: str, where: str) -> str | None:
         """Return the volume's id; None when there is none. Raises InputError, which begins with `where`, for several."""
         parts = PurePosixPath(name).parts
         if parts in self.ids or not parts:
             return self.ids.get(parts)
-        fitting = [p for p in self.by_last.get(parts[-1], ()) if parts[-len(p) :] == p or p[-len(parts) :] == parts]
+        # A name without folders says too little of a path with some, where other volumes have folders.
+        flat = all(len(p) == 1 for p in self.ids)
+        fitting = [
+            p
+            for p in self.by_last.get(parts[-1], ())
+            if p[-len(parts) :] == parts or parts[-len(p) :] == p and (flat or len(p) > 1)
+        ]
         # Of several that the path ends in, the longest says most.
         longest = max((len(p) for p in fitting if len(p) < len(parts)), default=0)
         fitting = [p for p in fitting if len(p) >= longest]
