@@ -59,7 +59,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
     Raises OutputError, naming the file, when the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")  # a long name has room for no more
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A file name that is no UTF-8 is written with its bytes escaped.
@@ -75,7 +75,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
             "another folder; what was complete before is kept"
         ) from error
     finally:
-        with suppress(NotADirectoryError):  # `path` is below a file, and nothing was written
+        with suppress(OSError):  # `path` is below a file, and nothing was written
             temporary.unlink(missing_ok=True)
 
 
@@ -120,10 +120,15 @@ def _sha256(path: str, *unchanged: int) -> str:
 
 
 def fingerprint(path: Path, blocks: int = 64, block: int = 4096) -> str:
-    """Return a hash of a large file's size, its beginning and blocks spread over it: little is read, and another file's differs."""
+    """Return a hash of a safetensors file's size, its header and blocks spread over it.
+
+    Little of a large file is read. Another training's weights differ in every block; a change between blocks is not seen.
+    """
     size = Path(path).stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(min(header, size)))
         for i in range(blocks):
             file.seek(i * max(0, size - block) // (blocks - 1))
             digest.update(file.read(block))

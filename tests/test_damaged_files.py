@@ -13,7 +13,7 @@ from reaf_hsenet.config import RECIPES
 from reaf_hsenet.data.datasets import read_nifti_folder
 from reaf_hsenet.data.loader import _load
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.data.prepare import Journal, Options, prepare, read_refused
+from reaf_hsenet.data.prepare import Journal, Options, differs, prepare, read_refused
 from reaf_hsenet.data.reading import load_tensor, read_input
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import DAMAGED, named, read_json
@@ -121,7 +121,7 @@ def scans(folder, names="ab"):
     return read_nifti_folder(folder, table(folder / "r.csv", "id,text,split", *(f"{n},Text {n}.,train" for n in names)))
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xfe half\n", b"[1, 2]\n", b"null\n", b'{"id": 3}\n', b'{"stamp": "x"}\n', b'{"id": "a"}\n', b"{" * 10_000 + b"\n"])
+@pytest.mark.parametrize("damage", [b"\xff\xfe half\n", b"[1, 2]\n", b"null\n", b'{"id": 3}\n', b'{"stamp": "x"}\n', b'{"id": "a"}\n', b'{"id": "a", "source": {}}\n', b'{"id": "a", "source": {"sha256": NaN}}\n', b"{" * 10_000 + b"\n"])
 def test_a_damaged_line_of_a_journal_costs_only_that_volume(tmp_path, damage):
     (tmp_path / "in").mkdir()
     source, out = scans(tmp_path / "in"), tmp_path / "out"
@@ -202,3 +202,34 @@ def test_a_manifest_with_an_impossible_recipe_is_one_line(tmp_path, change):
     with pytest.raises(InputError, match="manifest.json: .*(Recipe|--)") as caught:
         load_manifest(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_with_the_longest_name_is_prepared(tmp_path):
+    (tmp_path / "in").mkdir()
+    manifest, refused = prepare(scans(tmp_path / "in", ["x" * 248]), tmp_path / "out", TINY, progress=False)
+    assert refused == [] and len(manifest.splits["train"]) == 1
+
+
+@pytest.mark.parametrize(("place", "value", "words"), [
+    (("reading", "assume_orientation"), "LLS", "assume_orientation 'LLS': expected axis codes"),
+    (("splits", "train", 0, "table"), [], "table is"),
+    (("splits", "train", 0, "table"), {"spacing": 3, "slope": 1, "intercept": 0}, "table is"),
+    (("splits", "train", 0, "source", "file"), 3, "file of source is"),
+])  # fmt: skip
+def test_a_manifest_with_values_of_another_kind_is_one_line(tmp_path, place, value, words):
+    (tmp_path / "in").mkdir()
+    prepare(scans(tmp_path / "in"), tmp_path / "out", TINY, progress=False)
+    values = json.loads((tmp_path / "out/manifest.json").read_text())
+    held = values
+    for key in place[:-1]:
+        held = held[key]
+    held[place[-1]] = value
+    (tmp_path / "out/manifest.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"manifest.json: .*{words}"):
+        load_manifest(tmp_path / "out")
+
+
+def test_slices_are_added_to_a_folder_whose_spacing_was_recorded_in_another_order():
+    source = {"file": "a.nii", "spacing": [10.0, 8.0, 7.0], "shape": [4, 4, 4]}
+    found = {"spacing": [7.0, 8.0, 10.0], "shape": [4, 4, 4]}
+    assert differs(source, found) == [] and differs(source, {**found, "spacing": [7.0, 8.0, 9.0]}) == ["spacing"]

@@ -196,3 +196,30 @@ def test_raw_values_with_padding_are_rescaled_and_not_taken_for_hu(tmp_path, pad
     raw[:6] = padding
     volume = read_volume(save(tmp_path, raw), TableRow(None, 1, -1024))
     assert "raw values" in volume.record["rescale"] and np.array_equal(volume.hu, raw - 1024)
+
+
+@pytest.mark.parametrize("sizes", [(32,), (32, 32), (48, 1008, 16)])
+@pytest.mark.parametrize("second", [False, True])
+def test_voxels_start_behind_all_extensions(tmp_path, sizes, second):
+    made = image() if not second else nib.Nifti2Image.from_image(image())
+    for size in sizes:
+        made.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * (size - 8)))
+    assert same_as_stored(read_volume(written(tmp_path, made)))
+    place, form = (168, "<q") if second else (108, "<f")
+    first = 544 if second else 352
+    for offset in (0, first, first + sizes[0] - 16, first + sum(sizes) - sizes[-1] // 2):
+        with pytest.raises(InputError, match=f"begin at byte {offset}, inside the header of"):
+            read_volume(written(tmp_path, made, (form, place, (offset,))))
+
+
+def test_a_flag_of_extensions_without_one_is_no_reason(tmp_path):
+    assert same_as_stored(read_volume(written(tmp_path, image(), ("<b", 348, (1,)))))
+
+
+@pytest.mark.parametrize("affine", [
+    np.eye(4) + 1e-6 * np.ones((4, 4)), np.eye(4)[[1, 0, 2, 3]], np.diag([1.0, -1.0, -1.0, 1.0]), np.diag([1e-3, 1e-3, 1e-3, 1.0]),
+])  # fmt: skip
+def test_an_identity_that_is_rounded_permuted_or_in_metres_is_refused(tmp_path, affine):
+    made = image(affine, affine, unit="meter" if abs(affine[0, 0]) == 1e-3 else "mm")
+    with pytest.raises(InputError, match="sform is the identity"):
+        read_volume(written(tmp_path, made))

@@ -35,11 +35,11 @@ def test_a_processors_decoder_is_packed_for_its_kernels(prepared, tmp_path):
 
 
 def test_a_fingerprint_tells_files_apart_by_any_block_and_reads_little(tmp_path):
-    data = bytearray(np.random.default_rng(0).bytes(1 << 22))
+    data = bytearray((8000).to_bytes(8, "little") + np.random.default_rng(0).bytes(1 << 22))  # a header of 8,000 bytes
     (tmp_path / "a").write_bytes(data)
     known = fingerprint(tmp_path / "a")
     assert fingerprint(tmp_path / "a") == known
-    for place in (0, 100, len(data) - 1):
+    for place in (0, 100, 7900, len(data) - 1):
         (tmp_path / "b").write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         assert fingerprint(tmp_path / "b") != known
     (tmp_path / "b").write_bytes(data[:-1])

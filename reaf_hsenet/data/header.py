@@ -5,6 +5,7 @@ says two different things is refused with both values, until `--header` names th
 Source of the fields: nifti1.h, https://nifti.nimh.nih.gov.
 """
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # metre, mm, micron; other codes of
 SPACING_TOLERANCE = 0.01  # relative; less is rounding
 MOST_SHEAR = 0.01  # cosine between two axes: a slice 300 mm off stands 3 mm aside
 QUATERNION_TOLERANCE = 1e-4  # of the squared length, which float32 rounds by less than 1e-6
+MOST_EXTENSION_CODE = 128  # those given out so far end at 44, and are even
 SMALLEST, LARGEST = 50.0, 4000.0  # mm of the longest side: no chest is smaller, no scanner's table longer
 NOT_READABLE = (
     nib.filebasedimages.ImageFileError,
@@ -62,12 +64,15 @@ def read_header(data: bytes, path: Path) -> nib.Nifti1Header:
 
 def _place_voxels(header: nib.Nifti1Header, data: bytes) -> None:
     """Let vox_offset 0 of a single file mean the end of the header. Raises ValueError for an offset inside of it."""
-    start, first = int(header["vox_offset"]), header.single_vox_offset
-    at = header.sizeof_hdr
-    extension = int.from_bytes(data[at + 4 : at + 8], "little" if header.endianness == "<" else "big")
-    extended = data[at] != 0 and 0 < extension
-    end = first + extension if extended else first
-    if start == 0 and not extended:
+    start, first, at = int(header["vox_offset"]), header.single_vox_offset, header.sizeof_hdr
+    integers, end = header.endianness + "ii", first
+    # Behind the header, where its flag says so, extensions follow one another: size, code, content.
+    while data[at] and end <= max(first, start - 1) and end + 8 <= len(data):
+        size, code = struct.unpack_from(integers, data, end)
+        if size < 16 or size % 16 or not 0 <= code <= MOST_EXTENSION_CODE or code % 2:
+            break
+        end += size
+    if start == 0 and end == first:
         header["vox_offset"] = first
     elif start < end:
         raise ValueError(f"its voxels begin at byte {start}, inside the header of {end} bytes")
@@ -116,7 +121,7 @@ def geometry(
         if believe == "pixdim":
             spacing = pixdim * scale
         if believe == "check":
-            _agree(affines, pixdim, path)
+            _agree(affines, pixdim, scale, path)
     if not all(0 < s < np.inf for s in spacing):
         raise InputError(f"{path}: the spacing is {_mm(spacing)}; expected three positive distances in mm")
     sides = np.array(spacing) * header.get_data_shape()[:3]
@@ -165,7 +170,7 @@ def _axes(affine: np.ndarray, name: str, path: Path) -> tuple[str, str, str]:
     return ornt2axcodes(io_orientation(affine))
 
 
-def _agree(affines: dict[str, np.ndarray], pixdim: np.ndarray, path: Path) -> None:
+def _agree(affines: dict[str, np.ndarray], pixdim: np.ndarray, scale: float, path: Path) -> None:
     """Raises InputError, with both values, where the header contradicts itself or says nothing."""
     name, affine = next(iter(affines.items()))
     spacing, columns = _spacing(affine), affine[:3, :3]
@@ -179,7 +184,9 @@ def _agree(affines: dict[str, np.ndarray], pixdim: np.ndarray, path: Path) -> No
         turn = np.linalg.inv(other[:3, :3] / _spacing(other)) @ (columns / spacing)
         if not np.array_equal(io_orientation(np.pad(turn, (0, 1))), io_orientation(np.eye(4))):
             raise InputError(f"{path}: the header's sform says axes to {codes[0]}, its qform to {codes[1]}; {believe}")
-    if np.array_equal(np.abs(columns), np.eye(3)) and not affine[:3, 3].any():
+    # Ones in any order and with any signs, but for rounding.
+    ones = np.allclose(np.sort(np.abs(columns * scale), axis=0), [[0] * 3, [0] * 3, [1] * 3], atol=1e-4)
+    if ones and np.abs(affine[:3, 3] * scale).max() < 1e-3:
         raise InputError(
             f"{path}: the header's {name} is the identity, 1 mm voxels from the origin, as is written for an array without "
             f"geometry; give the file its own, say it with --header none --assume-orientation, or take it with --header {name}"

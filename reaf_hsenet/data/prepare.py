@@ -83,7 +83,7 @@ def prepare(
         def whole(record: dict) -> bool:
             """Is the volume whole, and has its source not changed since?"""
             case, volume = cases.get(record["id"]), out / volume_name(record["id"])
-            unchanged = case and not case.problem and isinstance(record.get("source"), dict)
+            unchanged = case and not case.problem and {"sha256", "shape", "rescale"} <= set(record.get("source") or ())
             unchanged = unchanged and _stamp(case) == record.get("stamp")
             return bool(unchanged) and volume.is_file() and volume.stat().st_size == manifest.file_size
 
@@ -213,9 +213,13 @@ class Journal:
             ) from error
 
 
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is no JSON")
+
+
 def _object(line: str) -> dict | None:
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -250,11 +254,17 @@ def entry_slices(
         return entry, None, str(error).removeprefix(f"{path}: ")
     except MemoryError:
         return entry, None, "needs more memory than there is; use fewer --workers"
-    other = [k for k, v in record.items() if entry["source"].get(k, v) != v]
-    if other:
+    if other := differs(entry["source"], record):
         reason = f"its {', '.join(other)} differs from the prepared volume's; run preprocess.py --dataset again"
         return entry, None, reason
     return entry, images, None
+
+
+def differs(source: dict, record: dict) -> list[str]:
+    """Return what a manifest's record of a source file says otherwise than a new reading of it."""
+    other = [k for k, v in record.items() if source.get(k, v) != v]
+    # Earlier versions recorded the spacing in another order of axes.
+    return [k for k in other if k != "spacing" or sorted(source[k]) != sorted(record[k])]
 
 
 def _run(todo: list[Case], out: Path, options: Options, workers: int, keep: Callable[..., None]) -> None:

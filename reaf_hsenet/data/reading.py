@@ -21,6 +21,7 @@ from reaf_hsenet.data.volume import (
     Volume,
     choose_rescale,
     finite,
+    is_orientation,
     read_volume,
     unpacked,
 )
@@ -50,6 +51,8 @@ class Reading:
         ):
             if value not in known:
                 raise InputError(f"{name} {value!r}: expected one of {', '.join(known)}")
+        if self.assume_orientation is not None and not is_orientation(self.assume_orientation):
+            raise InputError(f"assume_orientation {self.assume_orientation!r}: expected axis codes such as LPS or RAS")
 
 
 def ending(name: str) -> str | None:

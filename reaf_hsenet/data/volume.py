@@ -23,7 +23,7 @@ from reaf_hsenet.files import named
 
 RESCALES = ("auto", "header", "metadata", "none")
 ORIENTATIONS = ("header", "stored")
-HEADER_BYTES = 1024  # more than a header and the flag of its extensions
+HEADER_BYTES = 2**20  # a header and its extensions
 BODY, LEAST_BODY = (-200.0, 250.0), 0.04  # HU of a body's middle value; its share of the voxels, in a small child's scan
 MOST_UNPACKED = 100  # bytes of voxels from a byte of gzip: a CT has 2 to 10, one value repeated 1,000
 
@@ -209,9 +209,14 @@ def not_hu(sample: np.ndarray) -> str | None:
     return None
 
 
+def is_orientation(text: str) -> bool:
+    """Return whether a text has one letter for each axis of the patient, such as LPS."""
+    return sorted(text.translate(str.maketrans("LPI", "RAS"))) == ["A", "R", "S"]
+
+
 def axis_codes(text: str) -> str:
     """The value of a flag such as --assume-orientation, in capitals."""
-    if sorted(text.upper().translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
+    if not is_orientation(text.upper()):
         raise argparse.ArgumentTypeError(f"{text!r} is not an orientation such as LPS or RAS")
     return text.upper()
 
