@@ -29,6 +29,11 @@ BERT_RULES = {
     "strip_accents": ("strip_accents", None),  # as lower case is
     "tokenize_chinese_chars": ("handle_chinese_chars", True),
 }
+# What else of a tokenizer.json is as every BERT has it.
+BERT_ONLY = {
+    ("normalizer", "clean_text"): True, ("pre_tokenizer", "type"): "BertPreTokenizer", ("model", "unk_token"): "[UNK]",
+    ("model", "continuing_subword_prefix"): "##", ("model", "max_input_chars_per_word"): 100,
+}  # fmt: skip
 # Other ways to split that BERT folders may ask for, with the value that asks for nothing.
 OTHER_SPLITS = {"do_basic_tokenize": True, "never_split": None, "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
 # The order in which a folder is searched: first the file that holds all rules by itself.
@@ -338,9 +343,9 @@ def load_wordpiece(folder: Path) -> WordPiece:
     for name, usual in OTHER_SPLITS.items():
         if settings.get(name) not in (usual, None, []):
             raise InputError(f"{folder / 'tokenizer_config.json'}: {name} is {settings[name]!r}, which is not supported; use a BERT that leaves it out")
-    whole, rules, ids = folder / "tokenizer.json", {}, {}
+    whole, rules, ids, more = folder / "tokenizer.json", {}, {}, []
     if whole.is_file():
-        rules, ids = _bert_rules(whole)
+        rules, ids, more = _bert_rules(whole)
     if ids and not (folder / "vocab.txt").is_file():
         if not all(type(i) is int for i in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
             raise InputError(f"{whole}: its ids are not those from 0 to {len(ids) - 1}; fetch it again")
@@ -349,26 +354,37 @@ def load_wordpiece(folder: Path) -> WordPiece:
         with named(folder / "vocab.txt", "is not UTF-8 text", "expected BERT's vocabulary"):
             text = (folder / "vocab.txt").read_text(encoding="utf-8")
         vocab = [token.removesuffix("\r") for token in text.rstrip("\n").split("\n")]
+        if wrong := [token for token, i in ids.items() if i < len(vocab) and vocab[i] != token]:
+            raise InputError(f"{whole}: {wrong[0]!r:.60} has another id than in the vocab.txt beside it; fetch both again")
     rules |= {name: settings[name] for name in BERT_RULES if name in settings}
-    return WordPiece(vocab, added, **rules)
+    return WordPiece(vocab, added or [(i, token) for i, token in more if i >= len(vocab)], **rules)
 
 
-def _bert_rules(path: Path) -> tuple[dict[str, bool], dict[str, int]]:
-    """Return the rules and the vocabulary that a tokenizer.json holds; nothing of one that is no WordPiece."""
+def _bert_rules(path: Path) -> tuple[dict[str, bool], dict[str, int], list[tuple[int, AddedToken]]]:
+    """Return the rules, the vocabulary and the added tokens of a tokenizer.json; nothing of one that is no WordPiece."""
     values = read_object(path)
     model, normalizer = values.get("model"), values.get("normalizer")
     if not isinstance(model, dict) or model.get("type", "WordPiece") != "WordPiece" or not isinstance(model.get("vocab"), dict):
-        return {}, {}
+        return {}, {}, []
     if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
         kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
         raise InputError(f"{path}: its normalizer is {kind!r:.60}; expected a BERT's, BertNormalizer")
+    parts = {"normalizer": normalizer, "pre_tokenizer": values.get("pre_tokenizer"), "model": model}
+    for (part, key), usual in BERT_ONLY.items():
+        held = parts[part].get(key, usual) if isinstance(parts[part], dict) else parts[part]
+        if held != usual:
+            raise InputError(f"{path}: {key} of its {part} is {held!r:.60}; expected a BERT's, {usual!r}")
     rules = {}
     for name, (known, default) in BERT_RULES.items():
         value = normalizer.get(known, default)
         if not (value is None or isinstance(value, bool)):
             raise InputError(f"{path}: {known} of its normalizer is {value!r}; expected true or false")
         rules[name] = value
-    return rules, model["vocab"]
+    more = []
+    for listed in _expect(path, "added_tokens", values.get("added_tokens") or [], list, "a list"):
+        number = _expect(path, "id of an added token", _expect(path, "an added token", listed, dict, "an object").get("id"), int, "an id")
+        more.append((number, _token(path, f"added token {number}", listed)))
+    return rules, model["vocab"], sorted(more, key=lambda item: item[0])
 
 
 def train_wordpiece(texts: list[str], size: int) -> WordPiece:

@@ -504,7 +504,8 @@ def bert_folder(folder: Path, config: dict, whole: dict | None = None, vocab: bo
         model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
         model["vocab"] = {word: i for i, word in enumerate(BERT_WORDS)}
         normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
-        (folder / "tokenizer.json").write_text(json.dumps({"model": model, "normalizer": normalizer | whole}))
+        split = {"type": "BertPreTokenizer"}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": model, "normalizer": normalizer | whole, "pre_tokenizer": split}))
     return folder
 
 
@@ -539,6 +540,7 @@ def test_a_folder_with_only_a_tokenizer_json_has_a_berts_vocabulary(tmp_path):
     ({"strip_accents": 3}, None, "strip_accents is 3; expected true or false"),
     ({}, {"type": "NFC"}, "its normalizer is 'NFC'; expected a BERT's"),
     ({}, {"lowercase": "no"}, "lowercase of its normalizer is 'no'"),
+    ({}, {"clean_text": False}, "clean_text of its normalizer is False; expected a BERT's, True"),
 ])  # fmt: skip
 def test_rules_that_are_not_berts_are_refused_by_name(tmp_path, config, whole, words):
     with pytest.raises(InputError, match=words):
@@ -553,3 +555,29 @@ def test_a_tokenizer_json_that_makes_the_library_panic_is_one_error(tmp_path, no
     (tmp_path / "tokenizer.json").write_text(json.dumps(values | {"normalizer": normalizer}))
     with pytest.raises(InputError, match="tokenizer.json: cannot be read as a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("part", "values", "words"), [
+    ("pre_tokenizer", None, "type of its pre_tokenizer is None; expected a BERT's"),
+    ("pre_tokenizer", {"type": "Whitespace"}, "type of its pre_tokenizer is 'Whitespace'"),
+    ("model", {"continuing_subword_prefix": "@@"}, "continuing_subword_prefix of its model is '@@'"),
+    ("model", {"vocab": {word: i for i, word in enumerate(reversed(BERT_WORDS))}}, "has another id than in the vocab.txt beside it"),
+])  # fmt: skip
+def test_a_tokenizer_json_that_splits_as_no_bert_is_refused(tmp_path, part, values, words):
+    path = bert_folder(tmp_path / "bert", {}, {}) / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    whole[part] = values and whole[part] | values
+    path.write_text(json.dumps(whole))
+    with pytest.raises(InputError, match=f"tokenizer.json: .*{words}"):
+        load_wordpiece(path.parent)
+
+
+def test_added_tokens_of_a_tokenizer_json_are_kept_with_the_run(tmp_path):
+    path = bert_folder(tmp_path / "bert", {}, {}) / "tokenizer.json"
+    added = {"id": len(BERT_WORDS), "content": "GGO", "special": False, "normalized": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens": [{"id": 0, "content": "[PAD]", "special": True}, added]}))
+    load_wordpiece(path.parent).save(tmp_path / "run")
+    for folder in (path.parent, tmp_path / "run"):
+        tokenizer = load_wordpiece(folder)
+        assert tokenizer.tokens(tokenizer.encode("GGO 水", special_tokens=False)) == ["GGO", "水"]
+        assert len(tokenizer) == len(BERT_WORDS) + 1

@@ -127,9 +127,10 @@ def geometry(
     sides = np.array(spacing) * header.get_data_shape()[:3]
     if believe == "check" and not SMALLEST <= max(sides) <= LARGEST:
         unit_name = {1: "metre", 2: "mm", 3: "micron"}.get(unit, "not given, so mm")
+        # Another unit than mm holds whatever is believed of the rest.
+        otherwise = ", or take it as it is with --header sform, qform or pixdim" if scale == 1 else "'s unit"
         raise InputError(
-            f"{path}: by its header the scan is {_mm(sides)} (the unit is {unit_name}), which no chest is; mend the "
-            "header, or take it as it is with --header sform, qform or pixdim"
+            f"{path}: by its header the scan is {_mm(sides)} (the unit is {unit_name}), which no chest is; mend the header{otherwise}"
         )
     return Geometry(axes, tuple(float(s) for s in spacing))
 
@@ -156,7 +157,10 @@ def _axes(affine: np.ndarray, name: str, path: Path) -> tuple[str, str, str]:
     """Return the axis codes. Raises InputError for axes that are no right-angled frame."""
     spacing = _spacing(affine)
     if not min(spacing) > 0:
-        raise InputError(f"{path}: the {name}'s spacing is {_mm(spacing)}; expected three positive distances in mm")
+        raise InputError(
+            f"{path}: the {name}'s spacing is {_mm(spacing)}; expected three positive distances in mm, or say what else holds "
+            "with --header qform or pixdim"
+        )
     unit = affine[:3, :3] / spacing
     if abs(np.linalg.det(unit)) < 1e-3:
         raise InputError(f"{path}: the header's affine is degenerate, two axes run the same way; mend the header")
