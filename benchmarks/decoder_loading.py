@@ -26,7 +26,7 @@ from reaf_hsenet.pretrained_decoder import INDEX, load_decoder, published_names
 SHARD = 2 * 10**9
 
 
-def make(config: DecoderConfig, folder: Path) -> int:
+def make(config: DecoderConfig, folder: Path, dtype: torch.dtype = torch.bfloat16) -> int:
     """Random weights, a shard at a time; returns their bytes."""
     with torch.device("meta"):
         decoder = Decoder(config)
@@ -41,7 +41,7 @@ def make(config: DecoderConfig, folder: Path) -> int:
 
     for name, (ours, start, end) in published_names(decoder).items():
         shape = (end - start, *parameters[ours].shape[1:])
-        tensor = torch.empty(shape, dtype=torch.bfloat16)
+        tensor = torch.empty(shape, dtype=dtype)
         shard[name] = tensor.fill_(1) if tensor.dim() == 1 else tensor.normal_(0, 0.02, generator=generator)
         size, total = size + tensor.nbytes, total + tensor.nbytes
         if size > SHARD:
@@ -49,7 +49,7 @@ def make(config: DecoderConfig, folder: Path) -> int:
             size = 0
     flush()
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    write_json(folder / "config.json", config.to_json("bfloat16"))
+    write_json(folder / "config.json", config.to_json(str(dtype).removeprefix("torch.")))
     return total
 
 

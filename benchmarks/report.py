@@ -60,7 +60,7 @@ def write_run(folder: Path, real_size: bool) -> None:
     config = replace(config, vocab=len(tokenizer), eos_ids=(tokenizer.eos_id,), bos_id=tokenizer.bos_id, pad_id=None)
     decoder = folder / "decoder"
     decoder.mkdir(parents=True)
-    make(config, decoder)
+    make(config, decoder, torch.bfloat16 if real_size else torch.float32)
     encoder = SliceEncoder(size=224, patch=16, width=768, depth=12, heads=12, mlp=3072)
     save_slice_encoder(folder / "slice_encoder", encoder)
     slices = describe(encoder, str(folder / "slice_encoder"))
@@ -72,7 +72,7 @@ def write_run(folder: Path, real_size: bool) -> None:
     run = Run(folder)
     run.save(1, trained_state(build_mllm(mllm, base_decoder(mllm, origin))), {}, keep=1, best=True)
     tokenizer.save(run.folder)
-    values = {"version": "0", "stage": "mrg", "preset": "hsenet-base", "model": mllm.to_dict(), "origin": origin}
+    values = {"version": "0", "stage": "mrg", "preset": "hsenet-base", "model": to_dict(mllm), "origin": origin}
     run.write_config({**values, "recipe": to_dict(RECIPES["hsenet"]), "slices": slices, "train": {}, "data": None})
 
 

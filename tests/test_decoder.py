@@ -12,7 +12,8 @@ from reaf_hsenet.losses import language_loss
 from reaf_hsenet.models.decoder import Decoder, KVCache
 from reaf_hsenet.models.int8 import Int8Linear, quantise_decoder
 from reaf_hsenet.models.lora import LoraLinear, add_lora, merge_lora
-from reaf_hsenet.models.packed import PackedLinear, pack, packable
+from reaf_hsenet.models import packed
+from reaf_hsenet.models.packed import PackedLinear, WidenedLinear, pack, packable
 from reaf_hsenet.pretrained_decoder import save_decoder
 
 SMALL = DecoderConfig("phi3", 96, 48, 2, 6, 2, 8, 64, 128, RopeConfig(dims=6), tied=True, pad_id=0)
@@ -111,6 +112,22 @@ def test_a_type_that_cannot_be_packed_stays():
     decoder = small().double()
     pack(decoder)
     assert not packable(next(decoder.parameters())) and not any(isinstance(m, PackedLinear) for m in decoder.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_processor_slow_in_half_precision_multiplies_a_prompt_in_float32(dtype, monkeypatch):
+    monkeypatch.setattr(packed, "packable", lambda weight: False)
+    decoder = small().to(dtype)
+    layer = decoder.layers[0].mlp.down_proj
+    x = torch.randn(1, 9, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pack(decoder)
+    wide = decoder.layers[0].mlp.down_proj
+    assert sum(isinstance(m, WidenedLinear) for m in decoder.modules()) == 4 * 2 + (decoder.lm_head is not None)
+    with torch.inference_mode():
+        prompt, step = wide(x), wide(x[:, :1])
+    assert torch.equal(prompt, (x.float() @ layer.weight.float().T).to(dtype)) and step.dtype == dtype
+    assert (prompt[:, :1] - step).abs().max() <= 0.01 * prompt.abs().max()
+    assert wide.weight is layer.weight  # no copy of the weights stays in memory
 
 
 def test_packing_takes_merged_adapters_in_and_keeps_those_that_are_not_merged():

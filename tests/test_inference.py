@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 from conftest import ROOT
 from language_run import CONTEXT, write_language_run
-from reaf_hsenet import figures, inference, load, scan_answers
+from reaf_hsenet import answering, figures, inference, load, scan_answers
 from reaf_hsenet.answering import answer, answer_text
 from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import RECIPES, GuidedVisionConfig
@@ -274,6 +274,17 @@ def test_the_decoder_takes_the_precision_that_is_asked_for(runs, scans):
     model = load(runs / "mrg-hsenet", precision="bf16")
     assert {p.dtype for p in model.run.model.decoder.parameters()} == {torch.bfloat16}
     assert isinstance(model.report(scans[0], new_tokens=3), str)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_encoders_beside_a_bf16_decoder_compute_in_bf16_where_the_processor_is_fast_in_it(runs, scans, monkeypatch, fast):
+    monkeypatch.setattr(answering, "packable", lambda weight: fast)
+    model = load(runs / "mrg-hsenet", precision="bf16")
+    seen = []
+    layer = next(m for m in model.run.model.encoders[0].modules() if isinstance(m, torch.nn.Linear))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    model.report(scans[0], new_tokens=1)
+    assert seen == [torch.bfloat16 if fast else torch.float32]
 
 
 def test_the_slice_encoder_is_the_named_one_or_the_runs_or_the_data_sets(runs, sliced, scans, tmp_path):

@@ -139,6 +139,14 @@ def test_the_text_guided_projector_sees_the_question_and_not_the_answer():
     assert torch.equal(visual(last), plain) and not torch.equal(visual(first), plain)
 
 
+def test_a_half_precision_decoder_takes_what_float32_projectors_make_of_its_words():
+    mllm = model("text_guided", encoders=("stage1",), slices=5, slice_width=16).eval()
+    mllm.decoder.to(torch.bfloat16)
+    given = inputs(mllm)
+    x = mllm.embed(given["ids"], mllm.features(given["volume"], given["slices"]), given["slices"], given["mask"])
+    assert x.dtype == torch.bfloat16 and x.isfinite().all()
+
+
 def test_wrong_numbers_of_projectors_and_tokens_are_refused():
     mllm = model()
     with pytest.raises(ValueError, match="3 projectors for 2 encoders"):

@@ -61,7 +61,7 @@ class Mllm(nn.Module):
         if ids.shape[1] < end:
             raise ValueError(f"{ids.shape[1]} tokens, expected bos and {self.visual_tokens} image tokens at least")
         text_mask = None if asked is None else asked[:, end:]
-        visual = self.visual(features, slices, x[:, end:], text_mask)
+        visual = self.visual(features, slices, x[:, end:].to(features[0].dtype), text_mask)
         return torch.cat((x[:, :1], visual.to(x.dtype), x[:, end:]), dim=1)
 
     def forward(
