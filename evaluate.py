@@ -12,7 +12,7 @@ zeroshot_scores.csv; mrg.json, mrg.csv; vqa.json, vqa.csv. An interrupted mrg or
 again, with any number of processes. With --figures DIR also pictures (needs matplotlib).
 """
 
-from reaf_hsenet.errors import start_script
+from reaf_hsenet.script import start_script
 
 if __name__ == "__main__":
     start_script()  # what is imported next takes seconds
@@ -24,26 +24,28 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from reaf_hsenet import comparison, distributed, figures, language_scores, zeroshot
-from reaf_hsenet.answering import check_context, usual_new_tokens
-from reaf_hsenet.checkpoint import Run
+from reaf_hsenet import distributed
+from reaf_hsenet.config import GENERATION
 from reaf_hsenet.data.labels import load_label_set, manifest_labels, read_label_table
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import read_templates
-from reaf_hsenet.embedding import DualEncoderRun, embed, is_published, load_dual_encoder
-from reaf_hsenet.errors import InputError, run_script
-from reaf_hsenet.evaluate_flags import LANGUAGE, parse
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate import comparison, figures, language_scores, zeroshot
+from reaf_hsenet.evaluate.evaluate_flags import LANGUAGE, parse
+from reaf_hsenet.evaluate.language_evaluation import asked_rows, fingerprint, generate_answers
+from reaf_hsenet.evaluate.retrieval_results import print_table, write_queries
 from reaf_hsenet.files import atomic_write, folder_lock, write_json
-from reaf_hsenet.language_evaluation import asked_rows, fingerprint, generate_answers
 from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
 from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
 from reaf_hsenet.metrics.retrieval import cross_retrieval, cross_retrieval_per_scan, label_overlap
-from reaf_hsenet.mllm_run import MllmRun, load_mllm
-from reaf_hsenet.retrieval_results import print_table, write_queries
-from reaf_hsenet.training_config import GENERATION
+from reaf_hsenet.runs.answering import check_context, usual_new_tokens
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.embedding import embed
+from reaf_hsenet.runs.trained import DualEncoderRun, MllmRun, is_published, load_dual_encoder, load_mllm
+from reaf_hsenet.script import run_script
 
 PRECISIONS = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -11,7 +11,7 @@ A scan is .nii or .nii.gz in any orientation and spacing, or a .pt volume of REA
 go to stdout, with --json as JSON; which run was used and how the scan was read is said on stderr.
 """
 
-from reaf_hsenet.errors import start_script
+from reaf_hsenet.script import start_script
 
 if __name__ == "__main__":
     start_script()  # what is imported next takes seconds
@@ -23,13 +23,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from reaf_hsenet.config import GENERATION
 from reaf_hsenet.data.header import HEADERS
 from reaf_hsenet.data.labels import LABEL_SETS
 from reaf_hsenet.data.reading import Reading, stem
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, axis_codes
-from reaf_hsenet.errors import Command, InputError, Parser, run_script
-from reaf_hsenet.scan import check_scan
-from reaf_hsenet.training_config import GENERATION
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate.scan import check_scan
+from reaf_hsenet.script import Command, Parser, run_script
 
 COMMANDS = {
     "report": "findings as text",
@@ -162,10 +163,10 @@ def default_run(command: str, model: str | None) -> Path:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    from reaf_hsenet.embedding import locate_run
-    from reaf_hsenet.inference import (
+    from reaf_hsenet.evaluate.scan_model import (
         ScanModel,  # here, not above: what is wrong with the flags is said at once
     )
+    from reaf_hsenet.runs.trained import locate_run
 
     folder = locate_run(args.run) if args.run else default_run(args.command, args.model)
     model = ScanModel(
@@ -199,7 +200,7 @@ def made_by(model) -> dict:
 
 def answer(args: argparse.Namespace, model, show: Callable) -> dict:
     """A report, or an answer: shown as it is made."""
-    from reaf_hsenet.generation import Sampling
+    from reaf_hsenet.runs.generation import Sampling
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed or 0)
     task, pieces = "mrg" if args.command == "report" else "vqa", []
@@ -222,7 +223,7 @@ def classify(args: argparse.Namespace, model, show: Callable) -> dict:
 def embed(args: argparse.Namespace, model, show: Callable) -> list[dict]:
     import torch
 
-    from reaf_hsenet.search_index import SearchIndex
+    from reaf_hsenet.evaluate.search_index import SearchIndex
 
     vectors = []
     for scan in args.scan:

@@ -13,7 +13,7 @@ Run it again and it does what is missing; --slices is also a step of its own, fo
 cannot be used are listed with the reason in OUT/refused.csv.
 """
 
-from reaf_hsenet.errors import start_script
+from reaf_hsenet.script import start_script
 
 if __name__ == "__main__":
     start_script()  # what is imported next takes seconds
@@ -26,18 +26,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from reaf_hsenet.config import FITS, RECIPES
-from reaf_hsenet.data.bimcv import read_bimcv
-from reaf_hsenet.data.datasets import Source, read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.header import HEADERS
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
 from reaf_hsenet.data.questions import add_questions
-from reaf_hsenet.data.radgenome import KINDS
-from reaf_hsenet.data.reaf_dataset import read_reaf
 from reaf_hsenet.data.slices import SLICE_RECIPES, SLICES, require_pillow
+from reaf_hsenet.data.sources.bimcv import read_bimcv
+from reaf_hsenet.data.sources.datasets import Source, read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.sources.radgenome import KINDS
+from reaf_hsenet.data.sources.reaf_dataset import read_reaf
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, axis_codes
-from reaf_hsenet.errors import InputError, Parser, run_script
+from reaf_hsenet.errors import InputError
 from reaf_hsenet.presets import TINY_RECIPES
+from reaf_hsenet.script import Parser, run_script
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -199,7 +200,8 @@ def slice_step(args: argparse.Namespace) -> Callable[[], list[tuple[str, str]]]:
         require_pillow()
     # Here, not above: the workers that prepare volumes start faster without torch.
     from reaf_hsenet import distributed
-    from reaf_hsenet.data.slice_features import add_slice_features, load_slice_encoder
+    from reaf_hsenet.data.slice_features import add_slice_features
+    from reaf_hsenet.weights.slice_encoder import load_slice_encoder
 
     device = distributed.start(args.device).device
     recipe = args.slice_recipe or {"phantom": "phantom", "bimcv-r": "bimcv"}.get(args.dataset, "hsenet")

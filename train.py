@@ -17,7 +17,7 @@ numbers that are no longer finite, is 2.
 
 import signal
 
-from reaf_hsenet.errors import start_script
+from reaf_hsenet.script import start_script
 
 if __name__ == "__main__":
     start_script(signal.SIGUSR1)  # what is imported next takes seconds
@@ -31,20 +31,21 @@ from pathlib import Path
 import torch
 
 from reaf_hsenet import __version__, distributed
-from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.contrastive_job import contrastive_job
+from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.errors import InputError, run_script
-from reaf_hsenet.guided_setup import keep_slice_encoder
-from reaf_hsenet.language_job import language_job
-from reaf_hsenet.language_setup import LanguageSetup, new_language_setup, resumed_language_setup
+from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.layers import count_parameters
-from reaf_hsenet.resumed_setup import resumed_setup
-from reaf_hsenet.run_setup import Setup, new_setup
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.script import run_script
 from reaf_hsenet.settings import from_dict, to_dict
-from reaf_hsenet.train_flags import LANGUAGE, parse
-from reaf_hsenet.trainer import Trainer
-from reaf_hsenet.training_config import TrainConfig
+from reaf_hsenet.train.contrastive_job import contrastive_job
+from reaf_hsenet.train.guided_setup import keep_slice_encoder
+from reaf_hsenet.train.language_job import language_job
+from reaf_hsenet.train.language_setup import LanguageSetup, new_language_setup, resumed_language_setup
+from reaf_hsenet.train.resumed_setup import resumed_setup
+from reaf_hsenet.train.run_setup import Setup, new_setup
+from reaf_hsenet.train.train_flags import LANGUAGE, parse
+from reaf_hsenet.train.trainer import Trainer
 
 
 def main(argv: list[str]) -> int:

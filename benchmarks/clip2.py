@@ -17,9 +17,9 @@ def _step(threads: int, batch: int, stage: int):
     import torch
 
     from reaf_hsenet.config import ClipConfig, GuidedVisionConfig
-    from reaf_hsenet.contrastive import Contrastive, Guided, Teacher, encode
     from reaf_hsenet.data.loader import Batch
     from reaf_hsenet.models.clip import build_dual_encoder
+    from reaf_hsenet.train.contrastive import Contrastive, Guided, Teacher, encode
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -15,12 +15,12 @@ import time
 import torch
 from torch import nn
 
-from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
-from reaf_hsenet.generation import steps
 from reaf_hsenet.models.decoder import Decoder
+from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.int8 import quantise_decoder
 from reaf_hsenet.models.packed import PackedLinear, pack
-from reaf_hsenet.pretrained_decoder import save_decoder
+from reaf_hsenet.runs.generation import steps
+from reaf_hsenet.weights.decoder import save_decoder
 
 PROMPT, NEW = 300, 64
 

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 
 from decoder import PRESETS
 from measure import peak_mb
-from reaf_hsenet.decoder_config import DecoderConfig
 from reaf_hsenet.files import write_json
-from reaf_hsenet.generation import generate
 from reaf_hsenet.models.decoder import Decoder
-from reaf_hsenet.pretrained_decoder import INDEX, load_decoder, published_names
+from reaf_hsenet.models.decoder_config import DecoderConfig
+from reaf_hsenet.runs.generation import generate
+from reaf_hsenet.weights.decoder import INDEX, load_decoder, published_names
 
 SHARD = 2 * 10**9
 

@@ -22,7 +22,7 @@ from reaf_hsenet.config import ClipConfig
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.layers import Attention
 from reaf_hsenet.presets import PRESETS
-from reaf_hsenet.step_log import peak_flops
+from reaf_hsenet.train.step_log import peak_flops
 
 PACKAGES = ("numpy", "nibabel", "transformers", "pytest")
 COMPILED = (16, 64, 4, 1)  # batches that are compiled, in this order, as far as they fit and there is time

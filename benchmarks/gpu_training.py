@@ -26,23 +26,24 @@ import train
 from gpu import ROOT, Part, Report, Setting, inside_command
 from gpu_speed import peak_memory, preset, reset_peak
 from reaf_hsenet import distributed
-from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import RECIPES
-from reaf_hsenet.contrastive import Contrastive, encode
 from reaf_hsenet.data.bad_volumes import BadVolumes
-from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.data.slice_features import add_slice_features, describe
+from reaf_hsenet.data.slice_features import add_slice_features
+from reaf_hsenet.data.sources.datasets import read_ct_rate
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.job import Job
-from reaf_hsenet.losses import _Gather
 from reaf_hsenet.models.clip import DualEncoder, build_dual_encoder
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.presets import stage_config
-from reaf_hsenet.trainer import Trainer
-from reaf_hsenet.training_step import TrainingStep
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.train.contrastive import Contrastive, encode
+from reaf_hsenet.train.job import Job
+from reaf_hsenet.train.losses import _Gather
+from reaf_hsenet.train.trainer import Trainer
+from reaf_hsenet.train.training_step import TrainingStep
+from reaf_hsenet.weights.slice_encoder import describe
 
 STAGES = ("clip1", "clip2", "mrg")
 

@@ -25,17 +25,17 @@ import torch
 
 from decoder import PRESETS as DECODERS
 from decoder_loading import make
-from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import RECIPES, GuidedVisionConfig
 from reaf_hsenet.data.language import add_image_tokens
-from reaf_hsenet.data.slice_features import describe, save_slice_encoder
 from reaf_hsenet.files import file_sha256
-from reaf_hsenet.mllm_config import MllmConfig, build_mllm, trained_state
-from reaf_hsenet.mllm_run import base_decoder
+from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.presets import PRESETS
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.trained import base_decoder
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.word_tokenizer import train_words
+from reaf_hsenet.text.word_tokenizer import train_words
+from reaf_hsenet.weights.slice_encoder import describe, save_slice_encoder
 
 
 def write_scan(path: Path) -> None:

@@ -7,6 +7,6 @@ def __getattr__(name: str):
     """`reaf_hsenet.load`, found when it is asked for: torch takes seconds to import."""
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from reaf_hsenet.inference import load
+    from reaf_hsenet.evaluate.scan_model import load
 
     return load

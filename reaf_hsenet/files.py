@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import socket
 import stat
 import struct
@@ -160,3 +161,33 @@ def folder_lock(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # a full disk: then the holder has no name
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no file or folder can be ORGANISATION/NAME[@REVISION] of the Hugging Face hub.
+
+    A path is not: what begins with a folder that is here, or with `runs`.
+    """
+    first = name.partition("/")[0]
+    there = first.startswith(".") or first == "runs" or Path(first).is_dir()
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name)) and not there
+
+
+def find_folder(name: str, patterns: list[str]) -> Path:
+    """A local folder as it is; ORGANISATION/NAME[@REVISION] from the Hugging Face hub, the files that match only."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_hub_id(name):
+        raise InputError(
+            f"{name}: no such folder or file; expected one, or a hub id such as google-bert/bert-base-uncased"
+        )
+    repository, _, revision = name.partition("@")
+    from huggingface_hub import snapshot_download  # slow to import, and needed for a hub id only
+
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # the hub client's own errors are of these kinds
+        raise InputError(
+            f"{name}: no such folder, and the hub does not give it ({type(error).__name__}); fetch "
+            f"{', '.join(patterns)} by hand from huggingface.co/{repository}/tree/{revision or 'main'} and name their folder"
+        ) from error

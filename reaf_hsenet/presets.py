@@ -2,9 +2,17 @@
 
 from dataclasses import replace
 
-from reaf_hsenet.config import RECIPES, ClipConfig, ReafVisionConfig, TextConfig, VisionConfig
+from reaf_hsenet.config import (
+    NO_AUGMENTATION,
+    RECIPES,
+    STAGES,
+    ClipConfig,
+    ReafVisionConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.training_config import NO_AUGMENTATION, STAGES, TrainConfig
 
 # Small enough for a laptop's processor. The text encoder trains on its own vocabulary, from the reports.
 TINY_TEXT = TextConfig(

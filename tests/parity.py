@@ -32,18 +32,12 @@ from parity_packer import check_packer_attention, check_projector, check_spatial
 from parity_text import check_llm_inputs, check_tokenizers  # noqa: E402
 from parity_training import check_training  # noqa: E402
 from reaf_hsenet.config import RECIPES, TextConfig  # noqa: E402
-from reaf_hsenet.data.datasets import read_ct_rate  # noqa: E402
 from reaf_hsenet.data.labels import load_label_set  # noqa: E402
 from reaf_hsenet.data.preprocessing import preprocess, resampled_grid  # noqa: E402
 from reaf_hsenet.data.slice_features import normalise  # noqa: E402
 from reaf_hsenet.data.slices import SLICE_RECIPES, axial_slices, fit, through_jpeg  # noqa: E402
+from reaf_hsenet.data.sources.datasets import read_ct_rate  # noqa: E402
 from reaf_hsenet.data.volume import Volume, read_volume  # noqa: E402
-from reaf_hsenet.losses import (  # noqa: E402
-    contrastive_logits,
-    contrastive_loss,
-    relation_loss,
-    relation_weight,
-)
 from reaf_hsenet.metrics.classification import classification_report  # noqa: E402
 from reaf_hsenet.metrics.retrieval import cross_retrieval, label_overlap  # noqa: E402
 from reaf_hsenet.models.fusion import build_fusion  # noqa: E402
@@ -54,7 +48,13 @@ from reaf_hsenet.models.slice_encoder import SliceEncoder  # noqa: E402
 from reaf_hsenet.models.slice_guidance import SliceGuidedAttention, ViT2E3  # noqa: E402
 from reaf_hsenet.models.text_encoder import Pooler, TextEncoder  # noqa: E402
 from reaf_hsenet.models.vit3d import ViT3D  # noqa: E402
-from reaf_hsenet.pretrained import (  # noqa: E402
+from reaf_hsenet.train.losses import (  # noqa: E402
+    contrastive_logits,
+    contrastive_loss,
+    relation_loss,
+    relation_weight,
+)
+from reaf_hsenet.weights import (  # noqa: E402
     bert_config,
     bert_state,
     load_strictly,

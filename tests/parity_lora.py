@@ -7,10 +7,10 @@ import torch
 import fill as kit
 from parity_case import Case, Check, equal
 from parity_decoder import GRADIENT, _close, build
-from reaf_hsenet.adapters import adapter_state, load_adapter_state
-from reaf_hsenet.losses import language_loss
 from reaf_hsenet.models.lora import add_lora, merge_lora, unmerge_lora
-from reaf_hsenet.pretrained_decoder import decoder_state
+from reaf_hsenet.train.losses import language_loss
+from reaf_hsenet.weights.adapters import adapter_state, load_adapter_state
+from reaf_hsenet.weights.decoder import decoder_state
 
 LORA = 2e-4  # the kit's own tolerance, absolute on logits
 

@@ -17,8 +17,8 @@ from reaf_hsenet.models.packer import (
 )
 from reaf_hsenet.models.qformer import QFormer
 from reaf_hsenet.models.text_guided import TextGuidedProjector
-from reaf_hsenet.pretrained import load_strictly
-from reaf_hsenet.pretrained_packer import packer_state, published_packer_state
+from reaf_hsenet.weights import load_strictly
+from reaf_hsenet.weights.packer import packer_state, published_packer_state
 
 PRECISIONS = ((torch.float32, STRICT32, ""), (torch.float64, STRICT64, "__f64"))
 BFLOAT16 = 5e-2  # of the output's standard deviation: the kit's own tolerance

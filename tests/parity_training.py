@@ -13,15 +13,25 @@ from torch import Tensor
 
 import fill as kit
 from parity_case import Case, Check, equal
-from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, ReafVisionConfig, TextConfig, VisionConfig
-from reaf_hsenet.contrastive import Contrastive, Guided, Teacher, encode
+from reaf_hsenet.config import (
+    NO_AUGMENTATION,
+    STAGES,
+    ClipConfig,
+    GuidedVisionConfig,
+    ReafVisionConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.job import Job
 from reaf_hsenet.models.clip import DualEncoder, build_dual_encoder, freeze_text, set_grad_checkpoint
-from reaf_hsenet.optimizer import learning_rate
-from reaf_hsenet.pretrained import load_strictly
-from reaf_hsenet.pretrained.names import (
+from reaf_hsenet.train.contrastive import Contrastive, Guided, Teacher, encode
+from reaf_hsenet.train.job import Job
+from reaf_hsenet.train.optimizer import learning_rate
+from reaf_hsenet.train.training_step import TrainingStep
+from reaf_hsenet.weights import load_strictly
+from reaf_hsenet.weights.names import (
     BERT_IGNORED,
     TEACHER,
     m3d_clip_state,
@@ -30,8 +40,6 @@ from reaf_hsenet.pretrained.names import (
     sources,
     teacher_state,
 )
-from reaf_hsenet.training_config import NO_AUGMENTATION, STAGES, TrainConfig
-from reaf_hsenet.training_step import TrainingStep
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 

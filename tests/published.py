@@ -13,7 +13,7 @@ import fill
 import test_reaf_weights
 from parity_case import Case
 from parity_decoder import build
-from reaf_hsenet.pretrained_decoder import save_decoder
+from reaf_hsenet.weights.decoder import save_decoder
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {n: Case(GOLDEN / f"{n}.json", GOLDEN) for n in ("bert_tiny", "hsenet_vit_stage1_tiny", "hsenet_vit_stage2_tiny", "lora_phi3_tiny")}

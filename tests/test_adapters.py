@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 import fill
 from parity_case import Case
 from parity_decoder import build
-from reaf_hsenet.adapters import (
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.models.int8 import quantise
+from reaf_hsenet.models.lora import LoraLinear, add_lora
+from reaf_hsenet.weights.adapters import (
     CONFIG,
     WEIGHTS,
     adapter_state,
@@ -19,10 +22,7 @@ from reaf_hsenet.adapters import (
     load_adapter_state,
     save_adapter,
 )
-from reaf_hsenet.errors import InputError
-from reaf_hsenet.models.int8 import quantise
-from reaf_hsenet.models.lora import LoraLinear, add_lora
-from reaf_hsenet.pretrained_decoder import save_decoder
+from reaf_hsenet.weights.decoder import save_decoder
 
 GOLDEN = Path(__file__).parent / "golden"
 PHI, LLAMA = (Case(GOLDEN / f"{name}.json", GOLDEN) for name in ("lora_phi3_tiny", "llama3_tiny"))

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import train
-from reaf_hsenet.checkpoint import Run
+from reaf_hsenet.config import Augmentation
 from reaf_hsenet.data.bad_volumes import Unreadable
 from reaf_hsenet.data.loader import CTReportDataset, read_sample
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.tokenizer import train_wordpiece
-from reaf_hsenet.trainer import Trainer
-from reaf_hsenet.training_config import Augmentation
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.train.trainer import Trainer
 from test_clip2_runs import stage2
 from test_language_runs import decoder_folder, language, stages  # noqa: F401  (fixtures)
 from test_train import (  # noqa: F401  (a fixture)

@@ -8,8 +8,8 @@ import pytest
 
 from conftest import script
 from reaf_hsenet.config import RECIPES
-from reaf_hsenet.data.bimcv import read_bimcv
 from reaf_hsenet.data.manifest import load_manifest
+from reaf_hsenet.data.sources.bimcv import read_bimcv
 from reaf_hsenet.errors import InputError
 
 SESSION = "/raid/x/BIMCV_CT/covid19_posi/sub-S{0}/ses-E{0}/mod-rx"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import reaf_hsenet.checkpoint as module
+import reaf_hsenet.runs.checkpoint as module
 import train
-from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.errors import InputError, OutputError
+from reaf_hsenet.runs.checkpoint import Run
 from test_train import finished, keep_signal_handlers, numbers, run_copy, same_weights, tiny, wrong  # noqa: F401
 
 

@@ -14,7 +14,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.metrics.bertscore import load_text_reader
 from reaf_hsenet.metrics.clinical import attribute_agreement, clinical_report, load_classifier, phantom_labels
 from reaf_hsenet.models.text_encoder import TextEncoder
-from reaf_hsenet.pretrained import bert_config, bert_state
+from reaf_hsenet.weights import bert_config, bert_state
 from test_text_metrics import bert_folder
 
 TEXTS = ["A nodule in the left lung.", "", "Ground-glass opacities in both lungs, 12 mm.", "心脏", "  "]

@@ -9,13 +9,13 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig
-from reaf_hsenet.contrastive import Contrastive, Guided, Teacher, encode
 from reaf_hsenet.data.loader import Batch
-from reaf_hsenet.grad_cache import cached_backward
-from reaf_hsenet.losses import contrastive_logits, contrastive_loss, relation_loss
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.slice_guidance import ViT2E3
-from reaf_hsenet.pretrained import initial_state, load_matching, load_strictly, m3d_clip_state, teacher_state
+from reaf_hsenet.train.contrastive import Contrastive, Guided, Teacher, encode
+from reaf_hsenet.train.grad_cache import cached_backward
+from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss, relation_loss
+from reaf_hsenet.weights import initial_state, load_matching, load_strictly, m3d_clip_state, teacher_state
 from test_models import TINY
 
 SLICES, SLICE_WIDTH = 5, 12

@@ -12,17 +12,17 @@ import torch
 import evaluate
 import reaf_hsenet.presets as presets
 import train
-from reaf_hsenet import contrastive_job, guided_setup, phantom_slices
-from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import GuidedVisionConfig
+from reaf_hsenet.config import Augmentation, GuidedVisionConfig
 from reaf_hsenet.data.loader import CTReportDataset
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.data.slice_features import add_slice_features, describe
-from reaf_hsenet.embedding import load_dual_encoder
+from reaf_hsenet.data.slice_features import add_slice_features
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
-from reaf_hsenet.phantom_slices import train_slice_encoder
-from reaf_hsenet.training_config import Augmentation
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.trained import load_dual_encoder
+from reaf_hsenet.train import contrastive_job, guided_setup, phantom_slices
+from reaf_hsenet.train.phantom_slices import train_slice_encoder
+from reaf_hsenet.weights.slice_encoder import describe
 from test_train import numbers, same_weights, tiny, weights
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from reaf_hsenet.checkpoint import Run
+from reaf_hsenet.runs.checkpoint import Run
 
 FILES = [block for block in re.findall(r"```bash\n(.*?)```", (ROOT / "docs/clusters.md").read_text(), re.S) if "#SBATCH" in block]
 COMMANDS = {

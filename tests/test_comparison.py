@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import evaluate
-from reaf_hsenet.comparison import compare, fingerprint
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate.comparison import compare, fingerprint
 
 
 def write_ranks(folder, ranks, ids=None):
@@ -56,7 +56,7 @@ def test_a_run_compared_with_itself_differs_by_nothing(tmp_path):
 
 def test_the_bootstrap_is_paired():
     """Two runs that differ on one volume only: the paired interval is far narrower than either run's own."""
-    from reaf_hsenet.comparison import _recalls
+    from reaf_hsenet.evaluate.comparison import _recalls
 
     rng = np.random.default_rng(0)
     ranks = rng.integers(1, 3, 400)

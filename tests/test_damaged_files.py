@@ -10,15 +10,15 @@ import torch
 
 from conftest import error_line, script
 from reaf_hsenet.config import RECIPES
-from reaf_hsenet.data.datasets import read_nifti_folder
 from reaf_hsenet.data.loader import _load
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.prepare import Journal, Options, differs, prepare, read_refused
 from reaf_hsenet.data.reading import load_tensor, read_input
+from reaf_hsenet.data.sources.datasets import read_nifti_folder
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import DAMAGED, named, read_json
-from reaf_hsenet.pretrained.reading import read_weights_file
 from reaf_hsenet.settings import to_dict
+from reaf_hsenet.weights.reading import read_weights_file
 from test_header import image
 from test_wild_tables import table
 

@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 import train
+from reaf_hsenet.config import Augmentation
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import CTReportDataset
@@ -18,10 +19,9 @@ from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.questions import report_prompts
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.data.workers import batches, make_loader
-from reaf_hsenet.tokenizer import train_wordpiece
-from reaf_hsenet.trainer import Trainer
-from reaf_hsenet.training_config import Augmentation
-from reaf_hsenet.word_tokenizer import train_words
+from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.text.word_tokenizer import train_words
+from reaf_hsenet.train.trainer import Trainer
 from test_train import keep_signal_handlers, tiny  # noqa: F401  (a fixture)
 
 GLOBAL = 8

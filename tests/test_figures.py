@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from reaf_hsenet import figures
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate import figures
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, tmp_path):

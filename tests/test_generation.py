@@ -9,9 +9,17 @@ import torch
 from parity_case import Case
 from parity_decoder import build
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.generation import _COMPILED, Sampling, choose, generate, left_padded, row_positions, steps
 from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.packed import pack
+from reaf_hsenet.runs.generation import (
+    _COMPILED,
+    Sampling,
+    choose,
+    generate,
+    left_padded,
+    row_positions,
+    steps,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -9,11 +9,11 @@ from torch._dynamo.utils import counters
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import train
-from reaf_hsenet import trainer
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.language_loader import LanguageBatch
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.train import trainer
 from test_train import keep_signal_handlers, numbers, tiny  # noqa: F401  (a fixture)
 
 

@@ -10,9 +10,9 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from reaf_hsenet.config import ClipConfig, TextConfig
-from reaf_hsenet.grad_cache import cached_backward
-from reaf_hsenet.losses import contrastive_logits, contrastive_loss, gather_with_grad
 from reaf_hsenet.models.clip import build_dual_encoder, set_grad_checkpoint
+from reaf_hsenet.train.grad_cache import cached_backward
+from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss, gather_with_grad
 from test_reaf import SMALL
 
 ROWS, CHUNK = 6, 2
@@ -88,7 +88,7 @@ def test_the_random_state_must_be_replayed(monkeypatch):
     model, batch = model_and_batch()
     expected = whole(model, batch)
     model.zero_grad()
-    monkeypatch.setattr("reaf_hsenet.grad_cache.set_random_state", lambda state, device: None)
+    monkeypatch.setattr("reaf_hsenet.train.grad_cache.set_random_state", lambda state, device: None)
     with pytest.raises(AssertionError):
         assert_same(cached(model, batch), expected)
 

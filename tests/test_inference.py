@@ -19,24 +19,28 @@ from safetensors.torch import load_file, save_file
 import evaluate
 from conftest import ROOT
 from language_run import CONTEXT, write_language_run
-from reaf_hsenet import answering, figures, inference, load, scan_answers
-from reaf_hsenet.answering import answer, answer_text
-from reaf_hsenet.checkpoint import Run
+from reaf_hsenet import load
 from reaf_hsenet.config import RECIPES, GuidedVisionConfig
 from reaf_hsenet.data import reading
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.data.slice_features import add_slice_features, describe, save_slice_encoder
+from reaf_hsenet.data.slice_features import add_slice_features
 from reaf_hsenet.data.volume import TableRow, read_volume
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.generation import Sampling
-from reaf_hsenet.inference import ScanModel
+from reaf_hsenet.evaluate import figures, scan_answers
+from reaf_hsenet.evaluate import scan_model as inference
+from reaf_hsenet.evaluate.scan_model import ScanModel
+from reaf_hsenet.evaluate.search_index import SearchIndex, read_index
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.presets import PRESETS
-from reaf_hsenet.search_index import SearchIndex, read_index
+from reaf_hsenet.runs import answering
+from reaf_hsenet.runs.answering import answer, answer_text
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.generation import Sampling
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.tokenizer import train_wordpiece
+from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.weights.slice_encoder import describe, save_slice_encoder
 
 
 def slice_encoder(seed: int = 0) -> SliceEncoder:

@@ -18,7 +18,7 @@ import torch
 
 import train
 from conftest import ROOT
-from reaf_hsenet.checkpoint import Run
+from reaf_hsenet.runs.checkpoint import Run
 from test_language_runs import language, stages  # noqa: F401
 from test_train import assert_close_weights, numbers, same_weights, tiny
 

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reaf_hsenet import label_start
-from reaf_hsenet.calibration import calibrate_vision
 from reaf_hsenet.config import VisionConfig
 from reaf_hsenet.data.bad_volumes import BadVolumes, Unreadable
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.label_start import learn_labels
 from reaf_hsenet.models.clip import build_vision
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.projectors import build_projector
 from reaf_hsenet.presets import stage_config
+from reaf_hsenet.train import label_start
+from reaf_hsenet.train.calibration import calibrate_vision
+from reaf_hsenet.train.label_start import learn_labels
 
 CPU = torch.device("cpu")
 SETTINGS = stage_config("mrg", "hsenet", "hsenet-tiny")

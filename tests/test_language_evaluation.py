@@ -18,27 +18,27 @@ from safetensors.torch import load_file, save_file
 import evaluate
 from conftest import ROOT, error_line, script
 from language_run import CONTEXT, write_language_run
-from reaf_hsenet import answering, language_evaluation, language_scores
-from reaf_hsenet.answering import answer
-from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.config import ClipConfig, TextConfig, VisionConfig
+from reaf_hsenet.config import GENERATION, ClipConfig, TextConfig, VisionConfig
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import read_prepared
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.phantom.findings import LABELS
-from reaf_hsenet.data.slice_features import add_slice_features, describe
-from reaf_hsenet.data.text import clean_report
-from reaf_hsenet.embedding import load_dual_encoder
+from reaf_hsenet.data.slice_features import add_slice_features
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.generation import generate
-from reaf_hsenet.language_evaluation import Asked, asked_rows
+from reaf_hsenet.evaluate import language_evaluation, language_scores
+from reaf_hsenet.evaluate.language_evaluation import Asked, asked_rows
 from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
-from reaf_hsenet.mllm_run import load_mllm
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.slice_encoder import SliceEncoder
+from reaf_hsenet.runs import answering
+from reaf_hsenet.runs.answering import answer
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.generation import generate
+from reaf_hsenet.runs.trained import load_dual_encoder, load_mllm
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.tokenizer import train_wordpiece
-from reaf_hsenet.training_config import GENERATION
+from reaf_hsenet.text.cleaning import clean_report
+from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.weights.slice_encoder import describe
 from test_text_metrics import bert_folder
 
 NEW = 12  # new tokens
@@ -290,8 +290,8 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 import evaluate
-from reaf_hsenet import language_evaluation
-from reaf_hsenet.errors import run_script
+from reaf_hsenet.evaluate import language_evaluation
+from reaf_hsenet.script import run_script
 answer, calls = language_evaluation.answer, []
 def counted(*arguments, **named):
     calls.append(1)

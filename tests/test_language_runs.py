@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.data.feature_cache import FeatureCache
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.questions import report_prompts
-from reaf_hsenet.data.slice_features import add_slice_features, describe
-from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
-from reaf_hsenet.embedding import load_dual_encoder
+from reaf_hsenet.data.slice_features import add_slice_features
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.mllm_run import load_mllm
 from reaf_hsenet.models.decoder import Decoder
+from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.int8 import Int8Linear
-from reaf_hsenet.pretrained_decoder import save_decoder
-from reaf_hsenet.word_tokenizer import train_words
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.trained import load_dual_encoder, load_mllm
+from reaf_hsenet.text.word_tokenizer import train_words
+from reaf_hsenet.weights.decoder import save_decoder
+from reaf_hsenet.weights.slice_encoder import describe
 from test_clip2_runs import encoder, stage2
 from test_train import assert_close_weights, numbers, same_weights, stop_at, tiny, torchrun, weights
 

@@ -8,8 +8,8 @@ import torch
 
 from reaf_hsenet.config import GuidedVisionConfig
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.models.lora import LoraLinear
+from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.settings import from_dict, to_dict
 from test_decoder import SMALL

@@ -11,7 +11,7 @@ import evaluate
 import train
 from reaf_hsenet.data.questions import question_answer, read_templates
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.mllm_run import load_mllm
+from reaf_hsenet.runs.trained import load_mllm
 from test_language_runs import decoder_folder, language, stages  # noqa: F401
 
 # In the form of HSENet's prompt_templates.py; the wordings are the test's.

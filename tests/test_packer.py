@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.packer import CellAttention, SpatialPacker, count_cells
 from reaf_hsenet.models.projectors import PROJECTORS, build_projector
-from reaf_hsenet.pretrained import load_strictly
-from reaf_hsenet.pretrained_packer import packer_state, published_packer_state
+from reaf_hsenet.weights import load_strictly
+from reaf_hsenet.weights.packer import packer_state, published_packer_state
 
 GRID, WIDTH, OUT = (4, 4, 8), 16, 12
 OPTIONS = {"qformer": {"mlp": 24}, "text_guided": {"slices": 6, "slice_width": 10}}

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, error_line, script
-from reaf_hsenet.data.datasets import read_ct_rate, read_nifti_folder
 from reaf_hsenet.data.manifest import load_manifest
+from reaf_hsenet.data.sources.datasets import read_ct_rate, read_nifti_folder
 from reaf_hsenet.errors import InputError
 
 SMALL = ("--size", 16, 32, 32)

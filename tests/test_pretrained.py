@@ -11,18 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import fill
 import train
-from reaf_hsenet import pretrained
-from reaf_hsenet.embedding import locate_run
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import find_folder
 from reaf_hsenet.models.text_encoder import TextEncoder
-from reaf_hsenet.pretrained import (
-    bert_config,
-    bert_state,
-    find_folder,
-    load_strictly,
-    read_checkpoint,
-    read_weights,
-)
+from reaf_hsenet.runs.trained import locate_run
+from reaf_hsenet.weights import bert_config, bert_state, load_strictly, read_checkpoint, read_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE = json.loads((GOLDEN / "bert_tiny.json").read_text())
@@ -163,7 +156,7 @@ def test_only_a_hub_id_is_looked_for_on_the_hub():
 def test_a_path_that_is_not_there_is_asked_of_nobody(tmp_path, monkeypatch, name):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **options: pytest.fail(f"{name} was asked of the hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: pytest.fail(f"{name} was asked of the hub"))
     with pytest.raises(InputError, match=f"^{re.escape(name)}: no such folder or file"):
         read_checkpoint(name)
     assert locate_run(name) == Path(name)

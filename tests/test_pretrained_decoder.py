@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from parity_case import Case
 from parity_decoder import build
-from reaf_hsenet import pretrained, pretrained_decoder
-from reaf_hsenet.decoder_config import LARGEST, DecoderConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.decoder import Decoder
+from reaf_hsenet.models.decoder_config import LARGEST, DecoderConfig
 from reaf_hsenet.models.int8 import Int8Linear, quantise, quantise_decoder
 from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.packed import pack
-from reaf_hsenet.pretrained_decoder import (
+from reaf_hsenet.weights import decoder as pretrained_decoder
+from reaf_hsenet.weights.decoder import (
     INDEX,
     SINGLE,
     decoder_state,
@@ -261,13 +261,13 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, device):
 
 def test_a_weights_file_is_refused_with_its_folder_and_not_sought_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(folder_of(tmp_path / "decoder").parent)
-    monkeypatch.setattr(pretrained, "snapshot_download", None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     assert refusal(f"decoder/{SINGLE}").startswith(f"decoder/{SINGLE}: is a file; name its folder, decoder,")
 
 
 def test_the_hub_is_asked_for_every_file_of_the_decoder_and_its_tokeniser(tmp_path, monkeypatch):
     folder, asked = folder_of(tmp_path), []
-    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, allow_patterns, **__: asked.extend(allow_patterns) or folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, allow_patterns, **__: asked.extend(allow_patterns) or folder)
     load_decoder("microsoft/Phi-3-mini-4k-instruct")
     needed = ("config.json", INDEX, SINGLE, "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model",
               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")  # fmt: skip

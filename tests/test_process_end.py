@@ -9,7 +9,7 @@ PAIRS = """
 import atexit, os, sys, torch
 import torch.distributed as dist
 from reaf_hsenet import distributed
-from reaf_hsenet.errors import run_script
+from reaf_hsenet.script import run_script
 
 def main(argv):
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store{pair}", rank=rank, world_size=2)

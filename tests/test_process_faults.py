@@ -12,13 +12,15 @@ import pytest
 
 import train
 from conftest import ROOT, error_line
-from reaf_hsenet import checkpoint, files
-from reaf_hsenet.checkpoint import Run
+from reaf_hsenet import files
 from reaf_hsenet.data.phantom import dataset
 from reaf_hsenet.data.pool import worker_pool
-from reaf_hsenet.errors import InputError, run_script
+from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import folder_lock
-from reaf_hsenet.trainer import Trainer
+from reaf_hsenet.runs import checkpoint
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.script import run_script
+from reaf_hsenet.train.trainer import Trainer
 from test_train import finished, keep_signal_handlers, numbers, run_copy, same_weights, tiny, wrong  # noqa: F401
 
 

@@ -12,15 +12,15 @@ import published
 import train
 from conftest import ROOT
 from published import BERT
-from reaf_hsenet import train_flags
+from reaf_hsenet.config import STAGES
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.embedding import load_dual_encoder
-from reaf_hsenet.optimizer import learning_rate
-from reaf_hsenet.pretrained.__main__ import main as convert
-from reaf_hsenet.pretrained.names import m3d_clip_state
-from reaf_hsenet.run_setup import changed_settings
-from reaf_hsenet.training_config import STAGES
+from reaf_hsenet.runs.trained import load_dual_encoder
+from reaf_hsenet.train import train_flags
+from reaf_hsenet.train.optimizer import learning_rate
+from reaf_hsenet.train.run_setup import changed_settings
+from reaf_hsenet.weights.__main__ import main as convert
+from reaf_hsenet.weights.names import m3d_clip_state
 from test_weights_start import data  # noqa: F401
 
 README = (ROOT / "README.md").read_text()

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import train
-from reaf_hsenet import contrastive_job
 from reaf_hsenet.config import GuidedVisionConfig, TextConfig
 from reaf_hsenet.models.clip import build_dual_encoder, start_as_published
 from reaf_hsenet.presets import PRESETS, stage_config
+from reaf_hsenet.train import contrastive_job
 from test_train import same_weights, tiny
 
 
@@ -83,7 +83,7 @@ def test_a_run_starts_as_its_recipe_says_and_what_is_loaded_stays(prepared, tmp_
     monkeypatch.setattr(contrastive_job, "start_as_published", lambda model: seen.append(start_as_published(model)))
     assert train.main(tiny(prepared, tmp_path / "tiny", "--max-steps", 1)) == 0
     assert not seen and json.loads((tmp_path / "tiny/config.json").read_text())["train"]["start"] == "xavier"
-    monkeypatch.setattr("reaf_hsenet.run_setup.stage_config", lambda *names: replace(stage_config(*names), start="published"))
+    monkeypatch.setattr("reaf_hsenet.train.run_setup.stage_config", lambda *names: replace(stage_config(*names), start="published"))
     assert train.main(tiny(prepared, tmp_path / "two", "--max-steps", 1, "--init", tmp_path / "tiny")) == 0
     assert seen and same_weights(tmp_path / "tiny", tmp_path / "two")  # the first step's rate is 0
 

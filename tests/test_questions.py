@@ -8,7 +8,6 @@ import pytest
 
 from conftest import script
 from reaf_hsenet.config import RECIPES
-from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.prepare import Options, list_as_is
 from reaf_hsenet.data.questions import (
@@ -19,7 +18,8 @@ from reaf_hsenet.data.questions import (
     report_prompts,
     templates,
 )
-from reaf_hsenet.data.radgenome import KINDS
+from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.data.sources.radgenome import KINDS
 from reaf_hsenet.errors import InputError
 
 

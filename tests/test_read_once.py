@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from reaf_hsenet import checkpoint, files
-from reaf_hsenet.mllm_run import load_mllm
+from reaf_hsenet import files
+from reaf_hsenet.runs import checkpoint
+from reaf_hsenet.runs.trained import load_mllm
 from test_killed_runs import forks, one_rank, start  # noqa: F401
 from test_language_runs import decoder_folder, language, stages  # noqa: F401
 

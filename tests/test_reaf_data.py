@@ -16,20 +16,19 @@ import torch
 
 from conftest import error_line, script
 from reaf_hsenet import pickles
-from reaf_hsenet.config import RECIPES
-from reaf_hsenet.data.datasets import read_ct_rate, read_nifti_folder
+from reaf_hsenet.config import NO_AUGMENTATION, RECIPES
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
 from reaf_hsenet.data.preprocessing import preprocess, resampled_grid
 from reaf_hsenet.data.reading import Reading, read_input
-from reaf_hsenet.data.reaf_dataset import read_reaf
 from reaf_hsenet.data.samplers import GlobalBatches
+from reaf_hsenet.data.sources.datasets import read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.sources.reaf_dataset import read_reaf
 from reaf_hsenet.data.volume import read_volume
 from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.tokenizer import train_wordpiece
-from reaf_hsenet.training_config import NO_AUGMENTATION
+from reaf_hsenet.text.tokenizer import train_wordpiece
 
 SMALL = ("--size", 24, 48, 64)
 RECIPE = replace(RECIPES["reaf"], size=(24, 48, 64))  # pads depth and width of a small_ct and crops its height

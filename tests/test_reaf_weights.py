@@ -20,7 +20,7 @@ from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.positions import resample_3d
-from reaf_hsenet.pretrained import initial_state, load_matching, load_strictly, read_checkpoint, reaf_state
+from reaf_hsenet.weights import initial_state, load_matching, load_strictly, read_checkpoint, reaf_state
 
 CONFIG = ClipConfig(
     "reaf",
@@ -177,7 +177,7 @@ def test_other_checkpoints_are_refused_by_name(state, words):
 @pytest.fixture(scope="module")
 def prepared_reaf(phantom_root, tmp_path_factory) -> Path:
     """The small phantoms in REAF's recipe at 16 x 32 x 32."""
-    from reaf_hsenet.data.datasets import read_ct_rate
+    from reaf_hsenet.data.sources.datasets import read_ct_rate
     from reaf_hsenet.presets import TINY_RECIPES
 
     out = tmp_path_factory.mktemp("prepared") / "reaf"

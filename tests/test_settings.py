@@ -8,24 +8,26 @@ from typing import Literal
 
 import pytest
 
-from reaf_hsenet.checkpoint import DecoderOrigin, RunSettings
 from reaf_hsenet.config import (
+    STAGES,
+    Augmentation,
     ClipConfig,
     GuidedVisionConfig,
     LoraConfig,
     ReafVisionConfig,
     TextConfig,
+    TrainConfig,
     VisionConfig,
 )
-from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.mllm_config import MllmConfig
+from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
+from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.presets import PRESETS
+from reaf_hsenet.runs.checkpoint import DecoderOrigin, RunSettings
 from reaf_hsenet.settings import check_ranges, from_dict, ranges, setting, to_dict
-from reaf_hsenet.stability import Stability
-from reaf_hsenet.train_flags import RANGES
-from reaf_hsenet.trainer import Progress, Saved
-from reaf_hsenet.training_config import STAGES, Augmentation, TrainConfig
+from reaf_hsenet.train.stability import Stability
+from reaf_hsenet.train.train_flags import RANGES
+from reaf_hsenet.train.trainer import Progress, Saved
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 import train
 from reaf_hsenet.config import VisionConfig
-from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.mllm_config import MllmConfig, build_mllm
-from reaf_hsenet.mllm_run import load_mllm
-from reaf_hsenet.sharding import require_shardable, shard, whole
-from reaf_hsenet.stability import clip_gradients, not_finite
+from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
+from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm
+from reaf_hsenet.runs.trained import load_mllm
+from reaf_hsenet.train.sharding import require_shardable, shard, whole
+from reaf_hsenet.train.stability import clip_gradients, not_finite
 from test_bad_volumes import bad_records, spoil, volume
 from test_language_runs import decoder_folder, language, stages, wrong  # noqa: F401  (fixtures)
 from test_train import keep_signal_handlers, numbers, torchrun, weights  # noqa: F401  (a fixture)

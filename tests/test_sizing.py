@@ -13,9 +13,9 @@ import torch.multiprocessing as mp
 
 import train
 from conftest import ROOT
-from reaf_hsenet.mllm_run import load_mllm
 from reaf_hsenet.presets import PRESETS
-from reaf_hsenet.training_step import TrainingStep
+from reaf_hsenet.runs.trained import load_mllm
+from reaf_hsenet.train.training_step import TrainingStep
 from test_language_runs import decoder_folder, language, stages  # noqa: F401  (fixtures)
 from test_train import keep_signal_handlers, tiny, weights  # noqa: F401  (a fixture)
 

@@ -19,25 +19,19 @@ from safetensors.torch import save_file
 
 import preprocess
 from conftest import ROOT, error_line, script
-from reaf_hsenet.config import RECIPES
-from reaf_hsenet.data.datasets import read_ct_rate
+from reaf_hsenet.config import NO_AUGMENTATION, RECIPES
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
-from reaf_hsenet.data.slice_features import (
-    add_slice_features,
-    describe,
-    load_slice_encoder,
-    normalise,
-    save_slice_encoder,
-)
+from reaf_hsenet.data.slice_features import add_slice_features, normalise
 from reaf_hsenet.data.slices import SLICE_RECIPES, axial_slices, fit, slice_images, through_jpeg
+from reaf_hsenet.data.sources.datasets import read_ct_rate
 from reaf_hsenet.data.volume import Volume, read_volume
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
-from reaf_hsenet.pretrained import load_strictly, slice_encoder_state
-from reaf_hsenet.tokenizer import train_wordpiece
-from reaf_hsenet.training_config import NO_AUGMENTATION
+from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.weights import load_strictly, slice_encoder_state
+from reaf_hsenet.weights.slice_encoder import describe, load_slice_encoder, save_slice_encoder
 
 HSENET = SLICE_RECIPES["hsenet"]
 RECIPE = replace(RECIPES["hsenet"], size=(16, 32, 32))

@@ -18,15 +18,15 @@ from torch import nn
 
 import train
 from conftest import ROOT
-from reaf_hsenet import contrastive_job, trainer, training_step
-from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.contrastive import Contrastive
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.stability import Stability, clip_gradients, diagnosis, not_finite
-from reaf_hsenet.step_log import Meter, count_flops, peak_flops
-from reaf_hsenet.trainer import Trainer
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.train import contrastive_job, trainer, training_step
+from reaf_hsenet.train.contrastive import Contrastive
+from reaf_hsenet.train.stability import Stability, clip_gradients, diagnosis, not_finite
+from reaf_hsenet.train.step_log import Meter, count_flops, peak_flops
+from reaf_hsenet.train.trainer import Trainer
 from test_killed_runs import forks, one_rank, start  # noqa: F401
 from test_language_runs import language, stages  # noqa: F401
 from test_train import finished, keep_signal_handlers, numbers, same_weights, tiny, weights, wrong  # noqa: F401
@@ -190,7 +190,7 @@ def test_a_step_reads_from_the_device_once(prepared, tmp_path, monkeypatch):
 
 def test_utilisation_is_flops_per_second_over_the_devices_peak_and_counting_changes_nothing(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
     assert count_flops(lambda: (nn.Linear(8, 4)(torch.zeros(2, 8)),)) == 2 * (2 * 2 * 8 * 4)  # forward; the weight's gradient
-    monkeypatch.setattr("reaf_hsenet.trainer.peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr("reaf_hsenet.train.trainer.peak_flops", lambda device, dtype: 1e12)
     counted = []
     flops = training_step.TrainingStep.flops
     monkeypatch.setattr(training_step.TrainingStep, "flops", lambda self, batch: counted.append(flops(self, batch)) or counted[-1])

@@ -11,17 +11,10 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, models, processors
 from tokenizers import Tokenizer as Backend
 
-from reaf_hsenet import pretrained
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.tokenizer import (
-    Tokenizer,
-    WordPiece,
-    check_fits,
-    has_wordpiece,
-    load_tokenizer,
-    load_wordpiece,
-)
+from reaf_hsenet.text.loading import has_wordpiece, load_tokenizer, load_wordpiece
+from reaf_hsenet.text.tokenizer import Tokenizer, WordPiece, check_fits
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = GOLDEN / "tokenizers"
@@ -457,7 +450,7 @@ def test_a_hub_id_is_fetched_with_every_file_of_a_tokenizer(tmp_path, monkeypatc
         asked.append((repository, revision, allow_patterns))
         return FOLDERS / "sentencepiece"
 
-    monkeypatch.setattr(pretrained, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     assert len(load_tokenizer("lab/phantom-llama@v1")) == 400 and asked[0][:2] == ("lab/phantom-llama", "v1")
     files = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json"

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from conftest import ROOT, error_line, script
-from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.trainer import Trainer
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.train.trainer import Trainer
 
 TINY = ["--stage", "clip1", "--preset", "hsenet-tiny", "--size", "16", "32", "32", "--patch", "8", "16", "16",
         "--batch-size", "4", "--log-every", "1", "--device", "cpu"]

@@ -11,7 +11,6 @@ from tokenizers import pre_tokenizers
 import fill
 import published
 from published import BERT, CASES, REAF
-from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.config import (
     RECIPES,
     ClipConfig,
@@ -20,18 +19,18 @@ from reaf_hsenet.config import (
     TextConfig,
     VisionConfig,
 )
-from reaf_hsenet.embedding import load_dual_encoder
 from reaf_hsenet.errors import InputError, OutputError
-from reaf_hsenet.mllm_run import load_mllm
 from reaf_hsenet.models.clip import adapt, build_dual_encoder
 from reaf_hsenet.models.packer import SpatialPacker
 from reaf_hsenet.models.positions import resample_3d
-from reaf_hsenet.pretrained import bert_config, load_strictly, read_checkpoint, reaf_state
-from reaf_hsenet.pretrained.__main__ import main
-from reaf_hsenet.pretrained.dual import fusion_constants, load_published_dual
-from reaf_hsenet.pretrained_packer import packer_state
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.dual import fusion_constants, load_published_dual
+from reaf_hsenet.runs.trained import load_dual_encoder, load_mllm
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.tokenizer import load_tokenizer
+from reaf_hsenet.text.loading import load_tokenizer
+from reaf_hsenet.weights import bert_config, load_strictly, read_checkpoint, reaf_state
+from reaf_hsenet.weights.__main__ import main
+from reaf_hsenet.weights.packer import packer_state
 
 OWN = {"reaf_hsenet": {"model": to_dict(REAF)}}
 

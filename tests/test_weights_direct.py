@@ -15,14 +15,13 @@ import preprocess
 import published
 import train
 from published import BERT, HEADS
-from reaf_hsenet.answered_rows import AnsweredRows
 from reaf_hsenet.config import RECIPES
-from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.embedding import load_dual_encoder
+from reaf_hsenet.data.sources.datasets import read_ct_rate
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.mllm_run import load_mllm
-from reaf_hsenet.pretrained.__main__ import main as convert
+from reaf_hsenet.evaluate.answered_rows import AnsweredRows
+from reaf_hsenet.runs.trained import load_dual_encoder, load_mllm
+from reaf_hsenet.weights.__main__ import main as convert
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,21 @@ import published
 from conftest import ROOT, error_line
 from language_run import write_language_run
 from published import BERT, REAF
-from reaf_hsenet.adapters import save_adapter
 from reaf_hsenet.config import RECIPES, GuidedVisionConfig, ReafVisionConfig
-from reaf_hsenet.data.slice_features import save_slice_encoder
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.presets import PRESETS
-from reaf_hsenet.pretrained.__main__ import main
-from reaf_hsenet.pretrained.dual import expected_state
-from reaf_hsenet.pretrained.export import m3d_clip_tensors, reaf_tensors, under_published_names
-from reaf_hsenet.pretrained.families import FAMILIES, identify
-from reaf_hsenet.pretrained.inspection import inspect
-from reaf_hsenet.pretrained.names import bert_state, m3d_clip_state, reaf_names
-from reaf_hsenet.pretrained.shapes import Reader, dual_config, text_shapes
-from reaf_hsenet.pretrained_decoder import load_decoder
+from reaf_hsenet.runs.dual import expected_state
+from reaf_hsenet.runs.export import m3d_clip_tensors, reaf_tensors, under_published_names
+from reaf_hsenet.runs.inspection import inspect
+from reaf_hsenet.weights.__main__ import main
+from reaf_hsenet.weights.adapters import save_adapter
+from reaf_hsenet.weights.decoder import load_decoder
+from reaf_hsenet.weights.families import FAMILIES, identify
+from reaf_hsenet.weights.names import bert_state, m3d_clip_state, reaf_names
+from reaf_hsenet.weights.shapes import Reader, dual_config, text_shapes
+from reaf_hsenet.weights.slice_encoder import save_slice_encoder
 from test_weights_convert import new_run, write_reaf
 
 
@@ -216,6 +216,6 @@ def test_a_text_config_of_roberta_is_told_by_its_single_token_type():
 
 def test_the_program_ends_in_one_line_and_exit_code_2_for_a_file_that_is_none(tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
-    program = [sys.executable, "-m", "reaf_hsenet.pretrained", "inspect", str(tmp_path / "text.pt")]
+    program = [sys.executable, "-m", "reaf_hsenet.weights", "inspect", str(tmp_path / "text.pt")]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "text.pt: is truncated or not a checkpoint" in error_line(done)

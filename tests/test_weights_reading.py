@@ -9,16 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reaf_hsenet import pretrained
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.pretrained import (
-    find_folder,
-    initial_state,
-    read_checkpoint,
-    read_weights,
-    read_weights_file,
-)
-from reaf_hsenet.pretrained.names import bert_state, reaf_state, sources
+from reaf_hsenet.files import find_folder
+from reaf_hsenet.weights import initial_state, read_checkpoint, read_weights, read_weights_file
+from reaf_hsenet.weights.names import bert_state, reaf_state, sources
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
@@ -150,13 +144,13 @@ def test_what_one_of_our_tensors_is_made_of_is_read_off_the_renaming():
 def test_a_hub_id_is_downloaded_at_its_revision_and_offline_the_line_says_what_to_fetch(tmp_path, monkeypatch):
     asked = []
     torch.save(TENSORS, tmp_path / "pytorch_model.bin")
-    monkeypatch.setattr(pretrained, "snapshot_download", lambda *names, **flags: asked.append((names, flags)) or str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *names, **flags: asked.append((names, flags)) or str(tmp_path))
     assert set(read_checkpoint("someone/model@a1b2c3")) == set(TENSORS)
     assert asked[0][0] == ("someone/model",) and asked[0][1]["revision"] == "a1b2c3"
 
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     message = line(find_folder, "someone/model@a1b2c3", ["config.json", "vocab.txt"])
     assert "fetch config.json, vocab.txt by hand from huggingface.co/someone/model/tree/a1b2c3 and name their folder" in message

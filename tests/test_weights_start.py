@@ -12,16 +12,16 @@ import published
 import train
 from published import BERT, HEADS
 from reaf_hsenet.config import RECIPES, VisionConfig
-from reaf_hsenet.data.datasets import read_ct_rate
 from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.embedding import load_dual_encoder
+from reaf_hsenet.data.sources.datasets import read_ct_rate
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.positions import resample_3d
 from reaf_hsenet.presets import PRESETS
-from reaf_hsenet.pretrained import initial_state, read_checkpoint
-from reaf_hsenet.pretrained.__main__ import main as convert
-from reaf_hsenet.pretrained.names import TEACHER, m3d_clip_state
-from reaf_hsenet.run_setup import resampled
+from reaf_hsenet.runs.trained import load_dual_encoder
+from reaf_hsenet.train.run_setup import resampled
+from reaf_hsenet.weights import initial_state, read_checkpoint
+from reaf_hsenet.weights.__main__ import main as convert
+from reaf_hsenet.weights.names import TEACHER, m3d_clip_state
 
 
 @pytest.fixture(scope="module")

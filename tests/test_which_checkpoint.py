@@ -10,13 +10,13 @@ import torch
 
 import evaluate
 import train
-from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.data.slice_features import add_slice_features, describe
-from reaf_hsenet.embedding import is_published, load_dual_encoder
+from reaf_hsenet.data.slice_features import add_slice_features
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.inference import ScanModel
-from reaf_hsenet.mllm_run import load_mllm
-from reaf_hsenet.pretrained.families import open_source
+from reaf_hsenet.evaluate.scan_model import ScanModel
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.dual import open_source
+from reaf_hsenet.runs.trained import is_published, load_dual_encoder, load_mllm
+from reaf_hsenet.weights.slice_encoder import describe
 from test_clip2_runs import encoder, stage2
 from test_language_runs import language
 from test_train import finished, run_copy, same_weights, tiny, weights  # noqa: F401

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from reaf_hsenet.data.bimcv import read_bimcv
-from reaf_hsenet.data.datasets import Case, Source, read_ct_rate, read_nifti_folder
-from reaf_hsenet.data.hsenet_json import read_hsenet_json
 from reaf_hsenet.data.labels import read_label_table
-from reaf_hsenet.data.radgenome import read_questions
-from reaf_hsenet.data.reaf_dataset import read_reaf
-from reaf_hsenet.data.tables import Volumes, csv_rows, given
+from reaf_hsenet.data.sources.bimcv import read_bimcv
+from reaf_hsenet.data.sources.datasets import Case, Source, read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.sources.hsenet_json import read_hsenet_json
+from reaf_hsenet.data.sources.radgenome import read_questions
+from reaf_hsenet.data.sources.reaf_dataset import read_reaf
+from reaf_hsenet.data.sources.tables import Volumes, csv_rows, given
 from reaf_hsenet.errors import InputError
 
 

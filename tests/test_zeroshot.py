@@ -16,17 +16,17 @@ import torch
 
 import evaluate
 from conftest import ROOT, error_line, script
-from reaf_hsenet import zeroshot
-from reaf_hsenet.checkpoint import Run
 from reaf_hsenet.data.labels import LabelTable, load_label_set, read_label_table
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.embedding import load_dual_encoder
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate import zeroshot
+from reaf_hsenet.evaluate.zeroshot import combine, define_task, load_prompts
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.presets import PRESETS
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.trained import load_dual_encoder
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.tokenizer import train_wordpiece
-from reaf_hsenet.zeroshot import combine, define_task, load_prompts
+from reaf_hsenet.text.tokenizer import train_wordpiece
 
 CT_RATE_16 = {"Medical material", "Lymphadenopathy"}
 
@@ -378,7 +378,7 @@ def test_figures_of_a_model_without_regions_are_the_curves_alone(run, tmp_path, 
 def test_saliency_is_drawn_of_the_first_volumes_of_an_encoder_that_has_it(prepared, tmp_path, monkeypatch, capsys):
     """The regions handed to the picture are the map inside the mask, of the volume that the file is named after."""
     pytest.importorskip("matplotlib")
-    from reaf_hsenet import figures
+    from reaf_hsenet.evaluate import figures
 
     def mean_map(volume):
         return torch.nn.functional.avg_pool3d(volume, (8, 16, 16))[:, 0] + 1
@@ -419,7 +419,7 @@ def test_labels_are_found_by_the_last_part_of_an_id_and_under_any_ending(tmp_pat
 
 
 def test_test_volumes_need_no_report(prepared, tmp_path):
-    from reaf_hsenet.data.datasets import read_nifti_folder
+    from reaf_hsenet.data.sources.datasets import read_nifti_folder
 
     (tmp_path / "scans").mkdir()
     for name in "ab":

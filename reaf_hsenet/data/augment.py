@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reaf_hsenet.training_config import Augmentation
+from reaf_hsenet.config import Augmentation
 
 
 def augment(volume: Tensor, config: Augmentation, rng: np.random.Generator) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.reading import stem
-from reaf_hsenet.data.tables import Volumes, csv_rows, swallowed
+from reaf_hsenet.data.sources.tables import Volumes, csv_rows, swallowed
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json
 

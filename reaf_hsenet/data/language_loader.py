@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from reaf_hsenet.config import Augmentation
 from reaf_hsenet.data.augment import augment_with_slices
 from reaf_hsenet.data.bad_volumes import Unreadable
 from reaf_hsenet.data.feature_cache import FeatureCache
@@ -25,10 +26,9 @@ from reaf_hsenet.data.language import (
 from reaf_hsenet.data.loader import empty_sample, part_unreadable, read_sample, read_slices, with_tensors
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, label_list, question_answer, questions, report_prompt
-from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.tokenizer import Tokenizer
-from reaf_hsenet.training_config import Augmentation
+from reaf_hsenet.text.cleaning import clean_report
+from reaf_hsenet.text.tokenizer import Tokenizer
 
 
 @dataclass

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from reaf_hsenet.config import RECIPES, Recipe
-from reaf_hsenet.data.datasets import Case, Source
-from reaf_hsenet.data.hsenet_json import FEATURES, read_hsenet_json
 from reaf_hsenet.data.reading import Reading
-from reaf_hsenet.data.reaf_dataset import is_reaf_layout, read_reaf
-from reaf_hsenet.data.tables import given, plain_path
+from reaf_hsenet.data.sources.datasets import Case, Source
+from reaf_hsenet.data.sources.hsenet_json import FEATURES, read_hsenet_json
+from reaf_hsenet.data.sources.reaf_dataset import is_reaf_layout, read_reaf
+from reaf_hsenet.data.sources.tables import given, plain_path
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_object, write_json

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from reaf_hsenet.config import Recipe
-from reaf_hsenet.data.datasets import Case, Source
 from reaf_hsenet.data.manifest import (
     Manifest,
     as_is_manifest,
@@ -24,7 +23,8 @@ from reaf_hsenet.data.manifest import (
 )
 from reaf_hsenet.data.pool import worker_pool
 from reaf_hsenet.data.reading import Reading, SlicesWanted, read_input, read_slice_images
-from reaf_hsenet.data.tables import csv_rows
+from reaf_hsenet.data.sources.datasets import Case, Source
+from reaf_hsenet.data.sources.tables import csv_rows
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import atomic_write, file_sha256, folder_lock, named
 from reaf_hsenet.progress import progress_bar

@@ -12,7 +12,7 @@ import numpy as np
 
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.prepare import read_refused, write_refused
-from reaf_hsenet.data.radgenome import KINDS, SPLITS, find_tables, read_questions, refusal
+from reaf_hsenet.data.sources.radgenome import KINDS, SPLITS, find_tables, read_questions, refusal
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import folder_lock, read_json
 

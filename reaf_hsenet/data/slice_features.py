@@ -3,10 +3,7 @@
 Restartable: what is done is in slices.jsonl and on disk. The manifest says which encoder made the features.
 """
 
-import hashlib
 import json
-import math
-import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from reaf_hsenet.data.manifest import Manifest, different_slices, load_manifest, origin
@@ -24,12 +20,10 @@ from reaf_hsenet.data.prepare import Journal, entry_slices, read_refused, remove
 from reaf_hsenet.data.reading import SlicesWanted, ending
 from reaf_hsenet.data.slices import MEAN, SLICE_RECIPES, SLICES, STD
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import atomic_write, folder_lock, read_json, write_json
+from reaf_hsenet.files import atomic_write, folder_lock
 from reaf_hsenet.models.slice_encoder import SliceEncoder
-from reaf_hsenet.pretrained import load_strictly, read_checkpoint, slice_encoder_state
 from reaf_hsenet.progress import progress_bar
 
-SETTINGS = ("size", "patch", "width", "depth", "heads", "mlp")
 REFUSED = "slices: "  # begins the reasons of refused.csv that are of this step
 
 
@@ -37,73 +31,6 @@ def normalise(images: Tensor) -> Tensor:
     """(S, H, W) uint8 -> (S, 3, H, W) float32, grey as colour, with CLIP's mean and standard deviation."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
     return ((images.float() / 255)[:, None] - mean) / std
-
-
-def describe(encoder: SliceEncoder, name: str, jpeg: bool = False, recipe: str = "hsenet") -> dict:
-    """The provenance of features: `name` of the encoder, the hash of its weights, its settings, how slices are taken."""
-    digest = hashlib.sha256()
-    for _, tensor in sorted(encoder.state_dict().items()):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return {
-        "encoder": name,
-        "sha256": digest.hexdigest(),
-        **_settings(encoder),
-        "slices": SLICES,
-        "jpeg": jpeg,
-        "recipe": recipe,
-    }
-
-
-def _settings(encoder: SliceEncoder) -> dict[str, int]:
-    block = encoder.blocks[0]
-    patch, mlp = encoder.patch_embed.kernel_size[0], block.mlp.fc1.out_features
-    values = (encoder.size, patch, encoder.width, len(encoder.blocks), block.attn.heads, mlp)
-    return dict(zip(SETTINGS, values, strict=True))
-
-
-def save_slice_encoder(folder: Path, encoder: SliceEncoder) -> None:
-    """Write slice_encoder.json and model.safetensors, which `--slices FOLDER` reads."""
-    write_json(Path(folder) / "slice_encoder.json", _settings(encoder))
-    with atomic_write(Path(folder) / "model.safetensors", "wb") as file:
-        file.write(save({n: t.detach().cpu().contiguous() for n, t in encoder.state_dict().items()}))
-
-
-def load_slice_encoder(name: str, jpeg: bool = False, recipe: str = "hsenet") -> tuple[SliceEncoder, dict]:
-    """A folder of save_slice_encoder, or a file, folder or hub id of BiomedCLIP or of a 2D ViT; and its provenance.
-
-    Raises InputError for anything else.
-    """
-    own = Path(name) / "slice_encoder.json"
-    state = read_checkpoint(name)
-    if own.is_file():
-        settings = read_json(own)
-        if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
-            raise InputError(f"{own}: expected {', '.join(SETTINGS)}")
-        source = own
-    else:
-        state = slice_encoder_state(state)
-        settings, source = _published_settings(state, name), name
-    if not all(isinstance(v, int) and v > 0 for v in settings.values()):
-        raise InputError(f"{source}: {settings}; expected whole numbers above 0")
-    if settings["width"] % settings["heads"] or settings["size"] % settings["patch"]:
-        raise InputError(f"{source}: {settings}; expected a width of whole heads and a size of whole patches")
-    encoder = SliceEncoder(**settings)
-    load_strictly(encoder, state, name)
-    return encoder.eval(), describe(encoder, name, jpeg, recipe)
-
-
-def _published_settings(state: dict[str, Tensor], name: str) -> dict[str, int]:
-    """Of a checkpoint under SliceEncoder's names, from its shapes; published ViTs have heads of 64 channels."""
-    try:
-        width, _, patch, _ = state["patch_embed.weight"].shape
-        mlp = state["blocks.0.mlp.fc1.weight"].shape[0]
-        side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    except (KeyError, ValueError, IndexError) as error:
-        raise InputError(
-            f"{name}: is not a 2D ViT such as BiomedCLIP's visual.trunk, nor a folder with slice_encoder.json"
-        ) from error
-    depth = 1 + max(int(m.group(1)) for n in state if (m := re.match(r"blocks\.(\d+)\.", n)))
-    return dict(zip(SETTINGS, (side * patch, patch, width, depth, max(1, width // 64), mlp), strict=True))
 
 
 def add_slice_features(

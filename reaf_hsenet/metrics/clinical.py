@@ -21,7 +21,8 @@ from reaf_hsenet.files import read_object
 from reaf_hsenet.metrics.bertscore import load_text_reader
 from reaf_hsenet.metrics.text import check_pairs
 from reaf_hsenet.models.text_encoder import Pooler, TextEncoder
-from reaf_hsenet.pretrained import State, bert_state, load_strictly, read_weights, read_weights_file
+from reaf_hsenet.weights import load_strictly, read_weights, read_weights_file
+from reaf_hsenet.weights.names import classifier_state
 
 CT_RATE_FILE = "RadBertClassifier.pth"
 SIZE_TOLERANCE = (2.0, 0.1)  # mm, or of the reference's size: whichever is more
@@ -169,22 +170,6 @@ def load_classifier(
         return found
 
     return labels
-
-
-def classifier_state(published: State) -> State:
-    """Names of transformers' two classifiers and of RadBertClassifier (`model.`) -> ReportClassifier's."""
-    inner = {re.sub(r"^(module\.)?(bert|roberta|model)\.", "", name): t for name, t in published.items()}
-    roberta = "classifier.dense.weight" in inner  # RoBERTa's head has the pooler in it
-    renamed = {"classifier.dense.": "pooler.dense.", "classifier.out_proj.": "head."} if roberta else {
-        "pooler.dense.": "pooler.dense.", "classifier.": "head."}  # fmt: skip
-    state, encoder = {}, {}
-    for name, tensor in inner.items():
-        prefix = next((p for p in renamed if name.startswith(p)), None)
-        if prefix:
-            state[renamed[prefix] + name.removeprefix(prefix)] = tensor
-        else:
-            encoder[name] = tensor
-    return state | {f"encoder.{n}": t for n, t in bert_state(encoder).items()}
 
 
 def _label_order(path: Path) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reaf_hsenet.decoder_config import DecoderConfig, RopeConfig
+from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.layers import FusedLinear, run_blocks
 
 

@@ -31,7 +31,7 @@ from conftest import error_line, script
 from faults.limits import SECONDS, limited, no_file_above
 from faults.scene import Fault as Make
 from faults.scene import Scene, change, cut, header, nothing, remove, scan, tensors, write, write_originals
-from reaf_hsenet.errors import run_script
+from reaf_hsenet.script import run_script
 from test_killed_runs import forks, start  # noqa: F401
 
 MAIN = {"preprocess": preprocess.main, "train": train.main, "evaluate": evaluate.main, "infer": infer.main}

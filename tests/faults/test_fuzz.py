@@ -17,29 +17,28 @@ from safetensors.torch import save
 
 import published
 from faults.limits import limited
-from reaf_hsenet.adapters import adapter_settings
-from reaf_hsenet.checkpoint import Run
-from reaf_hsenet.comparison import read_table
-from reaf_hsenet.config import RECIPES, ClipConfig
-from reaf_hsenet.data.bimcv import read_bimcv
-from reaf_hsenet.data.datasets import read_ct_rate, read_nifti_folder
-from reaf_hsenet.data.hsenet_json import read_hsenet_json
+from reaf_hsenet.config import RECIPES, ClipConfig, TrainConfig
 from reaf_hsenet.data.labels import read_label_table
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.data.radgenome import read_questions
 from reaf_hsenet.data.reading import read_input
-from reaf_hsenet.data.reaf_dataset import read_reaf
-from reaf_hsenet.decoder_config import DecoderConfig
+from reaf_hsenet.data.sources.bimcv import read_bimcv
+from reaf_hsenet.data.sources.datasets import read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.sources.hsenet_json import read_hsenet_json
+from reaf_hsenet.data.sources.radgenome import read_questions
+from reaf_hsenet.data.sources.reaf_dataset import read_reaf
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.mllm_config import MllmConfig
-from reaf_hsenet.pretrained import bert_config, read_weights_file
-from reaf_hsenet.pretrained.inspection import inspect
-from reaf_hsenet.pretrained_decoder import stored_tensors
-from reaf_hsenet.search_index import read_index
+from reaf_hsenet.evaluate.comparison import read_table
+from reaf_hsenet.evaluate.search_index import read_index
+from reaf_hsenet.evaluate.zeroshot import load_prompts
+from reaf_hsenet.models.decoder_config import DecoderConfig
+from reaf_hsenet.models.mllm_config import MllmConfig
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.inspection import inspect
 from reaf_hsenet.settings import from_dict
-from reaf_hsenet.tokenizer import load_tokenizer
-from reaf_hsenet.training_config import TrainConfig
-from reaf_hsenet.zeroshot import load_prompts
+from reaf_hsenet.text.loading import load_tokenizer
+from reaf_hsenet.weights import bert_config, read_weights_file
+from reaf_hsenet.weights.adapters import adapter_settings
+from reaf_hsenet.weights.decoder import stored_tensors
 
 RECIPE = from_dict(type(RECIPES["hsenet"]), {**vars(RECIPES["hsenet"]), "size": [4, 8, 8]})
 ODD = [None, True, -1, 0, 3, 10**30, 1e308, float("nan"), float("inf"), "", "x", "\0", "x" * 10_000, "../..", [], [[]], {}, {"a": 1}, [None] * 3]

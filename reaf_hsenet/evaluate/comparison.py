@@ -1,0 +1,163 @@
+"""Several evaluated runs side by side, with paired bootstrap intervals of their differences from the first.
+
+Volumes are drawn with replacement, the same for every run, so that what is hard for all runs cancels out. Reads what
+evaluate.py wrote: eval/retrieval_queries.csv and eval/zeroshot_scores.csv, and beside them what was evaluated.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from reaf_hsenet.data.sources.tables import csv_rows
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import read_json
+from reaf_hsenet.metrics.classification import (
+    METRICS,
+    bootstrap,
+    both_values,
+    class_metrics,
+    find_thresholds,
+    mean_over_classes,
+)
+
+FILES = {"retrieval": "retrieval_queries.csv", "zeroshot": "zeroshot_scores.csv"}
+RECALL_KS = (1, 5, 10, 50)
+DIRECTIONS = ("report_to_volume", "volume_to_report")
+SHOWN = ("auroc", "average_precision", "thresholded.balanced_accuracy", "thresholded.f1_weighted")
+
+
+def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[str, list[dict]]:
+    """{measure: [{"value", "difference", "interval_95"} per run]}; the first run has no difference.
+
+    Raises InputError for a run that was not evaluated, or on something else than the first.
+    """
+    tables = [read_table(folder / "eval" / FILES[task], task, folder) for folder in folders]
+    subjects = [evaluated(folder / "eval" / f"{task}.json", task, folder) for folder in folders]
+    ids = list(tables[0])
+    for folder, table, subject in zip(folders[1:], tables[1:], subjects[1:], strict=True):
+        other = [what for what in subject if subject[what] != subjects[0][what]]
+        if table.keys() != tables[0].keys():
+            other = [f"volumes ({len(table)} and {len(ids)})"]
+        elif any(_labels(table[i]) != _labels(tables[0][i]) for i in ids):
+            other = other or ["classes or labels"]
+        if other:
+            raise InputError(
+                f"{folder}: was evaluated on other {' and '.join(other)} than {folders[0]}; evaluate both on the same "
+                "split of the same data, with the same prompts and labels"
+            )
+    measure = {"retrieval": _recalls, "zeroshot": _class_scores}[task]
+    found = [measure([table[i] for i in ids], resamples, seed) for table in tables]
+    shared = [name for name in found[0] if all(name in run and math.isfinite(run[name][0]) for run in found)]
+    if not shared:
+        raise InputError(f"{folders[0]}: its {len(ids)} volumes are too few to compare, or of one label; evaluate more")
+    results: dict[str, list[dict]] = {}
+    for name in shared:
+        first, rows = found[0][name], []
+        for k, (value, draws) in enumerate(run[name] for run in found):
+            row = {"value": float(value)}
+            if k:
+                row["difference"] = float(value - first[0])
+                differences = draws - first[1]
+                differences = differences[np.isfinite(differences)]  # a resample may lack a label
+                some = resamples and len(differences)
+                row["interval_95"] = np.percentile(differences, (2.5, 97.5)).tolist() if some else [None, None]
+            rows.append(row)
+        results[name] = rows
+    return results
+
+
+def fingerprint(entries: list[dict]) -> str:
+    """Of the ids and reports of a manifest's entries: the same however, and wherever, their volumes were prepared."""
+    reports = json.dumps(sorted((entry["id"], entry["text"]) for entry in entries))
+    return hashlib.sha256(reports.encode()).hexdigest()
+
+
+def evaluated(path: Path, task: str, folder: Path) -> dict[str, object]:
+    """What a results json says was evaluated, by what a message calls it."""
+    again, values = f"run evaluate.py --task {task} --run {folder} again", read_json(path)
+    try:
+        found = {"split": values["split"], "data": values["reports_sha256"]}
+        if task == "zeroshot":
+            found |= {"prompts": values["prompts"]["texts"], "label set": values["labels"]["set"]}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: does not say what was evaluated ({error}); {again}") from error
+    return found
+
+
+def evaluated_run(folder: Path, task: str) -> str:
+    """`RUN (last, step 434)`: a run, and the checkpoint that its results are of."""
+    values = read_json(folder / "eval" / f"{task}.json")
+    name = values.get("checkpoint_name")  # None: published weights, or results of an earlier version
+    return str(folder) if name is None else f"{folder} ({name}, step {values.get('checkpoint_step')})"
+
+
+def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float]]:
+    """The rows of a results csv by id: the ranks of both directions, or the scores and labels of all classes."""
+    again = f"run evaluate.py --task {task} --run {folder} again"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; run evaluate.py --task {task} --run {folder} first")
+    try:
+        # Every column of a zero-shot's table but these two is a number, of a retrieval's only the ranks.
+        wanted = tuple(f"{d}_rank" for d in DIRECTIONS) if task == "retrieval" else ()
+        rows = {}
+        for _, row in csv_rows(path, ("id", *wanted)):
+            names = wanted or [name for name in row if name not in ("id", "checkpoint")]
+            rows[row["id"]] = {name: float(row[name]) for name in names}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: is damaged ({error}); {again}") from error
+    if not rows:
+        raise InputError(f"{path}: is empty; {again}")
+    return rows
+
+
+def _labels(row: dict[str, float]) -> dict[str, float | None]:
+    """The classes of a zero-shot row, and whether the volume has them; the names alone of a rank."""
+    return {name: value if name.startswith("label: ") else None for name, value in row.items()}
+
+
+def _draws(n: int, resamples: int, seed: int) -> np.ndarray:
+    """(R, N): how often each volume is in a resample."""
+    rng = np.random.default_rng(seed)
+    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)] or [np.ones(n)])
+
+
+def _recalls(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
+    """R@K of both directions: (value, (R,) bootstrap values)."""
+    counts, found = _draws(len(rows), resamples, seed), {}
+    for direction in DIRECTIONS:
+        ranks = np.array([int(row[f"{direction}_rank"]) for row in rows])
+        for k in (k for k in RECALL_KS if k < len(rows)):
+            hit = ranks <= k
+            found[f"{direction.replace('_', ' ')}, R@{k}"] = (hit.mean(), counts @ hit / len(rows))
+    return found
+
+
+def _class_scores(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
+    """Mean over classes of the metrics SHOWN, and every class's AUROC."""
+    names = [name for name in rows[0] if f"label: {name}" in rows[0]]
+    scores = np.array([[row[n] for n in names] for row in rows], dtype=np.float32)
+    labels = np.array([[row[f"label: {n}"] == 1 for n in names] for row in rows])
+    thresholds, kept = find_thresholds(labels, scores), both_values(labels)
+    values = class_metrics(labels, scores, thresholds, np.ones((1, len(rows))))[0]
+    draws = bootstrap(labels, scores, thresholds, resamples, seed) if resamples else values[None]
+    mean, mean_draws = mean_over_classes(values, kept), mean_over_classes(draws, kept)
+    found = {f"mean {m}": (mean[METRICS.index(m)], mean_draws[:, METRICS.index(m)]) for m in SHOWN}
+    auroc = METRICS.index("auroc")
+    return found | {f"AUROC, {n}": (values[auroc, j], draws[:, auroc, j]) for j, n in enumerate(names) if kept[j]}
+
+
+def print_comparison(results: dict[str, list[dict]], folders: list[Path] | list[str]) -> None:
+    for k, folder in enumerate(folders):
+        print(f"[{k + 1}] {folder}")
+    width = max(map(len, results)) + 1
+    print(f"{'':<{width}}{'[1]':>7}" + "".join(f"{f'[{k + 1}]':>7}{'difference, 95%':>26}" for k in range(1, len(folders))))
+    for name, runs in results.items():
+        cells = f"{runs[0]['value']:>7.3f}"
+        for run in runs[1:]:
+            low, high = run["interval_95"]
+            interval = "" if low is None else f" ({low:+.3f} to {high:+.3f})"
+            cells += f"{run['value']:>7.3f}{format(run['difference'], '+.3f') + interval:>26}"
+        print(f"{name:<{width}}{cells}")

@@ -1,0 +1,217 @@
+"""Scores of generated reports and answers: what evaluate.py writes as json and csv, and prints.
+
+The csv's columns have the published names (HSENet, commit c7198f3): bleu1 to bleu4 are n-gram precisions. Its meteor
+needs nltk; without that there is meteor_without_synonyms alone.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from reaf_hsenet.data.manifest import Manifest
+from reaf_hsenet.data.phantom.findings import LABELS
+from reaf_hsenet.evaluate.language_evaluation import Asked
+from reaf_hsenet.files import atomic_write
+from reaf_hsenet.metrics.bertscore import Bert, bert_score
+from reaf_hsenet.metrics.clinical import attribute_agreement, clinical_report, phantom_labels
+from reaf_hsenet.metrics.text import ORDERS, SAMPLE_SCORES, nltk_meteor, sample_scores, text_report
+from reaf_hsenet.metrics.vqa import ANATOMIES, anatomy_of, answer_accuracies, vqa_report
+from reaf_hsenet.runs.checkpoint import Choice
+from reaf_hsenet.text.cleaning import clean_report
+
+Labeler = Callable[[Sequence[str]], np.ndarray]  # texts -> (n, 18) of 0 and 1
+SHOWN_TEXT = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-1", "ROUGE-L", "METEOR")
+
+
+def true_labels(manifest: Manifest, entries: list[dict]) -> np.ndarray | None:
+    """(n, 18) in the order of LABELS, where the manifest has these labels of all of the entries."""
+    if not set(LABELS) <= set(manifest.labels) or any(entry["labels"] is None for entry in entries):
+        return None
+    columns = [manifest.labels.index(label) for label in LABELS]
+    return np.array([[entry["labels"][j] for j in columns] for entry in entries], dtype=np.int64)
+
+
+def are_phantoms(manifest: Manifest) -> bool:
+    """Whether the phantoms' labeler reads every report's labels exactly as the manifest has them."""
+    entries = [entry for split in manifest.splits.values() for entry in split]
+    labels = true_labels(manifest, entries)
+    return labels is not None and all(
+        (phantom_labels([clean_report(entry["text"])])[0] == row).all() for entry, row in zip(entries, labels, strict=True)
+    )
+
+
+def report_scores(
+    predictions: list[str],
+    rows: list[Asked],
+    truth: np.ndarray | None = None,
+    labeler: Labeler | None = None,
+    phantoms: bool = False,
+    bert: Bert | None = None,
+) -> tuple[dict, list[dict]]:
+    """(scores of generated reports, a csv row each).
+
+    truth: (n, 18) labels; without them those that the labeler reads in the references. Findings are scored where there
+    is a labeler; phantoms: their side, lobe and size too. majority: the scores of the most frequent report, given for all.
+    """
+    references = [row.truth for row in rows]
+    guess = Counter(references).most_common(1)[0][0]
+    scores, table = _text_scores(predictions, rows, bert)
+    guessed = text_report([guess] * len(rows), references)
+    scores["majority"] = {"report": guess, **{name: guessed[name] for name in (*SAMPLE_SCORES, "meteor")}}
+    if labeler:
+        truth = labeler(references) if truth is None else truth
+        scores["clinical"] = clinical_report(labeler(predictions), truth) | {"baselines": finding_baselines(truth)}
+    if phantoms:
+        scores["attributes"] = attribute_agreement(predictions, references)
+    return scores, table
+
+
+def finding_baselines(truth: np.ndarray) -> dict[str, dict]:
+    """Micro and macro F1 of findings told without looking: chance, each drawn at its true rate (of micro F1 the ratio of
+    the expectations); all positive; majority, those that more than half of the reports have."""
+    rates = truth.mean(0)
+    positive = rates.sum() > 0
+    chance = {"micro_f1": float((rates**2).sum() / rates.sum()) if positive else None,
+              "macro_f1": float(rates[rates > 0].mean()) if positive else None}  # fmt: skip
+    constant = {"all_positive": np.ones_like(rates), "majority": rates > 0.5}
+    found = {}
+    for name, labels in constant.items():
+        report = clinical_report(np.tile(labels.astype(np.int64), (len(truth), 1)), truth)
+        found[name] = {f"{mean}_f1": report[mean]["f1"] for mean in ("micro", "macro")}
+    return {"chance": chance, **found}
+
+
+def answer_scores(predictions: list[str], rows: list[Asked], bert: Bert | None = None) -> tuple[dict, list[dict]]:
+    """(scores of generated answers, a csv row each)."""
+    answers = [row.truth for row in rows]
+    scores, table = _text_scores(predictions, rows, bert)
+    report = vqa_report(predictions, answers)
+    report["chance"] |= class_chance(answers)
+    for cells, text, answer in zip(table, predictions, answers, strict=True):
+        cells |= {"Anatomy Type": anatomy_of(answer), **answer_accuracies(text, answer)}
+    return scores | report, table
+
+
+def class_chance(answers: list[str]) -> dict[str, float]:
+    """The expected acc_class and acc_class_strict of an answer drawn from the true ones, where another, drawn the same
+    way, is true."""
+    texts = Counter(answer.strip().lower() for answer in answers)
+    classes: Counter[str] = Counter()
+    for text, count in texts.items():
+        classes[text.split("/")[0].strip()] += count
+    inside = sum(n * m for name, n in classes.items() for text, m in texts.items() if name in text)
+    return {
+        "acc_class": inside / len(answers) ** 2,
+        "acc_class_strict": sum(n * n for n in classes.values()) / len(answers) ** 2,
+    }
+
+
+def _text_scores(predictions: list[str], rows: list[Asked], bert: Bert | None) -> tuple[dict, list[dict]]:
+    scores: dict = {"text": text_report(predictions, [row.truth for row in rows])}
+    table = []
+    for text, row in zip(predictions, rows, strict=True):
+        found = sample_scores(text.strip(), row.truth.strip())
+        cells = {"id": row.id, "Question": row.question, "Ground Truth": row.truth, "pred": text}
+        cells |= {f"bleu{n}": found[f"ngram_precision_{n}"] for n in ORDERS}
+        cells |= {name: found[name] for name in ("rouge1", "rougeL", "meteor_without_synonyms")}
+        meteor = nltk_meteor([(text.strip(), row.truth.strip())])
+        table.append(cells | ({"meteor": meteor} if isinstance(meteor, float) else {}))
+    if bert:
+        found = bert_score(predictions, [row.truth for row in rows], bert)
+        scores["bertscore"] = {"variant": bert.variant, **{name: float(values.mean()) for name, values in found.items()}}
+        for cells, f1 in zip(table, found["f1"].tolist(), strict=True):
+            cells["bert_f1"] = f1
+    return scores, table
+
+
+COLUMNS = ("id", "Question", "Anatomy Type", "Ground Truth", "pred", *(f"bleu{n}" for n in ORDERS), "rouge1", "rougeL",
+           "meteor", "meteor_without_synonyms", "bert_f1", "acc_class", "acc_class_strict", "acc_text")  # fmt: skip
+
+
+def write_rows(path: Path, table: list[dict], checkpoint: Choice) -> None:
+    """Write the csv: the rows' COLUMNS as far as there are such, and the checkpoint."""
+    with atomic_write(path) as file:
+        writer = csv.DictWriter(file, [*(name for name in COLUMNS if name in table[0]), "checkpoint"])
+        writer.writeheader()
+        writer.writerows({**row, "checkpoint": checkpoint} for row in table)
+
+
+def print_reports(scores: dict) -> None:
+    text, majority = scores["text"], scores["majority"]
+    print(f"{text['reports']} reports, {text['empty_reports']} of them empty")
+    _print_text({"generated": text, "most frequent report for all": majority})
+    print("corpus BLEU 1 to 4, with brevity penalty: " + ", ".join(f"{text[f'corpus_bleu_{n}']:.3f}" for n in ORDERS))
+    _print_bertscore(scores)
+    if "clinical" not in scores:
+        print("findings: left out; name a classifier of reports with --classifier")
+        return
+    found = scores["clinical"]
+    print(f"\n{'findings':<40}{'micro-F1':>10}{'macro-F1':>10}{'precision':>10}{'recall':>10}")
+    for name, row in {"generated": None, **found["baselines"]}.items():
+        cells = (row["micro_f1"], row["macro_f1"]) if row else (
+            found["micro"]["f1"], found["macro"]["f1"], found["micro"]["precision"], found["micro"]["recall"])  # fmt: skip
+        print(f"{name.replace('_', ' '):<40}" + "".join(f"{_cell(value):>10}" for value in cells))
+    print(f"\n{'':<40}{'F1':>10}{'precision':>10}{'recall':>10}{'support':>10}{'named':>10}")
+    for name, row in found["classes"].items():
+        cells = "".join(f"{_cell(row[m]):>10}" for m in ("f1", "precision", "recall", "support", "predicted"))
+        print(f"{name:<40}{cells}")
+    if "attributes" in scores:
+        parts = [f"{n} {_cell(row['agreement'])} of {row['compared']}" for n, row in scores["attributes"].items()]
+        print("agreement where both name the finding: " + ", ".join(parts))
+
+
+def print_answers(scores: dict) -> None:
+    majority, chance = scores["majority"], scores["chance"]
+    print(f"{scores['questions']} questions, {scores['empty_answers']} answers empty")
+    lines = {
+        "generated": scores["micro_average"] | {"acc_anatomy": scores["classification"]["accuracy"]},
+        "mean over anatomies": scores["macro_average"],
+        f"always {majority['answer'][:24]!r}": majority,
+        "chance": chance,
+    }
+    names = {"acc_class": "class accuracy", "acc_class_strict": "strict", "acc_text": "exact match",
+             "acc_anatomy": "anatomy"}  # fmt: skip
+    print(f"{'':<34}" + "".join(f"{shown:>15}" for shown in names.values()))
+    for line, row in lines.items():
+        print(f"{line:<34}" + "".join(f"{_cell(row.get(name)):>15}" for name in names))
+    generated = scores["micro_average"] | {"meteor": scores["text"]["meteor"]}
+    _print_text({"generated": generated, "mean over anatomies": scores["macro_average"]})
+    _print_bertscore(scores)
+    found, per_anatomy = scores["classification"], scores["per_anatomy"]
+    if set(per_anatomy) == {ANATOMIES[-1]}:
+        return  # the answers are no places
+    print(f"\n{'anatomy':<34}{'precision':>10}{'recall':>10}{'F1':>10}{'support':>10}{'class acc.':>12}{'exact':>10}")
+    for name in ANATOMIES:
+        row, means = found["anatomies"][name], per_anatomy.get(name, {})
+        cells = "".join(f"{_cell(row[m]):>10}" for m in ("precision", "recall", "f1", "support"))
+        print(f"{name:<34}{cells}{_cell(means.get('acc_class')):>12}{_cell(means.get('acc_text')):>10}")
+    for mean in ("macro", "macro_over_true_anatomies", "weighted"):
+        cells = "".join(f"{_cell(found[mean][m]):>10}" for m in ("precision", "recall", "f1"))
+        print(f"{mean.replace('_', ' '):<34}{cells}")
+
+
+def _print_text(lines: dict[str, dict]) -> None:
+    """BLEU as published: n-gram precisions."""
+    print(f"{'':<34}" + "".join(f"{name:>9}" for name in SHOWN_TEXT))
+    for line, row in lines.items():
+        meteor = row.get("meteor")
+        values = [*(row[f"ngram_precision_{n}"] for n in ORDERS), row["rouge1"], row["rougeL"]]
+        values.append(meteor if isinstance(meteor, float) else row["meteor_without_synonyms"])
+        print(f"{line:<34}" + "".join(f"{_cell(value):>9}" for value in values))
+    meteor = lines["generated"]["meteor"]
+    print("BLEU as published: n-gram precisions.")
+    if isinstance(meteor, str):
+        print(f"METEOR without synonyms; with them: {meteor}")
+
+
+def _print_bertscore(scores: dict) -> None:
+    if found := scores.get("bertscore"):
+        values = ", ".join(f"{name} {found[name]:.3f}" for name in ("f1", "precision", "recall"))
+        print(f"BERTScore {values} ({found['variant']})")
+
+
+def _cell(value: float | int | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"

@@ -1,0 +1,286 @@
+"""A trained run at work on single scans: report, answer, classes, embedding, neighbours, a picture of what it looks at.
+
+    from reaf_hsenet import load
+    model = load("runs/mrg-hsenet")
+    model.report("scan.nii.gz")
+
+A scan is read by the run's own recipe. What a call can find wrong with its input is found before weights are read.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reaf_hsenet import distributed
+from reaf_hsenet.config import GENERATION, ClipConfig, GuidedVisionConfig, ReafVisionConfig, Recipe
+from reaf_hsenet.data.labels import LabelTable, load_label_set
+from reaf_hsenet.data.reading import Reading
+from reaf_hsenet.data.slice_features import slices_wanted
+from reaf_hsenet.data.volume import TableRow
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate import figures, zeroshot
+from reaf_hsenet.evaluate.scan import Scan, find_slice_encoder, read_scan, slice_features
+from reaf_hsenet.evaluate.scan_answers import answer_length, stream_answer
+from reaf_hsenet.evaluate.search_index import SearchIndex, read_index
+from reaf_hsenet.models.mllm_config import MllmConfig
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.runs.generation import Sampling
+from reaf_hsenet.runs.trained import (
+    STAGES,
+    DualEncoderRun,
+    MllmRun,
+    check_compiled,
+    is_published,
+    load_dual_encoder,
+    load_mllm,
+    load_published,
+)
+from reaf_hsenet.settings import from_dict
+from reaf_hsenet.text.cleaning import clean_report, plain_report, shorten_report
+from reaf_hsenet.text.loading import load_tokenizer
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load(folder: Path | str, **settings) -> "ScanModel":
+    """The model of a run folder, or of published weights' file or folder, read. settings: as ScanModel takes them."""
+    model = ScanModel(folder, **settings)
+    model.run  # noqa: B018
+    return model
+
+
+class ScanModel:
+    """A run's model and how it reads scans. Weights are read when the first result needs them.
+
+    checkpoint: `last`, `best` or `step-000123`; see Run.choose. device: cpu, cuda or cuda:N; by default a GPU where there is one. reading, table: what
+    scans are taken for; see data/volume.py. slice_encoder: file, folder or hub id; see find_slice_encoder. precision: of
+    the decoder, one of PRECISIONS; by default that of its files. text_model, decoder, encoders: of published weights, see
+    runs/trained.py. compiled: run the decoder's steps as one compiled graph, on a GPU. say: takes an account of every scan
+    that is read.
+
+    Every method raises InputError, a line that names the file or setting, for what cannot be done.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        checkpoint: str | None = None,
+        device: str | None = None,
+        reading: Reading | None = None,
+        table: TableRow | None = None,
+        slice_encoder: str | None = None,
+        precision: str | None = None,
+        text_model: str | None = None,
+        decoder: str | None = None,
+        encoders: str | None = None,
+        compiled: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self.folder, self.named, self.precision = Path(folder), slice_encoder, precision
+        self.reading, self.table, self.say = reading or Reading(), table or TableRow(), say
+        names = {"text_model": text_model, "decoder": decoder, "encoders": encoders}
+        if is_published(self.folder):  # its settings are read from its weights
+            self.run = run = load_published(self.folder, dtype=PRECISIONS.get(precision), **names)
+            self.checkpoint, self.stage, self.data, self.made_of = run.checkpoint, run.stage, run.data, run.slices
+            self.config, self.recipe = run.config, run.recipe
+            for note in run.origin["notes"]:
+                say(note)
+        else:
+            run = Run(folder)
+            values, source = run.read_config(), str(run.folder / "config.json")
+            self.checkpoint = run.choose(checkpoint)
+            self.folder, self.which = run.folder, self.checkpoint.name
+            for name in [name for name, value in names.items() if value is not None]:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag}: is of published weights; the run {folder} knows its own, leave it out")
+            self.stage, self.data, self.made_of = values["stage"], values["data"], values.get("slices")
+            if self.stage not in ("clip1", "clip2", *STAGES):
+                raise InputError(f"{folder}: is a run of stage {self.stage!r}; expected one of clip1, clip2, mrg and vqa")
+            of = MllmConfig if self.has_decoder else ClipConfig
+            self.config, self.recipe = from_dict(of, values["model"], source), from_dict(Recipe, values["recipe"], source)
+        if precision is not None and (precision not in PRECISIONS or not self.has_decoder):
+            raise InputError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, and a run with a decoder")
+        self.device = distributed.start(device).device
+        self.compiled = compiled
+        check_compiled(compiled, self.device)
+        if "run" in vars(self):
+            self.placed(self.run)
+        self.encoders = self.config.encoders if self.has_decoder else (self.config.vision,)
+        self.guided = any(isinstance(encoder, GuidedVisionConfig) for encoder in self.encoders)
+        if slice_encoder is not None and not self.guided:
+            raise InputError(f"--slice-encoder: {folder} takes no slice features; leave the flag out")
+
+    @property
+    def has_decoder(self) -> bool:
+        return self.stage in STAGES
+
+    @cached_property
+    def run(self) -> MllmRun | DualEncoderRun:
+        if self.has_decoder:
+            return self.placed(load_mllm(self.folder, self.which, PRECISIONS.get(self.precision)))
+        return self.placed(load_dual_encoder(self.folder, self.which))
+
+    def placed(self, run: MllmRun | DualEncoderRun) -> MllmRun | DualEncoderRun:
+        """The run with its model on the device, ready to answer."""
+        if self.has_decoder:
+            run.place(self.device, self.compiled)
+        else:
+            run.model.to(self.device)
+        return run
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the checkpoint's weights, by which an index knows the model that made it."""
+        return self.run.sha256()
+
+    def report(self, scan: Path | str, prompt: str | None = None, **settings) -> str:
+        """The findings as text. settings: new_tokens and sampling, as of `stream`."""
+        return "".join(self.stream(scan, prompt, **settings))
+
+    def ask(self, scan: Path | str, question: str, **settings) -> str:
+        """An answer in text. settings: new_tokens and sampling, as of `stream`."""
+        return "".join(self.stream(scan, question, "vqa", **settings))
+
+    def stream(
+        self,
+        scan: Path | str,
+        question: str | None = None,
+        task: str = "mrg",
+        new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> Iterator[str]:
+        """A report or an answer in pieces, as it is made; without a question, the prompt for a report.
+
+        new_tokens: at most; by default those of the task, `mrg` or `vqa`, or what the decoder's context leaves.
+        sampling: by default the likeliest token is taken.
+        """
+        if not self.has_decoder:
+            raise InputError(f"{self.folder}: is a run of stage {self.stage}, which has no decoder; name a run of stage mrg or vqa")
+        question = GENERATION["mrg"]["prompt"] if question is None else question
+        tokenizer = self.run.tokenizer if "run" in vars(self) else load_tokenizer(self.folder)
+        most = answer_length(self.config, tokenizer, question, new_tokens, GENERATION[task]["new_tokens"])
+        volume, slices, _ = self.read(scan)
+        yield from stream_answer(self.run.model, self.run.tokenizer, question, volume, slices, most, sampling, self.compiled)
+
+    def classify(self, scan: Path | str, prompts: str = "volume", label_set: str = "ct-rate") -> dict[str, float]:
+        """Probability by class, highest first. prompts: `volume`, `organ` or a json file; see zeroshot.py."""
+        self.require_towers()
+        task = class_task(prompts, label_set)
+        image = self.embed(scan)[None]
+        scores = zeroshot.score(self.run, image, task)[0]
+        return dict(sorted(zip(task.names, scores.tolist(), strict=True), key=lambda pair: -pair[1]))
+
+    @torch.inference_mode()
+    def embed(self, scan: Path | str) -> Tensor:
+        """The scan's unit vector, (C,) float32 on the CPU."""
+        self.require_towers()
+        volume, slices, _ = self.read(scan)
+        return self.finite(self.run.model.encode_image(volume, slices))
+
+    @torch.inference_mode()
+    def embed_text(self, text: str) -> Tensor:
+        """A report's unit vector, (C,) float32 on the CPU; the text is cleaned as those of training are."""
+        self.require_towers()
+        if not text.strip():
+            raise InputError("--text: is empty; expected words of a report, such as \"bilateral pleural effusion\"")
+        tokenizer, limit = self.run.tokenizer, self.run.config.max_text
+        if self.run.config.model == "reaf":
+            text = plain_report(text)
+        else:
+            rng = np.random.default_rng(0)
+            text = shorten_report(clean_report(text), limit, lambda t: len(tokenizer.encode(t)), rng)
+        ids, mask = (t.to(self.device) for t in tokenizer.batch([tokenizer.encode(text, limit)]))
+        return self.finite(self.run.model.encode_text(ids, mask))
+
+    def search(
+        self, index: SearchIndex | Path | str, text: str | None = None, scan: Path | str | None = None, top: int = 5
+    ) -> list[tuple[str, float]]:
+        """(id, cosine) of an index's `top` scans nearest to a text or a scan, best first."""
+        self.require_towers()
+        if (text is None) == (scan is None) or top < 1:
+            raise InputError("search: expected either a text or a scan to search for, and 1 or more to find")
+        path, index = (None, index) if isinstance(index, SearchIndex) else (index, read_index(Path(index)))
+        if index.model != self.sha256:
+            raise InputError(
+                f"{path or 'the index'}: was made by the model of sha256 {index.model[:12]}, {self.checkpoint.folder} has "
+                f"{self.sha256[:12]}; name that model's run, or make the index again"
+            )
+        return index.nearest(self.embed_text(text) if scan is None else self.embed(scan), top)
+
+    @torch.inference_mode()
+    def explain(self, scan: Path | str, picture: Path | str) -> dict:
+        """Draw where the encoder looks: the regions that REAF finds salient, or the scores of 2E3's patches.
+
+        Returns what was drawn: `shows`, and for each of `maps` its grid of patches and its strongest patch, counted along
+        `axes`.
+        """
+        found = [i for i, encoder in enumerate(self.encoders) if _has_map(encoder)]
+        if not found:
+            raise InputError(
+                f"{self.folder}: its encoder weighs no patches; stage clip2 of hsenet and clip1 of reaf do, and the language "
+                "runs on their encoders"
+            )
+        figures.new_figure(1, 1, "explain")  # a missing matplotlib is said now
+        volume, slices, read = self.read(scan)
+        model = self.run.model
+        encoder = model.encoders[found[0]] if self.has_decoder else model.vision
+        if isinstance(self.encoders[found[0]], ReafVisionConfig):
+            shows, draw, centre = "salient regions", figures.saliency_figure, figures.strongest
+            maps = {name: regions[0].cpu() for name, regions in encoder.salient_regions(volume).items()}
+        else:
+            shows, draw, centre = "patch scores", figures.score_figure, figures.highest
+            scores = encoder.patch_scores(encoder.embed(volume), slices)[0]
+            maps = {"2E3": scores.unflatten(0, self.encoders[found[0]].grid).cpu()}
+        spacing = self.recipe.spacing if self.recipe.fit == "crop" else None
+        draw(Path(picture), read.volume[0, 0], maps, read.path.name, self.recipe.axes, spacing)
+        return {
+            "shows": shows,
+            "axes": self.recipe.axes,
+            "maps": {name: {"grid": list(m.shape), "strongest": centre(m)} for name, m in maps.items()},
+        }
+
+    def read(self, path: Path | str) -> tuple[Tensor, Tensor | None, Scan]:
+        """Read the scan once by the run's recipe.
+
+        Returns its volume (1, 1, D, H, W), its slice features (1, S, C) where the run's encoder takes them, both on the
+        device, and the scan.
+        """
+        wanted = slices_wanted(self._slice_encoder[1], self._slice_encoder[0].size) if self.guided else None
+        scan = read_scan(Path(path), self.recipe, self.reading, self.table, wanted)
+        self.say(scan.account())
+        slices = slice_features(scan, *self._slice_encoder, self.device) if self.guided else None
+        return scan.volume.to(self.device), slices, scan
+
+    @cached_property
+    def _slice_encoder(self):
+        return find_slice_encoder(self.folder, self.data and Path(self.data), self.made_of, self.named)
+
+    def require_towers(self) -> None:
+        """Raises InputError unless this is a dual encoder."""
+        if self.has_decoder:
+            raise InputError(
+                f"{self.folder}: is a run of stage {self.stage}, a language model; name a dual encoder's, stage clip1 or clip2"
+            )
+
+    def finite(self, vectors: Tensor) -> Tensor:
+        """(1, C) -> (C,) on the CPU. Raises InputError for NaN or infinity."""
+        if not vectors.isfinite().all():
+            raise InputError(f"{self.checkpoint.folder}: gives embeddings with NaN or infinity; choose another checkpoint")
+        return vectors[0].float().cpu()
+
+
+def class_task(prompts: str, label_set: str) -> zeroshot.Task:
+    """Zero-shot classification without labels: every class of the label set, or of the prompts where it lists none."""
+    texts, known = zeroshot.load_prompts(prompts), load_label_set(label_set)
+    names = list(known.columns or texts.texts)
+    nothing = LabelTable(Path(label_set), names, {"scan": dict.fromkeys(names, 0)})
+    return zeroshot.define_task(texts, known, nothing, ["scan"])
+
+
+def _has_map(encoder) -> bool:
+    regions = isinstance(encoder, ReafVisionConfig) and encoder.fusion is not None and encoder.regions > 0
+    return regions or isinstance(encoder, GuidedVisionConfig)

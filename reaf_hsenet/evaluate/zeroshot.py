@@ -1,0 +1,191 @@
+"""Zero-shot classification: a volume shows a class when it is nearer to the class's positive prompt.
+
+score = softmax(scale * image . [negative, positive])[1], a probability for each volume and class. Prompts are data:
+data/prompts/{volume,organ}.json, or a file of the user in the same form. Source: the evaluation on CT-RATE that REAF,
+HLIP (commit 70ef68d) and fVLM publish.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reaf_hsenet.data.labels import LabelSet, LabelTable
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import atomic_write, read_json
+from reaf_hsenet.metrics.classification import AT_A_CUT, both_values
+from reaf_hsenet.runs.checkpoint import Choice
+from reaf_hsenet.runs.trained import DualEncoderRun
+
+PROMPTS = ("volume", "organ")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """texts: class -> (negative, positive), with the template filled in. source: `volume`, `organ` or a file."""
+
+    source: str
+    texts: dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is scored: each class with the prompts that score it, its labels (N, C) bool, and the means to take."""
+
+    texts: dict[str, tuple[str, str]]
+    scored_from: dict[str, list[str]]
+    labels: np.ndarray
+    means: dict[str, list[str]]
+    notes: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.scored_from)
+
+
+def load_prompts(name: str) -> Prompts:
+    """`volume`, `organ` or a json file: {"template": "The volume shows: {}.", "classes": {class: {"positive": text,
+    "negative": text}}}, or one template an organ, {"lung": ...}, and then an "organ" in every class.
+
+    Raises InputError, naming the file and the class, for anything else.
+    """
+    path = Path(__file__).parents[1] / "data/prompts" / f"{name}.json" if name in PROMPTS else Path(name)
+    if not path.is_file():
+        raise InputError(f"--prompts {name}: no such file; expected {', '.join(PROMPTS)} or a json file")
+    values = read_json(path)
+    _only(values, {"template", "classes"}, {"about"}, f"{path}")
+    template, classes = values["template"], values["classes"]
+    by_organ = isinstance(template, dict)
+    for place, text in template.items() if by_organ else [("", template)]:
+        if not isinstance(text, str) or text.count("{}") != 1:
+            where = f"the template of {place}" if by_organ else "template"
+            raise InputError(f"{path}: {where} is {text!r}; expected a text with one {{}} where the prompt goes")
+    if not isinstance(classes, dict) or not classes:
+        raise InputError(f"{path}: classes is {type(classes).__name__}; expected at least one class and its prompts")
+    texts = {}
+    for label, prompt in classes.items():
+        _only(prompt, {"positive", "negative"} | ({"organ"} if by_organ else set()), set(), f"{path}: class {label}")
+        wrong = next((k for k, text in prompt.items() if not isinstance(text, str) or not text.strip()), None)
+        if wrong:
+            raise InputError(f"{path}: class {label}: {wrong} is {prompt[wrong]!r}; expected a text")
+        if by_organ and prompt["organ"] not in template:
+            known = ", ".join(template)
+            raise InputError(f"{path}: class {label}: no template of organ {prompt['organ']!r}; there are {known}")
+        frame = template[prompt["organ"]] if by_organ else template
+        texts[label] = tuple(frame.replace("{}", prompt[kind]) for kind in ("negative", "positive"))
+    return Prompts(name, texts)
+
+
+def _only(values, required: set[str], optional: set[str], where: str) -> None:
+    if not isinstance(values, dict) or not required <= set(values) <= required | optional:
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
+        raise InputError(f"{where}: expected the keys {', '.join(sorted(required))}; found {found or 'none'}")
+
+
+def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: list[str]) -> Task:
+    """Match prompts and labels; classes are in the prompts' order.
+
+    A class of the user's prompts that the labels do not have is an InputError; of the built-in prompts, a note.
+    """
+    known, parents = table.classes(label_set), {}
+    for label, parts in label_set.scored_from.items():
+        if label in known and label not in prompts.texts:
+            parents |= {part: label for part in parts if part not in known}
+    scored_from: dict[str, list[str]] = {}
+    absent = []
+    for prompt in prompts.texts:
+        label = parents.get(prompt, prompt)
+        if label in known:
+            scored_from.setdefault(label, []).append(prompt)
+        else:
+            absent.append(prompt)
+    if absent and (prompts.source not in PROMPTS or not scored_from):
+        offered = [label for label in known if label in label_set.columns] or known
+        raise InputError(
+            f"--prompts {prompts.source}: the labels of {table.source} have no class {absent[0]} "
+            f"(--label-set {label_set.name}); they have {', '.join([*offered, *parents])}"
+        )
+    for label, parts in scored_from.items():
+        missing = [p for p in label_set.scored_from.get(label, ()) if p not in parts and label not in prompts.texts]
+        if missing:
+            raise InputError(
+                f"--prompts {prompts.source}: {label} is scored from {' and '.join(label_set.scored_from[label])}; "
+                f"add {', '.join(missing)}, or prompts of {label} itself"
+            )
+    labels = table.values(ids, [known[label] for label in scored_from])
+    notes = [f"{table.source} has no labels of {', '.join(absent)}: left out"] if absent else []
+    usable = both_values(labels)
+    for label, count in zip(scored_from, labels.sum(0), strict=True):
+        if count in (0, len(ids)):
+            what = "lacks" if count else "has"
+            notes.append(
+                f"{label}: none of the {len(ids)} volumes {what} it, so AUROC is undefined; the mean is over "
+                f"{usable.sum()} of {len(scored_from)} classes"
+            )
+    means = {"mean": []}
+    means |= {name: out for name, out in label_set.means.items() if set(out) & set(scored_from)}
+    return Task({p: prompts.texts[p] for ps in scored_from.values() for p in ps}, scored_from, labels, means, notes)
+
+
+@torch.inference_mode()
+def score(run: DualEncoderRun, image: Tensor, task: Task) -> np.ndarray:
+    """image: (N, C) unit vectors. Returns the (N, classes) float32 probabilities of the task's classes."""
+    if not image.isfinite().all():
+        raise InputError(f"{run.checkpoint.folder}: gives embeddings with NaN or infinity; choose another checkpoint")
+    rows = [run.tokenizer.encode(text, run.config.max_text) for pair in task.texts.values() for text in pair]
+    device = run.model.logit_scale.device
+    ids, mask = (t.to(device) for t in run.tokenizer.batch(rows))
+    text = run.model.encode_text(ids, mask).float()  # (2 P, C): negative, positive, negative, ...
+    logits = run.model.scale().float() * image.to(device) @ text.T
+    found = logits.unflatten(1, (-1, 2)).softmax(-1)[..., 1].cpu()  # (N, P)
+    column = {prompt: j for j, prompt in enumerate(task.texts)}
+    return np.stack(
+        [combine(found[:, [column[p] for p in prompts]]).numpy() for prompts in task.scored_from.values()], axis=1
+    )
+
+
+def combine(scores: Tensor) -> Tensor:
+    """(N, P) scores of the prompts of one class -> (N,): the largest if any is above 0.5, else the smallest.
+
+    The published rule for RAD-ChestCT's calcification, which has no prompts of its own; one prompt is itself.
+    """
+    return torch.where((scores > 0.5).any(1), scores.amax(1), scores.amin(1))
+
+
+def write_scores(path: Path, ids: list[str], task: Task, scores: np.ndarray, checkpoint: Choice) -> None:
+    """One row a volume: id, the score of each class, each label, and the checkpoint."""
+    with atomic_write(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", *task.names, *(f"label: {name}" for name in task.names), "checkpoint"])
+        for volume, row, labels in zip(ids, scores, task.labels, strict=True):
+            writer.writerow([volume, *(f"{v:.9g}" for v in row), *labels.astype(int), checkpoint])
+
+
+def print_table(results: dict) -> None:
+    """Per class and mean: ranking metrics, then those at argmax and at the threshold."""
+    names = {"balanced_accuracy": "b.acc", "accuracy": "acc", "f1_weighted": "F1", "recall": "rec", "precision": "prec"}
+    rows = {**results["classes"], **{f"{k} of {v['classes']}": v for k, v in results["means"].items()}}
+    width = max(map(len, rows)) + 1
+    at_cut = "".join(f"{names[m]:>6}" for m in AT_A_CUT)
+    print(f"{'':<{width + 35}}{'at argmax':^30}{'':>7}{'at the threshold':^30}")
+    print(f"{'class':<{width}}{'n':>6}{'AUROC':>7}{'95%':>15}{'AP':>7}{at_cut}{'thr':>7}{at_cut}")
+    for name, row in rows.items():
+        bounds = row["interval_95"]["auroc"] if "interval_95" in row else [None, None]
+        interval = f"{_cell(bounds[0])} to {_cell(bounds[1])}" if bounds[0] is not None else "-"
+        cells = "".join(f"{_cell(row['argmax'][m]):>6}" for m in AT_A_CUT)
+        cells += f"{_cell(row.get('threshold')):>7}"
+        cells += "".join(f"{_cell(row['thresholded'][m]):>6}" for m in AT_A_CUT)
+        print(
+            f"{name:<{width}}{row.get('positives', ''):>6}{_cell(row['auroc']):>7}{interval:>15}"
+            f"{_cell(row['average_precision']):>7}{cells}"
+        )
+    print("n: positives. F1: weighted. Thresholds are found on this data itself, as published.")
+    for note in results["notes"]:
+        print(f"note: {note}")
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,68 @@
+"""A start for encoders that a decoder from nothing will look through: they learn to tell the scans' labels first.
+
+The mean patch token of each encoder goes through a linear layer to the labels' logits, learned with binary cross-entropy.
+The layers are then thrown away. A new decoder does learn to look by itself, several times as slowly. Not published.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from reaf_hsenet.config import TrainConfig
+from reaf_hsenet.data.augment import augment_with_slices
+from reaf_hsenet.data.bad_volumes import BadVolumes
+from reaf_hsenet.data.loader import part_unreadable, read_sample
+from reaf_hsenet.data.manifest import Manifest
+from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.progress import progress_bar
+
+BATCH, LEARNING_RATE, WEIGHT_DECAY = 32, 1e-3, 0.1
+
+
+def learn_labels(
+    model: Mllm, manifest: Manifest, settings: TrainConfig, guided: bool, bad: BadVolumes, device: torch.device
+) -> None:
+    """settings.label_epochs passes over the training split; every rank makes the same ones.
+
+    guided: volumes come with slice features. The encoders' weights are changed in place, on the processor.
+    """
+    entries = manifest.entries("train")
+    encoders = model.encoders.to(device).train()
+    heads = nn.ModuleList(nn.Linear(len(encoder.norm.weight), len(manifest.labels)) for encoder in encoders).to(device)
+    batch = min(BATCH, len(entries))
+    steps = settings.label_epochs * (len(entries) // batch)
+    parameters = [*encoders.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    bar = progress_bar(steps, "labels", "step", shown=bad.ranks.main)
+    for epoch in range(settings.label_epochs):
+        order = np.random.default_rng((settings.seed, epoch)).permutation(len(entries))
+        for rows in order[: len(order) // batch * batch].reshape(-1, batch):
+            items = [_sample(manifest, row, epoch, settings, guided) for row in rows]
+            good, unreadable = part_unreadable(items)
+            bad.agree(unreadable)
+            if good:
+                volume, slices, labels = zip(*good, strict=True)
+                target = torch.stack(labels).to(device)
+                guides = torch.stack(slices).to(device) if guided else None
+                features = model.features(torch.stack(volume).to(device), guides)
+                told = [head(tokens.mean(1)) for head, tokens in zip(heads, features, strict=True)]
+                sum(F.binary_cross_entropy_with_logits(logits, target) for logits in told).backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            schedule.step()
+            bar.update()
+    bar.close()
+    encoders.cpu()
+
+
+def _sample(manifest: Manifest, row: int, epoch: int, settings: TrainConfig, guided: bool):
+    """(volume, slices or None, labels (18,)), augmented as in training, or Unreadable."""
+    entry = manifest.entries("train")[row]
+    sample = read_sample(manifest, entry, guided)
+    if not isinstance(sample, tuple):
+        return sample
+    volume, following = augment_with_slices(*sample, settings.augment, np.random.default_rng((settings.seed, epoch, row)))
+    return volume, following if settings.slices_follow else sample[1], torch.tensor(entry["labels"], dtype=torch.float32)

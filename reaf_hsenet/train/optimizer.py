@@ -1,0 +1,44 @@
+"""AdamW's groups of parameters and the course of the learning rate."""
+
+import math
+
+from torch import nn
+
+from reaf_hsenet.config import TrainConfig
+from reaf_hsenet.models.decoder import RMSNorm
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Decayed and undecayed parameters by the published rule of each method.
+
+    hsenet: norms and biases are not decayed (class token, positions and logit scale are). reaf: nothing with
+    fewer than two dimensions is, nor the logit scale. `rate` of a group: its share of the learning rate.
+    """
+    norms = {
+        f"{name}.{parameter}".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm | RMSNorm)
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        bare = name in norms or name.endswith("bias") or (config.no_decay == "reaf" and parameter.ndim < 2)
+        groups.setdefault((bare, name.startswith("encoders.")), []).append(parameter)
+    return [
+        {
+            "params": groups[bare, encoder],
+            "weight_decay": 0.0 if bare else config.weight_decay,
+            "rate": config.encoder_rate if encoder else 1.0,
+        }
+        for bare, encoder in sorted(groups)
+    ]
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """Linear from 0 (or from the first step's share) over the warm-up, then half a cosine to 0."""
+    warmup = math.ceil(config.warmup * total)
+    if step < warmup:
+        return config.lr * (step + config.first_step) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

@@ -1,0 +1,37 @@
+"""The phantom data set that a run without --data makes for itself."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from reaf_hsenet import distributed
+from reaf_hsenet.data.manifest import Manifest, load_manifest
+from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
+from reaf_hsenet.data.prepare import Options, prepare
+from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.presets import TINY_RECIPES
+
+PHANTOM = Path("data/phantom")
+PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 2000, 160, 0
+
+
+def phantom_folder(model: str, size: tuple[int, int, int]) -> Path:
+    shape = "x".join(map(str, size))
+    return PHANTOM / (shape if model == "hsenet" else f"{model}-{shape}")
+
+
+def phantom_manifest(ranks: Ranks, model: str, size: tuple[int, int, int]) -> Manifest:
+    """The built-in phantom data set in the method's recipe, made by the first rank when it is missing."""
+    recipe, out = TINY_RECIPES[model], phantom_folder(model, size)
+    if recipe.fit == "crop":  # another size shows the same part of the chest
+        spacing = tuple(s * n / m for s, n, m in zip(recipe.spacing, recipe.size, size, strict=True))
+        recipe = replace(recipe, spacing=spacing)
+    if ranks.main and not (out / "manifest.json").is_file():
+        cores = len(os.sched_getaffinity(0))
+        write_phantom_dataset(
+            PHANTOM / "raw", PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED, workers=cores, progress=True
+        )
+        prepare(read_ct_rate(PHANTOM / "raw"), out, Options(replace(recipe, size=size)), workers=cores)
+    distributed.barrier()
+    return load_manifest(out)

@@ -1,0 +1,88 @@
+"""Numerical trouble: what a step's gradients and losses say, which steps are skipped, and when a run is stopped."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from reaf_hsenet.errors import first_six
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.settings import check_ranges, setting
+from reaf_hsenet.train.sharding import whole
+
+DECAY, WARM_UP, SPIKE = 0.98, 50, 8  # of the running loss; steps before one can spike; in mean deviations
+
+
+def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
+    """The gradients' norm, a scalar on their device, before they are scaled down to `most`.
+
+    What is not finite is left as it is, so that it can be named: torch's clip_grad_norm_ would make NaN of all.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = whole(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+    if most is not None:
+        scale = torch.where(norm.isfinite(), (most / (norm + 1e-6)).clamp(max=1), 1)
+        for gradient in gradients:
+            gradient.mul_(scale)
+    return norm
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters whose gradients have NaN or infinite values."""
+    return [n for n, p in model.named_parameters() if p.grad is not None and not whole(p.grad.isfinite().all())]
+
+
+def diagnosis(losses: list[float], names: list[str]) -> str:
+    """Which losses (one a rank) and gradients were not finite, in words."""
+    found = [f"the loss is {loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    if names:
+        found.append(f"gradients with NaN or infinite values: {first_six(names)}")
+    return first_six(found, "; ") or "the gradients' norm is infinite"
+
+
+@dataclass
+class Stability:
+    """Counts of a run, and its running loss: mean, mean deviation from it, and steps that these have seen.
+
+    skipped: steps left out as numerical trouble. overflows: those of fp16's loss scale, which finds its size so.
+    invalid: what was not finite in the last validation, or nothing. saved: step of the newest checkpoint that was not
+    written after such a validation; good: of the newest of these that a finite step or validation was made from.
+    """
+
+    skipped: int = setting(0, least=0)
+    overflows: int = setting(0, least=0)
+    mean: float = 0.0
+    deviation: float = setting(0.0, least=0)
+    seen: int = setting(0, least=0)
+    invalid: str = ""
+    saved: int = setting(0, least=0)
+    good: int = setting(0, least=0)
+
+    def __post_init__(self):
+        check_ranges(self)
+
+    def checkpoint(self, step: int, validated: int) -> None:
+        """Take in that there is a checkpoint of this step, and the last step that was validated."""
+        if not self.invalid:
+            self.saved = step
+            self.good = step if step == validated else self.good
+
+    def way_back(self, run: Run) -> str:
+        """From weights that are of no use, in words."""
+        good, anew = run.at(self.good), "start anew with a lower --lr or another --precision"
+        if not self.good:
+            return f"no checkpoint is known to be good: {anew}"
+        return (
+            f"the last good checkpoint is {good}: write {good.name} into {good.with_name('last')} and --resume with another "
+            f"--precision, or {anew}"
+        )
+
+    def spike(self, loss: float) -> float | None:
+        """Take in a step's loss; the mean before it when the loss is far above that."""
+        before, far = self.mean, loss - self.mean > SPIKE * self.deviation and self.seen >= WARM_UP
+        self.seen += 1
+        share = max(1 - DECAY, 1 / self.seen)  # a plain mean at first
+        self.deviation += share * (abs(loss - self.mean) - self.deviation) if self.seen > 1 else 0.0
+        self.mean += share * (loss - self.mean)
+        return before if far else None

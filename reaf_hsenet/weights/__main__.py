@@ -1,0 +1,96 @@
+"""Published checkpoints: what they are, into runs of this project, and back.
+
+    python -m reaf_hsenet.weights inspect FILE                   # what it is, where every tensor goes, what it is for
+    python -m reaf_hsenet.weights convert FILE RUN --text-model google-bert/bert-base-uncased
+    python -m reaf_hsenet.weights convert mm_projector_and_lora.bin RUN --decoder FOLDER --encoders FILE
+    python -m reaf_hsenet.weights export RUN OUT --format m3d-clip
+
+FILE is a file, a folder or a hub id (ORGANISATION/NAME or ORGANISATION/NAME@REVISION, which is downloaded). RUN is then
+read by evaluate.py --run, infer.py --run and train.py --init.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.runs.conversion import write_dual_run, write_language_run
+from reaf_hsenet.runs.dual import load_published_dual, open_source
+from reaf_hsenet.runs.export import FORMATS, export
+from reaf_hsenet.runs.inspection import inspect, print_inspection
+from reaf_hsenet.runs.language import load_published_language
+from reaf_hsenet.script import Command, Parser, run_script
+
+PROGRAM = "python -m reaf_hsenet.weights"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.prog = PROGRAM
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
+    command = commands.add_parser("inspect", help="what a checkpoint is")
+    command.add_argument("file", help="file, folder or hub id")
+    command.add_argument("--all", action="store_true", help="every tensor by itself")
+    command.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
+    command = commands.add_parser("convert", help="a published checkpoint into a run folder")
+    command.add_argument("file", help="file, folder or hub id")
+    command.add_argument("out", type=Path, metavar="RUN", help="folder to write")
+    command.add_argument("--text-model", metavar="NAME", help="folder or hub id of the text encoder, for its vocab.txt")
+    command.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="another input size, in voxels")
+    command.add_argument("--slice-encoder", metavar="NAME", help="of a 2E3 encoder's slice features: file, folder or hub id")
+    group = command.add_argument_group("packers and adapters (mm_projector_and_lora.bin)")
+    group.add_argument("--decoder", metavar="NAME", help="folder or hub id, for example microsoft/Phi-4-mini-instruct")
+    group.add_argument("--encoders", metavar="NAME", help="HSENet-2E3-CLIP, or the run it was converted into")
+    group.add_argument("--stage", choices=("mrg", "vqa"), help="what it was trained for: reports (default) or answers")
+    command = commands.add_parser("export", help="a run's weights under published names")
+    command.add_argument("run", type=Path)
+    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("--format", choices=FORMATS, required=True)
+    command.add_argument("--checkpoint", metavar="NAME", help="last (default), best or a step, step-000100")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Returns 1 where an inspected checkpoint is not whole: something is missing, left over or wrong."""
+    args = parse(argv)
+    if args.command == "inspect":
+        found = inspect(args.file)
+        if args.json:
+            print(json.dumps(asdict(found), indent=1))
+        else:
+            print_inspection(found, args.all)
+        return 0 if found.whole else 1
+    notes = convert(args) if args.command == "convert" else export(args.run, args.out, args.format, args.checkpoint)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"written to {args.out}")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> list[str]:
+    source = open_source(args.file)
+    if source.family.kind == "language":
+        for name in ("decoder", "encoders"):
+            if getattr(args, name) is None:
+                raise InputError(f"--{name}: {args.file} holds packers and adapters only; name what they stand on")
+        if args.size:
+            raise InputError("--size: packers are made for one grid of patches; leave it out")
+        made = load_published_language(
+            source, args.decoder, args.encoders, args.stage or "mrg", args.text_model, args.slice_encoder
+        )
+        write_language_run(made, args.out)
+    else:
+        for name in ("decoder", "encoders", "stage"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name}: is of HSENet's packers and adapters; {args.file} is {source.family.name}")
+        made = load_published_dual(source, args.text_model, args.size, args.slice_encoder)
+        if args.slice_encoder and not made.slices:
+            raise InputError(f"--slice-encoder: {args.file} takes no slice features; leave it out")
+        write_dual_run(made, args.out)
+    print(f"{args.file}: {source.family.name}, stage {made.stage}")
+    return list(made.notes)
+
+
+if __name__ == "__main__":
+    run_script(main, result=True)
