@@ -73,7 +73,6 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             # Without a checkpoint there is nothing to lose or to continue: a run that died early starts anew.
             if begun:
                 return already_there(args, run, setup, say)
-            distributed.begin(run.folder)
             if ranks.main:
                 run.forget_after(0)
         settings = setup.settings
@@ -128,10 +127,9 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def begun_and_resumed(args: argparse.Namespace, run: Run) -> tuple[bool, bool]:
-    """Whether there is a run to continue, and whether it is continued: as --resume says, and after a restart by torchrun."""
+    """Return whether there is a run to continue, and whether --resume continues it."""
     begun = run.exists and run.pointer("last") is not None
-    auto = args.resume == "auto" or distributed.restarted(run.folder)
-    return begun, begun if auto else bool(args.resume)
+    return begun, begun if args.resume == "auto" else bool(args.resume)
 
 
 def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSetup, say) -> int:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -120,19 +119,6 @@ def job_store(timeout: timedelta = timedelta(seconds=20)) -> dist.Store | None:
         return None
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.PrefixStore("reaf_hsenet", dist.TCPStore(*place, timeout=timeout))
-
-
-def begin(folder: Path) -> None:
-    """Note that this torchrun has started the run in `folder`."""
-    if store := job_store():
-        store.set(f"begun/{Path(folder).resolve()}", "")
-
-
-def restarted(folder: Path) -> bool:
-    """Whether torchrun has started these processes again, after a failure in a run that it had begun in `folder`."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    store = job_store() if again else None
-    return store is not None and store.check([f"begun/{Path(folder).resolve()}"])
 
 
 def first_to_fail() -> bool:

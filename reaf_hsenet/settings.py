@@ -57,7 +57,8 @@ def to_dict(config) -> dict:
 def from_dict(cls, values: dict, source: str = "config.json"):
     """Rebuild a dataclass from its JSON form: lists become tuples, objects the dataclasses of the annotations.
 
-    A class with `variant(values)` says which of its subclasses the values are of. Raises InputError, naming `source` and
+    A class with `variant(values)` says which of its subclasses the values are of; one with GONE, which settings that
+    earlier versions wrote are passed over. Raises InputError, naming `source` and
     the setting, for what is absent, unknown, of another kind or out of range.
     """
     if not isinstance(values, dict):
@@ -65,6 +66,7 @@ def from_dict(cls, values: dict, source: str = "config.json"):
     cls = cls.variant(values) if hasattr(cls, "variant") else cls
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in fields(cls)}
+    values = {name: value for name, value in values.items() if name not in getattr(cls, "GONE", ())}
     if unknown := sorted(set(values) - set(known)):
         raise InputError(f"{source}: {cls.__name__} has no setting {', '.join(unknown)[:200]}: written by another version?")
     needed = [n for n, field in known.items() if field.default is MISSING and field.default_factory is MISSING]

@@ -128,3 +128,10 @@ def test_flags_have_the_ranges_of_their_settings():
 def test_published_settings_and_presets_survive_json():
     for config in (*PRESETS.values(), *STAGES.values()):
         assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_what_earlier_versions_counted_is_passed_over():
+    earlier = {**to_dict(Stability(skipped=2)), "mean": 1.5, "deviation": 0.1, "seen": 7}
+    assert from_dict(Stability, earlier) == Stability(skipped=2)
+    with pytest.raises(InputError, match="Stability has no setting men"):
+        from_dict(Stability, {**earlier, "men": 1})

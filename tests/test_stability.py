@@ -24,7 +24,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.train import contrastive_job, trainer, training_step
 from reaf_hsenet.train.contrastive import Contrastive
-from reaf_hsenet.train.stability import Stability, clip_gradients, diagnosis, not_finite
+from reaf_hsenet.train.stability import clip_gradients, diagnosis, not_finite
 from reaf_hsenet.train.step_log import Meter, count_flops, peak_flops
 from reaf_hsenet.train.trainer import Trainer
 from test_killed_runs import forks, one_rank, start  # noqa: F401
@@ -150,22 +150,6 @@ def test_gradients_are_clipped_as_torch_does_and_keep_what_is_not_finite():
     one.bias.grad[1] = math.nan
     kept = one.weight.grad.clone()
     assert clip_gradients(one, 0.5).isnan() and torch.equal(one.weight.grad, kept) and not_finite(one) == ["bias"]
-
-
-def test_a_jump_of_the_loss_is_logged_once_the_loss_is_known():
-    watch = Stability()
-    assert watch.spike(50.0) is None  # nothing is known yet
-    generator = torch.Generator().manual_seed(0)
-    for value in (2 + 0.1 * torch.randn(300, generator=generator)).tolist():
-        assert watch.spike(value) is None
-    assert watch.spike(4.0) == pytest.approx(2, abs=0.2)
-
-
-def test_the_log_has_the_samples_of_a_jump(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(Stability, "spike", lambda self, loss: 0.25 if self.seen else setattr(self, "seen", 1))
-    assert train.main(tiny(prepared, tmp_path / "r", "--max-steps", 2)) == 0
-    (record,) = [r for r in Run(tmp_path / "r").read_log() if "spike" in r]
-    assert record["step"] == 2 and record["usual"] == 0.25 and set(record["samples"]) == names_of(prepared, 2)
 
 
 def test_a_step_reads_from_the_device_once(prepared, tmp_path, monkeypatch):

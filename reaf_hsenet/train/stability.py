@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,6 @@ from reaf_hsenet.errors import first_six
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.settings import check_ranges, setting
 from reaf_hsenet.train.sharding import whole
-
-DECAY, WARM_UP, SPIKE = 0.98, 50, 8  # of the running loss; steps before one can spike; in mean deviations
 
 
 def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
@@ -43,7 +42,7 @@ def diagnosis(losses: list[float], names: list[str]) -> str:
 
 @dataclass
 class Stability:
-    """Counts of a run, and its running loss: mean, mean deviation from it, and steps that these have seen.
+    """Counts of a run's numerical trouble.
 
     skipped: steps left out as numerical trouble. overflows: those of fp16's loss scale, which finds its size so.
     invalid: what was not finite in the last validation, or nothing. saved: step of the newest checkpoint that was not
@@ -52,12 +51,10 @@ class Stability:
 
     skipped: int = setting(0, least=0)
     overflows: int = setting(0, least=0)
-    mean: float = 0.0
-    deviation: float = setting(0.0, least=0)
-    seen: int = setting(0, least=0)
     invalid: str = ""
     saved: int = setting(0, least=0)
     good: int = setting(0, least=0)
+    GONE: ClassVar = ("mean", "deviation", "seen")  # of the running loss that earlier versions kept
 
     def __post_init__(self):
         check_ranges(self)
@@ -77,12 +74,3 @@ class Stability:
             f"the last good checkpoint is {good}: write {good.name} into {good.with_name('last')} and --resume with another "
             f"--precision, or {anew}"
         )
-
-    def spike(self, loss: float) -> float | None:
-        """Take in a step's loss; the mean before it when the loss is far above that."""
-        before, far = self.mean, loss - self.mean > SPIKE * self.deviation and self.seen >= WARM_UP
-        self.seen += 1
-        share = max(1 - DECAY, 1 / self.seen)  # a plain mean at first
-        self.deviation += share * (abs(loss - self.mean) - self.deviation) if self.seen > 1 else 0.0
-        self.mean += share * (loss - self.mean)
-        return before if far else None

@@ -217,8 +217,6 @@ class Trainer:
             self._skipped(done.trouble, group)
         elif math.isfinite(done.loss):
             stability.good = stability.saved
-            if (usual := stability.spike(done.loss)) is not None:
-                self._record({**self._place(), "spike": done.loss, "usual": usual, "samples": self._samples(group)})
         return done
 
     def _skipped(self, why: str, group: list[Batch]) -> None:

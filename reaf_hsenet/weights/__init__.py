@@ -1,7 +1,6 @@
 """Published checkpoints -> this project's names: files, hub ids, renaming, strict loading.
 
-    python -m reaf_hsenet.weights inspect FILE
-    python -m reaf_hsenet.weights convert FILE OUT
+    python -m reaf_hsenet.weights convert FILE RUN
     python -m reaf_hsenet.weights export RUN OUT --format {m3d-clip,hlip,reaf,transformers}
 
 What is recognised is the table of families.py; docs/weights.md says where each comes from and what it is for. Only

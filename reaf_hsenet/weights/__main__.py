@@ -1,6 +1,6 @@
 """Published checkpoints: what they are, into runs of this project, and back.
 
-    python -m reaf_hsenet.weights inspect FILE                   # what it is, where every tensor goes, what it is for
+    python -m reaf_hsenet.weights convert FILE --dry-run         # what it is, its configuration, what it is for
     python -m reaf_hsenet.weights convert FILE RUN --text-model google-bert/bert-base-uncased
     python -m reaf_hsenet.weights convert mm_projector_and_lora.bin RUN --decoder FOLDER --encoders FILE
     python -m reaf_hsenet.weights export RUN OUT --format m3d-clip
@@ -10,17 +10,18 @@ read by evaluate.py --run, infer.py --run and train.py --init.
 """
 
 import argparse
-import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.conversion import write_dual_run, write_language_run
-from reaf_hsenet.runs.dual import load_published_dual, open_source
+from reaf_hsenet.runs.dual import PublishedDual, load_published_dual, open_source
 from reaf_hsenet.runs.export import FORMATS, export
-from reaf_hsenet.runs.inspection import inspect, print_inspection
-from reaf_hsenet.runs.language import load_published_language
+from reaf_hsenet.runs.language import PublishedLanguage, load_published_language
 from reaf_hsenet.script import Command, Parser, run_script
+from reaf_hsenet.weights.families import Source
+from reaf_hsenet.weights.reading import summary
 
 PROGRAM = "python -m reaf_hsenet.weights"
 
@@ -29,13 +30,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.prog = PROGRAM
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
-    command = commands.add_parser("inspect", help="what a checkpoint is")
-    command.add_argument("file", help="file, folder or hub id")
-    command.add_argument("--all", action="store_true", help="every tensor by itself")
-    command.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
     command = commands.add_parser("convert", help="a published checkpoint into a run folder")
     command.add_argument("file", help="file, folder or hub id")
-    command.add_argument("out", type=Path, metavar="RUN", help="folder to write")
+    command.add_argument("out", type=Path, metavar="RUN", nargs="?", help="folder to write")
+    command.add_argument("--dry-run", action="store_true", help="say what FILE is and whether it fits, write nothing")
     command.add_argument("--text-model", metavar="NAME", help="folder or hub id of the text encoder, for its vocab.txt")
     command.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="another input size, in voxels")
     command.add_argument("--slice-encoder", metavar="NAME", help="of a 2E3 encoder's slice features: file, folder or hub id")
@@ -51,25 +49,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> int:
-    """Returns 1 where an inspected checkpoint is not whole: something is missing, left over or wrong."""
+def main(argv: list[str]) -> None:
     args = parse(argv)
-    if args.command == "inspect":
-        found = inspect(args.file)
-        if args.json:
-            print(json.dumps(asdict(found), indent=1))
-        else:
-            print_inspection(found, args.all)
-        return 0 if found.whole else 1
     notes = convert(args) if args.command == "convert" else export(args.run, args.out, args.format, args.checkpoint)
     for note in notes:
         print(f"note: {note}")
-    print(f"written to {args.out}")
-    return 0
+    if args.out:
+        print(f"written to {args.out}")
 
 
 def convert(args: argparse.Namespace) -> list[str]:
+    """Load all of a published checkpoint, print what it is and write it as a run, unless --dry-run; return the notes."""
+    if (args.out is None) != args.dry_run:
+        raise InputError(f"{'RUN' if args.dry_run else '--dry-run'}: expected either a folder to write or --dry-run; see {PROGRAM} --help")
     source = open_source(args.file)
+    if args.dry_run and source.family.kind not in ("dual", "language"):
+        return describe(source, None)
     if source.family.kind == "language":
         for name in ("decoder", "encoders"):
             if getattr(args, name) is None:
@@ -79,7 +74,7 @@ def convert(args: argparse.Namespace) -> list[str]:
         made = load_published_language(
             source, args.decoder, args.encoders, args.stage or "mrg", args.text_model, args.slice_encoder
         )
-        write_language_run(made, args.out)
+        write = write_language_run
     else:
         for name in ("decoder", "encoders", "stage"):
             if getattr(args, name) is not None:
@@ -87,9 +82,34 @@ def convert(args: argparse.Namespace) -> list[str]:
         made = load_published_dual(source, args.text_model, args.size, args.slice_encoder)
         if args.slice_encoder and not made.slices:
             raise InputError(f"--slice-encoder: {args.file} takes no slice features; leave it out")
-        write_dual_run(made, args.out)
+        write = write_dual_run
+    if args.dry_run:
+        return describe(source, made)
+    write(made, args.out)
     print(f"{args.file}: {source.family.name}, stage {made.stage}")
     return list(made.notes)
+
+
+def describe(source: Source, made: PublishedDual | PublishedLanguage | None) -> list[str]:
+    """Print what a checkpoint is and what it is for. made: what it loads as; None for a family that is no run."""
+    print(f"{source.name}: {source.family.name}{f', stage {made.stage}' if made else ''}")
+    print(f"file: {source.file}, {len(source.state)} tensors")
+    for key, value in settings(asdict(made.config)) if made else ():
+        print(f"  {key} {value}")
+    if unused := getattr(made, "not_used", None):
+        print(f"known, not used here: {summary(sorted(unused))}")
+    for use in source.family.uses:
+        print("for: " + use.replace("FILE", source.name).replace("FOLDER", str(source.folder)))
+    return list(made.notes) if made else []
+
+
+def settings(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (dotted name, value) of nested settings."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 if __name__ == "__main__":

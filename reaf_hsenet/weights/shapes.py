@@ -210,13 +210,3 @@ def require_shapes(said: TextConfig, found: TextConfig, source: str) -> None:
                 f"{source}: {key} is {getattr(said, name)}, the tensors have {getattr(found, name)}; use the config.json of "
                 "this checkpoint"
             )
-
-
-def slice_settings(reader: Reader) -> dict[str, int]:
-    """SliceEncoder's settings, of a 2D ViT under its names."""
-    width, _, patch, _ = reader.shape("patch_embed.weight", 4)
-    side = math.isqrt(reader.shape("pos_embed", 3)[1] - 1)
-    return {
-        "size": side * patch, "patch": patch, "width": width, "depth": reader.depth(""), "heads": reader.heads(width, "vision"),
-        "mlp": reader.shape("blocks.0.mlp.fc1.weight", 2)[0],
-    }  # fmt: skip

@@ -33,7 +33,7 @@ from reaf_hsenet.evaluate.zeroshot import load_prompts
 from reaf_hsenet.models.decoder_config import DecoderConfig
 from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.inspection import inspect
+from reaf_hsenet.runs.dual import load_published_dual
 from reaf_hsenet.settings import from_dict
 from reaf_hsenet.text.loading import load_tokenizer
 from reaf_hsenet.weights import bert_config, read_weights_file
@@ -226,8 +226,8 @@ def test_a_thousand_mutated_safetensors(tmp_path):
     feed(250, "index", make, path, read_index, path)
     feed(150, "decoder", make, path, lambda: [stored.read() for stored in stored_tensors(tmp_path).values()])
     whole = save(published.m3d_clip())
-    (tmp_path / "config.json").write_text(json.dumps(published.HEADS))
-    feed(150, "m3d-clip", lambda rng: mutated_safetensors(whole, rng), path, inspect, str(path))
+    published.write_vocabulary(tmp_path, published.BERT["config"]["vocab_size"], published.HEADS)
+    feed(150, "m3d-clip", lambda rng: mutated_safetensors(whole, rng), path, load_published_dual, str(path))
 
 
 def test_hundreds_of_mutated_pickles(tmp_path):
