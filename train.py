@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,6 +33,8 @@ import torch
 
 from reaf_hsenet import __version__, distributed
 from reaf_hsenet.config import TrainConfig
+from reaf_hsenet.data.loader import Batch
+from reaf_hsenet.data.workers import worker_deaths_named
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.layers import count_parameters
@@ -39,91 +42,257 @@ from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.script import run_script
 from reaf_hsenet.settings import from_dict, to_dict
 from reaf_hsenet.train.contrastive_job import contrastive_job
+from reaf_hsenet.train.grad_cache import cached_backward
 from reaf_hsenet.train.guided_setup import keep_slice_encoder
 from reaf_hsenet.train.language_job import language_job
 from reaf_hsenet.train.language_setup import LanguageSetup, new_language_setup, resumed_language_setup
+from reaf_hsenet.train.optimizer import learning_rate
 from reaf_hsenet.train.resumed_setup import resumed_setup
 from reaf_hsenet.train.run_setup import Setup, new_setup
+from reaf_hsenet.train.stability import clip_gradients, diagnosis, not_finite
+from reaf_hsenet.train.step_log import make_writer
 from reaf_hsenet.train.train_flags import LANGUAGE, parse
-from reaf_hsenet.train.trainer import Trainer
+from reaf_hsenet.train.training import Training
+from reaf_hsenet.train.training_state import Outcome, TrainingState
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv, __doc__)
+    # What a run has built is gone by the time of stop(), as DDP has to be.
     code = train(args, distributed.start(args.device))
     distributed.stop()  # not after an error, which the other ranks would hear of as a lost connection first
     return code
 
 
 def train(args: argparse.Namespace, ranks: Ranks) -> int:
-    def say(text: str) -> None:
-        if ranks.main:
-            print(text, flush=True)
-
-    language = args.stage in LANGUAGE
+    """Train a run in its folder, which no other process may write into. Returns the exit code."""
     run = Run(args.out or Path("runs") / f"{args.stage}-{args.model}")
     if run.named:
         raise InputError(f"--out {args.out}: is a checkpoint of a run; name the run's folder, {run.folder}")
     with run.writing() if ranks.main else nullcontext():
-        begun, args.resume = distributed.on_main(lambda: begun_and_resumed(args, run))
-        if args.resume:
-            setup = (resumed_language_setup if language else resumed_setup)(args, run, ranks)
-        else:
-            setup = (new_language_setup if language else new_setup)(args, ranks, say)
-            # Without a checkpoint there is nothing to lose or to continue: a run that died early starts anew.
-            if begun:
-                return already_there(args, run, setup, say)
-            if ranks.main:
-                run.forget_after(0)
-        settings = setup.settings
-        job = (language_job if language else contrastive_job)(setup, args, ranks, say)
-        if args.compile:
-            for block in job.blocks:
-                block.compile()
-        trainer = Trainer(
-            job,
-            settings,
-            run,
-            ranks,
-            args.max_steps or setup.max_steps,
-            args.workers if args.workers is not None else 4 if ranks.device.type == "cuda" else 0,
-            args.log_every,
-            make_writer(args.log, run, ranks),
-            args.profile,
-        )
-        if args.resume:
-            trainer.resume(say)
-        elif ranks.main:
-            setup.tokenizer.save(run.folder)
-            if setup.guided:
-                keep_slice_encoder(setup.manifest, run.folder)
-        if ranks.main:
-            values = {
-                "version": __version__,
-                "stage": args.stage,
-                "best_of": "validation",  # the split whose rows choose `best`
-                "preset": setup.preset,
-                **setup.values(),
-                "world": ranks.world,
-                "max_steps": args.max_steps or setup.max_steps,
-                "total_steps": trainer.total,
-                "torch": torch.__version__,
-            }
-            if args.resume:  # on other ranks the batches differ, but not the command that started the run
-                values["world"] = run.read_config()["world"]
-                values["train"]["batch_size"] = settings.batch_size * ranks.world // values["world"]
-            run.write_config(values)
-        say(
-            f"{run.folder}: {args.stage}, {setup.preset}, {count_parameters(job.model) / 1e6:.1f} M parameters, "
-            f"{count_parameters(job.model, trained=True) / 1e6:.1f} M trained, {len(job.train_set)} samples, "
-            f"global batch {settings.batch_size * settings.accumulate * ranks.world}, "
-            f"{settings.precision} on {ranks.world} x {ranks.device.type}, step {trainer.progress.step} of "
-            f"{trainer.total}"
-        )
-        code = trainer.fit()
-        if code == 0:
-            say(f"{run.folder}: finished; best checkpoint {run.pointer('best')}, which is taken by name only")
+        training = start(args, run, ranks)
+        if training is None:
+            return 0
+        code = fit(training)
+        if code == 0 and ranks.main:
+            print(f"{run.folder}: finished; best checkpoint {run.pointer('best')}, which is taken by name only", flush=True)
         return code
+
+
+def start(args: argparse.Namespace, run: Run, ranks: Ranks) -> Training | None:
+    """Build all that the loop needs, of a new run or of the one that --resume continues, and write config.json.
+
+    Returns None when the command's run is finished already.
+    """
+
+    def say(text: str) -> None:
+        if ranks.main:
+            print(text, flush=True)
+
+    # Settings, data, tokenizer and teacher: from the command line, or from the run's own config.json.
+    language = args.stage in LANGUAGE
+    begun, args.resume = distributed.on_main(lambda: begun_and_resumed(args, run))
+    if args.resume:
+        setup = (resumed_language_setup if language else resumed_setup)(args, run, ranks)
+    else:
+        setup = (new_language_setup if language else new_setup)(args, ranks, say)
+        # Without a checkpoint there is nothing to lose or to continue: a run that died early starts anew.
+        if begun:
+            already_there(args, run, setup, say)
+            return None
+        if ranks.main:
+            run.forget_after(0)
+    settings = setup.settings
+
+    # The stage: model with its weights, training set, loss and validation.
+    job = (language_job if language else contrastive_job)(setup, args, ranks, say)
+    if args.compile:
+        for block in job.blocks:
+            block.compile()
+
+    # The optimizer, the order of the samples, the log and the counts; of a resumed run as its checkpoint has them.
+    training = Training(
+        job,
+        settings,
+        run,
+        ranks,
+        max_steps=args.max_steps or setup.max_steps,
+        workers=args.workers if args.workers is not None else 4 if ranks.device.type == "cuda" else 0,
+        log_every=args.log_every,
+        writer=make_writer(args.log, run, ranks),
+        profile=args.profile,
+    )
+    if args.resume:
+        training.resume(say)
+    elif ranks.main:
+        setup.tokenizer.save(run.folder)
+        if setup.guided:
+            keep_slice_encoder(setup.manifest, run.folder)
+    if ranks.main:
+        values = {
+            "version": __version__,
+            "stage": args.stage,
+            "best_of": "validation",  # the split whose rows choose `best`
+            "preset": setup.preset,
+            **setup.values(),
+            "world": ranks.world,
+            "max_steps": args.max_steps or setup.max_steps,
+            "total_steps": training.total,
+            "torch": torch.__version__,
+        }
+        if args.resume:  # on other ranks the batches differ, but not the command that started the run
+            values["world"] = run.read_config()["world"]
+            values["train"]["batch_size"] = settings.batch_size * ranks.world // values["world"]
+        run.write_config(values)
+    say(
+        f"{run.folder}: {args.stage}, {setup.preset}, {count_parameters(job.model) / 1e6:.1f} M parameters, "
+        f"{count_parameters(job.model, trained=True) / 1e6:.1f} M trained, {len(job.train_set)} samples, "
+        f"global batch {settings.batch_size * settings.accumulate * ranks.world}, "
+        f"{settings.precision} on {ranks.world} x {ranks.device.type}, step {training.progress.step} of "
+        f"{training.total}"
+    )
+    return training
+
+
+@worker_deaths_named()
+def fit(training: Training) -> int:
+    """Train to the end. Returns 0, or 128 + the number of the signal that stopped it, after a checkpoint.
+
+    Raises InputError when too many steps were not finite, or the last validation was not.
+    """
+    config, progress, total = training.config, training.progress, training.total
+    training.record_bad(progress.step)
+    with training.listening(), training.bar, training.trace:
+        # A run that was stopped between a step and its validation makes up for that.
+        if training.validation_due():
+            training.save(validate(training))
+        while progress.step < total:
+            # The rest of the epoch, `accumulate` micro-batches a step. Which samples they have, seed and epoch say.
+            for group in training.groups():
+                training.count_flops(group[0])
+                step, rate = progress.step, learning_rate(progress.step, total, config)
+                done = train_step(training.state, group, step, rate, lambda: training.signal)
+                training.take_in(done, group)  # skipped steps are counted, and too many of them end the run
+
+                # Log, on rank 0.
+                last = progress.step == total
+                if last or progress.step % training.log_every == 0:
+                    training.log(done, rate)
+
+                # Validate when it is due. A signal is obeyed first: the resumed run validates then.
+                stopped = 0 if last else done.signal
+                best = validate(training) if training.validation_due() and not stopped else False
+
+                # A checkpoint: of a best validation, of the last step, before stopping, and now and then.
+                if best or last or stopped or progress.step % config.save_every == 0:
+                    training.save(best)
+                if stopped:
+                    training.say_stopped(stopped)
+                    return 128 + stopped
+                if last:
+                    break
+                training.profile_step()
+    if training.stability.invalid:
+        raise InputError(
+            f"step {progress.step}: the last validation is not finite, {training.stability.invalid}; "
+            f"{training.stability.way_back(training.run)}"
+        )
+    return 0
+
+
+def train_step(
+    state: TrainingState,
+    group: list[Batch],
+    step: int,
+    rate: float,
+    signal: Callable[[], int],
+) -> Outcome:
+    """Run one optimizer step on the micro-batches of `group`, or leave the weights as they are where it is not finite.
+
+    step: number of steps before this one. rate: learning rate. signal: returns the number of a signal that this rank
+    has received, or 0; it is called after the backward pass. Returns the same outcome on every rank.
+    """
+    job, config, model, optimizer, scaler = state.job, state.config, state.model, state.optimizer, state.scaler
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = rate * parameters["rate"]
+
+    # Dropout and drop path depend on (seed, step, rank) alone, so that a resumed run needs no random state.
+    torch.manual_seed(((config.seed * 1_000_003 + step) * 65_536 + state.ranks.rank) % 2**63)
+    state.ddp.train()
+
+    # A micro-batch of which no rank could read anything has no part in the step.
+    group = [batch for batch in group if sum(batch.counts)]
+    loss = norm = torch.zeros((), device=state.ranks.device)
+    for i, batch in enumerate(group):
+        last = i == len(group) - 1  # gradients are averaged over ranks once, in the last backward pass
+        result = {}
+
+        # Loss over the gathered batch of all ranks, and the backward pass from it.
+        def backward(outputs, batch=batch, result=result) -> None:
+            result["loss"], result["numbers"] = job.loss(outputs, batch, step)
+            scaler.scale(result["loss"] / len(group)).backward()
+
+        # Forward: the whole micro-batch at once, or in chunks of --grad-cache, whose gradients are the same.
+        if config.grad_cache is None:
+            backward(state.encode(batch, sync=last))
+        else:
+            chunks = batch.split(config.grad_cache)
+
+            def encode(k, chunks=chunks, last=last):
+                return state.encode(chunks[k].to(state.ranks.device), sync=last and k == len(chunks) - 1)
+
+            cached_backward(encode, len(chunks), backward, state.ranks.device)
+        loss = loss + result["loss"].detach() / len(group)
+
+    # Clip the gradients' norm, in their own scale.
+    if group:
+        scaler.unscale_(optimizer)
+        norm = clip_gradients(model, config.clip_norm)
+
+    # The step's only wait for the device. All ranks see the losses, norms and signals of all, so they decide alike.
+    told = distributed.gather_equal(torch.stack([loss, norm, torch.full_like(norm, signal())]))
+    losses, norms, signals = zip(*told.tolist(), strict=True)
+    stop = int(max(signals))
+    if not group:
+        return Outcome(math.nan, {}, math.nan, stop, None, False)
+
+    # Step, or skip it where any rank's loss or gradient is not finite.
+    trouble, overflow = None, False
+    if all(map(math.isfinite, (*losses, *norms))):
+        optimizer.step()
+    else:
+        names = not_finite(model)
+        # Overflow is normal at the start of fp16 training: the scaler halves its scale until the gradients fit.
+        overflow = bool(names) and all(map(math.isfinite, losses)) and scaler.get_scale() > 1
+        trouble = None if overflow else diagnosis(losses, names)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return Outcome(sum(losses) / len(losses), result["numbers"], norms[0], stop, trouble, overflow)
+
+
+def validate(training: Training) -> bool:
+    """Measure the validation split and log it. Returns whether it is the best so far; one that is not finite never is."""
+    progress, stability, by = training.progress, training.stability, training.config.best_by
+    training.state.model.eval()
+    progress.validated = progress.step
+    with training.meter.paused(), torch.no_grad(), training.state.autocast():
+        try:
+            (score, numbers), stability.invalid = training.job.validate(training.state.model), ""
+        except FloatingPointError as error:
+            stability.invalid = str(error)
+    training.record_bad(progress.step)
+    if stability.invalid:
+        training.say(f"warning: step {progress.step}: the validation is not finite, {stability.invalid}")
+        training.record({"step": progress.step, "not_finite": stability.invalid})
+        return False
+    if by is not None:
+        score = -numbers[by] if by == "loss" else numbers[by]
+    training.say(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
+    training.record({"step": progress.step, "validation": numbers})
+    better = score > progress.best
+    if better:
+        progress.best, progress.best_step = score, progress.step
+    return better
 
 
 def begun_and_resumed(args: argparse.Namespace, run: Run) -> tuple[bool, bool]:
@@ -132,8 +301,8 @@ def begun_and_resumed(args: argparse.Namespace, run: Run) -> tuple[bool, bool]:
     return begun, begun if args.resume == "auto" else bool(args.resume)
 
 
-def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSetup, say) -> int:
-    """A second start: fine when the same run is finished, else a mistake."""
+def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSetup, say) -> None:
+    """Say that the same run is finished. Raises InputError where it is not, or where it is another."""
     values, last = run.read_config(), run.pointer("last")
     if values.get("train"):  # a converted run has none. Settings that came after a run have their defaults in it
         values["train"] = to_dict(from_dict(TrainConfig, values["train"], str(run.folder / "config.json")))
@@ -143,34 +312,8 @@ def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSet
     validated = {record["step"] for record in run.read_log() if "validation" in record}
     if same and last == run.at(values["total_steps"]) and values["total_steps"] in validated:
         say(f"{run.folder}: this run is finished already; evaluate it, or train another with --out FOLDER")
-        return 0
+        return
     raise InputError(f"{run.folder}: holds a run already; continue it with --resume, or choose another --out")
-
-
-def make_writer(name: str | None, run: Run, ranks: Ranks) -> Callable[[dict], None] | None:
-    """A function that also sends log records to TensorBoard or Weights & Biases."""
-    if name is None or not ranks.main:
-        return None
-    try:
-        if name == "wandb":
-            import wandb
-
-            session = wandb.init(project="reaf_hsenet", name=run.folder.name, dir=run.folder)
-            return lambda record: session.log(record, step=record["step"])
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            f"--log {name}: is not installed; pip install {name}, or leave the flag out"
-        ) from error
-    writer = SummaryWriter(run.folder / "tensorboard")
-
-    def write(record: dict) -> None:
-        for key, value in {**record, **record.get("validation", {})}.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(key, value, record["step"])
-        writer.flush()
-
-    return write
 
 
 if __name__ == "__main__":

@@ -41,8 +41,7 @@ from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.train.contrastive import Contrastive, encode
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.losses import _Gather
-from reaf_hsenet.train.trainer import Trainer
-from reaf_hsenet.train.training_step import TrainingStep
+from reaf_hsenet.train.training_state import TrainingState
 from reaf_hsenet.weights.slice_encoder import describe
 
 STAGES = ("clip1", "clip2", "mrg")
@@ -93,18 +92,18 @@ def trained(argv: list[str], expected: int = 0) -> Path:
 @contextlib.contextmanager
 def stopping_at(step: int) -> Iterator[None]:
     """Send this process SIGUSR1 in the middle of a step, as a scheduler does before its end of time."""
-    update = Trainer._update
+    rate = train.learning_rate
 
-    def and_signal(self, group):
-        if self.progress.step == step - 1:
+    def and_signal(done, *rest):
+        if done == step - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return update(self, group)
+        return rate(done, *rest)
 
-    Trainer._update = and_signal
+    train.learning_rate = and_signal
     try:
         yield
     finally:
-        Trainer._update = update
+        train.learning_rate = rate
 
 
 def difference(one: Path, two: Path) -> tuple[float, str]:
@@ -183,26 +182,26 @@ def plain_model(setting: Setting) -> tuple[DualEncoder, Callable[[int], Batch]]:
     return model, batch
 
 
-def a_step(setting: Setting, model: DualEncoder, ranks: Ranks, precision: str, grad_cache: int | None = None) -> TrainingStep:
+def a_step(setting: Setting, model: DualEncoder, ranks: Ranks, precision: str, grad_cache: int | None = None) -> TrainingState:
     """The training loop's own step of stage 1, without its data set."""
     config = replace(stage_config("clip1", "hsenet", "hsenet-base"), precision=precision, grad_cache=grad_cache, clip_norm=None)
     blocks = [*model.vision.blocks, *model.text.blocks]
-    return TrainingStep(Job(model, [], encode, Contrastive().loss, None, blocks, BadVolumes(0, ranks)), config, ranks)
+    return TrainingState(Job(model, [], encode, Contrastive().loss, None, blocks, BadVolumes(0, ranks)), config, ranks)
 
 
-def gradients(step: TrainingStep, batch: Batch, device: torch.device) -> tuple[dict[str, Tensor], int, float]:
+def gradients(state: TrainingState, batch: Batch, device: torch.device) -> tuple[dict[str, Tensor], int, float]:
     """(a step's gradients, peak bytes before them, median seconds) at a learning rate of 0, which changes no weight."""
     found, peaks, seconds = {}, [], []
 
     def keep(*_) -> None:
         peaks.append(peak_memory(device))
-        found.update({n: p.grad.detach().clone() for n, p in step.model.named_parameters() if p.grad is not None})
+        found.update({n: p.grad.detach().clone() for n, p in state.model.named_parameters() if p.grad is not None})
 
     for i in range(4):
-        hook = step.optimizer.register_step_pre_hook(keep) if i == 1 else None  # the first makes the optimizer's states
+        hook = state.optimizer.register_step_pre_hook(keep) if i == 1 else None  # the first makes the optimizer's states
         reset_peak(device)
         began = time.perf_counter()
-        step([batch if step.config.grad_cache else batch.to(device)], i, 0.0, lambda: 0)
+        train.train_step(state, [batch if state.config.grad_cache else batch.to(device)], i, 0.0, lambda: 0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
@@ -251,11 +250,11 @@ def ddp_rank(report: Report, setting: Setting) -> None:
     model, batch = plain_model(setting)
     rows = 4 if setting.dry else 16
     plain, _, alone = gradients(a_step(setting, model, Ranks(0, 1, device), "bf16"), batch(rows), device)
-    # Two ranks by name, since TrainingStep wraps no model of one; the group has one all the same.
-    step = a_step(setting, model, Ranks(0, 2, device), "bf16")
-    reduced, _, together = gradients(step, batch(rows), device)
+    # Two ranks by name, since TrainingState wraps no model of one; the group has one all the same.
+    state = a_step(setting, model, Ranks(0, 2, device), "bf16")
+    reduced, _, together = gradients(state, batch(rows), device)
     gap, name = apart(plain, reduced)
-    text = f"{type(step.ddp).__name__}: gradients {'the same bits' if gap == 0 else f'{gap:.1e} apart ({name})'}"
+    text = f"{type(state.ddp).__name__}: gradients {'the same bits' if gap == 0 else f'{gap:.1e} apart ({name})'}"
     report.row(f"{backend}, 1 rank, bf16, batch {rows}", f"{text}, {together / alone:.2f} x the time of a step without", gap=gap)
     with report.guard("collectives"):
         x = torch.randn(3, 4, device=device, requires_grad=True)
@@ -319,20 +318,20 @@ def waits(report: Report, setting: Setting) -> None:
     """Where the training loop waits for the GPU, from one step to a later one. Once a step it is meant to: the loss and
     the gradients' norm decide what is done next."""
     device, first, steps = torch.device(setting.device), 2, 6
-    call = TrainingStep.__call__
+    call = train.train_step
     for stage in STAGES:
         places = collections.Counter()
         with contextlib.ExitStack() as watching, report.guard(stage):
 
-            def watched(self, group, step, *rest, places=places, watching=watching):
+            def watched(state, group, step, *rest, places=places, watching=watching):
                 if step == first:  # before, kernels are chosen and states made
                     watching.enter_context(host_waits(device, places))
-                done = call(self, group, step, *rest)
+                done = call(state, group, step, *rest)
                 if step == steps - 1:
                     watching.close()
                 return done
 
-            TrainingStep.__call__ = watched
+            train.train_step = watched
             precision = "fp32" if setting.dry else "bf16"
             more = ("--precision", precision, "--log-every", "100")
             trained(arguments(setting, stage, setting.work / "waits" / stage, steps, *more))
@@ -340,4 +339,4 @@ def waits(report: Report, setting: Setting) -> None:
             listed = ", ".join(f"{place} ({n:g})" for place, n in mean.items())
             what = "waits" if device.type == "cuda" else "values read"  # the host's own too
             report.row(f"{stage}, {what} a step", f"{sum(mean.values()):g}: {listed}", places=mean)
-        TrainingStep.__call__ = call
+        train.train_step = call

@@ -29,7 +29,7 @@ from reaf_hsenet.models.clip import DualEncoder, build_dual_encoder, freeze_text
 from reaf_hsenet.train.contrastive import Contrastive, Guided, Teacher, encode
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.optimizer import learning_rate
-from reaf_hsenet.train.training_step import TrainingStep
+from reaf_hsenet.train.training_state import TrainingState
 from reaf_hsenet.weights import load_strictly
 from reaf_hsenet.weights.names import (
     BERT_IGNORED,
@@ -40,6 +40,7 @@ from reaf_hsenet.weights.names import (
     sources,
     teacher_state,
 )
+from train import train_step
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -60,13 +61,13 @@ def check_training(case: Case) -> Iterator[Check]:
         load_strictly(teacher, teacher_state(published), case.name)
         stage = Guided(Teacher(teacher, CPU.device, None, config["batch"], True), settings.relation, settings.relation_steps)
     job = Job(model, None, encode, stage.loss, None, [], None, after_step=model.clamp_scale)
-    step = TrainingStep(job, settings, CPU)
-    yield from _check_groups(config, step, names)
+    state = TrainingState(job, settings, CPU)
+    yield from _check_groups(config, state, names)
     start = {name: t.clone() for name, t in _published(model, names).items()}
     for k, want in enumerate(case["steps"]):
         rate = learning_rate(k, config["total_steps"], settings)
         yield Check(f"rate of step {k}", abs(rate - want["lr"]), 1e-12 * (want["lr"] or 1))
-        done = step([_batch(case, k)], k, rate, lambda: 0)
+        done = train_step(state, [_batch(case, k)], k, rate, lambda: 0)
         yield Check(f"loss of step {k}", abs(done.loss - want["loss"]), 1e-9)
         yield Check(f"gradient of step {k}", abs(done.norm / want["grad_norm"] - 1), 1e-9)
         if "relation" in want:
@@ -168,10 +169,10 @@ def _batch(case: Case, k: int) -> Batch:
     return Batch(volume, (ids * mask)[rows], mask[rows], rows, slices, counts=[len(rows)])
 
 
-def _check_groups(config: dict, step: TrainingStep, names: dict[str, list[str]]) -> Iterator[Check]:
+def _check_groups(config: dict, state: TrainingState, names: dict[str, list[str]]) -> Iterator[Check]:
     """Which tensors are trained, and which of them decay. A BERT's pooler has no place here, and no gradient there."""
-    known = {id(p): n for n, p in step.model.named_parameters()}
-    groups = step.optimizer.param_groups
+    known = {id(p): n for n, p in state.model.named_parameters()}
+    groups = state.optimizer.param_groups
     trained = {n for g in groups for p in g["params"] for n in names[known[id(p)]]}
     decayed = {n for g in groups if g["weight_decay"] for p in g["params"] for n in names[known[id(p)]]}
     still = set(config["no_gradient"])

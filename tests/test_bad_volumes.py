@@ -19,11 +19,11 @@ from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.text.tokenizer import train_wordpiece
-from reaf_hsenet.train.trainer import Trainer
 from test_clip2_runs import stage2
 from test_language_runs import decoder_folder, language, stages  # noqa: F401  (fixtures)
 from test_train import (  # noqa: F401  (a fixture)
     assert_close_weights,
+    at_step,
     keep_signal_handlers,
     numbers,
     same_weights,
@@ -73,14 +73,7 @@ def bad_records(run: Path) -> list[tuple[int, str]]:
 
 def spoil_in_step(monkeypatch, step: int, path: Path, how: str) -> None:
     """Make a volume bad while a run is in `step`."""
-    update = Trainer._update
-
-    def spoiled(self, group):
-        if self.progress.step == step - 1 and path.exists():
-            spoil(path, how)
-        return update(self, group)
-
-    monkeypatch.setattr(Trainer, "_update", spoiled)
+    at_step(monkeypatch, step, lambda: path.exists() and spoil(path, how))
 
 
 def test_a_bad_volume_leaves_its_batch_and_changes_no_other_item(prepared, data):

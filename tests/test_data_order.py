@@ -21,7 +21,6 @@ from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.text.tokenizer import train_wordpiece
 from reaf_hsenet.text.word_tokenizer import train_words
-from reaf_hsenet.train.trainer import Trainer
 from test_train import keep_signal_handlers, tiny  # noqa: F401  (a fixture)
 
 GLOBAL = 8
@@ -72,7 +71,7 @@ def train_and_note(rank: int, world: int, port: int, argv: list[str], log: Path,
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    read, update = CTReportDataset.__getitem__, Trainer._update
+    read, rate = CTReportDataset.__getitem__, train.learning_rate
 
     def noted(self, key):
         if self.augmentation is not None:  # the training set
@@ -80,12 +79,12 @@ def train_and_note(rank: int, world: int, port: int, argv: list[str], log: Path,
                 file.write(f"{key[0]} {key[1]}\n")
         return read(self, key)
 
-    def interrupted(self, group):
-        if stop is not None and self.progress.step == stop - 1:
+    def interrupted(done, *rest):
+        if stop is not None and done == stop - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(self, group)
+        return rate(done, *rest)
 
-    CTReportDataset.__getitem__, Trainer._update = noted, interrupted
+    CTReportDataset.__getitem__, train.learning_rate = noted, interrupted
     assert train.main(argv) == (0 if stop is None else 143)
 
 

@@ -13,7 +13,7 @@ from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.language_loader import LanguageBatch
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.train import trainer
+from reaf_hsenet.train import training
 from test_train import keep_signal_handlers, numbers, tiny  # noqa: F401  (a fixture)
 
 
@@ -49,7 +49,7 @@ def test_the_loader_pins_every_tensor_of_a_batch(pinned, kind):
 
 
 def test_blocks_are_compiled_although_a_gpus_first_step_counts_their_flops(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr(training, "peak_flops", lambda device, dtype: 1e12)
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
     counters.clear()

@@ -20,8 +20,7 @@ from reaf_hsenet.files import folder_lock
 from reaf_hsenet.runs import checkpoint
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.script import run_script
-from reaf_hsenet.train.trainer import Trainer
-from test_train import finished, keep_signal_handlers, numbers, run_copy, same_weights, tiny, wrong  # noqa: F401
+from test_train import at_step, finished, keep_signal_handlers, numbers, run_copy, same_weights, tiny, wrong  # noqa: F401
 
 
 def shell(command: str, **options) -> subprocess.CompletedProcess:
@@ -101,23 +100,11 @@ def test_a_run_outlives_its_output(prepared, tmp_path):
     assert done.returncode == 0 and Run(tmp_path / "run").pointer("last").name == "step-000002"
 
 
-def move_at(step: int, monkeypatch, then) -> None:
-    """In this process: what becomes of the run's folder in the midst of a step."""
-    update = Trainer._update
-
-    def moving(self, group):
-        if self.progress.step == step - 1:
-            then(self.run.folder)
-        return update(self, group)
-
-    monkeypatch.setattr(Trainer, "_update", moving)
-
-
 def test_a_run_whose_folder_is_moved_ends_and_begins_no_other(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
     out, moved = tmp_path / "run", tmp_path / "moved"
     argv = tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9, "--log-every", 100)
     with monkeypatch.context() as patch:
-        move_at(5, patch, lambda folder: folder.rename(moved))
+        at_step(patch, 5, lambda: out.rename(moved))
         wrong(argv, f"{out}: was moved, removed or replaced while the run wrote into it.*--resume")
     assert not out.exists() and Run(moved).pointer("last").name == "step-000003"
     moved.rename(out)
@@ -125,13 +112,14 @@ def test_a_run_whose_folder_is_moved_ends_and_begins_no_other(prepared, finished
 
 
 def test_a_run_whose_folder_is_replaced_writes_nothing_into_the_other(prepared, tmp_path, monkeypatch):
-    def replaced(folder: Path) -> None:
-        folder.rename(tmp_path / "moved")
-        folder.mkdir()
-        (folder / "log.jsonl").write_text("another's\n")
-
     out = tmp_path / "run"
-    move_at(3, monkeypatch, replaced)
+
+    def replaced() -> None:
+        out.rename(tmp_path / "moved")
+        out.mkdir()
+        (out / "log.jsonl").write_text("another's\n")
+
+    at_step(monkeypatch, 3, replaced)
     wrong(tiny(prepared, out, "--max-steps", 8), "was moved, removed or replaced")
     assert [path.name for path in out.iterdir()] == ["log.jsonl"] and (out / "log.jsonl").read_text() == "another's\n"
 

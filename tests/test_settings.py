@@ -27,7 +27,7 @@ from reaf_hsenet.runs.checkpoint import DecoderOrigin, RunSettings
 from reaf_hsenet.settings import check_ranges, from_dict, ranges, setting, to_dict
 from reaf_hsenet.train.stability import Stability
 from reaf_hsenet.train.train_flags import RANGES
-from reaf_hsenet.train.trainer import Progress, Saved
+from reaf_hsenet.train.training import Progress, Saved
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import train
 from conftest import ROOT
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.trained import load_mllm
-from reaf_hsenet.train.training_step import TrainingStep
+from reaf_hsenet.train.training_state import TrainingState
 from test_language_runs import decoder_folder, language, stages  # noqa: F401  (fixtures)
 from test_train import keep_signal_handlers, tiny, weights  # noqa: F401  (a fixture)
 
@@ -50,19 +50,19 @@ def counting_rank(rank: int, port: int, argv: list[str], path: Path) -> None:
     for name in GIVEN:
         if hasattr(dist, name):
             setattr(dist, name, counted(name))
-    begin, step = TrainingStep.__init__, TrainingStep.__call__
+    begin, step = TrainingState.__init__, train.train_step
 
     def hooked(self, *args):
         begin(self, *args)
         if isinstance(self.ddp, DistributedDataParallel):
             self.ddp.register_comm_hook(None, allreduce_hook)  # DDP's own reducer, which calls dist.all_reduce in Python
 
-    def noted(self, *args):
-        done = step(self, *args)
+    def noted(*args):
+        done = step(*args)
         after.append(dict(sums))
         return done
 
-    TrainingStep.__init__, TrainingStep.__call__ = hooked, noted
+    TrainingState.__init__, train.train_step = hooked, noted
     assert train.main(argv) == 0
     torch.save({name: after[2][name] - after[1][name] for name in GIVEN}, path / f"rank{rank}.pt")
 

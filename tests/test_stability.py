@@ -22,11 +22,11 @@ from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.train import contrastive_job, trainer, training_step
+from reaf_hsenet.train import contrastive_job
 from reaf_hsenet.train.contrastive import Contrastive
 from reaf_hsenet.train.stability import clip_gradients, diagnosis, not_finite
 from reaf_hsenet.train.step_log import Meter, count_flops, peak_flops
-from reaf_hsenet.train.trainer import Trainer
+from reaf_hsenet.train.training_state import TrainingState
 from test_killed_runs import forks, one_rank, start  # noqa: F401
 from test_language_runs import language, stages  # noqa: F401
 from test_train import finished, keep_signal_handlers, numbers, same_weights, tiny, weights, wrong  # noqa: F401
@@ -155,15 +155,15 @@ def test_gradients_are_clipped_as_torch_does_and_keep_what_is_not_finite():
 def test_a_step_reads_from_the_device_once(prepared, tmp_path, monkeypatch):
     """What is read between two lines of the log: one small tensor a step."""
     reads, seen = [], []
-    update, tolist = Trainer._update, torch.Tensor.tolist
+    step, tolist = train.train_step, torch.Tensor.tolist
 
-    def counted(self, group):
+    def counted(*args):
         reads.clear()
-        done = update(self, group)
+        done = step(*args)
         seen.append(list(reads))
         return done
 
-    monkeypatch.setattr(Trainer, "_update", counted)
+    monkeypatch.setattr(train, "train_step", counted)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(tuple(t.shape)) or tolist(t))
     for name in ("item", "__float__", "__bool__", "__int__"):
         read = getattr(torch.Tensor, name)
@@ -174,10 +174,10 @@ def test_a_step_reads_from_the_device_once(prepared, tmp_path, monkeypatch):
 
 def test_utilisation_is_flops_per_second_over_the_devices_peak_and_counting_changes_nothing(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
     assert count_flops(lambda: (nn.Linear(8, 4)(torch.zeros(2, 8)),)) == 2 * (2 * 2 * 8 * 4)  # forward; the weight's gradient
-    monkeypatch.setattr("reaf_hsenet.train.trainer.peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr("reaf_hsenet.train.training.peak_flops", lambda device, dtype: 1e12)
     counted = []
-    flops = training_step.TrainingStep.flops
-    monkeypatch.setattr(training_step.TrainingStep, "flops", lambda self, batch: counted.append(flops(self, batch)) or counted[-1])
+    flops = TrainingState.flops
+    monkeypatch.setattr(TrainingState, "flops", lambda self, batch: counted.append(flops(self, batch)) or counted[-1])
     for name, more in (("mfu", ()), ("hfu", ("--grad-checkpoint",))):
         out = tmp_path / name
         assert train.main(tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9, *more)) == 0
@@ -250,8 +250,8 @@ def test_a_signal_to_every_process_stops_the_run_with_a_checkpoint_though_its_lo
 
 def explode(monkeypatch, step: int) -> None:
     """From this step's update on the weights are so large that what is computed with them is not finite."""
-    usual = trainer.learning_rate
-    monkeypatch.setattr(trainer, "learning_rate", lambda done, *rest: 1e30 if done == step - 1 else usual(done, *rest))
+    usual = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda done, *rest: 1e30 if done == step - 1 else usual(done, *rest))
 
 
 def refused(argv: list[str]) -> str:

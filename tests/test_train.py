@@ -17,7 +17,6 @@ import train
 from conftest import ROOT, error_line, script
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.train.trainer import Trainer
 
 TINY = ["--stage", "clip1", "--preset", "hsenet-tiny", "--size", "16", "32", "32", "--patch", "8", "16", "16",
         "--batch-size", "4", "--log-every", "1", "--device", "cpu"]
@@ -101,16 +100,21 @@ def test_learning_rate_warms_up_from_zero_and_ends_near_zero(finished):
     assert rates[0] == 0 < rates[1] == max(rates) == pytest.approx(1e-3) and 0 < rates[-1] < 1e-4
 
 
+def at_step(monkeypatch, step: int, then) -> None:
+    """Call `then` at the beginning of a step of train.main in this process."""
+    rate = train.learning_rate
+
+    def and_then(done, *rest):
+        if done == step - 1:
+            then()
+        return rate(done, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", and_then)
+
+
 def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal in the middle of a step."""
-    update = Trainer._update
-
-    def and_signal(self, group):
-        if self.progress.step == step - 1:
-            os.kill(os.getpid(), number)
-        return update(self, group)
-
-    monkeypatch.setattr(Trainer, "_update", and_signal)
+    at_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
 
 
 @pytest.mark.parametrize(

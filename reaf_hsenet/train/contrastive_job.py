@@ -22,7 +22,7 @@ from reaf_hsenet.train.calibration import calibrate
 from reaf_hsenet.train.contrastive import Contrastive, Guided, Teacher, encode
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.run_setup import Setup
-from reaf_hsenet.train.training_step import PRECISIONS
+from reaf_hsenet.train.training_state import PRECISIONS
 from reaf_hsenet.weights import load_matching, load_strictly
 
 

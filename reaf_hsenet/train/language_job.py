@@ -23,7 +23,7 @@ from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.label_start import learn_labels
 from reaf_hsenet.train.language_setup import LanguageSetup
 from reaf_hsenet.train.sharding import require_shardable
-from reaf_hsenet.train.training_step import PRECISIONS
+from reaf_hsenet.train.training_state import PRECISIONS
 
 
 def encode(model: Mllm, batch: LanguageBatch) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.profiler import profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
+from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.errors import InputError
 from reaf_hsenet.progress import say
+from reaf_hsenet.runs.checkpoint import Run
 
 # Peak FLOP/s of dense 16-bit matrix products, from the vendor's data sheets; the first name that stands in a device's as whole words.
 PEAKS = {
@@ -111,3 +114,29 @@ def profiler(folder: Path) -> profile:
 
     steps = schedule(wait=first - 2, warmup=1, active=last - first + 1, repeat=1)
     return profile(schedule=steps, on_trace_ready=write)
+
+
+def make_writer(name: str | None, run: Run, ranks: Ranks) -> Callable[[dict], None] | None:
+    """A function that also sends log records to TensorBoard or Weights & Biases."""
+    if name is None or not ranks.main:
+        return None
+    try:
+        if name == "wandb":
+            import wandb
+
+            session = wandb.init(project="reaf_hsenet", name=run.folder.name, dir=run.folder)
+            return lambda record: session.log(record, step=record["step"])
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            f"--log {name}: is not installed; pip install {name}, or leave the flag out"
+        ) from error
+    writer = SummaryWriter(run.folder / "tensorboard")
+
+    def write(record: dict) -> None:
+        for key, value in {**record, **record.get("validation", {})}.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(key, value, record["step"])
+        writer.flush()
+
+    return write

@@ -1,6 +1,5 @@
-"""One optimizer step: precision, accumulation, gradient caching and averaging over ranks; skipped when it is not finite."""
+"""What an optimizer step changes: the model, on its device and in its precision, its optimizer and fp16's loss scale."""
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,16 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from reaf_hsenet import distributed
 from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.files import named
-from reaf_hsenet.train.grad_cache import cached_backward
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.optimizer import parameter_groups
 from reaf_hsenet.train.sharding import load_whole_state, shard, whole_state
-from reaf_hsenet.train.stability import clip_gradients, diagnosis, not_finite
 from reaf_hsenet.train.step_log import count_flops
 from reaf_hsenet.weights.loading import require_fit
 
@@ -28,9 +24,11 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Outcome:
-    """Of a step, the same on every rank. numbers: the job's own. signal: one that a rank has received, or 0.
+    """Result of one optimizer step, identical on every rank.
 
-    loss and norm are NaN where no rank could read anything. trouble: what was not finite, so that the step was skipped. overflow: skipped while fp16's loss scale finds its size.
+    loss, norm (of the gradients): NaN where no rank could read anything. numbers: what the stage logs. signal: a signal
+    received by any rank, else 0. trouble: what was not finite, so that the step was skipped. overflow: whether it was
+    skipped because fp16's loss scale was too large.
     """
 
     loss: float
@@ -47,8 +45,8 @@ def other_form(checkpoint: str):
     return named(Path(checkpoint) / "trainer.pt", "is not the state of this run's training", advice)
 
 
-class TrainingStep:
-    """The model, its optimizer and what a step does to them."""
+class TrainingState:
+    """model: on its device. ddp: the model, or DistributedDataParallel around it on several ranks."""
 
     def __init__(self, job: Job, config: TrainConfig, ranks: Ranks):
         self.job, self.config, self.ranks = job, config, ranks
@@ -67,63 +65,10 @@ class TrainingStep:
         self.optimizer.register_step_post_hook(lambda *_: job.after_step())
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
 
-    def __call__(self, group: list[Batch], step: int, rate: float, signal: Callable[[], int]) -> Outcome:
-        """From the batches of a step, at a learning rate. signal: asked for when the gradients are there."""
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate * parameters["rate"]
-        seed = (self.config.seed * 1_000_003 + step) * 65_536 + self.ranks.rank
-        torch.manual_seed(seed % 2**63)
-        self.ddp.train()
-        group = [batch for batch in group if sum(batch.counts)]  # of some no rank could read anything
-        loss = norm = torch.zeros((), device=self.ranks.device)
-        for i, batch in enumerate(group):
-            part, numbers = self._backward(batch, step, 1 / len(group), sync=i == len(group) - 1)
-            loss = loss + part.detach() / len(group)
-        if group:
-            self.scaler.unscale_(self.optimizer)
-            norm = clip_gradients(self.model, self.config.clip_norm)
-        # The step's only wait for the device; and all that ranks decide by, so that they decide alike.
-        told = distributed.gather_equal(torch.stack([loss, norm, torch.full_like(norm, signal())]))
-        losses, norms, signals = zip(*told.tolist(), strict=True)
-        if not group:
-            return Outcome(math.nan, {}, math.nan, int(max(signals)), None, False)
-        trouble, overflow = None, False
-        if all(map(math.isfinite, (*losses, *norms))):
-            self.optimizer.step()
-        else:
-            names = not_finite(self.model)
-            # While it is too large for fp16, the scaler halves its scale: so it finds the largest that fits.
-            overflow = bool(names) and all(map(math.isfinite, losses)) and self.scaler.get_scale() > 1
-            trouble = None if overflow else diagnosis(losses, names)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(sum(losses) / len(losses), numbers, norms[0], int(max(signals)), trouble, overflow)
-
-    def _backward(self, batch: Batch, step: int, weight: float, sync: bool) -> tuple[Tensor, dict]:
-        """Add `weight` times the gradients of one batch; those of the last batch are averaged over ranks (`sync`)."""
-        result = {}
-
-        def loss_backward(outputs) -> None:
-            loss, result["numbers"] = self.job.loss(outputs, batch, step)
-            self.scaler.scale(loss * weight).backward()
-            result["loss"] = loss
-
-        if self.config.grad_cache is None:
-            loss_backward(self._encode(batch, sync))
-        else:
-            chunks = batch.split(self.config.grad_cache)
-            cached_backward(
-                lambda i: self._encode(chunks[i].to(self.ranks.device), sync and i == len(chunks) - 1),
-                len(chunks),
-                loss_backward,
-                self.ranks.device,
-            )
-        return result["loss"], result["numbers"]
-
-    def _encode(self, batch: Batch, sync: bool) -> tuple[Tensor, ...]:
-        """The outputs for a batch; the backward pass from them averages gradients over ranks when `sync`."""
+    def encode(self, batch: Batch, sync: bool) -> tuple[Tensor, ...]:
+        """Return the model's outputs for a batch; with `sync` the backward pass from them averages gradients over ranks."""
         model = self.ddp if torch.is_grad_enabled() else self.model
-        # Autocast in a context of its own: it keeps its copies of the weights, and those made without gradients have none.
+        # Enter autocast anew for each call: it keeps the cast weights, and a copy made under no_grad would have no gradient.
         with self.autocast(), nullcontext() if sync or self.ddp is self.model else self.ddp.no_sync():
             return self.job.encode(model, batch)
 
@@ -173,7 +118,7 @@ class TrainingStep:
         compiled = {block: block._compiled_call_impl for block in self.job.blocks}
         for block in compiled:
             block._compiled_call_impl = None
-        counted = count_flops(lambda: self._encode(part, sync=False)) / len(part.ids)
+        counted = count_flops(lambda: self.encode(part, sync=False)) / len(part.ids)
         for block, call in compiled.items():
             block._compiled_call_impl = call
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,16 +1,16 @@
-"""The one training loop: steps, their log, validation, checkpoints, signals.
+"""What the training loop (train.py) works on: data in order, counts, log, checkpoints, signals.
 
-A stage gives a model, its outputs for a batch, the loss of these and a validation; everything else is here. The
-randomness of a step is a function of (seed, step, rank), and the samples of a step of (seed, epoch), so a resumed run
-needs no random state to continue.
+The randomness of a step is a function of (seed, step, rank), and the samples of a step of (seed, epoch), so a resumed
+run needs no random state to continue.
 """
 
 import math
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -18,7 +18,7 @@ from reaf_hsenet import distributed
 from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.data.samplers import GlobalBatches
-from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_later, worker_deaths_named
+from reaf_hsenet.data.workers import batches, make_loader, worker_deaths_later
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.progress import progress_bar, say
@@ -26,10 +26,9 @@ from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.script import early_signal
 from reaf_hsenet.settings import check_ranges, from_dict, setting
 from reaf_hsenet.train.job import Job
-from reaf_hsenet.train.optimizer import learning_rate
 from reaf_hsenet.train.stability import Stability
 from reaf_hsenet.train.step_log import Meter, peak_flops, profiler
-from reaf_hsenet.train.training_step import Outcome, TrainingStep, other_form
+from reaf_hsenet.train.training_state import Outcome, TrainingState, other_form
 
 # Each writes a checkpoint and ends the run: Ctrl-C, a scheduler's end of time, its warning before.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -67,7 +66,7 @@ class Saved:
         check_ranges(self)
 
 
-class Trainer:
+class Training:
     """Of a job: encode(model, batch) -> outputs; loss(outputs, batch, step) -> (scalar, {name: number or 0-d tensor});
     validate(model) -> (score to maximise, {name: number}). Outputs have the batch's rows first, or are scalars.
 
@@ -87,11 +86,10 @@ class Trainer:
         profile: bool = False,
     ):
         self.config, self.run, self.ranks, self.writer = config, run, ranks, writer
-        self.job, self.log_every, self.profile = job, log_every, profile
+        self.job, self.log_every = job, log_every
         if config.best_by is not None and config.best_by not in job.measured:
             raise InputError(f"--best-by {config.best_by}: the validation measures {', '.join(job.measured)}")
-        self.update = TrainingStep(job, config, ranks)
-        self.model = self.update.model
+        self.state = TrainingState(job, config, ranks)
         self.sampler = GlobalBatches(len(job.train_set), config.batch_size, ranks.rank, ranks.world, config.seed)
         self.loader = make_loader(job.train_set, self.sampler, workers, pin=ranks.device.type == "cuda")
         steps = len(self.sampler) // config.accumulate
@@ -106,17 +104,24 @@ class Trainer:
         self.progress, self.stability, self.signal = Progress(), Stability(), 0
         self.meter = Meter(needed, ranks.world, ranks.device)
         self.saved_best = self.progress.best, self.progress.best_step
+        self.peak = peak_flops(ranks.device, self.state.dtype)
+        self.trace = profiler(run.folder / "profile") if profile and ranks.main else nullcontext()
+
+    @cached_property
+    def bar(self):
+        """The progress bar, from the step at which the run starts or continues."""
+        return progress_bar(self.total, "train", "step", done=self.progress.step, shown=self.ranks.main)
 
     def resume(self, say: Callable[[str], None]) -> None:
         """Take up the newest checkpoint that is whole, exactly."""
         folder, reasons = distributed.on_main(self.run.newest_valid)
         for reason in reasons:
             say(f"{reason}; continuing from {folder.name}")
-        state = self.update.load(lambda: self.run.load_trainer(folder), str(folder))
+        state = self.state.load(lambda: self.run.load_trainer(folder), str(folder))
         saved = from_dict(Saved, state, str(folder / "trainer.pt"))
-        if self.update.scaler.is_enabled() and saved.scaler:  # empty after steps in another precision
+        if self.state.scaler.is_enabled() and saved.scaler:  # empty after steps in another precision
             with other_form(str(folder)):
-                self.update.scaler.load_state_dict(saved.scaler)
+                self.state.scaler.load_state_dict(saved.scaler)
         self.stability, self.progress = saved.stability, saved.progress
         progress = self.progress
         if self.run.at(progress.step) != folder:
@@ -132,48 +137,20 @@ class Trainer:
 
         if not distributed.on_main(as_it_was):
             progress.best = -math.inf
-        self._saved()
+        self.saved()
 
-    @worker_deaths_named()
-    def fit(self) -> int:
-        """Train to the end. Returns 0, or 128 + the number of the signal that stopped it (after a checkpoint).
-
-        Raises InputError when too many steps were not finite, or the last validation was not.
-        """
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note the signals of STOPPING while the block runs, one that came before it too."""
         handlers = {number: signal.signal(number, self._note_signal) for number in STOPPING}
         self.signal = self.signal or early_signal()
         try:
-            code = self._train()
+            yield
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if code == 0 and self.stability.invalid:
-            raise InputError(
-                f"step {self.progress.step}: the last validation is not finite, {self.stability.invalid}; {self.stability.way_back(self.run)}"
-            )
-        return code
 
-    def _train(self) -> int:
-        self.bar = progress_bar(self.total, "train", "step", done=self.progress.step, shown=self.ranks.main)
-        self.peak = peak_flops(self.ranks.device, self.update.dtype)
-        trace = profiler(self.run.folder / "profile") if self.profile and self.ranks.main else nullcontext()
-        self._record_bad(self.progress.step)
-        with self.bar, trace:
-            if self._validation_due():  # the run was stopped between a step and its validation
-                self._save(self._validate())
-            while self.progress.step < self.total:
-                for group in self._groups():
-                    stopped = self._step(group)
-                    if stopped:
-                        self._say(self._stopped_by(stopped))
-                        return 128 + stopped
-                    if self.progress.step == self.total:
-                        return 0
-                    if self.profile and self.ranks.main:
-                        trace.step()
-        return 0
-
-    def _groups(self) -> Iterator[list[Batch]]:
+    def groups(self) -> Iterator[list[Batch]]:
         """The rest of the epoch, as lists of `accumulate` batches."""
         self.sampler.start_at(self.progress.epoch, self.progress.batch)
         group = []
@@ -183,31 +160,19 @@ class Trainer:
             group.append(batch)
             if len(group) == self.config.accumulate:
                 self.job.bad.count(group, self.config.batch_size)
-                self._record_bad(self.progress.step + 1)
+                self.record_bad(self.progress.step + 1)
                 yield group
                 group = []
         self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
 
-    def _step(self, group: list[Batch]) -> int:
-        """One optimizer step, and what is due after it. Returns the number of a signal to stop for, or 0."""
-        progress = self.progress
+    def count_flops(self, batch: Batch) -> None:
+        """Count the FLOPs of a sample, once, where the GPU's peak is known."""
         if self.peak and self.meter.flops is None:
-            self.meter.flops = self.update.flops(group[0])
-        done = self._update(group)
-        last = progress.step == self.total
-        if last or progress.step % self.log_every == 0:
-            self._log(done)
-        stopped = 0 if last else done.signal
-        best = self._validate() if self._validation_due() and not stopped else False
-        if best or last or stopped or progress.step % self.config.save_every == 0:
-            self._save(best)
-        return stopped
+            self.meter.flops = self.state.flops(batch)
 
-    def _update(self, group: list[Batch]) -> Outcome:
-        """The step itself, which may be skipped."""
+    def take_in(self, done: Outcome, group: list[Batch]) -> None:
+        """Count a step. Raises InputError when more than --max-skipped were skipped."""
         progress, stability = self.progress, self.stability
-        self.rate = learning_rate(progress.step, self.total, self.config)
-        done = self.update(group, progress.step, self.rate, lambda: self.signal)
         progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
         self.meter.steps += 1
         self.bar.update()
@@ -217,15 +182,14 @@ class Trainer:
             self._skipped(done.trouble, group)
         elif math.isfinite(done.loss):
             stability.good = stability.saved
-        return done
 
     def _skipped(self, why: str, group: list[Batch]) -> None:
         """Log a step that was left out, and stop when there have been too many. The weights are as before it."""
         self.stability.skipped += 1
-        self._record({**self._place(), "skipped": why, "samples": self._samples(group)})
-        self._say(f"step {self.progress.step}: skipped, {why}")
+        self.record({**self._place(), "skipped": why, "samples": self._samples(group)})
+        self.say(f"step {self.progress.step}: skipped, {why}")
         if self.stability.skipped > self.config.max_skipped:
-            self._save(False)
+            self.save(False)
             raise InputError(
                 f"step {self.progress.step}: {why}; more than --max-skipped {self.config.max_skipped} steps were skipped, "
                 f"with the samples that {self.run.folder / 'log.jsonl'} names; the last checkpoint has the weights from "
@@ -237,8 +201,8 @@ class Trainer:
         rows = distributed.gather_objects([row for batch in group for row in batch.index])
         return [self.job.train_set.name(row) for part in rows for row in part]
 
-    def _log(self, done: Outcome) -> None:
-        numbers = {"loss": done.loss, "lr": self.rate, "grad_norm": done.norm}
+    def log(self, done: Outcome, rate: float) -> None:
+        numbers = {"loss": done.loss, "lr": rate, "grad_norm": done.norm}
         numbers |= {name: float(value) for name, value in done.numbers.items()}
         counts = {"skipped_steps": self.stability.skipped, "overflows": self.stability.overflows}
         measured = self.meter.read(self.peak, "hfu" if self.config.grad_checkpoint else "mfu")
@@ -246,63 +210,39 @@ class Trainer:
         shown += [f"{name} {measured[name]:.0%}" for name in ("waiting", "mfu", "hfu") if name in measured]
         self.bar.set_postfix_str(", ".join([*shown, f"{measured['memory_gb']:.1f} GB"]))
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}  # JSON has no others
-        self._record({**self._place(), **finite, **{k: n for k, n in counts.items() if n}, **measured})
+        self.record({**self._place(), **finite, **{k: n for k, n in counts.items() if n}, **measured})
 
     def _place(self) -> dict:
         return {"step": self.progress.step, "epoch": self.progress.epoch}
 
-    def _validation_due(self) -> bool:
+    def validation_due(self) -> bool:
         step = self.progress.step
         return step > self.progress.validated and (step == self.total or step % self.validate_every == 0)
 
-    def _validate(self) -> bool:
-        """Log the validation. Returns whether it is the best so far, which one that is not finite never is."""
-        progress, stability, name = self.progress, self.stability, self.config.best_by
-        self.model.eval()
-        progress.validated = progress.step
-        with self.meter.paused(), torch.no_grad(), self.update.autocast():
-            try:
-                (score, numbers), stability.invalid = self.job.validate(self.model), ""
-            except FloatingPointError as error:
-                stability.invalid = str(error)
-        self._record_bad(progress.step)
-        if stability.invalid:
-            self._say(f"warning: step {progress.step}: the validation is not finite, {stability.invalid}")
-            self._record({"step": progress.step, "not_finite": stability.invalid})
-            return False
-        if name is not None:
-            score = -numbers[name] if name == "loss" else numbers[name]
-        self._say(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
-        self._record({"step": progress.step, "validation": numbers})
-        better = score > progress.best
-        if better:
-            progress.best, progress.best_step = score, progress.step
-        return better
-
-    def _record_bad(self, step: int) -> None:
+    def record_bad(self, step: int) -> None:
         """Volumes that were found bad since, into the log of that step."""
         for one in self.job.bad.new:
-            self._record({"step": step, "bad": one.id, "reason": one.reason})
+            self.record({"step": step, "bad": one.id, "reason": one.reason})
         self.job.bad.new.clear()
 
-    def _record(self, record: dict) -> None:
+    def record(self, record: dict) -> None:
         if not self.ranks.main:
             return
         try:
             self.run.log(record)
         except OutputError as error:
             if len(self.run.unwritten) == 1:  # once, not at every step of a full disk
-                self._say(f"warning: {error}: free space; training goes on, its log is kept until there is room")
+                self.say(f"warning: {error}: free space; training goes on, its log is kept until there is room")
         if self.writer:
             self.writer(record)
 
-    def _save(self, best: bool) -> None:
+    def save(self, best: bool) -> None:
         """Write a checkpoint. A disk that is full ends the run only after its last step."""
         progress = self.progress
-        model, optimizer = self.update.state()
+        model, optimizer = self.state.state()
         state = {
             "optimizer": optimizer,
-            "scaler": self.update.scaler.state_dict(),
+            "scaler": self.state.scaler.state_dict(),
             "progress": vars(progress),
             "stability": vars(self.stability),
             "bad": self.job.bad.found,
@@ -316,23 +256,30 @@ class Trainer:
             if progress.step == self.total:
                 raise OutputError(f"{error}, continue with --resume") from error
             progress.best, progress.best_step = self.saved_best
-            self._say(f"warning: {error}; training goes on, the next checkpoint is tried when it is due")
+            self.say(f"warning: {error}; training goes on, the next checkpoint is tried when it is due")
         else:
-            self._saved()
+            self.saved()
 
-    def _saved(self) -> None:
+    def saved(self) -> None:
         """Note that there is a checkpoint of this step."""
         progress = self.progress
         self.saved_best = progress.best, progress.best_step
         self.stability.checkpoint(progress.step, progress.validated)
 
-    def _stopped_by(self, number: int) -> str:
+    def say_stopped(self, number: int) -> None:
+        """Say which signal stopped the run, and whether its checkpoint was written."""
         last = self.run.pointer("last")
         written = last == self.run.at(self.progress.step)
         state = "checkpoint written" if written else f"no checkpoint could be written, the last is {last and last.name}"
-        return f"stopped by {signal.Signals(number).name} at step {self.progress.step}: {state}; continue with --resume"
+        self.say(f"stopped by {signal.Signals(number).name} at step {self.progress.step}: {state}; continue with --resume")
 
-    def _say(self, text: str) -> None:
+    def profile_step(self) -> None:
+        """Tell --profile that a step has ended."""
+        if not isinstance(self.trace, nullcontext):
+            self.trace.step()
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar, on rank 0."""
         if self.ranks.main:
             say(text)
 
@@ -340,4 +287,4 @@ class Trainer:
         self.signal = number
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes one Ctrl-C on twice
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._say("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without")
+            self.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without")
