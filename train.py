@@ -297,7 +297,9 @@ def validate(training: Training) -> bool:
 
 def begun_and_resumed(args: argparse.Namespace, run: Run) -> tuple[bool, bool]:
     """Return whether there is a run to continue, and whether --resume continues it."""
-    begun = run.exists and run.pointer("last") is not None
+    begun = run.pointer("last") is not None or bool(run.all())
+    if begun and not run.exists:
+        raise InputError(f"{run.config}: no such file beside {run.checkpoints}; put the run's own back, or choose another --out")
     return begun, begun if args.resume == "auto" else bool(args.resume)
 
 

@@ -50,7 +50,14 @@ def named(path: Path, problem: str = "is truncated or damaged", advice: str = ""
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}){then}") from error
     except DAMAGED as error:
+        if str(error).startswith("DataLoader worker (pid"):  # raised by torch's signal handler, in the midst of anything
+            raise
         raise InputError(f"{path}: {problem} ({one_line(error)}){then}") from error
+
+
+def is_text(value: str) -> bool:
+    """Return whether a string is text: neither bytes that are not UTF-8 nor a JSON's lone half of a character is."""
+    return not re.search("[\ud800-\udfff]", value)
 
 
 @contextmanager
@@ -169,7 +176,7 @@ def is_hub_id(name: str) -> bool:
     A path is not: what begins with a folder that is here, or with `runs`.
     """
     first = name.partition("/")[0]
-    there = first.startswith(".") or first == "runs" or Path(first).is_dir()
+    there = first.startswith(".") or first.lower() == "runs" or Path(first).is_dir()
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name)) and not there
 
 

@@ -187,3 +187,40 @@ def test_a_best_checkpoint_that_is_gone_is_not_held_against_the_next(run_copy, f
             shutil.rmtree(path)
     assert best != "step-000006" and train.main(resume(run_copy)) == 0
     assert run.pointer("best") is not None and run.pointer("best").is_dir()
+
+
+@pytest.mark.parametrize("lost", ["checkpoints/last", "config.json"])
+@pytest.mark.parametrize("how", [(), ("--resume", "auto")])
+def test_no_start_deletes_the_checkpoints_of_a_run_that_has_lost_a_file(prepared, run_copy, lost, how):  # noqa: F811
+    before = {path: path.stat().st_mtime_ns for path in Run(run_copy).all()}
+    (run_copy / lost).unlink()
+    argv = tiny(prepared, run_copy, "--max-steps", 8, *how)
+    if lost == "config.json":
+        wrong(argv, "config.json: no such file beside .*checkpoints; put the run's own back, or choose another --out")
+    elif how:
+        assert train.main(argv) == 0 and Run(run_copy).pointer("last").name == "step-000008"
+    else:
+        wrong(argv, "holds a run already; continue it with --resume")
+    assert before == {path: path.stat().st_mtime_ns for path in Run(run_copy).all()}
+
+
+def test_a_full_disk_at_a_runs_only_checkpoint_does_not_speak_of_others(prepared, tmp_path, monkeypatch):
+    FullDisk(monkeypatch, (1, 2))
+    with pytest.raises(OutputError, match="free space; there is none before it$"):
+        train.main(tiny(prepared, tmp_path / "run", "--max-steps", 2))
+
+
+@pytest.mark.parametrize("name", ["", "step-\u0662", "step-x", "Last"])
+def test_a_checkpoint_of_no_such_name_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="--checkpoint.*expected last, best or a step"):
+        save(tmp_path / "run", 1, 2).choose(name)
+
+
+def test_a_log_writer_that_fails_ends_nothing(prepared, tmp_path, monkeypatch, capsys):
+    def full(record: dict) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "make_writer", lambda *_: full)
+    assert train.main(tiny(prepared, tmp_path / "run", "--max-steps", 2)) == 0
+    said = capsys.readouterr().out
+    assert said.count("warning: --log: cannot be written (No space left on device); training goes on without it") == 1

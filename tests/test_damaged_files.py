@@ -15,9 +15,12 @@ from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.prepare import Journal, Options, differs, prepare, read_refused
 from reaf_hsenet.data.reading import load_tensor, read_input
 from reaf_hsenet.data.sources.datasets import read_nifti_folder
+from reaf_hsenet.data.workers import batches
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate.search_index import SearchIndex
 from reaf_hsenet.files import DAMAGED, named, read_json
 from reaf_hsenet.settings import to_dict
+from reaf_hsenet.text.tokenizer import train_wordpiece
 from reaf_hsenet.weights.reading import read_weights_file
 from test_header import image
 from test_wild_tables import table
@@ -215,6 +218,8 @@ def test_a_file_with_the_longest_name_is_prepared(tmp_path):
     (("splits", "train", 0, "table"), [], "table is"),
     (("splits", "train", 0, "table"), {"spacing": 3, "slope": 1, "intercept": 0}, "table is"),
     (("splits", "train", 0, "source", "file"), 3, "file of source is"),
+    (("splits", "train", 0, "source", "rescale"), {}, "rescale of source is"),
+    (("splits", "train", 0, "text"), "half \udc80", "text is"),
 ])  # fmt: skip
 def test_a_manifest_with_values_of_another_kind_is_one_line(tmp_path, place, value, words):
     (tmp_path / "in").mkdir()
@@ -233,3 +238,41 @@ def test_slices_are_added_to_a_folder_whose_spacing_was_recorded_in_another_orde
     source = {"file": "a.nii", "spacing": [10.0, 8.0, 7.0], "shape": [4, 4, 4]}
     found = {"spacing": [7.0, 8.0, 10.0], "shape": [4, 4, 4]}
     assert differs(source, found) == [] and differs(source, {**found, "spacing": [7.0, 8.0, 9.0]}) == ["spacing"]
+
+
+@pytest.mark.parametrize("held", [5, [], {"sha256": None, "shape": [], "rescale": ""}, {"sha256": "0", "shape": "x", "rescale": {}}])
+def test_a_record_whose_source_is_damaged_is_prepared_again(tmp_path, held):
+    (tmp_path / "in").mkdir()
+    source, out = scans(tmp_path / "in"), tmp_path / "out"
+    whole, _ = prepare(source, out, TINY, progress=False)
+    head, first, second = map(json.loads, (out / "progress.jsonl").read_text().splitlines())
+    lines = [head, {**first, "source": held}, second]
+    (out / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again, _ = prepare(source, out, TINY, progress=False)
+    assert again.splits == whole.splits
+
+
+def test_the_death_of_a_loader_process_is_not_blamed_on_the_file_that_is_read(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(RuntimeError, match="^DataLoader worker"), named(tmp_path / "x"):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError, FileNotFoundError])
+def test_a_batch_that_was_cut_off_is_one_line(error):
+    class Loader:
+        num_workers = 1
+
+        def __iter__(self):
+            raise error
+            yield
+
+    with pytest.raises(InputError, match=f"loader worker died .{error.__name__}.; start with fewer --workers"):
+        next(batches(Loader(), torch.device("cpu")))
+
+
+def test_text_that_is_no_utf8_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="holds bytes that are no UTF-8 text"):
+        train_wordpiece(["a b"], 20).encode(os.fsdecode(b"a \xff"))
+    with pytest.raises(InputError, match="one line of UTF-8 text; rename the file"):
+        SearchIndex(torch.ones(1, 2), [os.fsdecode(b"caf\xe9.nii")], "0").write(tmp_path / "index")

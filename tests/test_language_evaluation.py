@@ -24,8 +24,10 @@ from reaf_hsenet.data.loader import read_prepared
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.phantom.findings import LABELS
 from reaf_hsenet.data.slice_features import add_slice_features
+from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import language_evaluation, language_scores
+from reaf_hsenet.evaluate.answered_rows import AnsweredRows
 from reaf_hsenet.evaluate.language_evaluation import Asked, asked_rows
 from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
 from reaf_hsenet.models.clip import build_dual_encoder
@@ -523,3 +525,13 @@ def test_a_volume_that_cannot_be_read_is_named_and_the_answers_before_it_are_kep
     assert 0 < kept
     shutil.copy(prepared / last["volume"], path)
     assert evaluate.main(flags) == 0
+
+
+@pytest.mark.parametrize("line", ["[]", "5", "null", '{"a": 1}', '{"row": [1], "answer": "x"}', '{"row": "1", "answer": "x"}',
+                                  '{"row": -1, "answer": "x"}', '{"row": 1, "answer": 5}', "[" * 50_000])  # fmt: skip
+def test_a_damaged_line_of_kept_answers_costs_that_row_alone(tmp_path, line):
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    AnsweredRows(tmp_path, "mrg", {"a": 1}, ranks).add({0: "one"})
+    with open(tmp_path / "mrg.rows-0.jsonl", "a") as file:
+        file.write(line + "\n")
+    assert AnsweredRows(tmp_path, "mrg", {"a": 1}, ranks).kept == {0: "one"}

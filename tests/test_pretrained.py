@@ -152,7 +152,7 @@ def test_only_a_hub_id_is_looked_for_on_the_hub():
         find_folder("someone/bert@main", ["config.json"])
 
 
-@pytest.mark.parametrize("name", ["runs/typo", "data/typo", "./x/y", "../y", "/x/y", "x", "x/y/z", "typo.bin"])
+@pytest.mark.parametrize("name", ["runs/typo", "Runs/typo", "data/typo", "./x/y", "../y", "/x/y", "x", "x/y/z", "typo.bin"])
 def test_a_path_that_is_not_there_is_asked_of_nobody(tmp_path, monkeypatch, name):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -27,7 +27,7 @@ from reaf_hsenet.data.sources.reaf_dataset import is_reaf_layout, read_reaf
 from reaf_hsenet.data.sources.tables import given, plain_path
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import read_object, write_json
+from reaf_hsenet.files import is_text, read_object, write_json
 from reaf_hsenet.settings import from_dict, to_dict
 
 SCHEMA = 1
@@ -332,7 +332,9 @@ def _check_kinds(path: Path, values: dict) -> None:
                 require(isinstance(entry[name], kind), name, entry[name])
             require("\0" not in entry["volume"], "volume", entry["volume"])
             require(isinstance(entry.get("source", {}), dict), "source", entry.get("source"))
-            require(isinstance(entry.get("source", {}).get("file", ""), str), "file of source", entry.get("source"))
+            for name in ("file", "rescale"):
+                require(isinstance(entry.get("source", {}).get(name, ""), str), f"{name} of source", entry.get("source"))
+            require(is_text(entry["text"]), "text", entry["text"])
             table = entry.get("table", {"spacing": None})
             require(isinstance(table, dict) and isinstance(table.get("spacing"), list | None), "table", table)
             require(all(label in (0, 1) for label in entry["labels"] or ()), "labels", entry["labels"])

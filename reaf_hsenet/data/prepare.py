@@ -83,7 +83,7 @@ def prepare(
         def whole(record: dict) -> bool:
             """Is the volume whole, and has its source not changed since?"""
             case, volume = cases.get(record["id"]), out / volume_name(record["id"])
-            unchanged = case and not case.problem and {"sha256", "shape", "rescale"} <= set(record.get("source") or ())
+            unchanged = case and not case.problem and _is_source(record.get("source"))
             unchanged = unchanged and _stamp(case) == record.get("stamp")
             return bool(unchanged) and volume.is_file() and volume.stat().st_size == manifest.file_size
 
@@ -223,6 +223,12 @@ def _object(line: str) -> dict | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _is_source(value) -> bool:
+    """Return whether this is what read_input records of a source file."""
+    kinds = {"sha256": str, "rescale": str, "shape": list}
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def volume_name(case_id: str) -> str:

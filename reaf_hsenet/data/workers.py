@@ -51,7 +51,16 @@ class Collate:
 def batches(loader: DataLoader, device: torch.device, tolerant: bool = False) -> Iterator:
     """The loader's batches on `device`. Raises the InputError of a sample, and, unless `tolerant`, the reason why one could
     not be read."""
-    for batch in loader:
+    # What a loader process had sent and no longer holds open, when it dies before torch has noticed.
+    cut_off = (EOFError, ConnectionError, FileNotFoundError) if loader.num_workers else ()
+    source = iter(loader)
+    while True:
+        try:
+            batch = next(source, None)
+        except cut_off as error:
+            raise InputError(f"loader worker died ({type(error).__name__}); {ADVICE}") from error
+        if batch is None:
+            return
         if isinstance(batch, InputError):
             raise batch
         if batch.bad and not tolerant:

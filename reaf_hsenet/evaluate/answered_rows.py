@@ -9,7 +9,7 @@ from pathlib import Path
 from reaf_hsenet import distributed
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import OutputError
-from reaf_hsenet.files import atomic_write
+from reaf_hsenet.files import atomic_write, named
 
 
 class AnsweredRows:
@@ -86,10 +86,19 @@ def _line(record: dict) -> str:
 
 def _read(path: Path) -> list[dict]:
     """The records of a file, up to a line that was cut off when its writer was killed."""
+    with named(path, advice="delete it and run again"):
+        lines = path.read_bytes().split(b"\n")[:-1]
     records = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in lines:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        # The first is the head, of any form; a row that is not as it was written is answered again.
+        if not records or isinstance(record, dict) and _is_row(record.get("row"), record.get("answer")):
+            records.append(record)
     return records
+
+
+def _is_row(row, answer) -> bool:
+    return type(row) is int and row >= 0 and isinstance(answer, str)

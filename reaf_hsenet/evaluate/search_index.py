@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import atomic_write
+from reaf_hsenet.files import atomic_write, is_text
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class SearchIndex:
     model: str
 
     def write(self, path: Path) -> None:
-        if odd := [name for name in self.ids if "\n" in name]:
-            raise InputError(f"{odd[0]!r}: a name in an index is one line; rename the file")
+        if odd := [name for name in self.ids if "\n" in name or not is_text(name)]:
+            raise InputError(f"{odd[0]!r}: a name in an index is one line of UTF-8 text; rename the file")
         with atomic_write(path, "wb") as file:
             file.write(save({"image": self.image.contiguous()}, {"ids": "\n".join(self.ids), "model": self.model}))
 

@@ -280,10 +280,8 @@ class Run:
             # A full disk is a RuntimeError of torch's zip writer and a SafetensorError of the other.
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
-            raise OutputError(
-                f"{target}: cannot be written ({' '.join(str(error).split())[:120]}): free space; the "
-                "checkpoints before it are kept"
-            ) from error
+            kept = "the checkpoints before it are kept" if self.all() else "there is none before it"
+            raise OutputError(f"{target}: cannot be written ({' '.join(str(error).split())[:120]}): free space; {kept}") from error
         steps = self.all()
         for path in set(steps) - {self.pointer("last"), self.pointer("best"), self.at(good), *steps[-keep:]}:
             _remove(path)
@@ -297,6 +295,8 @@ class Run:
         if name and self.named and name != self.named:
             raise InputError(f"--checkpoint {name}: the path names another, {self.named}; leave one of them out")
         chosen_on = self.read_config()["best_of"] if self.exists else "validation"
+        if name == "":
+            raise InputError("--checkpoint: is empty; expected last, best or a step such as step-000100")
         name = name or self.named or ("best" if chosen_on == "development" else "last")
         if not _is_name(name):
             raise InputError(f"--checkpoint {name}: expected last, best or a step such as step-000100")
@@ -374,7 +374,7 @@ def damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
 
 
 def _is_step(name: str) -> bool:
-    return name.startswith("step-") and name.removeprefix("step-").isdecimal()
+    return name.startswith("step-") and name.isascii() and name.removeprefix("step-").isdecimal()
 
 
 def _is_name(name: str) -> bool:

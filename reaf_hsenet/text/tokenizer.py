@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import atomic_write, write_json
+from reaf_hsenet.files import atomic_write, is_text, write_json
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROLES = ("bos", "eos", "unk", "pad")
@@ -100,6 +100,8 @@ class Tokenizer:
 
     def encode(self, text: str, max_length: int | None = None, special_tokens: bool = True) -> list[int]:
         """Ids, with the special tokens that the family puts around a text; one that is too long loses its end."""
+        if not is_text(text):
+            raise InputError(f"{text!r:.60}: holds bytes that are no UTF-8 text; write it in UTF-8")
         encoding = self.backend.encode(text, add_special_tokens=False)
         room = self._room(max_length, self.backend.num_special_tokens_to_add(False) if special_tokens else 0)
         if room is not None:

@@ -131,6 +131,7 @@ class Training:
         def as_it_was() -> bool:
             """The folder, when the checkpoint was written. Whether its best checkpoint is still there."""
             self.run.forget_after(progress.step, saved.log_lines)
+            self.run.point("last", progress.step)
             if "best_step" in state["progress"]:
                 self.run.point("best", progress.best_step)
             return self.run.pointer("best") is not None
@@ -234,7 +235,11 @@ class Training:
             if len(self.run.unwritten) == 1:  # once, not at every step of a full disk
                 self.say(f"warning: {error}: free space; training goes on, its log is kept until there is room")
         if self.writer:
-            self.writer(record)
+            try:
+                self.writer(record)
+            except OSError as error:
+                self.say(f"warning: --log: cannot be written ({error.strerror}); training goes on without it")
+                self.writer = None
 
     def save(self, best: bool) -> None:
         """Write a checkpoint. A disk that is full ends the run only after its last step."""
@@ -254,7 +259,7 @@ class Training:
                 distributed.on_main(lambda: self.run.save(progress.step, model, state, keep, best, good))
         except OutputError as error:
             if progress.step == self.total:
-                raise OutputError(f"{error}, continue with --resume") from error
+                raise OutputError(f"{error}{', continue with --resume' if self.run.all() else ''}") from error
             progress.best, progress.best_step = self.saved_best
             self.say(f"warning: {error}; training goes on, the next checkpoint is tried when it is due")
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 from reaf_hsenet.data.sources.reaf_dataset import CT_RATE_NAME
 from reaf_hsenet.data.sources.tables import given
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import named, read_json
+from reaf_hsenet.files import is_text, named, read_json
 
 SPLITS = ("train", "validation", "test")
 FEATURES = "biomedclip_features"
@@ -57,7 +57,7 @@ def _entry(path: Path, where: str, values) -> dict:
     image, text, features = (known.get(key) for key in ("image", "text", FEATURES))
     if not (isinstance(image, str) and image.endswith(".npy")):
         raise InputError(f"{where}: image is {image!r}; expected the path of a prepared .npy volume")
-    if not isinstance(text, str):
+    if not (isinstance(text, str) and is_text(text)):
         raise InputError(f"{where} ({image}): has no text; expected a report or the path of a .txt file")
     name = image.removesuffix(".npy")
     text = _report(path.parent / text) if text.endswith(".txt") and "\n" not in text else text
