@@ -340,7 +340,7 @@ def test_a_file_that_is_no_index_is_refused(tmp_path):
     wrong("short.safetensors: is no index", read_index, tmp_path / "short.safetensors")
     save_file({"image": torch.eye(2)}, tmp_path / "old.safetensors", {"ids": "a\nb"})
     wrong("old.safetensors: does not say which model made it", read_index, tmp_path / "old.safetensors")
-    wrong("one line; rename the file", SearchIndex(torch.eye(1), ["a\nb"], "0").write, tmp_path / "x.safetensors")
+    wrong("one line of UTF-8 text; rename the file", SearchIndex(torch.eye(1), ["a\nb"], "0").write, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 
 

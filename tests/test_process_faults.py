@@ -72,7 +72,7 @@ def test_an_error_of_torch_that_is_no_full_disk_is_not_called_one(tmp_path, monk
     assert not list(tmp_path.rglob("step-*"))
 
 
-SAYS = "import sys; from reaf_hsenet.errors import run_script; run_script(lambda _: [print('a'*99) for _ in range(999)] and 0, [], {result})"
+SAYS = "import sys; from reaf_hsenet.script import run_script; run_script(lambda _: [print('a'*99) for _ in range(999)] and 0, [], {result})"
 
 
 @pytest.mark.parametrize(

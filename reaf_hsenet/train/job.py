@@ -11,7 +11,9 @@ from reaf_hsenet.data.bad_volumes import BadVolumes
 
 @dataclass
 class Job:
-    """encode, loss, validate: as of Trainer; validate raises FloatingPointError when what it measures is not finite.
+    """encode(model, batch) returns outputs, each a scalar or with one row per sample. loss(outputs, batch, step) returns
+    (loss, {name: number or 0-d tensor}). validate(model) returns (score, {name: number}), a higher score being better, and
+    raises FloatingPointError when what it measures is not finite.
 
     saved: the tensors of the model that a checkpoint holds.
     measured: names of the validation's numbers, of which --best-by takes one; a `loss` is better when lower.

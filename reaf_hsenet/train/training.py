@@ -67,10 +67,10 @@ class Saved:
 
 
 class Training:
-    """Of a job: encode(model, batch) -> outputs; loss(outputs, batch, step) -> (scalar, {name: number or 0-d tensor});
-    validate(model) -> (score to maximise, {name: number}). Outputs have the batch's rows first, or are scalars.
+    """A run's job, its samples in order, its optimizer, and what is counted, logged and saved of it.
 
-    profile: write a trace of some steps into the run's folder.
+    max_steps: optimizer steps, in place of config.epochs. workers: loader processes. log_every: steps between lines of the
+    log. writer: also takes each record of the log. profile: write a trace of some steps into the run's folder.
     """
 
     def __init__(

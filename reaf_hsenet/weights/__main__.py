@@ -49,13 +49,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     args = parse(argv)
     notes = convert(args) if args.command == "convert" else export(args.run, args.out, args.format, args.checkpoint)
     for note in notes:
         print(f"note: {note}")
     if args.out:
         print(f"written to {args.out}")
+    return 0
 
 
 def convert(args: argparse.Namespace) -> list[str]:
