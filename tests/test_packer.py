@@ -134,7 +134,7 @@ def test_published_kernels_give_the_published_numbers_of_tokens():
     kernels = {(1, 4, 4): 128, (2, 2, 2): 256, (2, 4, 4): 64, (1, 8, 8): 32}
     assert {k: count_cells((8, 16, 16), k) for k in kernels} == kernels
     with torch.device("meta"):
-        base = {n: build_projector(n, 768, 3072, (8, 16, 16)) for n in PROJECTORS if n != "mlp"}
+        base = {n: build_projector(n, 768, 3072, (8, 16, 16)) for n in PROJECTORS}
     counts = {n: projector.visual_tokens for n, projector in base.items()}
     assert counts == {"spatial_packer": 128, "average_pool": 128, "sequence_pool": 128, "m3d_pool": 256,
                       "qformer": 32, "text_guided": 160}  # fmt: skip
@@ -153,7 +153,7 @@ def test_tokens_with_their_class_token_are_refused(name):
 
 
 def test_an_unknown_projector_is_refused_with_the_known_ones_named():
-    with pytest.raises(ValueError, match="perceiver.*spatial_packer.*mlp"):
+    with pytest.raises(ValueError, match="perceiver.*spatial_packer.*text_guided"):
         build("perceiver")
 
 
@@ -163,7 +163,7 @@ INERT = {"spatial_packer": {"cell_attn.key.bias"}, "qformer": set()}
 
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_gradients_flow_to_every_parameter(name):
-    projector = build(name, **({"query_attention": "queries"} if name == "qformer" else {}))
+    projector = build(name)
     projector(tokens(), *others()).square().sum().backward()
     still = {n for n, p in projector.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9}
     assert still == INERT.get(name, set())
@@ -223,14 +223,6 @@ def test_runs_of_a_sequence_need_not_fit_the_axes_of_the_grid():
     assert torch.allclose(pool.pack(x)[:, 1], x[:, 32:64].mean(1)) and pool.visual_tokens == 4
 
 
-def test_the_mlp_projector_mixes_all_tokens_with_one_matrix_and_refuses_the_base_size():
-    projector, x = build("mlp"), tokens()
-    mixed = F.linear(x.flatten(1), projector.mixing.weight, projector.mixing.bias).reshape(2, 8, WIDTH)
-    assert torch.allclose(projector(x), projector.head(mixed))
-    with pytest.raises(ValueError, match=r"154\.6 billion.*\(8, 16, 16\)"):
-        build_projector("mlp", 768, 3072, (8, 16, 16))
-
-
 def test_published_query_attention_is_one_over_the_batch_axis():
     """torch's own attention, given (B, K, C) where it expects (length, batch, channels)."""
     projector = build("qformer")
@@ -240,14 +232,6 @@ def test_published_query_attention_is_one_over_the_batch_axis():
     reference.load_state_dict(names)
     queries = projector.queries.expand(3, -1, -1)
     assert torch.allclose(reference(queries, queries, queries)[0], projector.self_attn(queries), atol=1e-12)
-
-
-def test_query_attention_among_the_queries_is_another_computation_with_the_same_weights():
-    published, other = build("qformer"), build("qformer", query_attention="queries")
-    other.load_state_dict(published.state_dict())
-    assert (published(tokens()) - other(tokens())).abs().max() > 1e-6
-    with pytest.raises(ValueError, match="heads.*batch or queries"):
-        build("qformer", query_attention="heads")
 
 
 def test_queries_that_do_not_divide_into_heads_are_refused():
@@ -266,10 +250,9 @@ def text_guided_by_loops(projector, x, slices, text, slots):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(("choice", "slots"), [("modulo", [0, 1, 0, 1, 0, 1]), ("depth", [0, 0, 0, 1, 1, 1])])
-def test_slices_are_scored_with_the_3d_tokens_of_their_depth_slot(choice, slots):
-    projector, inputs = build("text_guided", slice_slots=choice), (tokens(), *others())
-    assert torch.allclose(projector(*inputs), text_guided_by_loops(projector, *inputs, slots), atol=1e-12)
+def test_slices_are_scored_with_the_3d_tokens_of_their_depth_slot():
+    projector, inputs = build("text_guided"), (tokens(), *others())
+    assert torch.allclose(projector(*inputs), text_guided_by_loops(projector, *inputs, [0, 1, 0, 1, 0, 1]), atol=1e-12)
 
 
 def test_a_text_mask_leaves_tokens_out_of_the_texts_mean():
@@ -289,5 +272,3 @@ def test_the_text_guided_projector_names_what_it_was_not_given():
         projector(tokens(), slices)
     with pytest.raises(ValueError, match="4 slices.*6"):
         projector(tokens(), slices[:, :4], text)
-    with pytest.raises(ValueError, match="nearest.*modulo or depth"):
-        build("text_guided", slice_slots="nearest")

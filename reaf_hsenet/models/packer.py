@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Size3 = tuple[int, int, int]
-# The mlp projector's first matrix has (N C) (K C) numbers, 1.5e11 at base size. The largest that is built:
-MOST_MIXING_WEIGHTS = 2**31
 
 
 def count_cells(grid: Size3, kernel: Size3) -> int:
@@ -180,24 +178,3 @@ class SequencePool(Projector):
 
     def pack(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(1, (self.visual_tokens, -1)).mean(2)
-
-
-class MlpProjector(Projector):
-    """y = head(W [x_1 ... x_N] + b), W (K C) x (N C): all tokens of all cells in one matrix, K = N / M.
-
-    For small grids: W has 155 billion numbers at base size, which a ValueError says. Source:
-    ablation_mlps_Projector, which cannot run as published (a reshape without sizes, a layer that is not
-    defined); this is what it means.
-    """
-
-    def __init__(self, width: int, *args, **kwargs):
-        super().__init__(width, *args, **kwargs)
-        inputs, outputs = math.prod(self.grid) * width, self.visual_tokens * width
-        if inputs * outputs > MOST_MIXING_WEIGHTS:
-            size, most = (f"{n / 1e9:,.1f} billion" for n in (inputs * outputs, MOST_MIXING_WEIGHTS))
-            made_for = f"the token grid {self.grid} and the kernel {self.kernel}"
-            raise ValueError(f"the mlp projector's matrix has {size} numbers for {made_for}, at most {most}")
-        self.mixing = nn.Linear(inputs, outputs)
-
-    def pack(self, tokens: Tensor) -> Tensor:
-        return self.mixing(tokens.flatten(1)).unflatten(1, (self.visual_tokens, -1))

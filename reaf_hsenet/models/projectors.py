@@ -3,7 +3,6 @@
 from reaf_hsenet.models.packer import (
     AveragePool,
     M3DPool,
-    MlpProjector,
     Projector,
     SequencePool,
     Size3,
@@ -19,7 +18,6 @@ PROJECTORS: dict[str, type[Projector]] = {
     "m3d_pool": M3DPool,
     "qformer": QFormer,
     "text_guided": TextGuidedProjector,
-    "mlp": MlpProjector,
 }
 
 

@@ -47,8 +47,7 @@ class QFormer(Projector):
     """K learned queries: s = self_attn(queries), z = cross_attn(s, x), `depth` blocks over z, y = head(z).
 
     The two attentions have no residual and no norm. kernel: as many queries as cells; None, as published: 32.
-    query_attention: `batch`, as published, over the batch axis (see BatchAttention); `queries`, among the
-    queries of a sample. dropout: in the blocks, in training. Source: ablation_qformerProjector.
+    The queries' self-attention is over the batch axis, as published (see BatchAttention). dropout: in the blocks, in training. Source: ablation_qformerProjector.
     """
 
     def __init__(
@@ -61,18 +60,15 @@ class QFormer(Projector):
         depth: int = 2,
         heads: int = 8,
         mlp: int = 2048,
-        query_attention: str = "batch",
         dropout: float = 0.1,
         **kwargs,
     ):
         super().__init__(width, out_width, grid, kernel or grid, **kwargs)  # a grid divides itself
         if width % heads:
             raise ValueError(f"a width of {width} does not divide into {heads} heads")
-        if query_attention not in ("batch", "queries"):
-            raise ValueError(f"query attention {query_attention!r}, expected batch or queries")
         self.visual_tokens = self.visual_tokens if kernel else queries
         self.queries = nn.Parameter(nn.init.xavier_uniform_(torch.empty(self.visual_tokens, width)))
-        self.self_attn = (BatchAttention if query_attention == "batch" else Attention)(width, heads)
+        self.self_attn = BatchAttention(width, heads)
         self.cross_attn = CrossAttention(width, heads)
         self.blocks = nn.ModuleList(QFormerBlock(width, heads, mlp, dropout) for _ in range(depth))
 

@@ -15,8 +15,7 @@ class TextGuidedProjector(AveragePool):
     text: the decoder's embeddings of what follows the visual tokens in its input. Published, t is the mean
     of it all, with padding and, in training, the answer; a text_mask (1 or True where a token counts)
     leaves them out.
-    slice_slots: the depth slot (of d / kd) of slice s. `modulo`, as published: s mod (d / kd); `depth`: where
-    it lies.
+    The depth slot (of d / kd) of slice s is s mod (d / kd), as published.
     Source: SpatialPoolingProjector_med2e3, which runs in bfloat16 alone; this runs in any type.
     """
 
@@ -30,15 +29,10 @@ class TextGuidedProjector(AveragePool):
         kernel: Size3 | None = None,
         slices: int = 32,
         slice_width: int | None = None,
-        slice_slots: str = "modulo",
     ):
         super().__init__(width, out_width, grid, kernel)
         self.depth_slots = self.grid[0] // self.kernel[0]
-        order = torch.arange(slices)
-        choices = {"modulo": order % self.depth_slots, "depth": order * self.depth_slots // slices}
-        if slice_slots not in choices:
-            raise ValueError(f"slice slots {slice_slots!r}, expected modulo or depth")
-        self.register_buffer("slot_of_slice", choices[slice_slots], persistent=False)
+        self.register_buffer("slot_of_slice", torch.arange(slices) % self.depth_slots, persistent=False)
         self.visual_tokens += slices
         self.slice_head = build_head(slice_width or width, out_width)
 

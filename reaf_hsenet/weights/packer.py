@@ -9,7 +9,7 @@ encoder's tokens and `mm_projector2` for the stage-2 encoder's, below `model.` o
 import re
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.models.packer import AveragePool, MlpProjector, Projector, SequencePool, SpatialPacker
+from reaf_hsenet.models.packer import AveragePool, Projector, SequencePool, SpatialPacker
 from reaf_hsenet.models.qformer import QFormer
 from reaf_hsenet.models.text_guided import TextGuidedProjector
 from reaf_hsenet.weights import State
@@ -20,7 +20,6 @@ PARTS = (  # applied in order, from left to right and back
     ("resolution_attention.Wv.", "cell_attn.value."),
     ("resolution_attention.output_linear.", "cell_attn.proj."),
     ("resolution_attention.norm.", "cell_attn.norm."),
-    ("pool_mpls.", "mixing."),
     ("query_embeds", "queries"),
     ("layers.", "blocks."),
     (".linear1.", ".fc1."),
@@ -34,7 +33,6 @@ HEADS = {"proj_mpls": "head", "projector": "head", "projector_3d": "head", "proj
 PUBLISHED_HEADS: dict[type[Projector], dict[str, str]] = {
     SpatialPacker: {"head": "proj_mpls"},
     QFormer: {"head": "proj_mpls"},
-    MlpProjector: {"head": "proj_mpls"},
     # Before AveragePool, which it is built on.
     TextGuidedProjector: {"head": "projector_3d", "slice_head": "projector_2d"},
     AveragePool: {"head": "projector"},  # and M3DPool
