@@ -41,10 +41,10 @@ from reaf_hsenet.models.layers import count_parameters
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.script import run_script
 from reaf_hsenet.settings import from_dict, to_dict
-from reaf_hsenet.train.contrastive_job import contrastive_job
+from reaf_hsenet.train.contrastive import contrastive_job
 from reaf_hsenet.train.grad_cache import cached_backward
 from reaf_hsenet.train.guided_setup import keep_slice_encoder
-from reaf_hsenet.train.language_job import language_job
+from reaf_hsenet.train.language import language_job
 from reaf_hsenet.train.language_setup import LanguageSetup, new_language_setup, resumed_language_setup
 from reaf_hsenet.train.optimizer import learning_rate
 from reaf_hsenet.train.resumed_setup import resumed_setup

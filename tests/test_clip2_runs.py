@@ -20,7 +20,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import load_dual_encoder
-from reaf_hsenet.train import contrastive_job, guided_setup, phantom_slices
+from reaf_hsenet.train import contrastive, guided_setup, phantom_slices
 from reaf_hsenet.train.phantom_slices import train_slice_encoder
 from reaf_hsenet.weights.slice_encoder import describe
 from test_train import numbers, same_weights, tiny, weights
@@ -352,14 +352,14 @@ def teacher_watched(monkeypatch) -> dict:
     """Counts the volumes that the teacher of train.py encodes."""
     seen = {"volumes": 0}
 
-    class Watched(contrastive_job.Teacher):
+    class Watched(contrastive.Teacher):
         def __init__(self, model, *more):
             super().__init__(model, *more)
             model.vision.register_forward_hook(
                 lambda _, x, __: seen.__setitem__("volumes", seen["volumes"] + len(x[0]))
             )
 
-    monkeypatch.setattr(contrastive_job, "Teacher", Watched)
+    monkeypatch.setattr(contrastive, "Teacher", Watched)
     return seen
 
 
@@ -383,7 +383,7 @@ def test_slices_stay_reaches_the_training_set(teacher, tmp_path, monkeypatch, fl
             super().__init__(*arguments, **more)
             made.append(self)
 
-    monkeypatch.setattr(contrastive_job, "CTReportDataset", Watched)
+    monkeypatch.setattr(contrastive, "CTReportDataset", Watched)
     flip = Augmentation(rotate=0, flip=1, scale=0, shift=0)
     monkeypatch.setitem(presets.TINY_STAGES["clip2", "hsenet"], "augment", flip)
     assert train.main(stage2(teacher, tmp_path / "r", "--max-steps", 1, *flags)) == 0

@@ -10,7 +10,7 @@ import train
 from reaf_hsenet.config import GuidedVisionConfig, TextConfig
 from reaf_hsenet.models.clip import build_dual_encoder, start_as_published
 from reaf_hsenet.presets import PRESETS, stage_config
-from reaf_hsenet.train import contrastive_job
+from reaf_hsenet.train import contrastive
 from test_train import same_weights, tiny
 
 
@@ -80,7 +80,7 @@ def test_base_presets_start_as_published_and_tiny_ones_do_not():
 
 def test_a_run_starts_as_its_recipe_says_and_what_is_loaded_stays(prepared, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(contrastive_job, "start_as_published", lambda model: seen.append(start_as_published(model)))
+    monkeypatch.setattr(contrastive, "start_as_published", lambda model: seen.append(start_as_published(model)))
     assert train.main(tiny(prepared, tmp_path / "tiny", "--max-steps", 1)) == 0
     assert not seen and json.loads((tmp_path / "tiny/config.json").read_text())["train"]["start"] == "xavier"
     monkeypatch.setattr("reaf_hsenet.train.run_setup.stage_config", lambda *names: replace(stage_config(*names), start="published"))

@@ -22,7 +22,7 @@ from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.train import contrastive_job
+from reaf_hsenet.train import contrastive
 from reaf_hsenet.train.contrastive import Contrastive
 from reaf_hsenet.train.stability import clip_gradients, diagnosis, not_finite
 from reaf_hsenet.train.step_log import Meter, count_flops, peak_flops
@@ -297,7 +297,7 @@ def test_skipped_steps_of_a_diverged_run_name_the_last_good_checkpoint(prepared,
 
 
 def test_one_validation_that_is_not_finite_ends_no_run(prepared, tmp_path, monkeypatch):
-    measured = contrastive_job.retrieval_score
+    measured = contrastive.retrieval_score
     scores = iter([FloatingPointError("the third"), None, None])
 
     def spoiled(*pair):
@@ -306,7 +306,7 @@ def test_one_validation_that_is_not_finite_ends_no_run(prepared, tmp_path, monke
             raise error
         return measured(*pair)
 
-    monkeypatch.setattr(contrastive_job, "retrieval_score", spoiled)
+    monkeypatch.setattr(contrastive, "retrieval_score", spoiled)
     assert train.main(tiny(prepared, tmp_path / "run", "--max-steps", 3, "--validate-every", 0.33)) == 0
     assert [sorted(r.keys() & {"validation", "not_finite"}) for r in strict_log(tmp_path / "run") if r.keys() & {"validation", "not_finite"}] == [
         ["not_finite"], ["validation"], ["validation"]]  # fmt: skip
