@@ -93,6 +93,7 @@ def test_a_bad_volume_leaves_its_batch_and_changes_no_other_item(prepared, data)
     assert sorted(one.id for part in found[1] for one in part.bad) == sorted(bad)
 
 
+@pytest.mark.slow
 def test_bad_volumes_are_left_out_counted_once_and_logged_by_name(data, tmp_path, capsys, monkeypatch):
     known = [spoil(volume(data, 3), "absent"), spoil(volume(data, 6)), spoil(volume(data, 1, "validation"))]
     vanished = volume(data, 8)
@@ -117,6 +118,7 @@ def test_one_volume_more_than_allowed_ends_the_run_with_its_name(data, tmp_path)
     wrong(tiny(data, tmp_path / "c", "--epochs", 1), "has 5000 bytes, expected")
 
 
+@pytest.mark.slow
 def test_the_count_survives_a_resume(data, tmp_path, monkeypatch):
     one, two, out = volume(data, 6), volume(data, 8), tmp_path / "run"
     spoil(one)
@@ -147,6 +149,7 @@ def assert_alike(one: Path, two: Path, bad: set[str]) -> None:
     assert_close_weights(one, two)
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_has_an_empty_batch_train_as_one(data, tmp_path):
     bad = {spoil(volume(data, row)) for row in (2, 7, 11)}
     arguments = tiny(data, tmp_path / "one", "--max-steps", 8, "--max-bad", 3, "--grad-checkpoint")
@@ -159,6 +162,7 @@ def test_two_processes_of_which_one_has_an_empty_batch_train_as_one(data, tmp_pa
     assert done.returncode != 0 and done.stderr.count("(bad volume 3, with --max-bad 2)") == 1  # both ranks stop, one says why
 
 
+@pytest.mark.slow
 def test_stage_2_copes_with_an_empty_batch_too(stages, tmp_path):  # noqa: F811
     root = shutil.copytree(stages, tmp_path / "stages")
     bad = {spoil(volume(root / "data", row)) for row in (2, 7, 11)}
@@ -172,6 +176,7 @@ def test_stage_2_copes_with_an_empty_batch_too(stages, tmp_path):  # noqa: F811
     assert {name for _, name in bad_records(root / "guided")} == bad
 
 
+@pytest.mark.slow
 def test_language_runs_leave_bad_volumes_out_even_where_a_whole_step_is_empty(stages, decoder_folder, tmp_path):  # noqa: F811
     root = shutil.copytree(stages, tmp_path / "stages")
     bad = {spoil(volume(root / "data", row), how) for row, how in ((0, "NaN"), (4, "absent"))}
@@ -209,6 +214,7 @@ def test_a_loader_process_that_is_killed_is_one_line(prepared, tmp_path, monkeyp
     wrong(tiny(prepared, tmp_path / "r", "--epochs", 1, "--workers", 2), r"loader worker \(pid.*fewer --workers.*/dev/shm")
 
 
+@pytest.mark.slow
 def test_a_full_shared_memory_is_one_line_and_no_hang(prepared, tmp_path, monkeypatch):
     def full(tensor):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")

@@ -33,6 +33,7 @@ def spoil(path: Path, how: str) -> None:
         path.write_bytes(content[:-7] if how == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["trainer.pt", "model.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("how", ["truncated", "changed", "absent"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_newest_that_is_whole(tmp_path, file, how):
@@ -84,6 +85,7 @@ def test_last_can_be_set_back_by_hand(tmp_path):
     assert run.newest_valid() == (run.at(3), [])
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_before_a_damaged_checkpoint_and_ends_the_same(run_copy, finished, capsys):  # noqa: F811
     spoil(Run(run_copy).at(8) / "trainer.pt", "changed")
     assert train.main(resume(run_copy)) == 0
@@ -120,6 +122,7 @@ class FullDisk:
         monkeypatch.setattr(module, "save_file", full)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_run_alive_and_the_last_checkpoint_whole(prepared, finished, tmp_path, monkeypatch, capsys):  # noqa: F811
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -131,6 +134,7 @@ def test_a_full_disk_leaves_the_run_alive_and_the_last_checkpoint_whole(prepared
     assert same_weights(out, finished) and numbers(out) == numbers(finished)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_an_error(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -170,6 +174,7 @@ def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room(tmp_path,
     assert (tmp_path / "log.jsonl").read_text() == "".join(f'{{"step": {n}}}\n' for n in (1, 2, 3, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["report_to_volume/R@1", "volume_to_report/R@10"])
 def test_the_best_checkpoint_is_chosen_by_the_number_that_is_named(prepared, tmp_path, name):
     out = tmp_path / "run"

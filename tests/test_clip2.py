@@ -135,6 +135,7 @@ def one_rank(rank: int, world: int, path: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_stage_2_gradients_of_one(tmp_path):
     mp.start_processes(one_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     teacher, student = models()

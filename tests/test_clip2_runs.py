@@ -58,6 +58,7 @@ def finished(teacher, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_stage_2_starts_from_its_teacher_and_trains_guidance_and_towers(teacher, finished, capsys):
     start, end = weights(teacher), weights(finished)
     assert set(end) - set(start) == {n for n in end if n.startswith(("vision.guidance.", "vision.score."))}
@@ -76,6 +77,7 @@ def test_an_account_says_what_the_teacher_did_not_have(teacher, tmp_path, capsys
     assert f"{teacher}: 50 tensors loaded; left at their start: vision.guidance" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stage_2_resumes_bit_for_bit(teacher, finished, tmp_path):
     out = tmp_path / "run"
     assert train.main(stage2(teacher, out, "--max-steps", 6, "--save-every", 3, "--keep", 9)) == 0
@@ -84,6 +86,7 @@ def test_stage_2_resumes_bit_for_bit(teacher, finished, tmp_path):
     assert same_weights(out, finished) and numbers(out) == numbers(finished)
 
 
+@pytest.mark.slow
 def test_grad_cache_trains_stage_2_as_one_pass_does(teacher, tmp_path, monkeypatch):
     # Dropout would be drawn anew for each chunk.
     monkeypatch.setattr(guided_setup, "GuidedVisionConfig", partial(GuidedVisionConfig, guidance_dropout=0.0))
@@ -151,6 +154,7 @@ def test_another_vocabulary_than_the_teachers_is_refused(teacher, tmp_path):
     wrong(stage2(teacher, tmp_path / "r", "--text-model", folder), "bert: has another vocabulary than the teacher")
 
 
+@pytest.mark.slow
 def test_the_phantoms_slice_encoder_learns_from_the_teachers_reports(teacher, sliced):
     run, manifest = load_dual_encoder(teacher), load_manifest(sliced)
     one, two = (train_slice_encoder(manifest, run, torch.device("cpu"), workers=1, steps=s) for s in (2, 2))
@@ -234,6 +238,7 @@ def test_real_data_below_a_folder_named_phantom_get_no_home_made_features(prepar
     assert not (data / "slice_encoder").exists()
 
 
+@pytest.mark.slow
 def test_the_built_in_phantoms_get_slice_features_and_an_interrupted_start_keeps_its_encoder(
     prepared, tmp_path, monkeypatch
 ):
@@ -263,6 +268,7 @@ def test_the_built_in_phantoms_get_slice_features_and_an_interrupted_start_keeps
     assert provenance["sha256"] == manifest.slices["sha256"]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_another_folder_and_with_its_teacher_moved(sliced, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main(tiny(sliced, Path("first"), "--max-steps", 2)) == 0
@@ -363,6 +369,7 @@ def teacher_watched(monkeypatch) -> dict:
     return seen
 
 
+@pytest.mark.slow
 def test_the_teacher_sees_a_volume_once_where_nothing_changes_it_and_else_every_time(teacher, tmp_path, monkeypatch):
     seen = teacher_watched(monkeypatch)
     rows = len(load_manifest(json.loads((teacher / "config.json").read_text())["data"]).entries("train"))

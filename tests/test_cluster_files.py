@@ -31,6 +31,7 @@ def submit(folder: Path, text: str) -> subprocess.Popen:
     return subprocess.Popen(["bash", "-c", text], env={**os.environ, **environment}, start_new_session=True, **output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", FILES, ids=["one node", "several nodes"])
 def test_a_batch_file_that_is_warned_requeues_with_a_checkpoint_and_its_second_start_finishes(prepared, tmp_path, text):
     (tmp_path / "bin").mkdir()

@@ -179,6 +179,7 @@ def test_voxels_beyond_float32_are_refused_in_every_kind_of_file(tmp_path):
         read_input(tmp_path / "x.pt", TINY.recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two\nlines", os.fsdecode(b"latin-\xe9"), "bell\x07"])
 def test_odd_names_of_folders_end_in_one_line(tmp_path, name):
     ended = script("preprocess.py", "--dataset", "nifti", "--root", tmp_path / name, "--out", tmp_path / "out")

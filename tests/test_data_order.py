@@ -55,6 +55,7 @@ def items(dataset, world: int, workers: int) -> list[tuple]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [contrastive, language])
 def test_items_are_bitwise_equal_for_any_number_of_ranks_and_workers(prepared, make):
     dataset = make(load_manifest(prepared))
@@ -95,6 +96,7 @@ def run_ranks(world: int, *rest) -> None:
     mp.start_processes(train_and_note, (world, port, *rest), nprocs=world, start_method="forkserver")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_resumed_epoch_reads_no_sample_twice_and_skips_none_for_any_number_of_ranks(prepared, tmp_path, before, after):
     out = tmp_path / "run"

@@ -186,6 +186,7 @@ def test_a_text_config_of_roberta_is_told_by_its_single_token_type():
     assert (found.kind, found.pad_id, found.layer_norm_eps, found.vocab) == ("roberta", 1, 1e-5, 200)
 
 
+@pytest.mark.slow
 def test_the_program_ends_in_one_line_and_exit_code_2_for_a_file_that_is_none(tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     program = [sys.executable, "-m", "reaf_hsenet.weights", "convert", str(tmp_path / "text.pt"), "--dry-run"]

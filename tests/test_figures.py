@@ -85,6 +85,7 @@ def test_the_overlay_changes_the_picture_where_the_region_is(drawn, tmp_path):
         assert np.array_equal(mask, expected)
 
 
+@pytest.mark.slow
 def test_the_planes_go_through_the_strongest_region_superior_up(drawn, tmp_path):
     """Two regions; the second is stronger. Depth is turned so that superior is up in coronal and sagittal planes."""
     volume = torch.arange(12 * 18 * 24.0).reshape(12, 18, 24)

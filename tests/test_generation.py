@@ -98,6 +98,7 @@ def test_tokens_are_streamed_as_they_are_made(phi):
     assert len(made) == len(calls) == 3
 
 
+@pytest.mark.slow
 def test_the_compiled_step_chooses_the_same_tokens(phi, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiled(f, backend="eager", fullgraph=fullgraph))

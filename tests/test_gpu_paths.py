@@ -48,6 +48,7 @@ def test_the_loader_pins_every_tensor_of_a_batch(pinned, kind):
     assert torch.equal(made.ids, ids) and type(made) is type(batch)
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_although_a_gpus_first_step_counts_their_flops(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "peak_flops", lambda device, dtype: 1e12)
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))

@@ -42,6 +42,7 @@ def works(report, setting):
 """
 
 
+@pytest.mark.slow
 def test_a_dry_run_ends_with_a_table_and_json(tmp_path):
     done = script("benchmarks/gpu.py", "--dry", "--parts", "machine,grad-cache", "--out", tmp_path / "out", timeout=400)
     assert done.returncode == 0, done.stderr
@@ -56,6 +57,7 @@ def test_a_dry_run_ends_with_a_table_and_json(tmp_path):
     assert all(row["result"] in table for row in rows)
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_dies_or_hangs_leaves_its_rows_and_the_rest(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.py").write_text(BROKEN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -88,6 +90,7 @@ def test_what_comes_after_the_last_minute_is_said_to_be_left_out(tmp_path):
     assert [r["ended"] for r in records] == ["not reached: the time was used up"] * 2
 
 
+@pytest.mark.slow
 def test_without_a_gpu_one_line_says_what_to_do(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

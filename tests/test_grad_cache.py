@@ -129,6 +129,7 @@ def one_rank(rank: int, world: int, path: str, train: bool) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_two_processes_cache_the_gradients_of_the_global_batch(tmp_path, train):
     mp.start_processes(one_rank, (2, str(tmp_path), train), nprocs=2, start_method="forkserver")

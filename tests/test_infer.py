@@ -119,6 +119,7 @@ def test_an_index_is_written_and_searched(at_home, capsys, tmp_path):
     wrong(capsys, "was made by the model of sha256", "search", index, "--text", "a", "--model", "reaf")
 
 
+@pytest.mark.slow
 def test_the_picture_is_named_after_the_scan(at_home, capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
@@ -223,6 +224,7 @@ def test_rescale_and_orientation_are_those_of_preprocess(at_home, capsys, tmp_pa
     assert torch.equal(as_stored, expected) and not torch.allclose(as_said, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_script_prints_a_result_and_one_line_for_a_mistake(home):
     ended = script("infer.py", "embed", "scan.nii.gz", "--json", cwd=home)
     assert ended.returncode == 0 and len(json.loads(ended.stdout)[0]["embedding"]) == 128
@@ -240,6 +242,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(at_home, capsys, monkeypatch):
     assert ended.value.code == 130 and out == "" and err.splitlines()[1:] == ["interrupted"]
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_causes_no_traceback(home):
     read, write = os.pipe()
     os.close(read)

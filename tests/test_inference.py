@@ -122,6 +122,7 @@ def blank(scan: Path, out: Path, values=None) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip1-hsenet", "clip2-hsenet"])
 def test_a_scan_has_the_embedding_that_the_prepared_data_set_has(runs, scans, tmp_path, name):
     assert evaluate.main(["--task", "retrieval", "--run", str(runs / name), "--out", str(tmp_path), "--device", "cpu"]) == 0
@@ -139,6 +140,7 @@ def test_the_network_sees_the_volume_as_float16_has_it(runs, sliced, scans):
     assert torch.allclose(ScanModel(runs / "clip2-hsenet").read(scans[0])[1][0], read_slices(manifest, entry), atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip2-hsenet", "clip1-reaf"])
 def test_every_storage_order_of_a_scan_gives_its_embedding(runs, scans, tmp_path, name):
     model, image, out = load(runs / name), nib.load(scans[0]), tmp_path / "turned.nii"
@@ -362,6 +364,7 @@ def test_a_blank_header_and_raw_values_are_read_with_what_is_given(runs, scans, 
     assert len(lines) == 1 and f"axes to {axes}; rescale auto: raw values" in lines[0]
 
 
+@pytest.mark.slow
 def test_salient_regions_and_patch_scores_are_drawn(runs, scans, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn, regions, scores = {}, figures.saliency_figure, figures.score_figure
@@ -406,6 +409,7 @@ def test_without_matplotlib_explain_says_what_to_install(runs, scans, tmp_path, 
     wrong("explain: matplotlib is not installed; pip install matplotlib", ScanModel(runs / "clip1-reaf").explain, scans[0], "a.png")
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_without_torch_and_load_is_in_it():
     code = "import sys, reaf_hsenet; assert 'torch' not in sys.modules; assert callable(reaf_hsenet.load)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -89,6 +89,7 @@ def kill_often(argv: list[str], out: Path, times: int, world: int = 1, seed: int
 AUTO = ("--resume", "auto")
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_no_weight_and_no_number_of_the_log(prepared, tmp_path):
     """With accumulation, gradient caching, mixed precision and gradient checkpointing."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -101,6 +102,7 @@ def test_twenty_kills_change_no_weight_and_no_number_of_the_log(prepared, tmp_pa
     assert not list(killed.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", ["clip2", "mrg", "vqa"])
 def test_every_stage_survives_kills(stages, tmp_path, stage, world):  # noqa: F811
@@ -124,11 +126,13 @@ def two_whole(prepared, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_survive_kills(prepared, two_whole, tmp_path):
     kill_often(two(prepared, tmp_path / "killed", *AUTO), tmp_path / "killed", 4, 2)
     assert same_weights(two_whole, tmp_path / "killed") and numbers(two_whole) == numbers(tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_processes_resumes_on_two_and_on_one(prepared, tmp_path):
     """The same command, whose --batch-size is of the four: the global batch is kept."""
     one, out = tmp_path / "one", tmp_path / "out"
@@ -149,6 +153,7 @@ def elastic(argv: list[str]) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_same_weights(prepared, two_whole, tmp_path):
     out = tmp_path / "run"
     job = elastic(two(prepared, out, *AUTO))

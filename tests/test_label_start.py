@@ -56,6 +56,7 @@ def separation(model: Mllm, volumes: torch.Tensor, labels: torch.Tensor) -> floa
     return ((ones.mean(0) - zeros.mean(0)).norm() / spread).item()
 
 
+@pytest.mark.slow
 def test_the_mean_token_of_an_unseen_volume_tells_its_label(scans):
     volumes, labels, manifest = scans
     before, after = (separation(model, volumes[64:], labels[64:]) for model in (new_model(), learned(manifest, 60)))

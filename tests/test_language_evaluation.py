@@ -321,6 +321,7 @@ def begun(killed, tmp_path) -> Path:
     return shutil.copytree(killed, tmp_path / "begun")
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_generates_only_what_is_missing(vqa_run, whole, begun, monkeypatch, capsys):
     path = begun / "vqa.rows-0.jsonl"
     assert len(path.read_text().splitlines()) == 1 + 6 and not (begun / "vqa.csv").exists()
@@ -339,6 +340,7 @@ def test_an_interrupted_evaluation_generates_only_what_is_missing(vqa_run, whole
     assert not list(begun.glob("*.jsonl"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_that_says_what_is_kept(vqa_run, tmp_path):
     done = interrupted(vqa_run, tmp_path, "SIGINT", after=1)
     assert done.returncode == 130 and "Traceback" not in done.stderr
@@ -351,6 +353,7 @@ def torchrun(*arguments, cwd: Path) -> subprocess.CompletedProcess:
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_one_was_and_answer_as_one(vqa_run, whole, begun, tmp_path):
     done = torchrun(*command("vqa", vqa_run, begun), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -504,6 +507,7 @@ def test_flags_of_other_tasks_are_refused_by_name(task, flag, owners):
     wrong(f"{flag.split()[0]}: belongs to --task {owners}, not {task}", "--task", task, *flag.split())
 
 
+@pytest.mark.slow
 def test_the_default_run_is_the_tasks_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrong("runs/mrg-hsenet: holds no run", "--task", "mrg")

@@ -66,6 +66,7 @@ def decoder_folder(stages) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_report_generation_trains_encoders_packers_and_a_new_decoder(stages, finished, capsys):
     run, stage_1, stage_2 = load_mllm(finished, "last"), *(load_dual_encoder(stages / name) for name in ("clip1", "clip2"))
     assert run.config.vision == "dual" and run.guided and run.model.visual_tokens == 4
@@ -85,6 +86,7 @@ def test_report_generation_trains_encoders_packers_and_a_new_decoder(stages, fin
     assert (finished / "slice_encoder" / "slice_encoder.json").is_file()
 
 
+@pytest.mark.slow
 def test_it_resumes_bit_for_bit(stages, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -94,6 +96,7 @@ def test_it_resumes_bit_for_bit(stages, finished, tmp_path, monkeypatch):
     assert same_weights(out, finished) and numbers(out) == numbers(finished)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(stages, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ("--max-steps", 3, "--vision", "stage1", "--projector", "average_pool")  # without dropout
@@ -129,6 +132,7 @@ def test_a_published_decoder_gets_adapters_and_only_what_is_trained_is_saved(sta
     assert train.main(again) == 0
 
 
+@pytest.mark.slow
 def test_a_base_that_has_changed_is_refused(stages, decoder_folder, tmp_path):
     folder = shutil.copytree(decoder_folder, tmp_path / "decoder")
     root = shutil.copytree(stages / "clip1", tmp_path / "clip1").parent
@@ -150,6 +154,7 @@ def test_a_base_that_has_changed_is_refused(stages, decoder_folder, tmp_path):
         load_mllm(out)
 
 
+@pytest.mark.slow
 def test_cached_features_train_as_volumes_do_and_volumes_are_read_once(stages, decoder_folder, tmp_path, monkeypatch):
     flags = ("--max-steps", 3, "--decoder", decoder_folder, "--no-augment", "--lr", 1e-2)
     plain, cached, second = (tmp_path / name for name in ("plain", "cached", "second"))
@@ -193,6 +198,7 @@ def test_the_command_that_started_a_run_with_relative_paths_continues_it(stages,
     wrong([*start, "--cache-features", "other"], "--cache-features: with --resume.*has .*kept")
 
 
+@pytest.mark.slow
 def test_questions_are_learned_by_kind(stages, tmp_path):
     out = tmp_path / "run"
     assert train.main(language(stages, out, "--max-steps", 2, "--questions", "presence", stage="vqa", start="clip2")) == 0
@@ -210,6 +216,7 @@ def wrong(arguments: list, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_wrong_flags_are_named(stages, decoder_folder, finished, tmp_path):
     out = tmp_path / "new"
     for flags, message in (

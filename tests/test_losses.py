@@ -32,6 +32,7 @@ def one_rank(rank: int, world: int, path: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_with_the_concatenated_batch(tmp_path):
     mp.start_processes(one_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     torch.manual_seed(0)
@@ -89,6 +90,7 @@ def unequal_rank(rank: int, path: str, counts: list[int]) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [[1, 3], [4, 0]])
 def test_ranks_with_unequal_or_no_rows_have_the_gradients_of_one_process_with_all(tmp_path, counts):
     mp.start_processes(unequal_rank, (str(tmp_path), counts), nprocs=2, start_method="forkserver")

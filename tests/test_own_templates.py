@@ -72,6 +72,7 @@ def test_a_file_that_has_none_is_one_line(tmp_path, name, text, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_templates_and_is_evaluated_with_them(stages, decoder_folder, published, tmp_path):  # noqa: F811
     out = tmp_path / "vqa"
     start = language(stages, out, "--decoder", decoder_folder, "--templates", published, "--max-steps", 1, "--frozen-dropout", stage="vqa")
@@ -89,6 +90,7 @@ def test_a_run_keeps_its_templates_and_is_evaluated_with_them(stages, decoder_fo
         assert words in asked and ("In which" in asked) != ("In what" in asked)
 
 
+@pytest.mark.slow
 def test_frozen_encoders_keep_their_dropout_when_that_is_asked_for(stages, decoder_folder, tmp_path):  # noqa: F811
     flags = ("--decoder", decoder_folder, "--max-steps", 1)
     assert train.main(language(stages, tmp_path / "run", *flags)) == 0

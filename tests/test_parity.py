@@ -9,7 +9,11 @@ from parity import CHECKS, Case, Check, case_files, run_case
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("path", case_files(GOLDEN), ids=lambda p: p.stem)
+SLOW = {"reaf_base", "slice_encoder_vit_b16"}  # at base size
+CASES = [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW)) for p in case_files(GOLDEN)]
+
+
+@pytest.mark.parametrize("path", CASES)
 def test_golden_case_passes(path):
     status, line = run_case(path, GOLDEN)
     assert status == "PASS", line

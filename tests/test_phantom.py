@@ -78,6 +78,7 @@ def test_labels_are_ct_rates_in_its_order():
     assert labels_of([Finding("Hiatal hernia", size=40.0)]) == [0] * 5 + [1] + [0] * 12
 
 
+@pytest.mark.slow
 def test_labeler_inverts_two_thousand_reports():
     for index in range(2000):
         rng = np.random.default_rng([77, index])

@@ -71,6 +71,7 @@ def test_reconstructions_share_their_scan(prepared):
     assert all(e["id"].rsplit("_", 1)[0] == e["scan"] for e in entries)
 
 
+@pytest.mark.slow
 def test_workers_and_order_do_not_change_the_result(tree, tmp_path, prepared):
     done = ct_rate(tree, tmp_path / "out", "--workers", 2)
     assert done.returncode == 0, done.stderr
@@ -79,6 +80,7 @@ def test_workers_and_order_do_not_change_the_result(tree, tmp_path, prepared):
     assert "rescale" in done.stdout and "HU already" in done.stdout
 
 
+@pytest.mark.slow
 def test_second_run_does_only_what_is_missing(tree, tmp_path):
     out = tmp_path / "out"
     assert ct_rate(tree, out).returncode == 0
@@ -92,6 +94,7 @@ def test_second_run_does_only_what_is_missing(tree, tmp_path):
     assert (out / "manifest.json").read_bytes() == manifest
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_prepared_again(tree, tmp_path):
     out = tmp_path / "out"
     ct_rate(tree, out)
@@ -101,6 +104,7 @@ def test_a_changed_source_is_prepared_again(tree, tmp_path):
     assert np.array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_a_corrected_table_prepares_its_volume_again(tree, tmp_path):
     out = tmp_path / "out"
     ct_rate(tree, out)
@@ -116,6 +120,7 @@ def test_a_corrected_table_prepares_its_volume_again(tree, tmp_path):
     assert changed == {"train_1_a_1.npy"}
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_whole_files_only_and_the_next_run_continues(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
     command = [sys.executable, str(ROOT / "preprocess.py"), "--dataset", "phantom", "--root", str(raw), "--out",
@@ -141,6 +146,7 @@ def test_an_interrupt_leaves_whole_files_only_and_the_next_run_continues(tmp_pat
     assert len(load_manifest(out).splits["train"]) == 60 and not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_refused_files_are_listed_named_and_exit_3(tree, tmp_path):
     out = tmp_path / "out"
     volume_path(tree, "train_1_a_1").write_bytes(volume_path(tree, "train_1_a_1").read_bytes()[:5000])
@@ -162,6 +168,7 @@ def test_refused_files_are_listed_named_and_exit_3(tree, tmp_path):
     assert ct_rate(tree, out, "--allow-refused").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_missing_spacing_is_refused_only_where_the_header_has_none(tree, tmp_path):
     import nibabel as nib
 
@@ -251,6 +258,7 @@ def test_a_wrong_table_is_one_line_that_names_it(tree, spoil):
     assert "\n" not in str(caught.value) and (str(tree) in str(caught.value) or "table" in str(caught.value))
 
 
+@pytest.mark.slow
 def test_wrong_flags_are_one_line(tmp_path, phantom_root):
     lines = {
         "--workers": ct_rate(phantom_root, tmp_path / "a", "--workers", 0),
@@ -265,6 +273,7 @@ def test_wrong_flags_are_one_line(tmp_path, phantom_root):
     assert not (tmp_path / "a/manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_another_recipe_needs_another_folder(tree, tmp_path):
     assert ct_rate(tree, tmp_path / "out").returncode == 0
     before = (tmp_path / "out/manifest.json").read_bytes()
@@ -273,6 +282,7 @@ def test_another_recipe_needs_another_folder(tree, tmp_path):
     assert (tmp_path / "out/manifest.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder_are_refused(tree, tmp_path):
     from reaf_hsenet.files import folder_lock
 
@@ -287,6 +297,7 @@ def limit_files_to_20_kb():
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(tree, tmp_path, workers):
     command = [sys.executable, ROOT / "preprocess.py", "--dataset", "ct-rate", "--root", tree, "--out", tmp_path / "out",

@@ -582,6 +582,7 @@ def test_more_layers_than_the_files_have_are_refused_before_they_are_made(tmp_pa
 MUTANTS = (None, "x", -1, 0, [], {}, True, 1e9, 10**9, float("nan"), LARGEST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("phi4mini_tiny", "llama3_tiny"))
 def test_no_value_of_a_config_ends_in_anything_but_a_decoder_or_one_line(tmp_path, name):
     folder, values = folder_of(tmp_path, name), CASES[name]["config"]

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from conftest import ROOT
 
 PAIRS = """
@@ -35,6 +37,7 @@ print(ends)
 """
 
 
+@pytest.mark.slow
 def test_of_several_processes_each_ends_with_its_code_and_its_exit_functions(tmp_path):
     """With Python's own end most of them abort: gloo's threads outlive the process group."""
     done = subprocess.run([sys.executable, "-c", PAIRS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -38,6 +38,7 @@ def until(there, process: subprocess.Popen) -> None:
     assert process.poll() is None, process.communicate()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_ends_a_run_with_its_loaders(prepared, tmp_path):
     """Its end, the pipes' too, is what is tested: the loader processes hold them as well."""
     flags = " ".join(tiny(prepared, tmp_path / "run", "--max-steps", 2, "--workers", 2, "--validate-every", 1))
@@ -94,12 +95,14 @@ def test_an_output_that_is_gone_ends_a_script_only_where_it_is_the_result(stream
     assert (done.returncode, done.stderr.strip()) == (code, said)
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_output(prepared, tmp_path):
     flags = " ".join(tiny(prepared, tmp_path / "run", "--max-steps", 2))
     done = shell(f"{sys.executable} train.py {flags} >/dev/full 2>&1")
     assert done.returncode == 0 and Run(tmp_path / "run").pointer("last").name == "step-000002"
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_is_moved_ends_and_begins_no_other(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
     out, moved = tmp_path / "run", tmp_path / "moved"
     argv = tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9, "--log-every", 100)
@@ -146,6 +149,7 @@ def test_ctrl_c_while_a_script_imports_is_one_line(tmp_path, name):
     assert script.communicate(timeout=30) == ("", "interrupted\n") and script.returncode == 130
 
 
+@pytest.mark.slow
 def test_sigusr1_before_the_first_step_waits_for_a_checkpoint(prepared, tmp_path):
     """Its exit code says that there is one. It is sent as soon as the process would not die of it, before torch is there."""
     out = tmp_path / "run"
@@ -220,6 +224,7 @@ def test_a_checkpoint_that_lists_no_files_is_passed_over_for_an_older_one(run_co
     assert same_weights(run_copy, finished)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_fp16_where_it_was_in_fp32(run_copy):  # noqa: F811
     """Its checkpoint has no loss scale."""
     (run_copy / "checkpoints/last").write_text("step-000006\n")

@@ -67,6 +67,7 @@ def test_a_terminal_has_a_bar(monkeypatch):
     assert isinstance(bar, tqdm) and "\rtrain: 100%|" in sys.stderr.getvalue()
 
 
+@pytest.mark.slow
 def test_phantoms_volumes_and_embeddings_have_lines(tmp_path, run_copy, capsys):  # noqa: F811
     write_phantom_dataset(tmp_path / "raw", 2, 1, shape=(16, 32, 32), progress=True)
     prepare(read_ct_rate(tmp_path / "raw"), tmp_path / "data", Options(TINY_RECIPES["hsenet"]))

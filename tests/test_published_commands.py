@@ -45,6 +45,7 @@ def test_every_train_command_of_the_documents_is_accepted(document):
     assert len(found) > 3 or document != "README.md"
 
 
+@pytest.mark.slow
 def test_stage_2s_command_starts_the_student_from_m3d_clip_as_published(data, tmp_path, capsys):  # noqa: F811
     arguments = next(c for c in commands(README) if "--teacher" in c)
     m3d_clip = published.write_m3d_clip(tmp_path / "M3D-CLIP").parent

@@ -140,6 +140,7 @@ def test_another_reconstruction_is_an_unknown_volume(volumes, tables):
         add_questions(volumes, tables)
 
 
+@pytest.mark.slow
 def test_allowed_refusals_are_left_out_and_listed_beside_the_volumes(volumes, tables):
     with open(volumes / "refused.csv", "a", newline="") as file:
         csv.writer(file).writerow(["scan.nii.gz", "is truncated"])
@@ -226,6 +227,7 @@ def test_a_folder_without_tables_or_without_volumes_is_refused(tmp_path, volumes
     assert "--root" in error_line(script("preprocess.py", "--dataset", "radgenome", "--out", volumes))
 
 
+@pytest.mark.slow
 def test_questions_stay_when_the_volumes_are_prepared_again(phantom_root, tmp_path, tables):
     tree, out = shutil.copytree(phantom_root, tmp_path / "tree"), tmp_path / "out"
     shutil.rmtree(tree / "dataset/radgenome_files")

@@ -37,6 +37,7 @@ def counting_rank(rank: int, world: int, port: int, argv: list[str]) -> None:
     one_rank(rank, world, port, argv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_new_run_reads_and_hashes_every_file_once(stages, decoder_folder, tmp_path, world):  # noqa: F811
     argv = language(stages, tmp_path / "run", "--decoder", decoder_folder, "--max-steps", 1, "--batch-size", 2)
@@ -54,6 +55,7 @@ def test_a_new_run_reads_and_hashes_every_file_once(stages, decoder_folder, tmp_
         assert set(count.values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_read_again_hashes_its_own_checkpoint_and_no_decoder(stages, decoder_folder, tmp_path, monkeypatch):  # noqa: F811
     argv = language(stages, tmp_path / "run", "--decoder", decoder_folder, "--max-steps", 1)
     (rank,) = start(argv)

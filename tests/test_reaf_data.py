@@ -347,6 +347,7 @@ def entries(manifest) -> list[dict]:
     return [e for split in manifest.splits.values() for e in split]
 
 
+@pytest.mark.slow
 def test_preprocess_writes_reafs_volumes_once(published, tmp_path):
     out = tmp_path / "out"
     done = reaf(published, out)
@@ -367,6 +368,7 @@ def test_preprocess_writes_reafs_volumes_once(published, tmp_path):
     assert (out / "manifest.json").read_bytes() == text
 
 
+@pytest.mark.slow
 def test_a_bad_pt_file_is_refused_by_preprocessing_and_named_in_training(tree, tmp_path):
     bad = next((tree / "train/volumes").glob("*.pt"))
     torch.save({"hu": 1}, bad)
@@ -386,6 +388,7 @@ def dataset_of(manifest, split="train") -> CTReportDataset:
     return CTReportDataset(manifest, split, tokenizer, 32, NO_AUGMENTATION)
 
 
+@pytest.mark.slow
 def test_as_is_writes_a_manifest_and_nothing_else(published, tmp_path):
     out = tmp_path / "out"
     done = reaf(published, out, "--as-is")

@@ -192,6 +192,7 @@ def tiny(data, out, *more) -> list[str]:
             "--preset", "reaf-tiny", *map(str, more)]
 
 
+@pytest.mark.slow
 def test_reaf_trains_resumes_and_starts_another_run(prepared_reaf, tmp_path, capsys):
     from test_train import same_weights
 
@@ -209,6 +210,7 @@ def test_reaf_trains_resumes_and_starts_another_run(prepared_reaf, tmp_path, cap
     assert "text.blocks.* (" in capsys.readouterr().out  # so left at its start
 
 
+@pytest.mark.slow
 def test_grad_cache_trains_as_one_pass_does(prepared_reaf, tmp_path):
     from test_train import weights
 
@@ -246,6 +248,7 @@ def started(prepared_reaf, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [(), ("--unfreeze-text", 0)])
 def test_lora_trains_the_adapters_of_both_towers_and_leaves_their_matrices(prepared_reaf, started, tmp_path, frozen):
     import evaluate
@@ -285,6 +288,7 @@ def test_a_run_to_start_from_gives_weights_and_words_not_settings(prepared_reaf,
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
 
+@pytest.mark.slow
 def test_two_processes_with_grad_cache_train_as_one_process_does(prepared_reaf, tmp_path):
     from test_train import weights
 
@@ -308,6 +312,7 @@ def test_two_processes_with_grad_cache_train_as_one_process_does(prepared_reaf, 
             assert (runs[name][key] - tensor).abs().max() < 1e-4, (name, key)  # see the test above
 
 
+@pytest.mark.slow
 def test_wrong_reaf_flags_are_named(prepared_reaf, started, tmp_path):
     def line(*flags, data=prepared_reaf):
         with pytest.raises(InputError) as caught:

@@ -267,6 +267,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 def test_scaled_down_to_4000_queries_in_50000_and_overlap_of_8000_the_process_peaks_below_one_full_matrix():
     # The many blocks of 80 show a process that grows with each block. VmHWM and not ru_maxrss, which a child

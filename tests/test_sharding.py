@@ -67,6 +67,7 @@ def one_rank(rank: int, path: str, tied: bool, checkpointing: bool) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tied", "checkpointing"), [(True, False), (False, True)])
 def test_sharded_gradients_are_those_of_one_process(tmp_path, tied, checkpointing):
     mp.start_processes(one_rank, (str(tmp_path), tied, checkpointing), nprocs=2, start_method="forkserver")
@@ -116,6 +117,7 @@ def assert_alike(one: Path, two: Path, tolerance: float = 1e-5) -> None:
         assert torch.allclose(tensor, other[name], atol=tolerance), name
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_reach_the_weights_of_one(pair):
     assert_alike(pair / "one", pair / "two")
     values = [r["validation"]["loss"] for run in ("one", "two") for r in numbers(pair / run) if "validation" in r]
@@ -133,6 +135,7 @@ def test_full_training_starts_from_the_decoders_weights(stages, decoder_folder, 
     assert torch.allclose(own["decoder.layers.1.mlp.down_proj.weight"], base["model.layers.1.mlp.down_proj.weight"], atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["one", "two"])
 def test_checkpoints_go_from_sharded_to_unsharded_runs_and_back(pair, tmp_path, start):
     """The half-way checkpoint of either run, continued by the other kind, reaches the same weights."""
@@ -148,6 +151,7 @@ def test_checkpoints_go_from_sharded_to_unsharded_runs_and_back(pair, tmp_path, 
     assert_alike(pair / "one", out)
 
 
+@pytest.mark.slow
 def test_sharded_ranks_compute_in_bf16_accumulate_and_go_on_when_one_is_left_without_samples(
     pair, stages, decoder_folder, tmp_path  # noqa: F811
 ):

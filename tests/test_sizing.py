@@ -82,6 +82,7 @@ def sent(argv: list[str], path: Path) -> dict[str, int]:
     return {"all_reduce": one["all_reduce"], "all_gather": one["all_gather"], "gathered": gathered, "scattered": scattered}
 
 
+@pytest.mark.slow
 def test_a_contrastive_step_sends_the_predicted_bytes(prepared, tmp_path):
     argv = tiny(prepared, tmp_path / "run", "--accumulate", 2)
     argv[argv.index("--batch-size") + 1] = "2"
@@ -94,6 +95,7 @@ def test_a_contrastive_step_sends_the_predicted_bytes(prepared, tmp_path):
     assert expected.sent(2) == expected.gradients + expected.embeddings + expected.numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_step_of_a_language_stage_sends_the_predicted_bytes(stages, decoder_folder, tmp_path, shard):  # noqa: F811
     flags = ("--decoder", decoder_folder, "--full", "--vision", "stage1", "--no-augment", "--accumulate", 2)
@@ -111,6 +113,7 @@ def test_a_step_of_a_language_stage_sends_the_predicted_bytes(stages, decoder_fo
     assert found["all_reduce"] + found["all_gather"] == expected.gradients + expected.numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_tensors_that_autograd_keeps_are_counted_without_data(precision):
     for name, stage in (("hsenet-tiny", "clip1"), ("reaf-tiny", "clip1")):

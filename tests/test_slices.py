@@ -198,6 +198,7 @@ def test_features_are_the_encoders_of_the_source_files_slices(complete, encoder,
     assert not torch.allclose(one, two, atol=1e-2) and not torch.allclose(one, one.flip(0), atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "workers"), [(7, 1), (100, 2)])
 def test_batches_and_workers_do_not_change_features(data, complete, encoder, provenance, batch, workers):
     assert add_slice_features(data, encoder, provenance, workers, progress=False, batch=batch) == []
@@ -366,6 +367,7 @@ def test_missing_and_short_features_are_named_before_training(done, data):
         load_manifest(data).require_slices({}, "the run")
 
 
+@pytest.mark.slow
 def test_a_source_that_is_gone_or_damaged_is_refused_by_name(phantom_root, tmp_path, encoder, provenance):
     tree, out = shutil.copytree(phantom_root, tmp_path / "tree"), tmp_path / "out"
     gone, damaged, no_volume = (next(tree.rglob(f"train_{i}_a_1.nii.gz")) for i in (1, 2, 3))
@@ -384,6 +386,7 @@ def test_a_source_that_is_gone_or_damaged_is_refused_by_name(phantom_root, tmp_p
     assert len(refused(out)) == 3
 
 
+@pytest.mark.slow
 def test_slices_read_a_file_as_its_volume_was_read(phantom_root, tmp_path, encoder, provenance):
     tree, out = shutil.copytree(phantom_root, tmp_path / "tree"), tmp_path / "out"
     blank = next(tree.rglob("train_1_a_1.nii.gz"))
@@ -411,6 +414,7 @@ def test_an_encoder_that_gives_nan_is_named(data, provenance):
     assert not list(data.glob("slices/*.npy"))
 
 
+@pytest.mark.slow
 def test_volumes_prepared_again_keep_their_features(phantom_root, tmp_path, encoder, provenance):
     tree, out = shutil.copytree(phantom_root, tmp_path / "tree"), tmp_path / "out"
     again = lambda: prepare(read_ct_rate(tree), out, Options(RECIPE), progress=False)  # noqa: E731
@@ -488,6 +492,7 @@ def test_what_is_no_slice_encoder_is_refused(tmp_path, encoder):
             load_slice_encoder(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_command_adds_features_to_prepared_volumes(data, tmp_path, encoder):
     save_slice_encoder(tmp_path / "encoder", encoder)
     flags = ("--slices", tmp_path / "encoder", "--slice-recipe", "phantom", "--device", "cpu", "--out")
@@ -504,6 +509,7 @@ def test_the_command_adds_features_to_prepared_volumes(data, tmp_path, encoder):
     assert script("preprocess.py", *flags, data, "--allow-refused").returncode == 0
 
 
+@pytest.mark.slow
 def test_an_interrupt_between_processes_is_clean_and_the_same_command_continues(data, tmp_path, encoder):
     save_slice_encoder(tmp_path / "encoder", encoder)
     flags = ["--slices", tmp_path / "encoder", "--device", "cpu", "--out", data, "--workers", 2, "--slice-batch", 32]
@@ -523,6 +529,7 @@ def test_an_interrupt_between_processes_is_clean_and_the_same_command_continues(
     load_manifest(data).check(["train", "validation"], slices=True)
 
 
+@pytest.mark.slow
 def test_one_command_makes_phantoms_volumes_and_features(tmp_path, encoder):
     save_slice_encoder(tmp_path / "encoder", encoder)
     done = script("preprocess.py", "--dataset", "phantom", "--out", tmp_path / "out", "--train-size", 2, "--valid-size", 1,
@@ -550,6 +557,7 @@ def test_the_command_replaces_features_with_a_flag(done, tmp_path):
     assert load_manifest(done).slices["encoder"] == str(tmp_path / "encoder")
 
 
+@pytest.mark.slow
 def test_wrong_slice_flags_are_one_line(data, tmp_path, encoder):
     save_slice_encoder(tmp_path / "encoder", encoder)
     lines = {

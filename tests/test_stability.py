@@ -67,6 +67,7 @@ def names_of(data: Path, step: int) -> set[str]:
     return {entries[row]["id"] for _, row in batches[step - 1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_logged_with_its_samples(prepared, tmp_path, spoil, gradient):
     out = tmp_path / "run"
@@ -87,6 +88,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_logged_with_its_sample
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+@pytest.mark.slow
 def test_all_ranks_skip_what_one_of_them_finds(prepared, tmp_path):
     out = tmp_path / "run"
     argv = tiny(prepared, out, "--max-steps", 4, "--save-every", 1, "--keep", 9, "--batch-size", 2)
@@ -100,6 +102,7 @@ def test_all_ranks_skip_what_one_of_them_finds(prepared, tmp_path):
     assert files[0] == files[1] != files[2]
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_stop_the_run_with_the_reason_and_weights_from_before(prepared, finished, tmp_path, spoil):  # noqa: F811
     out = tmp_path / "run"
     argv = tiny(prepared, out, "--max-steps", 8, "--save-every", 100, "--max-skipped", 1)
@@ -113,6 +116,7 @@ def test_too_many_skipped_steps_stop_the_run_with_the_reason_and_weights_from_be
     assert train.main([*argv, "--resume", "--max-skipped", "3"]) == 0
 
 
+@pytest.mark.slow
 def test_fp16_scaling_is_part_of_the_checkpoint_and_its_overflows_are_no_trouble(prepared, tmp_path, monkeypatch):
     """The scale starts far too large: the first steps overflow, and are counted apart."""
     large = partial(torch.amp.GradScaler, init_scale=2.0**60, backoff_factor=2.0**-12, growth_factor=4, growth_interval=2)
@@ -172,6 +176,7 @@ def test_a_step_reads_from_the_device_once(prepared, tmp_path, monkeypatch):
     assert [[read for read in step if read != "item"] for step in seen] == [[(1, 3)]] * 3
 
 
+@pytest.mark.slow
 def test_utilisation_is_flops_per_second_over_the_devices_peak_and_counting_changes_nothing(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
     assert count_flops(lambda: (nn.Linear(8, 4)(torch.zeros(2, 8)),)) == 2 * (2 * 2 * 8 * 4)  # forward; the weight's gradient
     monkeypatch.setattr("reaf_hsenet.train.training.peak_flops", lambda device, dtype: 1e12)
@@ -217,6 +222,7 @@ def test_the_share_of_waiting_is_the_time_until_a_batch_is_there(monkeypatch):
     assert read["waiting"] == 9 / 12 and read["samples_per_s"] == 3 * 4 / 12 and "mfu" not in read
 
 
+@pytest.mark.slow
 def test_profile_writes_a_trace_of_steps_5_to_10(prepared, tmp_path):
     assert train.main(tiny(prepared, tmp_path / "r", "--max-steps", 11, "--validate-every", 1, "--profile")) == 0
     with gzip.open(tmp_path / "r/profile/steps-5-10.json.gz") as file:
@@ -232,6 +238,7 @@ def test_a_trace_that_cannot_be_written_ends_no_run(prepared, tmp_path, capsys):
     assert "r/profile: the trace cannot be written (File exists); training goes on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process_stops_the_run_with_a_checkpoint_though_its_loaders_get_it_too(prepared, tmp_path):
     """As a scheduler sends it: SIGUSR1 before the end of time, then SIGTERM."""
     for number, code in ((signal.SIGUSR1, 138), (signal.SIGTERM, 143)):
@@ -266,6 +273,7 @@ def strict_log(run: Path) -> list[dict]:
     return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_diagnosed_and_keeps_its_best_and_its_last_good_checkpoint(prepared, tmp_path, monkeypatch, capsys):
     """Validations at steps 3, 6, 9; the weights break in step 6, which is itself finite."""
     out, argv = tmp_path / "run", tiny(prepared, tmp_path / "run", "--max-steps", 9, "--save-every", 1, "--keep", 1, "--validate-every", 0.33)
@@ -312,6 +320,7 @@ def test_one_validation_that_is_not_finite_ends_no_run(prepared, tmp_path, monke
         ["not_finite"], ["validation"], ["validation"]]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_diverged_language_run_is_diagnosed_and_its_log_is_json(stages, tmp_path, monkeypatch):  # noqa: F811
     out = tmp_path / "run"
     explode(monkeypatch, 3)

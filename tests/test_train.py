@@ -75,6 +75,7 @@ def numbers(run: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in ("samples_per_s", "memory_gb", "waiting")} for r in Run(run).read_log()]
 
 
+@pytest.mark.slow
 def test_run_folder_holds_what_the_design_says(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["stage"] == "clip1" and config["total_steps"] == 8 and config["recipe"]["size"] == [16, 32, 32]
@@ -87,6 +88,7 @@ def test_run_folder_holds_what_the_design_says(finished):
     assert not list(finished.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_moves_every_parameter(prepared, tmp_path, finished):
     assert train.main(tiny(prepared, tmp_path / "r", "--max-steps", 40, "--lr", "2e-3")) == 0
     losses = [r["loss"] for r in numbers(tmp_path / "r") if "loss" in r]
@@ -117,6 +119,7 @@ def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     at_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "number", "code"), [(2, signal.SIGTERM, 143), (5, signal.SIGINT, 130), (3, signal.SIGUSR1, 138)]
 )
@@ -172,6 +175,7 @@ def test_accumulation_equals_its_parts(prepared, tmp_path):
     assert json.loads((tmp_path / "r/config.json").read_text())["total_steps"] == (rows // 4 // 2) * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_and_gradient_checkpointing_train(prepared, tmp_path, finished, precision):
     more = ("--max-steps", 8, "--precision", precision, "--grad-checkpoint")
@@ -187,6 +191,7 @@ def torchrun(processes: int, *arguments, cwd: Path) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_global_batch(prepared, finished, tmp_path):
     arguments = tiny(prepared, tmp_path / "two", "--max-steps", 8, "--save-every", 3, "--keep", 9)
     arguments[arguments.index("--batch-size") + 1] = "2"
@@ -201,6 +206,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(prepared, finishe
     assert all(shown in done.stderr for shown in (" samples/s", "gradient ", "waiting ", " GB"))
 
 
+@pytest.mark.slow
 def test_more_processes_than_samples_is_one_line(prepared, tmp_path):
     values = json.loads((prepared / "manifest.json").read_text())
     data = shutil.copytree(prepared, tmp_path / "data")
@@ -280,6 +286,7 @@ def test_wrong_flags_are_named(prepared, tmp_path):
     wrong(tiny(prepared, out, "--best-by", "loss"), "--best-by loss: the validation measures report_to_volume/R@1, .*R@10$")
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     line = error_line(script("train.py", "--stage", "clip1", "--batch-size", 0, cwd=tmp_path))
     assert line == "error: --batch-size 0: expected more than 0"

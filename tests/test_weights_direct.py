@@ -45,6 +45,7 @@ def m3d_clip(tmp_path_factory) -> Path:
     return published.write_m3d_clip(tmp_path_factory.mktemp("weights") / "M3D-CLIP").parent
 
 
+@pytest.mark.slow
 def test_its_folder_is_evaluated_as_its_converted_run_is(m3d_clip, words, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
@@ -99,6 +100,7 @@ def language(tmp_path_factory, words):
     return packers, ["--decoder", str(decoder), "--encoders", str(encoders), "--text-model", str(words)]
 
 
+@pytest.mark.slow
 def test_packers_and_adapters_write_the_report_that_their_converted_run_writes(language, phantom_root, tmp_path, capsys):
     packers, flags = language
     assert convert(["convert", str(packers), str(tmp_path / "run"), *flags]) == 0
@@ -114,6 +116,7 @@ def test_packers_and_adapters_write_the_report_that_their_converted_run_writes(l
     assert first["report"] == second["report"]
 
 
+@pytest.mark.slow
 def test_packers_and_adapters_are_evaluated_as_they_are(language, data, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     packers, flags = language
@@ -126,6 +129,7 @@ def test_packers_and_adapters_are_evaluated_as_they_are(language, data, words, t
     assert not (packers.parent / "eval").exists()
 
 
+@pytest.mark.slow
 def test_answers_of_packers_that_stood_on_something_else_are_not_used(language, data, tmp_path, monkeypatch, capsys):
     packers, flags = language
     sliced, encoder = shutil.copytree(data, tmp_path / "sliced"), published.write(tmp_path / "slices.bin", published.mae(48))

@@ -52,6 +52,7 @@ def line(arguments) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_stage_2_learns_from_a_published_stage_1_file_whose_vocabulary_lies_elsewhere(data, words, tmp_path, capsys):
     file = published.write_m3d_clip(tmp_path / "M3D-CLIP")
     (file.parent / "vocab.txt").unlink()
@@ -69,6 +70,7 @@ def test_stage_2_learns_from_a_published_stage_1_file_whose_vocabulary_lies_else
     assert "is a clip2 run of hsenet; the teacher is hsenet's clip1" in line(wrong)
 
 
+@pytest.mark.slow
 def test_stage_2_from_a_2e3_file_asks_for_its_teacher_and_takes_that_of_its_converted_run(data, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3())
@@ -83,6 +85,7 @@ def test_stage_2_from_a_2e3_file_asks_for_its_teacher_and_takes_that_of_its_conv
     assert "2e3-run/stage1 has no data set of its own" in line(["--stage", "clip2", "--init", tmp_path / "2e3-run", "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_a_published_folder_without_vocabulary_starts_a_run_with_that_of_text_model(data, words, tmp_path, monkeypatch):
     folder = published.write_m3d_clip(tmp_path / "M3D-CLIP").parent
     (folder / "vocab.txt").unlink()

@@ -40,6 +40,7 @@ def wrong(words: str, call, *arguments) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_evaluated_and_the_results_say_so(run, tmp_path, capsys):
     found = evaluated(run, tmp_path / "eval")
     assert (found["checkpoint_name"], found["checkpoint_step"], found["checkpoint_chosen_on"]) == ("last", 8, None)
@@ -108,6 +109,7 @@ def test_a_run_starts_from_the_checkpoint_that_its_path_names_and_resumes_with_t
     assert torch.equal(weights(tmp_path / "best")["vision.pos_embed"], weights(run, "best")["vision.pos_embed"])
 
 
+@pytest.mark.slow
 def test_what_a_run_was_made_from_is_found_by_its_hash_whichever_checkpoint_that_is(run, prepared, tmp_path):
     """Runs of before took `best`, and the last one moves when a run is trained on."""
     data = shutil.copytree(prepared, tmp_path / "data")

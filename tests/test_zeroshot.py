@@ -334,6 +334,7 @@ def test_wrong_flags_are_named(run, tmp_path, monkeypatch):
         evaluate.main(["--task", "retrieval", "--run", str(run), "--label-set", "ct-rate"])
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_exit_code_2(run):
     line = error_line(script("evaluate.py", "--task", "zeroshot", "--run", run, "--prompts", "none.json"))
     assert line.startswith("error: --prompts none.json: no such file")
@@ -351,6 +352,7 @@ def test_the_bootstrap_is_switched_off_and_seeded(run, tmp_path, capsys):
     assert found[0] == evaluated(run, tmp_path / "c")["means"] != found[1]
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(run, tmp_path):
     # Without the -- torchrun takes --run for an abbreviation of a flag of its own.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",

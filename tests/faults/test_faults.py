@@ -427,6 +427,7 @@ def filled(command: str, scene: Scene) -> list[str]:
     return [re.sub(r"\{([\w.]+)\}", place, word) for word in shlex.split(command)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ROWS)
 def test_a_fault_ends_in_its_exit_code_and_its_one_line(fault, originals, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -445,6 +446,7 @@ def test_a_fault_ends_in_its_exit_code_and_its_one_line(fault, originals, tmp_pa
     assert before <= {path for path in tmp_path.rglob("*") if path.is_file()}  # what was there is there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["preprocess: table is empty", "train: manifest nested 50,000 deep", "evaluate: run whose width is 10^9",
                                   "infer: scan of a kilometre a voxel"])  # fmt: skip
 def test_a_process_of_its_own_ends_in_the_same_line(name, originals, tmp_path):

@@ -131,6 +131,7 @@ def nifti() -> bytes:
     return nib.Nifti1Image(voxels, np.diag([-2.0, -2.0, 3.0, 1.0])).to_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_a_thousand_mutated_scans(tmp_path, ending):
     whole, path = nifti(), tmp_path / f"scan{ending}"
@@ -207,6 +208,7 @@ def documents(prepared, tmp_path_factory) -> dict[str, tuple]:
 NAMES = ("manifest", "run", "language run", "prompts", "HSENet's data", "REAF's reports", "BERT", "decoder", "adapter", "tokenizer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_hundreds_of_mutated_json_files(documents, tmp_path, name):
     values, file, read = documents[name]
@@ -215,6 +217,7 @@ def test_hundreds_of_mutated_json_files(documents, tmp_path, name):
     feed(80, name, lambda rng: mutated_json(values, rng), tmp_path / file, read, tmp_path / file)
 
 
+@pytest.mark.slow
 def test_a_thousand_mutated_safetensors(tmp_path):
     small = save({"image": torch.eye(3), "b": torch.ones(2, dtype=torch.bfloat16)}, {"ids": "a\nb\nc", "model": "0" * 64})
     path = tmp_path / "model.safetensors"
