@@ -11,8 +11,8 @@ from reaf_hsenet.data.language import (
     language_example,
     question_text,
 )
-from reaf_hsenet.text.cleaning import clean_report
-from reaf_hsenet.text.loading import load_tokenizer
+from reaf_hsenet.data.text import clean_report
+from reaf_hsenet.tokenizer.loading import load_tokenizer
 
 
 def check_tokenizers(case: Case) -> Iterator[Check]:

@@ -18,7 +18,7 @@ from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 from test_clip2_runs import stage2
 from test_language_runs import decoder_folder, language, stages  # noqa: F401  (fixtures)
 from test_train import (  # noqa: F401  (a fixture)

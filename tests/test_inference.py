@@ -39,7 +39,7 @@ from reaf_hsenet.runs.answering import answer, answer_text
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.generation import Sampling
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 from reaf_hsenet.weights.slice_encoder import describe, save_slice_encoder
 
 

@@ -24,6 +24,7 @@ from reaf_hsenet.data.loader import read_prepared
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.phantom.findings import LABELS
 from reaf_hsenet.data.slice_features import add_slice_features
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import language_evaluation, language_scores
@@ -38,8 +39,7 @@ from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.generation import generate
 from reaf_hsenet.runs.trained import load_dual_encoder, load_mllm
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.text.cleaning import clean_report
-from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 from reaf_hsenet.weights.slice_encoder import describe
 from test_text_metrics import bert_folder
 

@@ -13,7 +13,7 @@ from reaf_hsenet.data.language import (
     question_text,
 )
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.text.loading import load_tokenizer
+from reaf_hsenet.tokenizer.loading import load_tokenizer
 
 FOLDERS = Path(__file__).parent / "golden" / "tokenizers"
 

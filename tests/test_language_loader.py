@@ -11,9 +11,9 @@ from reaf_hsenet.data.language import IMAGE_TOKEN, add_image_tokens
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.questions import label_list, report_prompts
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.text.cleaning import clean_report
-from reaf_hsenet.text.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.word_tokenizer import train_words
 
 
 @pytest.fixture(scope="module")

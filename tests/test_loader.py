@@ -13,11 +13,11 @@ from reaf_hsenet.data.augment import augment, augment_with_slices, translate
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.samplers import GlobalBatches, InOrder
+from reaf_hsenet.data.text import clean_report, shorten_report
 from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.text.cleaning import clean_report, shorten_report
-from reaf_hsenet.text.loading import load_wordpiece
-from reaf_hsenet.text.tokenizer import WordPiece, train_wordpiece
+from reaf_hsenet.tokenizer.loading import load_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import WordPiece, train_wordpiece
 
 EXAMPLES = json.loads((Path(__file__).parent / "golden/augmentation_examples.json").read_text())
 ALWAYS = dict.fromkeys(("rotate", "flip", "scale", "shift"), 0.0)

@@ -28,7 +28,7 @@ from reaf_hsenet.data.sources.reaf_dataset import read_reaf
 from reaf_hsenet.data.volume import read_volume
 from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 
 SMALL = ("--size", 24, 48, 64)
 RECIPE = replace(RECIPES["reaf"], size=(24, 48, 64))  # pads depth and width of a small_ct and crops its height

@@ -29,7 +29,7 @@ from reaf_hsenet.data.sources.datasets import read_ct_rate
 from reaf_hsenet.data.volume import Volume, read_volume
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
-from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 from reaf_hsenet.weights import load_strictly, slice_encoder_state
 from reaf_hsenet.weights.slice_encoder import describe, load_slice_encoder, save_slice_encoder
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as Backend
 
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.text.loading import has_wordpiece, load_tokenizer, load_wordpiece
-from reaf_hsenet.text.tokenizer import Tokenizer, WordPiece, check_fits
+from reaf_hsenet.tokenizer.loading import has_wordpiece, load_tokenizer, load_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer, WordPiece, check_fits
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = GOLDEN / "tokenizers"

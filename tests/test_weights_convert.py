@@ -27,7 +27,7 @@ from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.dual import fusion_constants, load_published_dual
 from reaf_hsenet.runs.trained import load_dual_encoder, load_mllm
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.text.loading import load_tokenizer
+from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.weights import bert_config, load_strictly, read_checkpoint, reaf_state
 from reaf_hsenet.weights.__main__ import main
 from reaf_hsenet.weights.packer import packer_state

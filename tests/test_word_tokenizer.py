@@ -1,8 +1,8 @@
 """The vocabulary of whole words: text comes back, numbers by digits, the same entries every time."""
 
 from reaf_hsenet.data.language import add_image_tokens
-from reaf_hsenet.text.loading import load_tokenizer
-from reaf_hsenet.text.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.loading import load_tokenizer
+from reaf_hsenet.tokenizer.word_tokenizer import train_words
 
 TEXTS = ["A nodule of 12 mm is seen in the right lung.", "No nodule. The heart is normal (CTR 0.48).", "The lung is clear."]
 

@@ -26,7 +26,7 @@ from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import load_dual_encoder
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.text.tokenizer import train_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 
 CT_RATE_16 = {"Medical material", "Lymphadenopathy"}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.text.tokenizer import Tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 IGNORED = -100  # a label that is not learned
 IMAGE_TOKEN = "<im_patch>"

@@ -26,9 +26,9 @@ from reaf_hsenet.data.language import (
 from reaf_hsenet.data.loader import empty_sample, part_unreadable, read_sample, read_slices, with_tensors
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, label_list, question_answer, questions, report_prompt
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.text.cleaning import clean_report
-from reaf_hsenet.text.tokenizer import Tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass

@@ -14,10 +14,10 @@ from reaf_hsenet.data.augment import augment_with_slices
 from reaf_hsenet.data.bad_volumes import BadVolumes, Unreadable
 from reaf_hsenet.data.manifest import Manifest, table_row
 from reaf_hsenet.data.reading import load_tensor, read_input
+from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import named
-from reaf_hsenet.text.cleaning import clean_report, plain_report, shorten_report
-from reaf_hsenet.text.tokenizer import WordPiece
+from reaf_hsenet.tokenizer.tokenizer import WordPiece
 
 
 @dataclass

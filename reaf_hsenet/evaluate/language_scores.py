@@ -13,6 +13,7 @@ import numpy as np
 
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.phantom.findings import LABELS
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.evaluate.language_evaluation import Asked
 from reaf_hsenet.files import atomic_write
 from reaf_hsenet.metrics.bertscore import Bert, bert_score
@@ -20,7 +21,6 @@ from reaf_hsenet.metrics.clinical import attribute_agreement, clinical_report, p
 from reaf_hsenet.metrics.text import ORDERS, SAMPLE_SCORES, nltk_meteor, sample_scores, text_report
 from reaf_hsenet.metrics.vqa import ANATOMIES, anatomy_of, answer_accuracies, vqa_report
 from reaf_hsenet.runs.checkpoint import Choice
-from reaf_hsenet.text.cleaning import clean_report
 
 Labeler = Callable[[Sequence[str]], np.ndarray]  # texts -> (n, 18) of 0 and 1
 SHOWN_TEXT = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-1", "ROUGE-L", "METEOR")

@@ -11,7 +11,7 @@ from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm
 from reaf_hsenet.runs.answering import answer_text, check_context, prompt_embeddings, question_ids, stop_ids
 from reaf_hsenet.runs.generation import Sampling, steps
-from reaf_hsenet.text.tokenizer import Tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 
 def answer_length(config: MllmConfig, tokenizer: Tokenizer, question: str, wanted: int | None, usual: int) -> int:

@@ -20,6 +20,7 @@ from reaf_hsenet.config import GENERATION, ClipConfig, GuidedVisionConfig, ReafV
 from reaf_hsenet.data.labels import LabelTable, load_label_set
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.slice_features import slices_wanted
+from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import figures, zeroshot
@@ -40,8 +41,7 @@ from reaf_hsenet.runs.trained import (
     load_published,
 )
 from reaf_hsenet.settings import from_dict
-from reaf_hsenet.text.cleaning import clean_report, plain_report, shorten_report
-from reaf_hsenet.text.loading import load_tokenizer
+from reaf_hsenet.tokenizer.loading import load_tokenizer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

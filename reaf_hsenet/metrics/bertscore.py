@@ -20,8 +20,8 @@ from reaf_hsenet.config import TextConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.metrics.text import check_pairs, cleaned_pairs
 from reaf_hsenet.models.text_encoder import TextEncoder
-from reaf_hsenet.text.loading import load_tokenizer
-from reaf_hsenet.text.tokenizer import Tokenizer, check_fits
+from reaf_hsenet.tokenizer.loading import load_tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits
 from reaf_hsenet.weights import bert_config, bert_state, load_strictly, read_weights
 
 AROUND = {"bert": ("[CLS]", "[SEP]"), "roberta": ("<s>", "</s>")}

@@ -11,9 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.metrics.porter import porter_stem
-from reaf_hsenet.text.cleaning import clean_report
 
 ORDERS = (1, 2, 3, 4)
 SAMPLE_SCORES = (*(f"ngram_precision_{n}" for n in ORDERS), "rouge1", "rougeL", "meteor_without_synonyms")

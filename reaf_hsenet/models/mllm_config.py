@@ -13,7 +13,7 @@ from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.projectors import PROJECTORS, build_projector
 from reaf_hsenet.settings import check_ranges, setting
-from reaf_hsenet.text.tokenizer import Tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 # The encoders whose patch tokens the decoder sees.
 VISION = {"dual": ("stage1", "2e3"), "stage1": ("stage1",), "2e3": ("2e3",), "reaf": ("reaf",)}

@@ -13,7 +13,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.packed import packable
 from reaf_hsenet.runs.generation import Sampling, generate
-from reaf_hsenet.text.tokenizer import Tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 
 @torch.inference_mode()

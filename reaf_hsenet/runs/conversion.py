@@ -18,7 +18,7 @@ from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.dual import PublishedDual
 from reaf_hsenet.runs.language import PublishedLanguage
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.text.loading import load_tokenizer
+from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.weights.reading import State
 
 NOT_USED = "not_used.safetensors"  # what a published file has and no model here takes; `export` gives it back

@@ -17,8 +17,8 @@ from reaf_hsenet.models.fusion import build_fusion
 from reaf_hsenet.models.positions import resample_3d
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.settings import from_dict
-from reaf_hsenet.text.loading import has_wordpiece, load_wordpiece
-from reaf_hsenet.text.tokenizer import WordPiece
+from reaf_hsenet.tokenizer.loading import has_wordpiece, load_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import WordPiece
 from reaf_hsenet.weights import bert_config
 from reaf_hsenet.weights.families import FILES, Family, Source, identify
 from reaf_hsenet.weights.loading import load_strictly, require_fit

@@ -22,8 +22,8 @@ from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.dual import PublishedDual, load_published_dual, open_source
 from reaf_hsenet.settings import from_dict
-from reaf_hsenet.text.loading import FORMS, load_tokenizer
-from reaf_hsenet.text.tokenizer import Tokenizer, check_fits
+from reaf_hsenet.tokenizer.loading import FORMS, load_tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits
 from reaf_hsenet.weights.adapters import CONFIG as ADAPTER_CONFIG
 from reaf_hsenet.weights.adapters import adapter_parameters, adapter_settings
 from reaf_hsenet.weights.decoder import FILES

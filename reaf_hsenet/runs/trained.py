@@ -24,8 +24,8 @@ from reaf_hsenet.runs.checkpoint import Choice, Run, weights_sha256
 from reaf_hsenet.runs.dual import load_published_dual, open_source
 from reaf_hsenet.runs.language import load_published_language
 from reaf_hsenet.settings import from_dict
-from reaf_hsenet.text.loading import load_tokenizer, load_wordpiece
-from reaf_hsenet.text.tokenizer import Tokenizer, WordPiece
+from reaf_hsenet.tokenizer.loading import load_tokenizer, load_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer, WordPiece
 from reaf_hsenet.weights import load_strictly
 from reaf_hsenet.weights.decoder import FILES, load_decoder, resize_vocabulary
 from reaf_hsenet.weights.loading import require_fit

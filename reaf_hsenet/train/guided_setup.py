@@ -12,7 +12,7 @@ from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import DualEncoderRun, is_published, load_source
-from reaf_hsenet.text.tokenizer import WordPiece
+from reaf_hsenet.tokenizer.tokenizer import WordPiece
 from reaf_hsenet.train.phantom_data import phantom_folder
 from reaf_hsenet.train.phantom_slices import add_phantom_slices
 

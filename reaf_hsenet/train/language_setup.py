@@ -11,6 +11,7 @@ from reaf_hsenet.config import NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LE
 from reaf_hsenet.data.language import LIST_END, add_image_tokens, label_token
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, questions, report_prompts, templates
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256, find_folder, fingerprint
@@ -21,10 +22,9 @@ from reaf_hsenet.presets import stage_config
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import DualEncoderRun, decoder_hashes, load_dual_encoder
 from reaf_hsenet.settings import from_dict, to_dict
-from reaf_hsenet.text.cleaning import clean_report
-from reaf_hsenet.text.loading import load_tokenizer
-from reaf_hsenet.text.tokenizer import Tokenizer, check_fits
-from reaf_hsenet.text.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.loading import load_tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits
+from reaf_hsenet.tokenizer.word_tokenizer import train_words
 from reaf_hsenet.train.guided_setup import load_teacher
 from reaf_hsenet.train.resumed_setup import refuse_changes, resumable, resumed_settings
 from reaf_hsenet.train.run_setup import changed_settings, data_of, located

@@ -10,7 +10,7 @@ from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.settings import from_dict
-from reaf_hsenet.text.loading import load_wordpiece
+from reaf_hsenet.tokenizer.loading import load_wordpiece
 from reaf_hsenet.train.guided_setup import resumed_teacher
 from reaf_hsenet.train.run_setup import VISION_FLAGS, Setup, located
 from reaf_hsenet.train.train_flags import flag, given

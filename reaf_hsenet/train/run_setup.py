@@ -8,6 +8,7 @@ import torch
 
 from reaf_hsenet.config import NO_AUGMENTATION, ClipConfig, GuidedVisionConfig, LoraConfig, TrainConfig
 from reaf_hsenet.data.manifest import Manifest, load_manifest
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import find_folder
@@ -17,9 +18,8 @@ from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.dual import TEXT_FILES
 from reaf_hsenet.runs.trained import DualEncoderRun, is_published, load_dual_encoder
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.text.cleaning import clean_report
-from reaf_hsenet.text.loading import has_wordpiece, load_wordpiece
-from reaf_hsenet.text.tokenizer import WordPiece, train_wordpiece
+from reaf_hsenet.tokenizer.loading import has_wordpiece, load_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import WordPiece, train_wordpiece
 from reaf_hsenet.train.guided_setup import find_teacher, guided_config, require_vocabulary
 from reaf_hsenet.train.phantom_data import PHANTOM, phantom_manifest
 from reaf_hsenet.weights import bert_config, bert_state, initial_state, read_checkpoint, read_weights

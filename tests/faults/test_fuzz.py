@@ -35,7 +35,7 @@ from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.dual import load_published_dual
 from reaf_hsenet.settings import from_dict
-from reaf_hsenet.text.loading import load_tokenizer
+from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.weights import bert_config, read_weights_file
 from reaf_hsenet.weights.adapters import adapter_settings
 from reaf_hsenet.weights.decoder import stored_tensors

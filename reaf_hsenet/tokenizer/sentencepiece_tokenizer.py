@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write
-from reaf_hsenet.text.tokenizer import Added, Tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Added, Tokenizer
 
 WORD_START = "\u2581"  # a space, as sentencepiece spells it
 

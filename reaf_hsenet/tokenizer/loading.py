@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Backend
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import find_folder, named, read_json, read_object
-from reaf_hsenet.text.sentencepiece_tokenizer import SentencePiece
-from reaf_hsenet.text.tokenizer import BERT_RULES, FLAGS, ROLES, Added, Tokenizer, WordPiece
+from reaf_hsenet.tokenizer.sentencepiece_tokenizer import SentencePiece
+from reaf_hsenet.tokenizer.tokenizer import BERT_RULES, FLAGS, ROLES, Added, Tokenizer, WordPiece
 
 GPT2_NAMES = dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>")
 SWITCHES = ("add_bos_token", "add_eos_token", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "do_basic_tokenize")

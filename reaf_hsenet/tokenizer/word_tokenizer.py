@@ -11,7 +11,7 @@ from collections import Counter
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from reaf_hsenet.text.tokenizer import Tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 PIECES = r" ?[A-Za-z]+| ?[0-9]|[^A-Za-z0-9]"
 NAMES = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}

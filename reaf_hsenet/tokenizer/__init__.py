@@ -1,0 +1,6 @@
+"""Text to ids and back: the tokenizers of the text encoders and the language models."""
+
+from reaf_hsenet.tokenizer.loading import load_tokenizer, load_wordpiece
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer, WordPiece
+
+__all__ = ["Tokenizer", "WordPiece", "load_tokenizer", "load_wordpiece"]
