@@ -1,5 +1,5 @@
-"""Files that are whole or absent: atomic writes, errors that name the file, and a lock so that one run at a time writes
-into a folder."""
+"""Files that are whole or absent: atomic writes, errors that name the file, a lock so that one run at a time writes
+into a folder, and folders of the Hugging Face hub."""
 
 import csv
 import fcntl

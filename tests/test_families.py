@@ -144,7 +144,7 @@ def test_a_dry_run_says_what_a_checkpoint_is_and_writes_nothing(tmp_path, capsys
     before = sorted(tmp_path.rglob("*"))
     main(["convert", str(file), "--dry-run"])
     said = capsys.readouterr().out
-    assert "M3D-CLIP or HSENet-CLIP, stage clip1" in said and "vision.patch (4, 16, 16)" in said and "heads, by the published rule" in said
+    assert "M3D-CLIP or HSENet-CLIP\n" in said and "stage clip1\n" in said and "vision.patch (4, 16, 16)" in said and "heads, by the published rule" in said
     assert "known, not used here: language_encoder.pooler" in said and f"for: evaluate.py --task retrieval or zeroshot --run {file}" in said
     file = published.write(tmp_path / "c.pth", published.classifier())
     main(["convert", str(file), "--dry-run"])
@@ -163,6 +163,13 @@ def test_a_dry_run_names_what_is_missing_left_over_misshapen_and_not_finite(tmp_
         file = published.write_m3d_clip(tmp_path / "a", state)
         with pytest.raises(InputError, match=words):
             main(["convert", str(file), "--dry-run"])
+
+
+def test_a_dry_run_says_what_a_file_is_before_what_it_lacks(tmp_path, capsys):
+    file = published.write(tmp_path / "mm_projector_and_lora.bin", published.language())
+    with pytest.raises(InputError, match="--decoder: .* holds packers and adapters only"):
+        main(["convert", str(file), "--dry-run"])
+    assert "HSENet's packers and adapters (HSENet-Phi-4-4B)\nfile: " in capsys.readouterr().out
 
 
 def test_a_folder_to_write_or_a_dry_run_is_asked_for(tmp_path):

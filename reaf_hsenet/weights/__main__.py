@@ -16,11 +16,10 @@ from pathlib import Path
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.conversion import write_dual_run, write_language_run
-from reaf_hsenet.runs.dual import PublishedDual, load_published_dual, open_source
+from reaf_hsenet.runs.dual import load_published_dual, open_source
 from reaf_hsenet.runs.export import FORMATS, export
-from reaf_hsenet.runs.language import PublishedLanguage, load_published_language
+from reaf_hsenet.runs.language import load_published_language
 from reaf_hsenet.script import Command, Parser, run_script
-from reaf_hsenet.weights.families import Source
 from reaf_hsenet.weights.reading import summary
 
 PROGRAM = "python -m reaf_hsenet.weights"
@@ -60,12 +59,17 @@ def main(argv: list[str]) -> int:
 
 
 def convert(args: argparse.Namespace) -> list[str]:
-    """Load all of a published checkpoint, print what it is and write it as a run, unless --dry-run; return the notes."""
+    """Load all of a published checkpoint and write it as a run, or with --dry-run say what it is; return the notes."""
     if (args.out is None) != args.dry_run:
         raise InputError(f"{'RUN' if args.dry_run else '--dry-run'}: expected either a folder to write or --dry-run; see {PROGRAM} --help")
     source = open_source(args.file)
-    if args.dry_run and source.family.kind not in ("dual", "language"):
-        return describe(source, None)
+    if args.dry_run:
+        # First what needs nothing but the file: what it lacks is an error of what follows.
+        print(f"{source.name}: {source.family.name}\nfile: {source.file}, {len(source.state)} tensors")
+        for use in source.family.uses:
+            print("for: " + use.replace("FILE", source.name).replace("FOLDER", str(source.folder)))
+        if source.family.kind not in ("dual", "language"):
+            return []
     if source.family.kind == "language":
         for name in ("decoder", "encoders"):
             if getattr(args, name) is None:
@@ -85,23 +89,15 @@ def convert(args: argparse.Namespace) -> list[str]:
             raise InputError(f"--slice-encoder: {args.file} takes no slice features; leave it out")
         write = write_dual_run
     if args.dry_run:
-        return describe(source, made)
-    write(made, args.out)
-    print(f"{args.file}: {source.family.name}, stage {made.stage}")
+        print(f"stage {made.stage}")
+        for key, value in settings(asdict(made.config)):
+            print(f"  {key} {value}")
+        if unused := getattr(made, "not_used", None):
+            print(f"known, not used here: {summary(sorted(unused))}")
+    else:
+        write(made, args.out)
+        print(f"{args.file}: {source.family.name}, stage {made.stage}")
     return list(made.notes)
-
-
-def describe(source: Source, made: PublishedDual | PublishedLanguage | None) -> list[str]:
-    """Print what a checkpoint is and what it is for. made: what it loads as; None for a family that is no run."""
-    print(f"{source.name}: {source.family.name}{f', stage {made.stage}' if made else ''}")
-    print(f"file: {source.file}, {len(source.state)} tensors")
-    for key, value in settings(asdict(made.config)) if made else ():
-        print(f"  {key} {value}")
-    if unused := getattr(made, "not_used", None):
-        print(f"known, not used here: {summary(sorted(unused))}")
-    for use in source.family.uses:
-        print("for: " + use.replace("FILE", source.name).replace("FOLDER", str(source.folder)))
-    return list(made.notes) if made else []
 
 
 def settings(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
