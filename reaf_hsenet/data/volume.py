@@ -58,7 +58,7 @@ def read_volume(
 
     table: the row of a metadata table, if there is one.
     rescale: `auto` applies the table's slope and intercept to values that are not HU already, `metadata` always,
-        `header` never; `none` also skips the check that the values can be HU.
+        `header` never; `none` and `metadata` skip the check that the values can be HU.
     orientation: `stored` keeps the file's axis order, as the published pipelines do.
     assume_orientation: axis codes such as LPS of a file whose header has none.
     header: one of header.HEADERS: what of a header that contradicts itself is believed.
@@ -172,7 +172,8 @@ def choose_rescale(voxels: np.ndarray, path: Path, table: TableRow, rescale: str
     if rescale == "metadata":
         if table.intercept is None and table.slope is None:
             raise InputError(f"{path}: --rescale metadata, but no table gives its slope and intercept")
-        decision, fault = "metadata: slope and intercept of the table applied", not_hu(sample * slope + intercept)
+        # As asked, whatever comes of it: the published code applies CT-RATE's offset to values that have it already.
+        decision, fault = "metadata: slope and intercept of the table applied", None
     elif rescale == "header" or not_hu(sample) is None:
         slope, intercept = 1.0, 0.0
         decision, fault = f"{rescale}: HU already ({facts})", not_hu(sample)
