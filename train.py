@@ -58,7 +58,7 @@ from reaf_hsenet.train.training_state import Outcome, TrainingState
 
 def main(argv: list[str]) -> int:
     args = parse(argv, __doc__)
-    # What a run has built is gone by the time of stop(), as DDP has to be.
+    # Whatever train() has built is gone when it returns, as stop() asks for.
     code = train(args, distributed.start(args.device))
     distributed.stop()  # not after an error, which the other ranks would hear of as a lost connection first
     return code

@@ -1,5 +1,6 @@
 """One process or many: process group, device, and what must agree between ranks."""
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +62,13 @@ def start(device: str | None = None, hours: float = 0.5) -> Ranks:
 
 
 def stop() -> None:
+    """Leave the process group. No DistributedDataParallel may be in use any more.
+
+    One that outlives its group holds the group's last reference, and frees it with the interpreter locked: it then waits
+    for a thread of gloo's that waits for the interpreter, for ever.
+    """
     if dist.is_initialized():
+        gc.collect()  # those that only a cycle of references still holds
         dist.destroy_process_group()
 
 

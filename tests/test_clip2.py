@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from reaf_hsenet import distributed
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.models.clip import build_dual_encoder
@@ -132,7 +133,8 @@ def one_rank(rank: int, world: int, path: str) -> None:
     batch = double(data()).split(3)[rank]
     guided(teacher).loss(encode(ddp, batch), batch, 0)[0].backward()
     torch.save({n: p.grad for n, p in student.named_parameters()}, f"{path}/rank{rank}.pt")
-    dist.destroy_process_group()
+    del ddp  # before its group, see distributed.stop
+    distributed.stop()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from reaf_hsenet import distributed
 from reaf_hsenet.config import ClipConfig, TextConfig
 from reaf_hsenet.models.clip import build_dual_encoder, set_grad_checkpoint
 from reaf_hsenet.train.grad_cache import cached_backward
@@ -126,7 +127,7 @@ def one_rank(rank: int, world: int, path: str, train: bool) -> None:
             gradient /= world
         found["whole"] = expected
     torch.save(found, f"{path}/rank{rank}.pt")
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 @pytest.mark.slow

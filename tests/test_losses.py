@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from reaf_hsenet import distributed
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.train.contrastive import Contrastive, encode
@@ -29,7 +30,8 @@ def one_rank(rank: int, world: int, path: str) -> None:
     loss.backward()
     gradients = {n: p.grad for n, p in model.module.named_parameters()}
     torch.save({"loss": loss.detach(), "gradients": gradients}, f"{path}/rank{rank}.pt")
-    dist.destroy_process_group()
+    del model  # before its group, see distributed.stop
+    distributed.stop()
 
 
 @pytest.mark.slow
@@ -87,7 +89,8 @@ def unequal_rank(rank: int, path: str, counts: list[int]) -> None:
     loss.backward()
     gradients = {n: p.grad for n, p in model.module.named_parameters()}
     torch.save({"loss": loss.detach(), "gradients": gradients}, f"{path}/rank{rank}.pt")
-    dist.destroy_process_group()
+    del model  # before its group, see distributed.stop
+    distributed.stop()
 
 
 @pytest.mark.slow

@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+import weakref
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from conftest import ROOT
+from reaf_hsenet import distributed
 
 PAIRS = """
 import atexit, os, sys, torch
@@ -43,3 +47,12 @@ def test_of_several_processes_each_ends_with_its_code_and_its_exit_functions(tmp
     done = subprocess.run([sys.executable, "-c", PAIRS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == str([7] * 10), done.stderr
     assert done.stdout.count("put in order") == 10 and "terminate called" not in done.stderr
+
+
+def test_ddp_that_a_cycle_holds_is_gone_before_its_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    held = {"ddp": torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))}
+    held["itself"], ddp = held, weakref.ref(held["ddp"])
+    del held
+    distributed.stop()
+    assert ddp() is None and not dist.is_initialized()
