@@ -1,15 +1,16 @@
 """Evaluate a trained run.
 
-    python evaluate.py --task retrieval                                # runs/clip1-hsenet on its validation split
-    python evaluate.py --task retrieval --run RUN --data FOLDER        # any run, any prepared data set
-    python evaluate.py --task zeroshot --prompts organ                 # CT-RATE's classes, with another template
-    python evaluate.py --task retrieval --compare RUN RUN              # evaluated runs side by side
-    python evaluate.py --task mrg                                      # reports of runs/mrg-hsenet
-    python evaluate.py --task vqa --questions location                 # answers of runs/vqa-hsenet
+    python evaluate.py --task retrieval                            # runs/clip1-hsenet on its validation split
+    python evaluate.py --task retrieval --run RUN --data FOLDER    # any run, any prepared data set
+    python evaluate.py --task zeroshot --prompts organ             # CT-RATE's classes, with another template
+    python evaluate.py --task retrieval --compare RUN RUN          # evaluated runs side by side
+    python evaluate.py --task mrg                                  # reports of runs/mrg-hsenet
+    python evaluate.py --task vqa --questions location             # answers of runs/vqa-hsenet
 
-Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv, embeddings.safetensors; zeroshot.json,
-zeroshot_scores.csv; mrg.json, mrg.csv; vqa.json, vqa.csv. An interrupted mrg or vqa goes on where it was when started
-again, with any number of processes. With --figures DIR also pictures (needs matplotlib).
+Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv, embeddings.safetensors;
+zeroshot.json, zeroshot_scores.csv; mrg.json, mrg.csv; vqa.json, vqa.csv. An interrupted mrg or vqa goes on
+where it was when started again, with any number of processes. With --figures DIR also pictures (needs
+matplotlib).
 """
 
 from reaf_hsenet.script import start_script
@@ -57,7 +58,10 @@ def main(argv: list[str]) -> int:
         runs = [comparison.evaluated_run(folder, args.task) for folder in args.compare]
         comparison.print_comparison(results, runs)
         if args.out:
-            write_json(args.out / f"comparison_{args.task}.json", {"runs": list(map(str, args.compare)), "evaluated": runs, **results})
+            write_json(
+                args.out / f"comparison_{args.task}.json",
+                {"runs": list(map(str, args.compare)), "evaluated": runs, **results},
+            )
         return 0
     if args.figures:
         figures.new_figure(1, 1)  # a missing matplotlib is said now, too
@@ -71,14 +75,19 @@ def main(argv: list[str]) -> int:
 
 def results_folder(args: argparse.Namespace) -> Path:
     """--out; else the run's own, or for published weights one here."""
-    return args.out or (Path("eval") / args.run.stem if is_published(args.run) else Run(args.run).folder / "eval")
+    return args.out or (
+        Path("eval") / args.run.stem if is_published(args.run) else Run(args.run).folder / "eval"
+    )
 
 
 def say_checkpoint(args: argparse.Namespace, run: DualEncoderRun | MllmRun) -> None:
     """Print the notes of published weights, and which checkpoint is evaluated."""
     print(*run.origin.get("notes", ()), sep="\n", end="\n" if run.origin.get("notes") else "")
     chosen = run.checkpoint.chosen_on == args.split
-    print(f"{args.run}: checkpoint {run.checkpoint}" + ", chosen on this very split: its scores are optimistic" * chosen)
+    print(
+        f"{args.run}: checkpoint {run.checkpoint}"
+        + ", chosen on this very split: its scores are optimistic" * chosen
+    )
 
 
 def find_data(args: argparse.Namespace, run: DualEncoderRun | MllmRun, reports: bool) -> Manifest:
@@ -210,7 +219,15 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     own = run.train.get("templates") if kind == run.train.get("questions") else None
     templates = read_templates(args.templates, kind) if args.templates else own and tuple(own)
     data = LanguageDataset(
-        manifest, args.split, kind, run.tokenizer, image_tokens, most, slices=run.guided, prompt=prompt, templates=templates
+        manifest,
+        args.split,
+        kind,
+        run.tokenizer,
+        image_tokens,
+        most,
+        slices=run.guided,
+        prompt=prompt,
+        templates=templates,
     )
     everything = asked_rows(data)
     rows = everything[: args.limit]

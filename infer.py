@@ -1,14 +1,15 @@
 """One scan, one trained run: a report, an answer, classes, an embedding, neighbours, a picture.
 
-    python infer.py report scan.nii.gz                                # runs/mrg-hsenet
-    python infer.py ask scan.nii.gz "Is there pleural effusion?"      # runs/vqa-hsenet
-    python infer.py classify scan.nii.gz                              # runs/clip2-hsenet, or runs/clip1-hsenet
+    python infer.py report scan.nii.gz                            # runs/mrg-hsenet
+    python infer.py ask scan.nii.gz "Is there pleural effusion?"  # runs/vqa-hsenet
+    python infer.py classify scan.nii.gz                          # runs/clip2-hsenet, or runs/clip1-hsenet
     python infer.py embed a.nii.gz b.nii.gz --out index.safetensors
     python infer.py search index.safetensors --text "bilateral pleural effusion"
-    python infer.py explain scan.nii.gz --out picture.png             # where the encoder looks
+    python infer.py explain scan.nii.gz --out picture.png         # where the encoder looks
 
-A scan is .nii or .nii.gz in any orientation and spacing, or a .pt volume of REAF; the run's own recipe is applied. Results
-go to stdout, with --json as JSON; which run was used and how the scan was read is said on stderr.
+A scan is .nii or .nii.gz in any orientation and spacing, or a .pt volume of REAF; the run's own recipe is
+applied. Results go to stdout, with --json as JSON; which run was used and how the scan was read is said on
+stderr.
 """
 
 from reaf_hsenet.script import start_script
@@ -49,22 +50,34 @@ def parse(argv: list[str]) -> argparse.Namespace:
         command = commands.add_parser(name, description=meaning, help=meaning)
         if name == "embed":
             command.add_argument("scan", type=Path, nargs="+")
-            command.add_argument("--out", type=Path, metavar="FILE.safetensors", help="write an index, which search reads")
+            command.add_argument(
+                "--out", type=Path, metavar="FILE.safetensors", help="write an index, which search reads"
+            )
         elif name == "search":
-            command.add_argument("index", type=Path, help="file of `embed --out`, or RUN/eval/embeddings.safetensors")
+            command.add_argument(
+                "index", type=Path, help="file of `embed --out`, or RUN/eval/embeddings.safetensors"
+            )
             query = command.add_mutually_exclusive_group(required=True)
             query.add_argument("--text", help="find scans that show this")
-            query.add_argument("--volume", dest="scan", type=Path, metavar="SCAN", help="find scans like this one")
+            query.add_argument(
+                "--volume", dest="scan", type=Path, metavar="SCAN", help="find scans like this one"
+            )
             command.add_argument("--top", type=int, default=5, metavar="N", help="how many (default: 5)")
         else:
             command.add_argument("scan", type=Path)
         if name in ("report", "ask"):
             generation(command, name)
         if name == "classify":
-            command.add_argument("--prompts", default="volume", help="volume, organ or a json file (default: volume)")
-            command.add_argument("--label-set", choices=LABEL_SETS, default="ct-rate", help="default: ct-rate")
+            command.add_argument(
+                "--prompts", default="volume", help="volume, organ or a json file (default: volume)"
+            )
+            command.add_argument(
+                "--label-set", choices=LABEL_SETS, default="ct-rate", help="default: ct-rate"
+            )
         if name == "explain":
-            command.add_argument("--out", type=Path, metavar="FILE.png", help="default: SCAN_explained.png, here")
+            command.add_argument(
+                "--out", type=Path, metavar="FILE.png", help="default: SCAN_explained.png, here"
+            )
         model_and_scan(command, name)
     return check(parser.parse_args(argv))
 
@@ -73,49 +86,97 @@ def generation(command: Parser, name: str) -> None:
     if name == "ask":
         command.add_argument("question")
     else:
-        command.add_argument("--prompt", dest="question", default=GENERATION["mrg"]["prompt"], help="default: %(default)s")
+        command.add_argument(
+            "--prompt", dest="question", default=GENERATION["mrg"]["prompt"], help="default: %(default)s"
+        )
     usual = GENERATION["mrg" if name == "report" else "vqa"]["new_tokens"]
     group = command.add_argument_group("generation")
-    group.add_argument("--new-tokens", type=int, metavar="N", help=f"at most, with the labels that a report of ours starts from (default: {usual}, as far as the context allows)")
-    group.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always (default)")
+    group.add_argument(
+        "--new-tokens",
+        type=int,
+        metavar="N",
+        help=f"at most, with the labels that a report of ours starts from (default: {usual}, as far as the "
+        f"context allows)",
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.0, help="0: the likeliest token, always (default)"
+    )
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that add up to P")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that add up to P"
+    )
     group.add_argument("--seed", type=int, help="of the draws (default: 0)")
-    group.add_argument("--precision", choices=("fp32", "bf16"), help="of the decoder (default: that of its files)")
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="of the decoder (default: that of its files)"
+    )
     group.add_argument("--compile", action="store_true", help="compile the decoder's steps, on a GPU")
 
 
 def model_and_scan(command: Parser, name: str) -> None:
     group = command.add_argument_group("model")
-    group.add_argument("--run", help="run folder of train.py, or published weights: file, "
-                       "folder or hub id (default: the last stage's that can do it, in runs/)")  # fmt: skip
-    group.add_argument("--text-model", metavar="NAME", help="folder or hub id with the vocabulary of a published checkpoint")
+    group.add_argument(
+        "--run",
+        help="run folder of train.py, or published weights: file, "
+        "folder or hub id (default: the last stage's that can do it, in runs/)",
+    )
+    group.add_argument(
+        "--text-model", metavar="NAME", help="folder or hub id with the vocabulary of a published checkpoint"
+    )
     if name in ("report", "ask"):
-        group.add_argument("--decoder", metavar="NAME", help="of published packers and adapters: what they stand on, folder or hub id")
-        group.add_argument("--encoders", metavar="NAME", help="of the same: HSENet-2E3-CLIP, file, folder or hub id, or a clip2 run")
-    group.add_argument("--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)")
+        group.add_argument(
+            "--decoder",
+            metavar="NAME",
+            help="of published packers and adapters: what they stand on, folder or hub id",
+        )
+        group.add_argument(
+            "--encoders",
+            metavar="NAME",
+            help="of the same: HSENet-2E3-CLIP, file, folder or hub id, or a clip2 run",
+        )
+    group.add_argument(
+        "--model", choices=("hsenet", "reaf"), help="whose default run folder (default: hsenet)"
+    )
     group.add_argument("--checkpoint", metavar="NAME", help="last (default), best or a step, step-000100")
-    group.add_argument("--slice-encoder", metavar="NAME", help="of a guided encoder's slices: file, folder or hub id")
+    group.add_argument(
+        "--slice-encoder", metavar="NAME", help="of a guided encoder's slices: file, folder or hub id"
+    )
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     group.add_argument("--json", action="store_true", help="JSON, and nothing else, on stdout")
     group = command.add_argument_group("what the scan holds")
     group.add_argument(
-        "--rescale", choices=RESCALES, default="auto", help="auto: --slope and --intercept for values that are not HU already"
+        "--rescale",
+        choices=RESCALES,
+        default="auto",
+        help="auto: --slope and --intercept for values that are not HU already",
     )
     group.add_argument("--slope", type=float, help="of raw values to HU")
     group.add_argument("--intercept", type=float, help="of raw values to HU")
-    group.add_argument("--orientation", choices=ORIENTATIONS, default="header", help="stored: ignore the header's orientation")
     group.add_argument(
-        "--header", choices=HEADERS, default="check", help="what to believe of a header that contradicts itself (default: "
-        "check, refuse it; none: treat it as blank)"
-    )  # fmt: skip
-    group.add_argument(
-        "--assume-orientation", type=axis_codes, metavar="CODES", help="axis codes where the header has none, such as LPS"
+        "--orientation",
+        choices=ORIENTATIONS,
+        default="header",
+        help="stored: ignore the header's orientation",
     )
     group.add_argument(
-        "--spacing", type=float, nargs=3, metavar=("X", "Y", "Z"), help="mm along the stored axes where the header has no "
-        "orientation (default: the header's)"
-    )  # fmt: skip
+        "--header",
+        choices=HEADERS,
+        default="check",
+        help="what to believe of a header that contradicts itself (default: "
+        "check, refuse it; none: treat it as blank)",
+    )
+    group.add_argument(
+        "--assume-orientation",
+        type=axis_codes,
+        metavar="CODES",
+        help="axis codes where the header has none, such as LPS",
+    )
+    group.add_argument(
+        "--spacing",
+        type=float,
+        nargs=3,
+        metavar=("X", "Y", "Z"),
+        help="mm along the stored axes where the header has no orientation (default: the header's)",
+    )
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
@@ -123,24 +184,30 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     if args.run and args.model:
         raise InputError("--model: chooses a default run; leave it out, or --run")
     for name in ("slope", "intercept"):
-        if (value := getattr(args, name)) is not None and not (math.isfinite(value) and (value or name == "intercept")):
+        if (value := getattr(args, name)) is not None and not (
+            math.isfinite(value) and (value or name == "intercept")
+        ):
             raise InputError(f"--{name} {value:g}: expected a finite number, and a slope other than 0")
     if args.spacing and not all(0 < x < math.inf for x in args.spacing):
         raise InputError(f"--spacing {args.spacing}: expected three positive distances in mm")
     if args.command in ("report", "ask"):
         what = "the question" if args.command == "ask" else "--prompt"
         if not args.question.strip():
-            raise InputError(f"{what} is empty; expected some words, such as \"Is there pleural effusion?\"")
+            raise InputError(f'{what} is empty; expected some words, such as "Is there pleural effusion?"')
         if args.new_tokens is not None and args.new_tokens < 1:
             raise InputError(f"--new-tokens {args.new_tokens}: expected 1 or more")
         for name in ("top_k", "top_p", "seed"):
             if getattr(args, name) is not None and args.temperature == 0:
-                raise InputError(f"--{name.replace('_', '-')}: nothing is drawn at --temperature 0; give one above 0")
+                raise InputError(
+                    f"--{name.replace('_', '-')}: nothing is drawn at --temperature 0; give one above 0"
+                )
     if args.command == "search":
         if args.top < 1:
             raise InputError(f"--top {args.top}: expected 1 or more")
         if args.text is not None and not args.text.strip():
-            raise InputError("--text: is empty; expected words of a report, such as \"bilateral pleural effusion\"")
+            raise InputError(
+                '--text: is empty; expected words of a report, such as "bilateral pleural effusion"'
+            )
     for scan in args.scan if args.command == "embed" else [args.scan] if args.scan else []:
         check_scan(scan)
     if args.command == "explain" and args.out is None:
@@ -156,7 +223,9 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 def default_run(command: str, model: str | None) -> Path:
     """The run that answers when none is named: the first of these that exists, else the last of them."""
     model = model or "hsenet"
-    stages = {"report": ("mrg",), "ask": ("vqa", "mrg")}.get(command, ("clip2", "clip1") if model == "hsenet" else ("clip1",))
+    stages = {"report": ("mrg",), "ask": ("vqa", "mrg")}.get(
+        command, ("clip2", "clip1") if model == "hsenet" else ("clip1",)
+    )
     runs = [Path(f"runs/{stage}-{model}") for stage in stages]
     return next((run for run in runs if (run / "config.json").is_file()), runs[-1])
 
@@ -208,7 +277,11 @@ def answer(args: argparse.Namespace, model, show: Callable) -> dict:
         pieces.append(piece)
         show(piece, end="", flush=True)
     show()
-    asked = {"report": "".join(pieces)} if task == "mrg" else {"question": args.question, "answer": "".join(pieces)}
+    asked = (
+        {"report": "".join(pieces)}
+        if task == "mrg"
+        else {"question": args.question, "answer": "".join(pieces)}
+    )
     return {"path": str(args.scan), **asked, **made_by(model)}
 
 
@@ -234,7 +307,10 @@ def embed(args: argparse.Namespace, model, show: Callable) -> list[dict]:
     if args.out:
         SearchIndex(torch.stack(vectors), [str(scan) for scan in args.scan], model.sha256).write(args.out)
         show(f"{args.out}: {len(vectors)} embeddings")
-    return [{"path": str(scan), "embedding": vector.tolist()} for scan, vector in zip(args.scan, vectors, strict=True)]
+    return [
+        {"path": str(scan), "embedding": vector.tolist()}
+        for scan, vector in zip(args.scan, vectors, strict=True)
+    ]
 
 
 def search(args: argparse.Namespace, model, show: Callable) -> list[dict]:
@@ -250,7 +326,14 @@ def explain(args: argparse.Namespace, model, show: Callable) -> dict:
     return {"path": str(args.scan), "picture": str(args.out), **found, **made_by(model)}
 
 
-RESULTS = {"report": answer, "ask": answer, "classify": classify, "embed": embed, "search": search, "explain": explain}
+RESULTS = {
+    "report": answer,
+    "ask": answer,
+    "classify": classify,
+    "embed": embed,
+    "search": search,
+    "explain": explain,
+}
 
 if __name__ == "__main__":
     run_script(main, result=True)

@@ -1,16 +1,16 @@
 """Raw CT and reports -> volumes and a manifest that train.py and evaluate.py read.
 
-    python preprocess.py --dataset phantom --out data/phantom                  # synthetic CT, nothing to download
+    python preprocess.py --dataset phantom --out data/phantom              # synthetic CT, nothing to download
     python preprocess.py --dataset ct-rate --root CT-RATE --out data/ct-rate --workers 16
     python preprocess.py --dataset nifti --root scans --csv scans/reports.csv --out data/mine --recipe reaf
-    python preprocess.py --dataset reaf --root /data/ct_rate --out data/reaf   # REAF's .pt, .pt.gz, .nii.gz and reports
-    python preprocess.py --dataset reaf --root /data/ct_rate --out data/as-is --as-is    # a list of them, nothing else
+    python preprocess.py --dataset reaf --root /data/ct_rate --out data/reaf  # REAF's .pt and reports
+    python preprocess.py --dataset reaf --root /data/ct_rate --out data/as-is --as-is  # only a list of them
     python preprocess.py --dataset bimcv-r --root BIMCV-R --csv reports.csv --out data/bimcv-r
-    python preprocess.py --dataset radgenome --root TABLES --out data/ct-rate  # questions about volumes that are there
-    python preprocess.py --slices biomedclip/open_clip_pytorch_model.bin --out data/ct-rate --device cuda   # for stage 2
+    python preprocess.py --dataset radgenome --root TABLES --out data/ct-rate  # questions about them
+    python preprocess.py --slices biomedclip/open_clip_pytorch_model.bin --out data/ct-rate  # for stage 2
 
-Run it again and it does what is missing; --slices is also a step of its own, for a folder that has volumes. Files that
-cannot be used are listed with the reason in OUT/refused.csv.
+Run it again and it does what is missing; --slices is also a step of its own, for a folder that has volumes.
+Files that cannot be used are listed with the reason in OUT/refused.csv.
 """
 
 from reaf_hsenet.script import start_script
@@ -56,13 +56,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     data.add_argument(
         "--csv",
         type=Path,
-        help="nifti: table with the columns id and text (optional: scan, split); bimcv-r: with path and Report_en",
+        help="nifti: table with the columns id and text (optional: scan, split); bimcv-r: with path and "
+        "Report_en",
     )
     data.add_argument(
         "--impressions", action="store_true", help="ct-rate: add the impressions to the findings"
     )
     data.add_argument(
-        "--questions", nargs="+", choices=KINDS, default=list(KINDS), help="radgenome: kinds to add (default: all)"
+        "--questions",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="radgenome: kinds to add (default: all)",
     )
     recipe = parser.add_argument_group("recipe (defaults are the method's own)")
     recipe.add_argument("--recipe", choices=tuple(RECIPES), help="default: hsenet; of --dataset reaf: reaf")
@@ -88,7 +93,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--header",
         choices=HEADERS,
         default="check",
-        help="what to believe of a header that contradicts itself (default: check, refuse it; none: treat it as blank)",
+        help="what to believe of a header that contradicts itself (default: check, refuse it; none: treat "
+        "it as blank)",
     )
     geometry.add_argument(
         "--assume-orientation",
@@ -100,7 +106,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     slices.add_argument(
         "--slices",
         metavar="ENCODER",
-        help="also encode 32 axial slices of each volume: file, folder or hub id of a 2D ViT (published: BiomedCLIP)",
+        help="also encode 32 axial slices of each volume: file, folder or hub id of a 2D ViT (published: "
+        "BiomedCLIP)",
     )
     slices.add_argument("--slice-batch", type=int, help="slices per forward pass (default: 64)")
     slices.add_argument(
@@ -112,7 +119,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--jpeg-slices", action="store_true", help="through JPEG files, as published (needs Pillow)"
     )
     slices.add_argument(
-        "--replace-slices", action="store_true", help="remove features that OUT has of another encoder or recipe"
+        "--replace-slices",
+        action="store_true",
+        help="remove features that OUT has of another encoder or recipe",
     )
     slices.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     run = parser.add_argument_group("run")
@@ -125,7 +134,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     run.add_argument(
         "--allow-refused",
         action="store_true",
-        help="exit 0 even when files were refused; radgenome: leave out the rows of volumes that OUT does not hold",
+        help="exit 0 even when files were refused; radgenome: leave out the rows of volumes that OUT does "
+        "not hold",
     )
     phantom = parser.add_argument_group("phantom")
     phantom.add_argument("--train-size", type=int, default=2000)
@@ -140,7 +150,9 @@ def main(argv: list[str]) -> int:
     if args.workers < 1:
         raise InputError(f"--workers {args.workers}: expected 1 or more")
     if args.dataset is None and args.slices is None:
-        raise InputError("--dataset is missing; say which, or give --slices ENCODER for volumes that --out holds already")
+        raise InputError(
+            "--dataset is missing; say which, or give --slices ENCODER for volumes that --out holds already"
+        )
     features = slice_step(args)
     step = join_questions if args.dataset == "radgenome" else prepare_volumes
     refused = step(args) if args.dataset else []
@@ -157,7 +169,9 @@ def prepare_volumes(args: argparse.Namespace) -> list[tuple[str, str]]:
     if args.fit:
         changes["fit"] = args.fit
     recipe = replace((TINY_RECIPES if args.dataset == "phantom" else RECIPES)[name], **changes)
-    options = Options(recipe, args.rescale, args.orientation, args.assume_orientation, args.dtype, args.header)
+    options = Options(
+        recipe, args.rescale, args.orientation, args.assume_orientation, args.dtype, args.header
+    )
     text = "findings and impressions" if args.impressions else "findings"
     if args.dataset in ("reaf", "bimcv-r"):
         text = "report"
@@ -175,19 +189,26 @@ def prepare_volumes(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def join_questions(args: argparse.Namespace) -> list[tuple[str, str]]:
     """RadGenome's questions for the volumes that --out holds. Returns what was refused."""
-    manifest, refused = add_questions(args.out, required_root(args), tuple(args.questions), args.allow_refused)
+    manifest, refused = add_questions(
+        args.out, required_root(args), tuple(args.questions), args.allow_refused
+    )
     for kind in args.questions:
         counts = {
             split: sum(row["kind"] == kind for entry in entries for row in entry.get("qa", ()))
             for split, entries in manifest.splits.items()
         }
-        print(f"{manifest.name}: questions of {kind}: {', '.join(f'{n} {split}' for split, n in counts.items())}")
+        print(
+            f"{manifest.name}: questions of {kind}: "
+            f"{', '.join(f'{n} {split}' for split, n in counts.items())}"
+        )
     report_refused(args.out, refused)
     return refused
 
 
 def slice_step(args: argparse.Namespace) -> Callable[[], list[tuple[str, str]]]:
-    """The step that adds slice features, to be called when there are volumes; its encoder is read here already."""
+    """The step that adds slice features, to be called when there are volumes; its encoder is read here
+    already.
+    """
     if args.slices is None:
         for name in ("slice_batch", "slice_recipe", "jpeg_slices", "replace_slices", "device"):
             if getattr(args, name) not in (None, False):
@@ -246,13 +267,14 @@ def required_root(args: argparse.Namespace) -> Path:
 def report(manifest, refused) -> None:
     counts = ", ".join(f"{len(entries)} {split}" for split, entries in manifest.splits.items())
     print(
-        f"{manifest.folder / 'manifest.json'}: {counts} volumes of {manifest.recipe.size}, {manifest.recipe.name}"
+        f"{manifest.folder / 'manifest.json'}: {counts} volumes of {manifest.recipe.size}, "
+        f"{manifest.recipe.name}"
     )
     heads = sum(not entry.get("chest", True) for entries in manifest.splits.values() for entry in entries)
     if heads:
         print(
-            f"{heads} volumes are no chests by the data set's own metadata/no_chest_*.txt: kept, as published, and marked "
-            "in the manifest",
+            f"{heads} volumes are no chests by the data set's own metadata/no_chest_*.txt: kept, as "
+            "published, and marked in the manifest",
             file=sys.stderr,
         )
     decisions = Counter(

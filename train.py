@@ -1,18 +1,18 @@
-"""Train a stage: clip1, the dual encoder of CT volumes and reports; clip2, the same guided by 2D slices; mrg, a decoder
-that writes reports from what the encoders see; vqa, one that answers questions.
+"""Train a stage: clip1, the dual encoder of CT volumes and reports; clip2, the same guided by 2D slices; mrg,
+a decoder that writes reports from what the encoders see; vqa, one that answers questions.
 
-    torchrun train.py --stage clip1                                   # phantom data, tiny preset, a laptop is enough
-    torchrun --nproc-per-node 8 train.py --stage clip1 --data data/ct-rate --text-model google-bert/bert-base-uncased
-    torchrun train.py --stage clip1 --model reaf                      # the second method, also on phantoms
-    torchrun train.py --stage clip2                                   # HSENet's stage 2, from the run of stage 1
-    torchrun train.py --stage mrg                                     # reports, from the run of stage 2
-    torchrun train.py --stage vqa                                     # answers, likewise
-    torchrun train.py --stage clip1 --resume                          # continue, exactly, where the run stopped
-    torchrun train.py --stage clip1 --resume auto                     # start, or continue what was started
+    torchrun train.py --stage clip1                               # phantoms, tiny preset: a laptop is enough
+    torchrun --nproc-per-node 8 train.py --stage clip1 --data DATA --text-model google-bert/bert-base-uncased
+    torchrun train.py --stage clip1 --model reaf                  # the second method, also on phantoms
+    torchrun train.py --stage clip2                               # HSENet's stage 2, from the run of stage 1
+    torchrun train.py --stage mrg                                 # reports, from the run of stage 2
+    torchrun train.py --stage vqa                                 # answers, likewise
+    torchrun train.py --stage clip1 --resume                      # continue, exactly, where the run stopped
+    torchrun train.py --stage clip1 --resume auto                 # start, or continue what was started
 
-`python train.py` does the same with one process. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint first; the exit code is
-then 130, 143 or 138. Before the first step Ctrl-C and SIGTERM end at once, SIGUSR1 waits for that step. A mistake, or
-numbers that are no longer finite, is 2.
+`python train.py` does the same with one process. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint first; the
+exit code is then 130, 143 or 138. Before the first step Ctrl-C and SIGTERM end at once, SIGUSR1 waits for
+that step. A mistake, or numbers that are no longer finite, is 2.
 """
 
 import signal
@@ -75,12 +75,16 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
             return 0
         code = fit(training)
         if code == 0 and ranks.main:
-            print(f"{run.folder}: finished; best checkpoint {run.pointer('best')}, which is taken by name only", flush=True)
+            print(
+                f"{run.folder}: finished; best checkpoint {run.pointer('best')}, which is taken by name only",
+                flush=True,
+            )
         return code
 
 
 def start(args: argparse.Namespace, run: Run, ranks: Ranks) -> Training | None:
-    """Build all that the loop needs, of a new run or of the one that --resume continues, and write config.json.
+    """Build all that the loop needs, of a new run or of the one that --resume continues, and write
+    config.json.
 
     Returns None when the command's run is finished already.
     """
@@ -110,7 +114,8 @@ def start(args: argparse.Namespace, run: Run, ranks: Ranks) -> Training | None:
         for block in job.blocks:
             block.compile()
 
-    # The optimizer, the order of the samples, the log and the counts; of a resumed run as its checkpoint has them.
+    # The optimizer, the order of the samples, the log and the counts; of a resumed run as its checkpoint has
+    # them.
     training = Training(
         job,
         settings,
@@ -167,7 +172,8 @@ def fit(training: Training) -> int:
         if training.validation_due():
             training.save(validate(training))
         while progress.step < total:
-            # The rest of the epoch, `accumulate` micro-batches a step. Which samples they have, seed and epoch say.
+            # The rest of the epoch, `accumulate` micro-batches a step. Which samples they have, seed and
+            # epoch say.
             for group in training.groups():
                 training.count_flops(group[0])
                 step, rate = progress.step, learning_rate(progress.step, total, config)
@@ -207,12 +213,20 @@ def train_step(
     rate: float,
     signal: Callable[[], int],
 ) -> Outcome:
-    """Run one optimizer step on the micro-batches of `group`, or leave the weights as they are where it is not finite.
+    """Run one optimizer step on the micro-batches of `group`, or leave the weights as they are where it is
+    not finite.
 
-    step: number of steps before this one. rate: learning rate. signal: returns the number of a signal that this rank
-    has received, or 0; it is called after the backward pass. Returns the same outcome on every rank.
+    step: number of steps before this one. rate: learning rate. signal: returns the number of a signal that
+    this rank has received, or 0; it is called after the backward pass. Returns the same outcome on every
+    rank.
     """
-    job, config, model, optimizer, scaler = state.job, state.config, state.model, state.optimizer, state.scaler
+    job, config, model, optimizer, scaler = (
+        state.job,
+        state.config,
+        state.model,
+        state.optimizer,
+        state.scaler,
+    )
     for parameters in optimizer.param_groups:
         parameters["lr"] = rate * parameters["rate"]
 
@@ -249,7 +263,8 @@ def train_step(
         scaler.unscale_(optimizer)
         norm = clip_gradients(model, config.clip_norm)
 
-    # The step's only wait for the device. All ranks see the losses, norms and signals of all, so they decide alike.
+    # The step's only wait for the device. All ranks see the losses, norms and signals of all, so they decide
+    # alike.
     told = distributed.gather_equal(torch.stack([loss, norm, torch.full_like(norm, signal())]))
     losses, norms, signals = zip(*told.tolist(), strict=True)
     stop = int(max(signals))
@@ -262,7 +277,8 @@ def train_step(
         optimizer.step()
     else:
         names = not_finite(model)
-        # Overflow is normal at the start of fp16 training: the scaler halves its scale until the gradients fit.
+        # Overflow is normal at the start of fp16 training: the scaler halves its scale until the gradients
+        # fit.
         overflow = bool(names) and all(map(math.isfinite, losses)) and scaler.get_scale() > 1
         trouble = None if overflow else diagnosis(losses, names)
     scaler.update()
@@ -271,7 +287,9 @@ def train_step(
 
 
 def validate(training: Training) -> bool:
-    """Measure the validation split and log it. Returns whether it is the best so far; one that is not finite never is."""
+    """Measure the validation split and log it. Returns whether it is the best so far; one that is not
+    finite never is.
+    """
     progress, stability, by = training.progress, training.stability, training.config.best_by
     training.state.model.eval()
     progress.validated = progress.step
@@ -299,14 +317,19 @@ def begun_and_resumed(args: argparse.Namespace, run: Run) -> tuple[bool, bool]:
     """Return whether there is a run to continue, and whether --resume continues it."""
     begun = run.pointer("last") is not None or bool(run.all())
     if begun and not run.exists:
-        raise InputError(f"{run.config}: no such file beside {run.checkpoints}; put the run's own back, or choose another --out")
+        raise InputError(
+            f"{run.config}: no such file beside {run.checkpoints}; put the run's own back, or choose "
+            f"another --out"
+        )
     return begun, begun if args.resume == "auto" else bool(args.resume)
 
 
 def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSetup, say) -> None:
     """Say that the same run is finished. Raises InputError where it is not, or where it is another."""
     values, last = run.read_config(), run.pointer("last")
-    if values.get("train"):  # a converted run has none. Settings that came after a run have their defaults in it
+    if values.get(
+        "train"
+    ):  # a converted run has none. Settings that came after a run have their defaults in it
         values["train"] = to_dict(from_dict(TrainConfig, values["train"], str(run.folder / "config.json")))
     now, values = (json.loads(json.dumps(v)) for v in (setup.values(), values))
     same = all(values.get(name) == now[name] for name in now) and values["max_steps"] == args.max_steps

@@ -1,10 +1,11 @@
-"""What each part of a method is worth: tiny runs on phantoms with the part and without it, over several seeds.
+"""What each part of a method is worth: tiny runs on phantoms with the part and without it, over several
+seeds.
 
-    python benchmarks/ablation.py reaf|hsenet|mrg [--seeds 3] [--jobs 2]      # an hour on two cores; mrg, after hsenet, two
+    python benchmarks/ablation.py reaf|hsenet|mrg [--seeds 3] [--jobs 2]  # 1 h; mrg: 2 h, after hsenet
 
-Trains on the built-in phantoms and evaluates on 512 patients of another seed. Writes the table into docs/results.md,
-between the method's marks. Finished runs (runs/ablation/) are not repeated. Seeds change initialisation and order;
-the phantoms stay.
+Trains on the built-in phantoms and evaluates on 512 patients of another seed. Writes the table into
+docs/results.md, between the method's marks. Finished runs (runs/ablation/) are not repeated. Seeds change
+initialisation and order; the phantoms stay.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results.md"
 EPOCHS, TEST_SEED, TEST_SIZE = {"reaf": 10, "hsenet": 10, "mrg": 9}, 99, 512
-# Per variant the stage and its flags; stage 2 starts from the same seed's run of the first variant. Of mrg the encoders
-# start from hsenet's ablation with the same seed and are trained, as in the tiny default.
+# Per variant the stage and its flags; stage 2 starts from the same seed's run of the first variant. Of mrg
+# the encoders start from hsenet's ablation with the same seed and are trained, as in the tiny default.
 VARIANTS = {
     "reaf": {
         "REAF, as published": ("clip1", []),
@@ -47,14 +48,20 @@ VARIANTS = {
     },
 }
 NOTES = {
-    "reaf": "The tiny encoder has two slice blocks and one scan block, so that fusion over layers acts on the slices alone.",
-    "hsenet": "Slice features come from a small encoder that is trained on the phantoms' reports; the attention over "
-    "slices has no positions, so that whether features follow a depth flip changes nothing here.",
-    "mrg": "Encoders are trained on, projectors and a small decoder start from nothing. Two encoders give 32 visual tokens, one 16.",
+    "reaf": "The tiny encoder has two slice blocks and one scan block, so that fusion over layers acts on "
+    "the slices alone.",
+    "hsenet": "Slice features come from a small encoder that is trained on the phantoms' reports; the "
+    "attention over slices has no positions, so that whether features follow a depth flip changes nothing "
+    "here.",
+    "mrg": "Encoders are trained on, projectors and a small decoder start from nothing. Two encoders give "
+    "32 visual tokens, one 16.",
 }
 CHANCE = dict.fromkeys(("reaf", "hsenet"), f"By chance R@5 is {5 / TEST_SIZE:.3f} and AUROC 0.5.")
 # Of a method the evaluations, with their flags, and the measures taken from their results.
-EVALUATIONS = {**dict.fromkeys(("reaf", "hsenet"), {"retrieval": [], "zeroshot": ["--bootstrap", "0"]}), "mrg": {"mrg": []}}
+EVALUATIONS = {
+    **dict.fromkeys(("reaf", "hsenet"), {"retrieval": [], "zeroshot": ["--bootstrap", "0"]}),
+    "mrg": {"mrg": []},
+}
 RETRIEVAL = {
     "R@5, report to volume": lambda r, z: r["report_to_volume"]["R@5"],
     "R@5, volume to report": lambda r, z: r["volume_to_report"]["R@5"],
@@ -73,7 +80,9 @@ MEASURES = {"reaf": RETRIEVAL, "hsenet": RETRIEVAL, "mrg": REPORTS}
 
 def run(*command: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
@@ -84,20 +93,61 @@ def test_data(method: str) -> Path:
     out = ROOT / f"data/ablation-{recipe}"
     if not (out / "manifest.json").is_file():
         # A training split is asked of the generator; its smallest is enough.
-        run("preprocess.py", "--dataset", "phantom", "--out", str(out), "--recipe", recipe,
-            "--seed", str(TEST_SEED), "--train-size", "1", "--valid-size", str(TEST_SIZE), "--workers", "2")  # fmt: skip
+        run(
+            "preprocess.py",
+            "--dataset",
+            "phantom",
+            "--out",
+            str(out),
+            "--recipe",
+            recipe,
+            "--seed",
+            str(TEST_SEED),
+            "--train-size",
+            "1",
+            "--valid-size",
+            str(TEST_SIZE),
+            "--workers",
+            "2",
+        )
     return out
 
 
 def make_slices(teacher: Path, data: Path) -> None:
-    """Slice features of the phantoms, by the encoder that a first run of stage 2 trains, and of the test patients."""
-    run("train.py", "--stage", "clip2", "--init", str(teacher / "checkpoints/best"), "--out", str(teacher) + "-slices", "--max-steps", "1")
+    """Slice features of the phantoms, by the encoder that a first run of stage 2 trains, and of the test
+    patients.
+    """
+    run(
+        "train.py",
+        "--stage",
+        "clip2",
+        "--init",
+        str(teacher / "checkpoints/best"),
+        "--out",
+        str(teacher) + "-slices",
+        "--max-steps",
+        "1",
+    )
     encoder = ROOT / "data/phantom/32x64x64/slice_encoder"
-    run("preprocess.py", "--slices", str(encoder), "--slice-recipe", "phantom", "--out", str(data), "--workers", "2")
+    run(
+        "preprocess.py",
+        "--slices",
+        str(encoder),
+        "--slice-recipe",
+        "phantom",
+        "--out",
+        str(data),
+        "--workers",
+        "2",
+    )
 
 
 def folder_of(method: str, name: str, seed: int) -> Path:
-    return ROOT / f"runs/ablation/{method}-{EPOCHS[method]}" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
+    return (
+        ROOT
+        / f"runs/ablation/{method}-{EPOCHS[method]}"
+        / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}"
+    )
 
 
 def one(method: str, name: str, seed: int, data: Path) -> dict[str, float]:
@@ -113,9 +163,32 @@ def one(method: str, name: str, seed: int, data: Path) -> dict[str, float]:
         flags = [*flags, "--init", str(stage_1)] if stage == "clip2" or "stage1" in flags else flags
         flags = [*flags, "--init", str(stage_2)] if stage == "mrg" and "stage1" not in flags else flags
         again = ["--resume"] if (folder / "checkpoints/last").is_file() else ["--epochs", str(EPOCHS[method])]
-        run("train.py", "--stage", stage, "--model", family, "--seed", str(seed), "--out", str(folder), *flags, *again)
+        run(
+            "train.py",
+            "--stage",
+            stage,
+            "--model",
+            family,
+            "--seed",
+            str(seed),
+            "--out",
+            str(folder),
+            *flags,
+            *again,
+        )
         for task, more in EVALUATIONS[method].items():
-            run("evaluate.py", "--task", task, "--run", str(folder), "--checkpoint", "best", "--data", str(data), *more)
+            run(
+                "evaluate.py",
+                "--task",
+                task,
+                "--run",
+                str(folder),
+                "--checkpoint",
+                "best",
+                "--data",
+                str(data),
+                *more,
+            )
     print(f"{name}, seed {seed}: done", flush=True)
     found = [json.loads(path.read_text()) for path in results]
     return {measure: read(*found) for measure, read in MEASURES[method].items()}
@@ -138,7 +211,10 @@ def without_looking() -> str:
     """What findings score that are told without looking at the volume."""
     first = folder_of("mrg", next(iter(VARIANTS["mrg"])), 0)
     rows = json.loads((first / "eval/mrg.json").read_text())["clinical"]["baselines"]
-    return f"All findings for everyone have micro-F1 {rows['all_positive']['micro_f1']:.3f}, drawn ones {rows['chance']['micro_f1']:.3f}."
+    return (
+        f"All findings for everyone have micro-F1 {rows['all_positive']['micro_f1']:.3f}, drawn ones "
+        f"{rows['chance']['micro_f1']:.3f}."
+    )
 
 
 def write(method: str, text: str) -> None:
@@ -152,25 +228,33 @@ def write(method: str, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("method", choices=tuple(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
     data = test_data(args.method)
     found = {name: [] for name in VARIANTS[args.method]}
-    # Seed by seed, so that an interrupted run has every variant. The first variant of a seed starts the others.
+    # Seed by seed, so that an interrupted run has every variant. The first variant of a seed starts the
+    # others.
     with ThreadPoolExecutor(args.jobs) as pool:
         for seed in range(args.seeds):
             first, *others = found
             found[first].append(one(args.method, first, seed, data))
             if args.method == "hsenet" and seed == 0:
                 make_slices(folder_of(args.method, first, seed), data)
-            for name, measures in zip(others, pool.map(lambda n, s=seed: one(args.method, n, s, data), others), strict=True):
+            for name, measures in zip(
+                others, pool.map(lambda n, s=seed: one(args.method, n, s, data), others), strict=True
+            ):
                 found[name].append(measures)
-    seeds, spread = (f"{args.seeds} seeds", ": mean (smallest to largest)") if args.seeds > 1 else ("One seed", "")
+    seeds, spread = (
+        (f"{args.seeds} seeds", ": mean (smallest to largest)") if args.seeds > 1 else ("One seed", "")
+    )
     note = (
-        f"{seeds} each, {EPOCHS[args.method]} epochs of 2,000 phantoms, evaluated on {TEST_SIZE} patients of another "
+        f"{seeds} each, {EPOCHS[args.method]} epochs of 2,000 phantoms, evaluated on {TEST_SIZE} patients "
+        f"of another "
         f"seed{spread}. {CHANCE.get(args.method) or without_looking()} {NOTES[args.method]}\n"
     )
     text = f"{note}\n{table(args.method, found)}"

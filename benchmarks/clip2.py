@@ -1,9 +1,10 @@
-"""A training step of stage 2 against one of stage 1, at base size: the teacher's forward pass and the guidance included.
+"""A training step of stage 2 against one of stage 1, at base size: the teacher's forward pass and the
+guidance included.
 
     python benchmarks/clip2.py [--pairs 2] [--threads 2] [--batch 2]
 
-Forward, loss, backward and AdamW's step, float32, reports of 128 tokens. The teacher encodes every volume, as it must
-with augmentation; without it, its features are computed once.
+Forward, loss, backward and AdamW's step, float32, reports of 128 tokens. The teacher encodes every volume, as
+it must with augmentation; without it, its features are computed once.
 """
 
 import argparse
@@ -27,7 +28,11 @@ def _step(threads: int, batch: int, stage: int):
     config = first if stage == 1 else replace(first, vision=GuidedVisionConfig())
     model, kind = build_dual_encoder(config).train(), Contrastive()
     if stage == 2:
-        kind = Guided(Teacher(build_dual_encoder(first), torch.device("cpu"), None, batch, images_change=True), 0.1, 5000)
+        kind = Guided(
+            Teacher(build_dual_encoder(first), torch.device("cpu"), None, batch, images_change=True),
+            0.1,
+            5000,
+        )
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.randint(5, 30000, (batch, 128))
     slices = torch.randn(batch, 32, 768) if stage == 2 else None
@@ -52,7 +57,9 @@ def first(threads: int, batch: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2)

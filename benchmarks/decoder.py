@@ -1,10 +1,13 @@
-"""Decoder against transformers' Phi3ForCausalLM: prefill of 300 tokens, decoding of 64, in one process, in turn.
+"""Decoder against transformers' Phi3ForCausalLM: prefill of 300 tokens, decoding of 64, in one process, in
+turn.
 
-    pip install -r requirements-bench.txt && python benchmarks/decoder.py [--device cuda] [--compile] [--preset ...]
+    pip install -r requirements-bench.txt && python benchmarks/decoder.py [--device cuda] [--compile]
+    [--preset ...]
 
-About 100M random parameters in Phi-4-mini's shape (--preset phi-4-mini: its real sizes, in bf16 on a GPU). Both have the
-same weights and must choose the same tokens in float32. Beside the times stands what the hardware allows, measured in the
-same run: decoding cannot be faster than reading all weights once a token, prefill not faster than its products.
+About 100M random parameters in Phi-4-mini's shape (--preset phi-4-mini: its real sizes, in bf16 on a GPU).
+Both have the same weights and must choose the same tokens in float32. Beside the times stands what the
+hardware allows, measured in the same run: decoding cannot be faster than reading all weights once a token,
+prefill not faster than its products.
 """
 
 import argparse
@@ -27,9 +30,17 @@ PROMPT, NEW = 300, 64
 
 def phi4mini(vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp: int) -> DecoderConfig:
     half = int(width // heads * 0.75) // 2
-    rope = RopeConfig(dims=2 * half, kind="longrope", original=4096, context=131072, short_factor=(1.0,) * half,
-                      long_factor=tuple(1.0 + i for i in range(half)))  # fmt: skip
-    return DecoderConfig("phi3", vocab, width, layers, heads, kv_heads, width // heads, mlp, 131072, rope, tied=True, pad_id=0)
+    rope = RopeConfig(
+        dims=2 * half,
+        kind="longrope",
+        original=4096,
+        context=131072,
+        short_factor=(1.0,) * half,
+        long_factor=tuple(1.0 + i for i in range(half)),
+    )
+    return DecoderConfig(
+        "phi3", vocab, width, layers, heads, kv_heads, width // heads, mlp, 131072, rope, tied=True, pad_id=0
+    )
 
 
 PRESETS = {
@@ -56,12 +67,18 @@ def ours(decoder: Decoder, ids: torch.Tensor, compiled: bool, new: int = NEW) ->
     made = steps(decoder, ids=ids, new_tokens=new + 1, compiled=compiled)
     tokens = []
     prefill = seconds(lambda: tokens.append(next(made)[0]), ids.device)
-    return prefill, seconds(lambda: tokens.extend(t for t, _ in made), ids.device), torch.stack(tokens, 1).tolist()
+    return (
+        prefill,
+        seconds(lambda: tokens.extend(t for t, _ in made), ids.device),
+        torch.stack(tokens, 1).tolist(),
+    )
 
 
 @torch.inference_mode()
 def theirs(model, ids: torch.Tensor, new: int = NEW) -> tuple[float, float, list]:
-    """The same with transformers' model and its cache, in a bare loop, which is faster than its generate()."""
+    """The same with transformers' model and its cache, in a bare loop, which is faster than its
+    generate().
+    """
     from transformers import DynamicCache
 
     cache, tokens = DynamicCache(config=model.config), []
@@ -77,7 +94,9 @@ def theirs(model, ids: torch.Tensor, new: int = NEW) -> tuple[float, float, list
 
 @torch.inference_mode()
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second at which a product with one row reads a matrix far larger than any cache: the best of several."""
+    """Bytes a second at which a product with one row reads a matrix far larger than any cache: the best
+    of several.
+    """
     matrix = nn.Linear(8192, 16384, bias=False, device=device, dtype=torch.bfloat16)
     row, size = torch.ones(1, 8192, dtype=torch.bfloat16, device=device), matrix.weight.nbytes
     product = PackedLinear(matrix.weight) if device.type == "cpu" else matrix
@@ -91,7 +110,9 @@ def products(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(6))
 
 
-def compare(config: DecoderConfig, dtype: torch.dtype, batch: int, args, device: torch.device, int8: bool) -> None:
+def compare(
+    config: DecoderConfig, dtype: torch.dtype, batch: int, args, device: torch.device, int8: bool
+) -> None:
     torch.manual_seed(0)
     decoder = Decoder(config).to(device, dtype).eval()
     ids = torch.randint(1, config.vocab, (batch, PROMPT), device=device)
@@ -106,7 +127,9 @@ def compare(config: DecoderConfig, dtype: torch.dtype, batch: int, args, device:
     if int8:
         quantise_decoder(decoder)
         size = sum(t.nbytes for t in (*decoder.parameters(), *decoder.buffers()))
-    used = sum(p.numel() for n, p in decoder.named_parameters() if p.dim() == 2 and n != "embed_tokens.weight")
+    used = sum(
+        p.numel() for n, p in decoder.named_parameters() if p.dim() == 2 and n != "embed_tokens.weight"
+    )
     if device.type == "cpu":
         pack(decoder)
     runs = []
@@ -122,25 +145,40 @@ def compare(config: DecoderConfig, dtype: torch.dtype, batch: int, args, device:
     limits = (2 * used * batch * PROMPT / peak, NEW * size / speed)
     for part, label, limit in ((0, f"prefill {PROMPT}", limits[0]), (1, f"decode {NEW}", limits[1])):
         own = [a[part] for a, _ in runs]
-        line = f"{name}, {label}: {1e3 * statistics.median(own):.0f} ms, {limit / statistics.median(own):.0%} of the limit"
+        line = (
+            f"{name}, {label}: {1e3 * statistics.median(own):.0f} ms, {limit / statistics.median(own):.0%} "
+            "of the limit"
+        )
         if reference:
             other, ratios = [b[part] for _, b in runs], [b[part] / a[part] for a, b in runs]
-            line += f"; transformers {1e3 * statistics.median(other):.0f} ms; {statistics.median(ratios):.2f}x as fast"
+            line += (
+                f"; transformers {1e3 * statistics.median(other):.0f} ms; "
+                f"{statistics.median(ratios):.2f}x as fast"
+            )
             line += f" ({min(ratios):.2f} to {max(ratios):.2f})"
         print(line, flush=True)
-    print(f"    limits: {limits[0] * 1e3:.0f} ms at {peak / 1e12:.2f} TFLOP/s, {limits[1] * 1e3:.0f} ms for {size / 1e6:.0f} MB a token at "
-          f"{speed / 1e9:.1f} GB/s", flush=True)  # fmt: skip
+    print(
+        f"    limits: {limits[0] * 1e3:.0f} ms at {peak / 1e12:.2f} TFLOP/s, {limits[1] * 1e3:.0f} ms for "
+        f"{size / 1e6:.0f} MB a token at {speed / 1e9:.1f} GB/s",
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="ours with compiled steps (CUDA graphs on a GPU)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="ours with compiled steps (CUDA graphs on a GPU)"
+    )
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--int8", action="store_true", help="also ours with int8 weights")
     args = parser.parse_args()
@@ -148,7 +186,9 @@ def main() -> None:
     for dtype in args.dtype:
         for batch in args.batch:
             for int8 in (False, True) if args.int8 else (False,):
-                compare(PRESETS[args.preset], getattr(torch, dtype), batch, args, torch.device(args.device), int8)
+                compare(
+                    PRESETS[args.preset], getattr(torch, dtype), batch, args, torch.device(args.device), int8
+                )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/decoder_loading.py [--gigabytes 4] [--real-size] [--tokens 8] [--int8]
 
---real-size makes Phi-4-mini's own shapes (7.7 GB) and generates a few tokens with them. The checkpoint is written below
-the system's temporary folder and removed.
+--real-size makes Phi-4-mini's own shapes (7.7 GB) and generates a few tokens with them. The checkpoint is
+written below the system's temporary folder and removed.
 """
 
 import argparse
@@ -57,18 +57,25 @@ def work(folder: str, tokens: int, int8: bool):
     before = peak_mb()
     started = time.perf_counter()
     decoder = load_decoder(folder, int8=int8)
-    print(f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_mb():.0f} MB, {before:.0f} before; "
-          f"weights are {next(decoder.parameters()).dtype}")  # fmt: skip
+    print(
+        f"loaded in {time.perf_counter() - started:.1f} s, peak {peak_mb():.0f} MB, {before:.0f} before; "
+        f"weights are {next(decoder.parameters()).dtype}"
+    )
     loaded = peak_mb() - before
     if tokens:
         started = time.perf_counter()
         ids = generate(decoder, ids=torch.tensor([[1, 2, 3, 4]]), new_tokens=tokens)
-        print(f"{tokens} tokens in {time.perf_counter() - started:.1f} s: {ids[0].tolist()}, peak {peak_mb():.0f} MB")
+        print(
+            f"{tokens} tokens in {time.perf_counter() - started:.1f} s: {ids[0].tolist()}, peak "
+            f"{peak_mb():.0f} MB"
+        )
     return loaded
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--real-size", action="store_true")
     parser.add_argument("--tokens", type=int, default=8)
@@ -83,7 +90,9 @@ def main() -> None:
         print(f"made {total / 1e9:.2f} GB in {len(list(Path(folder).glob('*.safetensors')))} shards")
         import multiprocessing
 
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process that has not held the weights before
+        with multiprocessing.get_context("spawn").Pool(
+            1
+        ) as pool:  # a process that has not held the weights before
             loaded = pool.apply(work, (folder, args.tokens, args.int8))
         print(f"peak host memory of loading: {loaded * 2**20 / total:.2f}x the checkpoint's size")
 

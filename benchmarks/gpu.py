@@ -1,11 +1,13 @@
-"""Everything that only a GPU can tell, in one table: what is right, how fast, how large, whether a run resumes exactly.
+"""Everything that only a GPU can tell, in one table: what is right, how fast, how large, whether a run
+resumes exactly.
 
     python benchmarks/gpu.py [--out DIR] [--parts a,b] [--minutes 8] [--wheels DIR] [--parity DIR]
     python benchmarks/gpu.py --dry          # tiny sizes on a processor, the same code
 
-Every part runs in a process of its own with a limit of seconds; what a part leaves of its time is the next one's. A part
-that fails, hangs or dies is a line of the table, and the others go on. Rows are in DIR/gpu.json as soon as they are
-measured, what the parts print is in DIR/gpu.log. docs/speed.md says what every line means.
+Every part runs in a process of its own with a limit of seconds; what a part leaves of its time is the next
+one's. A part that fails, hangs or dies is a line of the table, and the others go on. Rows are in DIR/gpu.json
+as soon as they are measured, what the parts print is in DIR/gpu.log. docs/speed.md says what every line
+means.
 """
 
 import argparse
@@ -35,7 +37,9 @@ DRY = 4  # a processor's limits are so many times as long
 
 @dataclass(frozen=True)
 class Part:
-    """function: `module:name`, called with a Report and the Setting. seconds: its limit, longer where others left time."""
+    """function: `module:name`, called with a Report and the Setting. seconds: its limit, longer where
+    others left time.
+    """
 
     name: str
     function: str
@@ -59,7 +63,8 @@ PARTS = (  # by worth
 
 @dataclass(frozen=True)
 class Setting:
-    """part: the running part's name. device: cuda or cpu. dry: tiny sizes. work: a folder of files that parts share.
+    """part: the running part's name. device: cuda or cpu. dry: tiny sizes. work: a folder of files that parts
+    share.
     parity: one of more cases, or nothing."""
 
     part: str
@@ -74,7 +79,9 @@ class Setting:
 
 
 class Report:
-    """Rows of a part, each a line of a file as soon as it is measured. until: when the part is stopped (time.time)."""
+    """Rows of a part, each a line of a file as soon as it is measured. until: when the part is stopped
+    (time.time).
+    """
 
     def __init__(self, part: str, file: Path, until: float):
         self.part, self.file, self.until = part, file, until
@@ -137,9 +144,14 @@ def inside(text: str) -> int:
 
 
 def run_part(part: Part, setting: Setting, log: Path, seconds: float, seen) -> tuple[str, list[dict]]:
-    """(how it ended, its rows) of a part in a process of its own. seen: called with the rows while it runs."""
+    """(how it ended, its rows) of a part in a process of its own. seen: called with the rows while it
+    runs.
+    """
     rows = setting.work / f"{part.name}.jsonl"
-    command = [sys.executable, *inside_command(part, replace(setting, part=part.name), rows, time.time() + seconds)]
+    command = [
+        sys.executable,
+        *inside_command(part, replace(setting, part=part.name), rows, time.time() + seconds),
+    ]
     end = time.monotonic() + seconds
     with open(log, "ab") as output:
         output.write(f"\n=== {part.name}\n".encode())
@@ -158,7 +170,9 @@ def run_part(part: Part, setting: Setting, log: Path, seconds: float, seen) -> t
 
 
 def stop(child: subprocess.Popen) -> None:
-    """End a process and what it has started, of which some may be left; torchrun ends its ranks when it is asked to."""
+    """End a process and what it has started, of which some may be left; torchrun ends its ranks when it
+    is asked to.
+    """
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(child.pid, number)
@@ -193,7 +207,10 @@ def run_parts(parts: tuple[Part, ...], setting: Setting, out: Path, seconds: flo
             record["seconds"] = time.monotonic() - began
         records.append(record)
         save()
-        print(f"{part.name}: {record['ended']}, {record['seconds']:.0f} s, {len(record['rows'])} rows", flush=True)
+        print(
+            f"{part.name}: {record['ended']}, {record['seconds']:.0f} s, {len(record['rows'])} rows",
+            flush=True,
+        )
     return records
 
 
@@ -212,7 +229,11 @@ def table(records: list[dict]) -> str:
 
 def unpack_wheels(folder: Path, target: Path) -> list[str]:
     """Unpack those pure wheels of `folder` whose package is not installed. Returns their names."""
-    used = [w for w in sorted(folder.glob("*.whl")) if importlib.util.find_spec(w.name.split("-")[0].lower()) is None]
+    used = [
+        w
+        for w in sorted(folder.glob("*.whl"))
+        if importlib.util.find_spec(w.name.split("-")[0].lower()) is None
+    ]
     for wheel in used:
         zipfile.ZipFile(wheel).extractall(target)
     return [wheel.name for wheel in used]
@@ -230,12 +251,29 @@ def chosen(text: str) -> tuple[Part, ...]:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["--inside"]:
         return inside(argv[1])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--out", type=Path, default=Path(os.environ.get("OUT", "gpu")), help="folder of gpu.json and gpu.log (default: $OUT, or gpu)")
-    add("--parts", type=chosen, default=PARTS, metavar="A,B", help=f"of {', '.join(part.name for part in PARTS)} (default: all)")
+    add(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT", "gpu")),
+        help="folder of gpu.json and gpu.log (default: $OUT, or gpu)",
+    )
+    add(
+        "--parts",
+        type=chosen,
+        default=PARTS,
+        metavar="A,B",
+        help=f"of {', '.join(part.name for part in PARTS)} (default: all)",
+    )
     add("--minutes", type=float, help=f"for everything (default: 8, dry {8 * DRY})")
-    add("--wheels", type=Path, help="folder of pure wheels, used for what is not installed here (nibabel, pytest)")
+    add(
+        "--wheels",
+        type=Path,
+        help="folder of pure wheels, used for what is not installed here (nibabel, pytest)",
+    )
     add("--parity", type=Path, help="folder of more cases for the part parity")
     add("--dry", action="store_true", help="tiny sizes on a processor")
     args = parser.parse_args(argv)
@@ -253,15 +291,32 @@ def main(argv: list[str]) -> int:
         work = Path(folder)
         wheels = unpack_wheels(args.wheels, work / "wheels") if args.wheels else []
         os.environ["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"), str(work / "wheels")])
+            filter(
+                None,
+                [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"), str(work / "wheels")],
+            )
         )
         commit = subprocess.getoutput(f"git -C '{ROOT}' rev-parse --short HEAD")
-        head = {"dry": args.dry, "commit": commit, "began": time.strftime("%Y-%m-%d %H:%M:%S"), "wheels": wheels}
-        setting = Setting("", "cpu" if args.dry else "cuda", args.dry, work, args.parity and args.parity.resolve())
+        head = {
+            "dry": args.dry,
+            "commit": commit,
+            "began": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "wheels": wheels,
+        }
+        setting = Setting(
+            "", "cpu" if args.dry else "cuda", args.dry, work, args.parity and args.parity.resolve()
+        )
         seconds = 60 * (args.minutes or 8 * (DRY if args.dry else 1)) - (time.monotonic() - started)
-        parts = tuple(replace(part, seconds=DRY * part.seconds) for part in args.parts) if args.dry else args.parts
+        parts = (
+            tuple(replace(part, seconds=DRY * part.seconds) for part in args.parts)
+            if args.dry
+            else args.parts
+        )
         records = run_parts(parts, setting, args.out, seconds, head)
-    print(f"\n{table(records)}\n\n{args.out / 'gpu.json'}" + (", dry: tiny sizes on a processor" if args.dry else ""))
+    print(
+        f"\n{table(records)}\n\n{args.out / 'gpu.json'}"
+        + (", dry: tiny sizes on a processor" if args.dry else "")
+    )
     return 0
 
 

@@ -1,4 +1,6 @@
-"""Parts of gpu.py: the tests that need a GPU, and the published implementations' expected numbers computed on one."""
+"""Parts of gpu.py: the tests that need a GPU, and the published implementations' expected numbers
+computed on one.
+"""
 
 import importlib.util
 import json
@@ -21,7 +23,9 @@ def tests(report: Report, setting: Setting) -> None:
     if importlib.util.find_spec("pytest") is None:
         report.row("pytest", "is not installed: name a folder of its wheels with --wheels", failed=True)
         return
-    files = [file for file in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
+    files = [
+        file for file in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in file.read_text()
+    ]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "--tb=short", *map(str, files)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr)
@@ -36,7 +40,9 @@ def tests(report: Report, setting: Setting) -> None:
 
 
 def parity(report: Report, setting: Setting) -> None:
-    """Compute every golden case with its tensors on the device, in float32 without TF32 and with autocast to bf16."""
+    """Compute every golden case with its tensors on the device, in float32 without TF32 and with autocast
+    to bf16.
+    """
     sys.path.insert(0, str(ROOT / "tests"))
     import parity as cases
     import parity_case
@@ -51,16 +57,23 @@ def parity(report: Report, setting: Setting) -> None:
     folders = [ROOT / "tests/golden", *([setting.parity] if setting.parity else [])]
     for folder in folders:
         values = {path: json.loads(path.read_text()) for path in cases.case_files(folder)}
-        chosen = [p for p, v in values.items() if v["module"] in cases.CHECKS and v["module"] not in ON_THE_HOST]
+        chosen = [
+            p for p, v in values.items() if v["module"] in cases.CHECKS and v["module"] not in ON_THE_HOST
+        ]
         if setting.dry:  # of every module the smallest case, unless it takes a processor long
             sizes = {p: sum(map(math.prod, values[p].get("weights", {}).values())) for p in chosen}
-            chosen = list({values[p]["module"]: p for p in sorted(chosen, key=sizes.get, reverse=True)}.values())
+            chosen = list(
+                {values[p]["module"]: p for p in sorted(chosen, key=sizes.get, reverse=True)}.values()
+            )
             chosen = [p for p in chosen if sizes[p] < 5e6]
         for precision in ("float32", "bf16"):
             checked = {}
             for path in chosen:
                 if report.left() < 10:
-                    report.row(f"{folder.name}, {precision}", f"the time was over after {len(checked)} of {len(chosen)} cases")
+                    report.row(
+                        f"{folder.name}, {precision}",
+                        f"the time was over after {len(checked)} of {len(chosen)} cases",
+                    )
                     break
                 with report.guard(f"{precision}, {path.stem}"), device:
                     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -72,7 +85,9 @@ def parity(report: Report, setting: Setting) -> None:
 def summary(report: Report, what: str, precision: str, checked: dict[str, list]) -> None:
     """Rows of one precision. Ratios: errors in units of what is allowed in float32 on a processor."""
     if precision == "bf16":  # autocast leaves float64 as it is
-        checked = {case: [c for c in checks if not c.name.endswith("__f64")] for case, checks in checked.items()}
+        checked = {
+            case: [c for c in checks if not c.name.endswith("__f64")] for case, checks in checked.items()
+        }
     every = [(case, check) for case, checks in checked.items() for check in checks]
     finite = [(case, check) for case, check in every if math.isfinite(check.ratio)]
     if not finite:
@@ -80,7 +95,11 @@ def summary(report: Report, what: str, precision: str, checked: dict[str, list])
     case, worst = max(finite, key=lambda pair: pair[1].ratio)
     passed = sum(all(check.ratio <= 1 for check in checks) for checks in checked.values())
     middle = statistics.median(check.ratio for _, check in finite)
-    listed = [{"case": c, "check": k.name, "error": k.error, "allowed": k.allowed} for c, k in every if not k.ratio <= 1]
+    listed = [
+        {"case": c, "check": k.name, "error": k.error, "allowed": k.allowed}
+        for c, k in every
+        if not k.ratio <= 1
+    ]
     listed = [{**row, "error": row["error"] if math.isfinite(row["error"]) else None} for row in listed]
     result = f"{passed} of {len(checked)} cases within float32's tolerance on a processor"
     result += f"; error median {middle:.2g} x, most {worst.ratio:.2g} x of it ({case}, {worst.name})"

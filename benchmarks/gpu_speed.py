@@ -1,4 +1,5 @@
-"""Parts of gpu.py: what the machine can do, an encoder's forward and backward pass, and a decoder that writes.
+"""Parts of gpu.py: what the machine can do, an encoder's forward and backward pass, and a decoder that
+writes.
 
 Medians of CUDA events after a warm-up, on random data: a product of zeros runs faster than one of numbers.
 """
@@ -72,7 +73,11 @@ def machine(report: Report, setting: Setting) -> None:
     report.row("software", ", ".join(f"{name} {number}" for name, number in found.items()), **found)
     if setting.device == "cuda":
         card = torch.cuda.get_device_properties(0)
-        report.row("card", f"{card.name}, {card.total_memory / 1e9:.1f} GB, CUDA {torch.version.cuda}, compute {card.major}.{card.minor}")
+        report.row(
+            "card",
+            f"{card.name}, {card.total_memory / 1e9:.1f} GB, CUDA {torch.version.cuda}, compute "
+            f"{card.major}.{card.minor}",
+        )
     else:
         report.row("card", f"none, {torch.get_num_threads()} threads of a processor")
     copied, products = ceilings(setting)
@@ -149,14 +154,24 @@ def encoder(report: Report, setting: Setting) -> None:
             try:
                 seconds = measure(form, batch)
             except Exception as error:
-                report.row(f"{form}, batch {batch}", reason(error), form=form, batch=batch, failed=reason(error) != "out of memory")
+                report.row(
+                    f"{form}, batch {batch}",
+                    reason(error),
+                    form=form,
+                    batch=batch,
+                    failed=reason(error) != "out of memory",
+                )
                 break
             finally:
                 optimizer.zero_grad(set_to_none=True)
             fitted, batch = batch, 2 * batch
             free_memory()
             if seconds > 1.5:
-                report.row(f"{form}, batch {batch}", "not tried: a step of half of it takes more than 1.5 s", form=form)
+                report.row(
+                    f"{form}, batch {batch}",
+                    "not tried: a step of half of it takes more than 1.5 s",
+                    form=form,
+                )
                 break
         free_memory()
         return fitted
@@ -202,17 +217,23 @@ def peak_memory(device: torch.device) -> int:
 
 
 def language(report: Report, setting: Setting) -> None:
-    """Phi-4-mini's shapes with random bf16 weights: prefill and decoding, eager and compiled, and transformers beside it."""
+    """Phi-4-mini's shapes with random bf16 weights: prefill and decoding, eager and compiled, and
+    transformers beside it.
+    """
     device = torch.device(setting.device)
     prompt, new = (12, 6) if setting.dry else (300, 128)
     config = decoders.phi4mini(512, 64, 2, 4, 2, 128) if setting.dry else decoders.PRESETS["phi-4-mini"]
     copied, products = ceilings(setting)
     ours = in_bf16(lambda: Decoder(config), device)
-    matrices = sum(p.numel() for n, p in ours.named_parameters() if p.dim() == 2 and n != "embed_tokens.weight")
+    matrices = sum(
+        p.numel() for n, p in ours.named_parameters() if p.dim() == 2 and n != "embed_tokens.weight"
+    )
     weights = sum(p.nbytes for p in ours.parameters())
     report.row("weights", f"{weights / 1e6:,.1f} MB in bf16, which every token reads", bytes=weights)
 
-    def rows(name: str, batch: int, run: Callable[[Tensor], tuple[float, float, list]], prefilled: bool = True) -> None:
+    def rows(
+        name: str, batch: int, run: Callable[[Tensor], tuple[float, float, list]], prefilled: bool = True
+    ) -> None:
         ids = torch.randint(1, config.vocab, (batch, prompt), device=device)
         began = time.perf_counter()
         run(ids)
@@ -223,12 +244,22 @@ def language(report: Report, setting: Setting) -> None:
         cached = 2 * 2 * config.layers * config.kv_heads * config.head_dim * (prompt + new / 2) * batch
         floors = 2 * matrices * batch * prompt / products, new * (weights + cached) / copied
         if prefilled:
-            text = f"{1e3 * prefill:,.1f} ms, {batch * prompt / prefill:,.0f} tokens/s, {floors[0] / prefill:.1%} of the product's rate"
+            text = (
+                f"{1e3 * prefill:,.1f} ms, {batch * prompt / prefill:,.0f} tokens/s, "
+                f"{floors[0] / prefill:.1%} of the product's rate"
+            )
             report.row(f"{name}, batch {batch}, prefill {prompt}", text, seconds=prefill, floor=floors[0])
-        text = f"{batch * new / decode:,.1f} tokens/s, {1e3 * decode / new:,.2f} ms a step, {floors[1] / decode:.1%} of the copy's rate"
+        text = (
+            f"{batch * new / decode:,.1f} tokens/s, {1e3 * decode / new:,.2f} ms a step, "
+            f"{floors[1] / decode:.1%} of the copy's rate"
+        )
         if not prefilled:
-            skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] if device.type == "cuda" else 0
-            text += f"; compiled in {first - prefill - decode:,.0f} s" + (", CUDA graphs skipped" if skipped else "")
+            skipped = (
+                torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] if device.type == "cuda" else 0
+            )
+            text += f"; compiled in {first - prefill - decode:,.0f} s" + (
+                ", CUDA graphs skipped" if skipped else ""
+            )
         report.row(f"{name}, batch {batch}, decode {new}", text, seconds=decode, floor=floors[1], first=first)
 
     batches = (1, 2) if setting.dry else (1, 8)

@@ -1,4 +1,6 @@
-"""Parts of gpu.py that train: runs that are stopped and resumed, gradient caching, DDP with one rank, waits for the GPU."""
+"""Parts of gpu.py that train: runs that are stopped and resumed, gradient caching, DDP with one rank,
+waits for the GPU.
+"""
 
 import collections
 import contextlib
@@ -61,13 +63,17 @@ def phantoms(setting: Setting) -> Path:
     recipe = replace(RECIPES["hsenet"], size=size)
     prepare(read_ct_rate(data / "raw"), data, Options(recipe), workers=workers, progress=False)
     slices = SliceEncoder(size=32, patch=16, width=24, depth=1, heads=2, mlp=48)
-    add_slice_features(data, slices, describe(slices, "untrained", recipe="phantom"), workers=workers, progress=False)
+    add_slice_features(
+        data, slices, describe(slices, "untrained", recipe="phantom"), workers=workers, progress=False
+    )
     (data / "complete").touch()
     return data
 
 
 def arguments(setting: Setting, stage: str, out: Path, steps: int, *more: str) -> list[str]:
-    """A command line of train.py: a stage at the tiny preset, which starts from the stage before in the same folder."""
+    """A command line of train.py: a stage at the tiny preset, which starts from the stage before in the
+    same folder.
+    """
     before = {"clip2": ["--init", str(out.parent / "clip1")], "mrg": ["--init", str(out.parent / "clip2")]}
     smaller = ["--size", "16", "32", "32", "--patch", "8", "16", "16"] if setting.dry else []
     first = ["--preset", "hsenet-tiny", *smaller, "--data", str(phantoms(setting))]
@@ -107,7 +113,9 @@ def stopping_at(step: int) -> Iterator[None]:
 
 
 def difference(one: Path, two: Path) -> tuple[float, str]:
-    """The largest absolute difference of the last weights of two runs, and in which tensor; 0 only bit for bit."""
+    """The largest absolute difference of the last weights of two runs, and in which tensor; 0 only bit
+    for bit.
+    """
     a, b = (load_file(Run(folder).pointer("last") / "model.safetensors") for folder in (one, two))
     if a.keys() != b.keys():
         raise RuntimeError(f"{one} and {two} have other tensors")
@@ -117,7 +125,9 @@ def difference(one: Path, two: Path) -> tuple[float, str]:
 
 
 def train_and_resume(report: Report, setting: Setting) -> None:
-    """Every stage whole, and stopped in the middle and resumed; of what differs, how much two whole runs do."""
+    """Every stage whole, and stopped in the middle and resumed; of what differs, how much two whole runs
+    do.
+    """
     precision, steps = setting.part.removeprefix("train-"), 6 if setting.dry else 30
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic algorithms
     folder, inexact = setting.work / setting.part, []
@@ -129,8 +139,12 @@ def train_and_resume(report: Report, setting: Setting) -> None:
     def stopped_and_resumed(stage: str, name: str) -> Path:
         with stopping_at(steps // 2):
             out = folder / f"{stage}{name}"
-            trained(arguments(setting, stage, out, steps, "--precision", precision), expected=128 + signal.SIGUSR1)
-        return trained(["--stage", stage, "--out", str(out), "--resume", "--log-every", "1", "--device", setting.device])
+            trained(
+                arguments(setting, stage, out, steps, "--precision", precision), expected=128 + signal.SIGUSR1
+            )
+        return trained(
+            ["--stage", stage, "--out", str(out), "--resume", "--log-every", "1", "--device", setting.device]
+        )
 
     for stage in STAGES:
         with report.guard(f"{stage}, {precision}"):
@@ -139,7 +153,10 @@ def train_and_resume(report: Report, setting: Setting) -> None:
             seconds = time.perf_counter() - began
             gap, where = difference(whole, stopped_and_resumed(stage, "-resumed"))
             losses = [record["loss"] for record in Run(whole).read_log() if "loss" in record]
-            text = f"loss {losses[0]:.3f} to {losses[-1]:.3f}, {seconds:.0f} s; stopped at {steps // 2} and resumed: "
+            text = (
+                f"loss {losses[0]:.3f} to {losses[-1]:.3f}, {seconds:.0f} s; stopped at {steps // 2} "
+                f"and resumed: "
+            )
             text += "bit for bit" if gap == 0 else f"weights differ by up to {gap:.1e} ({where})"
             report.row(f"{stage}, {precision}, {steps} steps", text, losses=losses, gap=gap, seconds=seconds)
             if gap:
@@ -148,12 +165,18 @@ def train_and_resume(report: Report, setting: Setting) -> None:
         if report.left() > 15:
             with report.guard(f"{stage}, {precision}, two whole runs"):
                 gap, where = difference(folder / stage, run(stage, "-again"))
-                report.row(f"{stage}, {precision}, two whole runs", f"differ by up to {gap:.1e} ({where})", gap=gap)
+                report.row(
+                    f"{stage}, {precision}, two whole runs", f"differ by up to {gap:.1e} ({where})", gap=gap
+                )
         if report.left() > 15:
             with report.guard(f"{stage}, {precision}, deterministic algorithms"), deterministic():
                 one, two = run(stage, "-deterministic"), stopped_and_resumed(stage, "-deterministic-resumed")
                 gap, where = difference(one, two)
-                text = "resumed bit for bit" if gap == 0 else f"resumed, weights differ by up to {gap:.1e} ({where})"
+                text = (
+                    "resumed bit for bit"
+                    if gap == 0
+                    else f"resumed, weights differ by up to {gap:.1e} ({where})"
+                )
                 report.row(f"{stage}, {precision}, deterministic algorithms", text, gap=gap)
 
 
@@ -168,7 +191,9 @@ def deterministic() -> Iterator[None]:
 
 
 def plain_model(setting: Setting) -> tuple[DualEncoder, Callable[[int], Batch]]:
-    """hsenet-base without dropout (in two passes it would be drawn anew), and random batches of its inputs on the host."""
+    """hsenet-base without dropout (in two passes it would be drawn anew), and random batches of its
+    inputs on the host.
+    """
     config = preset(setting, "hsenet-base")
     config = replace(config, text=replace(config.text, dropout=0.0, attention_dropout=0.0))
     torch.manual_seed(0)
@@ -177,28 +202,51 @@ def plain_model(setting: Setting) -> tuple[DualEncoder, Callable[[int], Batch]]:
     def batch(rows: int) -> Batch:
         torch.manual_seed(1)
         ids = torch.randint(5, config.text.vocab, (rows, config.max_text))
-        return Batch(torch.rand(rows, 1, *config.vision.size), ids, torch.ones_like(ids), list(range(rows)), counts=[rows])
+        return Batch(
+            torch.rand(rows, 1, *config.vision.size),
+            ids,
+            torch.ones_like(ids),
+            list(range(rows)),
+            counts=[rows],
+        )
 
     return model, batch
 
 
-def a_step(setting: Setting, model: DualEncoder, ranks: Ranks, precision: str, grad_cache: int | None = None) -> TrainingState:
+def a_step(
+    setting: Setting, model: DualEncoder, ranks: Ranks, precision: str, grad_cache: int | None = None
+) -> TrainingState:
     """The training loop's own step of stage 1, without its data set."""
-    config = replace(stage_config("clip1", "hsenet", "hsenet-base"), precision=precision, grad_cache=grad_cache, clip_norm=None)
+    config = replace(
+        stage_config("clip1", "hsenet", "hsenet-base"),
+        precision=precision,
+        grad_cache=grad_cache,
+        clip_norm=None,
+    )
     blocks = [*model.vision.blocks, *model.text.blocks]
-    return TrainingState(Job(model, [], encode, Contrastive().loss, None, blocks, BadVolumes(0, ranks)), config, ranks)
+    return TrainingState(
+        Job(model, [], encode, Contrastive().loss, None, blocks, BadVolumes(0, ranks)), config, ranks
+    )
 
 
-def gradients(state: TrainingState, batch: Batch, device: torch.device) -> tuple[dict[str, Tensor], int, float]:
-    """(a step's gradients, peak bytes before them, median seconds) at a learning rate of 0, which changes no weight."""
+def gradients(
+    state: TrainingState, batch: Batch, device: torch.device
+) -> tuple[dict[str, Tensor], int, float]:
+    """(a step's gradients, peak bytes before them, median seconds) at a learning rate of 0, which changes
+    no weight.
+    """
     found, peaks, seconds = {}, [], []
 
     def keep(*_) -> None:
         peaks.append(peak_memory(device))
-        found.update({n: p.grad.detach().clone() for n, p in state.model.named_parameters() if p.grad is not None})
+        found.update(
+            {n: p.grad.detach().clone() for n, p in state.model.named_parameters() if p.grad is not None}
+        )
 
     for i in range(4):
-        hook = state.optimizer.register_step_pre_hook(keep) if i == 1 else None  # the first makes the optimizer's states
+        hook = (
+            state.optimizer.register_step_pre_hook(keep) if i == 1 else None
+        )  # the first makes the optimizer's states
         reset_peak(device)
         began = time.perf_counter()
         train.train_step(state, [batch if state.config.grad_cache else batch.to(device)], i, 0.0, lambda: 0)
@@ -225,11 +273,19 @@ def grad_cache(report: Report, setting: Setting) -> None:
     for precision in ("fp32", "bf16"):
         with report.guard(precision):
             whole, peak, seconds = gradients(a_step(setting, model, ranks, precision), batch(rows), device)
-            cached, low, longer = gradients(a_step(setting, model, ranks, precision, chunk), batch(rows), device)
+            cached, low, longer = gradients(
+                a_step(setting, model, ranks, precision, chunk), batch(rows), device
+            )
             gap, name = apart(whole, cached)
             text = f"gradients {gap:.1e} apart at most ({name}), {longer / seconds:.2f} x the time"
             text += f", {low / 1e9:.1f} GB for {peak / 1e9:.1f}" if peak else ""
-            numbers = {"gap": gap, "bytes": low, "whole_bytes": peak, "seconds": longer, "whole_seconds": seconds}
+            numbers = {
+                "gap": gap,
+                "bytes": low,
+                "whole_bytes": peak,
+                "seconds": longer,
+                "whole_seconds": seconds,
+            }
             report.row(f"{precision}, batch {rows} in chunks of {chunk}", text, **numbers)
 
 
@@ -254,8 +310,15 @@ def ddp_rank(report: Report, setting: Setting) -> None:
     state = a_step(setting, model, Ranks(0, 2, device), "bf16")
     reduced, _, together = gradients(state, batch(rows), device)
     gap, name = apart(plain, reduced)
-    text = f"{type(state.ddp).__name__}: gradients {'the same bits' if gap == 0 else f'{gap:.1e} apart ({name})'}"
-    report.row(f"{backend}, 1 rank, bf16, batch {rows}", f"{text}, {together / alone:.2f} x the time of a step without", gap=gap)
+    text = (
+        f"{type(state.ddp).__name__}: gradients "
+        f"{'the same bits' if gap == 0 else f'{gap:.1e} apart ({name})'}"
+    )
+    report.row(
+        f"{backend}, 1 rank, bf16, batch {rows}",
+        f"{text}, {together / alone:.2f} x the time of a step without",
+        gap=gap,
+    )
     with report.guard("collectives"):
         x = torch.randn(3, 4, device=device, requires_grad=True)
         same = [
@@ -271,17 +334,33 @@ def ddp_rank(report: Report, setting: Setting) -> None:
 
 
 class HostReads(TorchFunctionMode):
-    """Without a GPU: calls `seen` at every function that would wait for one, since its result is a number or a size."""
+    """Without a GPU: calls `seen` at every function that would wait for one, since its result is a number
+    or a size.
+    """
 
-    NAMES = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "masked_select", "equal",
-             "unique")  # fmt: skip
+    NAMES = (
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "unique",
+    )
 
     def __init__(self, seen: Callable[[], None]):
         super().__init__()
         self.seen = seen
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        masked = function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
+        masked = (
+            function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
+        )
         if masked or getattr(function, "__name__", "") in self.NAMES:
             self.seen()
         return function(*args, **(kwargs or {}))
@@ -297,7 +376,9 @@ def host_waits(device: torch.device, places: collections.Counter) -> Iterator[No
         frames = traceback.extract_stack()
         own = [f for f in frames if "/reaf_hsenet/" in f.filename]
         # The optimizer counts its steps, and a loader its workers, in tensors of the host.
-        if device.type == "cuda" or not any("/torch/optim/" in f.filename or "/torch/utils/data/" in f.filename for f in frames):
+        if device.type == "cuda" or not any(
+            "/torch/optim/" in f.filename or "/torch/utils/data/" in f.filename for f in frames
+        ):
             places[f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "elsewhere"] += 1
 
     if device.type != "cuda":
@@ -315,8 +396,9 @@ def host_waits(device: torch.device, places: collections.Counter) -> Iterator[No
 
 
 def waits(report: Report, setting: Setting) -> None:
-    """Where the training loop waits for the GPU, from one step to a later one. Once a step it is meant to: the loss and
-    the gradients' norm decide what is done next."""
+    """Where the training loop waits for the GPU, from one step to a later one. Once a step it is meant
+    to: the loss and the gradients' norm decide what is done next.
+    """
     device, first, steps = torch.device(setting.device), 2, 6
     call = train.train_step
     for stage in STAGES:

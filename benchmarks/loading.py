@@ -1,10 +1,11 @@
-"""One volume of real size read as training reads it, in every format: time per volume, and how much faster .npy is.
+"""One volume of real size read as training reads it, in every format: time per volume, and how much faster
+.npy is.
 
     python benchmarks/loading.py [--repeats 7]
 
-A chest CT of 512 x 512 x 300 voxels becomes REAF's input of 112 x 336 x 336: from .nii.gz on the fly, from .pt and
-.pt.gz files of its HU at 3 x 1 x 1 mm, and from the float16 .npy that preprocess.py writes. The files are read in turn,
-with one thread and from the page cache, as by a worker of a loader whose disk is fast.
+A chest CT of 512 x 512 x 300 voxels becomes REAF's input of 112 x 336 x 336: from .nii.gz on the fly, from
+.pt and .pt.gz files of its HU at 3 x 1 x 1 mm, and from the float16 .npy that preprocess.py writes. The files
+are read in turn, with one thread and from the page cache, as by a worker of a loader whose disk is fast.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from reaf_hsenet.data.volume import read_volume
 
 
 def write_files(folder: Path) -> None:
-    """ct.nii.gz, and from it ct.pt, ct.pt.gz (resampled HU, float32, as the published script saves) and ct.npy."""
+    """ct.nii.gz, and from it ct.pt, ct.pt.gz (resampled HU, float32, as the published script saves) and
+    ct.npy.
+    """
     recipe = RECIPES["reaf"]
     make_ct(folder / "ct.nii.gz", (512, 512, 300))
     voxels = np.asarray(nib.load(folder / "ct.nii.gz").dataobj)
@@ -43,7 +46,9 @@ def write_files(folder: Path) -> None:
 
 
 def plain_pt_gz(path: Path) -> torch.Tensor:
-    """The plain way: unzip while torch reads, which seeks back and so unzips more than once; window, crop, normalise."""
+    """The plain way: unzip while torch reads, which seeks back and so unzips more than once; window,
+    crop, normalise.
+    """
     with gzip.open(path) as file:
         hu = torch.load(file, weights_only=True)
     image = torch.clip((hu + 1150) / 1500, 0, 1)
@@ -53,7 +58,9 @@ def plain_pt_gz(path: Path) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -76,10 +83,10 @@ def main() -> None:
         for way, times in seconds.items():
             ratios = [t / own for t, own in zip(times, seconds["ct.npy"], strict=True)]
             print(
-                f"{way:<22}{(folder / way.split(',')[0]).stat().st_size / 1e6:>5.0f} MB"
-                f"{statistics.median(times) * 1e3:>8.0f} ms{min(times) * 1e3:>9.0f} to {max(times) * 1e3:.0f} ms"
-                f"{statistics.median(ratios):>10.1f}x ({min(ratios):.0f} to {max(ratios):.0f})"
-                f"{(volumes[way] - volumes['ct.npy']).abs().max():>16.1e}"
+                f"{way:<22}{(folder / way.split(',')[0]).stat().st_size / 1e6:>5.0f} "
+                f"MB{statistics.median(times) * 1e3:>8.0f} ms{min(times) * 1e3:>9.0f} to "
+                f"{max(times) * 1e3:.0f} ms{statistics.median(ratios):>10.1f}x ({min(ratios):.0f} to "
+                f"{max(ratios):.0f}){(volumes[way] - volumes['ct.npy']).abs().max():>16.1e}"
             )
 
 

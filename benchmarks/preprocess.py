@@ -2,8 +2,8 @@
 
     python benchmarks/preprocess.py [--shape 512 512 600] [--pairs 3]
 
-The plain way is what the published scripts do: float64 voxels by get_fdata, resample all of them, crop, resize. Both
-read the same .nii.gz in a process of its own with one thread, as a preprocessing worker does.
+The plain way is what the published scripts do: float64 voxels by get_fdata, resample all of them, crop,
+resize. Both read the same .nii.gz in a process of its own with one thread, as a preprocessing worker does.
 """
 
 import argparse
@@ -22,8 +22,10 @@ from reaf_hsenet.data.volume import read_volume
 def make_ct(path: Path, shape: tuple[int, int, int]) -> None:
     """An int16 CT of a body in air, with noise, 0.8 x 0.8 x 0.6 mm."""
     rng = np.random.default_rng(0)
-    x, y, z = (np.linspace(-1, 1, n, dtype=np.float32).reshape([-1 if i == a else 1 for i in range(3)])
-               for a, n in enumerate(shape))
+    x, y, z = (
+        np.linspace(-1, 1, n, dtype=np.float32).reshape([-1 if i == a else 1 for i in range(3)])
+        for a, n in enumerate(shape)
+    )
     body = x**2 / 0.7 + y**2 / 0.45 < 1
     lungs = ((abs(x) - 0.4) ** 2 / 0.08 + y**2 / 0.18 + z**2 / 0.8 < 1) & body
     bone = (x**2 / 0.006 + (y - 0.5) ** 2 / 0.012 < 1) & body
@@ -59,7 +61,9 @@ def plain(path: str, recipe: str):
             grid = resize(hu.clamp(-1000, 200), shape).float()
             grid = (grid - grid.min()) / (grid.max() - grid.min())
             where = (grid > 0).nonzero()
-            box = [slice(int(low), int(high) + 1) for low, high in zip(where.amin(0), where.amax(0), strict=True)]
+            box = [
+                slice(int(low), int(high) + 1) for low, high in zip(where.amin(0), where.amax(0), strict=True)
+            ]
             return resize(grid[tuple(box)], size)
         grid = ((resize(hu.float(), shape) + 1150) / 1500).clamp(0, 1)
         for axis, want in enumerate(size):
@@ -74,7 +78,9 @@ def plain(path: str, recipe: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", type=int, nargs=3, default=(512, 512, 600), metavar=("X", "Y", "Z"))
     parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
@@ -83,7 +89,10 @@ def main() -> None:
         make_ct(Path(path), args.shape)
         for recipe in RECIPES:
             difference = np.abs(ours(path, recipe)()[0] - plain(path, recipe)().numpy()).max()
-            print(f"{recipe}: {'x'.join(map(str, args.shape))} int16 .nii.gz, largest difference {difference:.1e}")
+            print(
+                f"{recipe}: {'x'.join(map(str, args.shape))} int16 .nii.gz, largest difference "
+                f"{difference:.1e}"
+            )
             compare(("reaf_hsenet", "plain way"), (ours, plain), (path, recipe), args.pairs)
 
 

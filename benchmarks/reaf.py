@@ -3,8 +3,9 @@
     pip install -r requirements-bench.txt && pip install --no-deps timm torchvision
     python benchmarks/reaf.py [--pairs 2] [--threads 2]
 
-Against the same network with timm's blocks, and with attention over the whole scan in every layer; then the share of
-fusion and saliency in a step, and the memory of a step with gradient checkpointing. Each run is a process of its own.
+Against the same network with timm's blocks, and with attention over the whole scan in every layer; then the
+share of fusion and saliency in a step, and the memory of a step with gradient checkpointing. Each run is a
+process of its own.
 """
 
 import argparse
@@ -80,12 +81,16 @@ def pooling_share(threads: int, repeats: int = 5) -> None:
     model = _model(threads)
     step = _step(model)
     slices, scan = (14, 1 + 14 * 14, 768), (1, 1 + 14**3, 768)
-    outputs = {"scan": [torch.rand(scan, requires_grad=True) for _ in range(4)],
-               "slice": [torch.rand(slices, requires_grad=True) for _ in range(8)]}
+    outputs = {
+        "scan": [torch.rand(scan, requires_grad=True) for _ in range(4)],
+        "slice": [torch.rand(slices, requires_grad=True) for _ in range(8)],
+    }
 
     def pooling():
         pooled = [model.pool(name, outputs[name]).pooled for name in model.fusion]
-        (outputs["scan"][-1] + model.fusion_layer(torch.cat(pooled, -1))[:, None])[:, 0].square().mean().backward()
+        (outputs["scan"][-1] + model.fusion_layer(torch.cat(pooled, -1))[:, None])[
+            :, 0
+        ].square().mean().backward()
 
     seconds = {}
     for name, work in (("step", step), ("pooling", pooling)):
@@ -97,11 +102,16 @@ def pooling_share(threads: int, repeats: int = 5) -> None:
             times.append(time.perf_counter() - started)
         seconds[name] = statistics.median(times)
     share = 100 * seconds["pooling"] / seconds["step"]
-    print(f"fusion + saliency: {1000 * seconds['pooling']:.0f} ms of a step of {seconds['step']:.2f} s, {share:.1f} %")
+    print(
+        f"fusion + saliency: {1000 * seconds['pooling']:.0f} ms of a step of {seconds['step']:.2f} s, "
+        f"{share:.1f} %"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

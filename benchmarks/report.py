@@ -1,10 +1,11 @@
-"""`infer.py report` from start to end, as a process of its own: seconds to the first word, then tokens a second.
+"""`infer.py report` from start to end, as a process of its own: seconds to the first word, then tokens a
+second.
 
     PYTHONPATH=. python benchmarks/report.py [--real-size] [--tokens 32] [--runs 3] [--infer infer.py ...]
 
-A made run of stage mrg with random weights: both encoders at base size, packers and adapters, a decoder of 100 M
-parameters in float32 or (--real-size) Phi-4-mini's shapes in bf16, and a made CT of 512 x 512 x 300 voxels. --infer names
-scripts to compare, one after another in every round, for example of an older checkout.
+A made run of stage mrg with random weights: both encoders at base size, packers and adapters, a decoder of
+100 M parameters in float32 or (--real-size) Phi-4-mini's shapes in bf16, and a made CT of 512 x 512 x 300
+voxels. --infer names scripts to compare, one after another in every round, for example of an older checkout.
 """
 
 import argparse
@@ -57,7 +58,9 @@ def write_run(folder: Path, real_size: bool) -> None:
     words = itertools.islice(map("".join, itertools.product("abcdefghijklmnopqrst", repeat=5)), config.vocab)
     tokenizer = train_words(["a " + " ".join(words)], config.vocab - 8)
     add_image_tokens(tokenizer)
-    config = replace(config, vocab=len(tokenizer), eos_ids=(tokenizer.eos_id,), bos_id=tokenizer.bos_id, pad_id=None)
+    config = replace(
+        config, vocab=len(tokenizer), eos_ids=(tokenizer.eos_id,), bos_id=tokenizer.bos_id, pad_id=None
+    )
     decoder = folder / "decoder"
     decoder.mkdir(parents=True)
     make(config, decoder, torch.bfloat16 if real_size else torch.float32)
@@ -72,15 +75,36 @@ def write_run(folder: Path, real_size: bool) -> None:
     run = Run(folder)
     run.save(1, trained_state(build_mllm(mllm, base_decoder(mllm, origin))), {}, keep=1, best=True)
     tokenizer.save(run.folder)
-    values = {"version": "0", "stage": "mrg", "preset": "hsenet-base", "model": to_dict(mllm), "origin": origin}
-    run.write_config({**values, "recipe": to_dict(RECIPES["hsenet"]), "slices": slices, "train": {}, "data": None})
+    values = {
+        "version": "0",
+        "stage": "mrg",
+        "preset": "hsenet-base",
+        "model": to_dict(mllm),
+        "origin": origin,
+    }
+    run.write_config(
+        {**values, "recipe": to_dict(RECIPES["hsenet"]), "slices": slices, "train": {}, "data": None}
+    )
 
 
 def report(script: Path, scan: Path, run: Path, tokens: int) -> tuple[float, float]:
     """(seconds to the first word, to the end) of one process."""
-    command = [sys.executable, script, "report", scan, "--run", run, "--new-tokens", str(tokens), "--device", "cpu"]
+    command = [
+        sys.executable,
+        script,
+        "report",
+        scan,
+        "--run",
+        run,
+        "--new-tokens",
+        str(tokens),
+        "--device",
+        "cpu",
+    ]
     began = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
     process.stdout.read(1)
     first = time.perf_counter() - began
     process.stdout.read()
@@ -90,7 +114,9 @@ def report(script: Path, scan: Path, run: Path, tokens: int) -> tuple[float, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--real-size", action="store_true")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
@@ -107,7 +133,9 @@ def main() -> None:
         for script, times in found.items():
             first = statistics.median(first for first, _ in times)
             rest = statistics.median((args.tokens - 1) / (end - first) for first, end in times)
-            print(f"{script}: first word after {first:.1f} s, then {rest:.2f} tokens/s (medians of {args.runs})")
+            print(
+                f"{script}: first word after {first:.1f} s, then {rest:.2f} tokens/s (medians of {args.runs})"
+            )
     finally:
         shutil.rmtree(folder)
 

@@ -1,10 +1,12 @@
-"""How large a run is: memory of a GPU, bytes sent a step, storage, and the step time that stated assumptions give.
+"""How large a run is: memory of a GPU, bytes sent a step, storage, and the step time that stated assumptions
+give.
 
     PYTHONPATH=. python benchmarks/sizing.py [--share 0.35] [--peak 989e12] [--node 300e9] [--network 40e9]
 
-Writes the tables of docs/clusters.md, between its marks; two minutes, no GPU. Counted, from the modules themselves without
-any data: parameters, FLOPs, and the tensors that autograd keeps for the backward pass. By formula: all else (`Sizes`,
-`Traffic`, `step_seconds`). Assumed: what the flags say. tests/test_sizing.py compares Traffic with what two ranks send.
+Writes the tables of docs/clusters.md, between its marks; two minutes, no GPU. Counted, from the modules
+themselves without any data: parameters, FLOPs, and the tensors that autograd keeps for the backward pass. By
+formula: all else (`Sizes`, `Traffic`, `step_seconds`). Assumed: what the flags say. tests/test_sizing.py
+compares Traffic with what two ranks send.
 """
 
 import argparse
@@ -34,8 +36,10 @@ PROMPT = 32  # tokens of a language input that are not learned, beside the visua
 
 @dataclass(frozen=True)
 class Case:
-    """A stage with its preset. forward(model, rows): a scalar to go backward from. frozen: parameters beside the model,
-    of a teacher; teacher: its FLOPs a sample. text: columns of what a rank gathers, for the contrastive stages."""
+    """A stage with its preset. forward(model, rows): a scalar to go backward from. frozen: parameters beside
+    the model, of a teacher; teacher: its FLOPs a sample. text: columns of what a rank gathers, for the
+    contrastive stages.
+    """
 
     name: str
     batch: int
@@ -51,11 +55,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Counts of a case. weights: bytes by precision. gathered: bytes that FSDP gathers at a time, by precision.
+    """Counts of a case. weights: bytes by precision. gathered: bytes that FSDP gathers at a time, by
+    precision.
 
-    kept: bytes that autograd keeps, {(precision, checkpointed): (of any batch, of a sample)}. blocks: over which a
-    checkpointed pass spreads what it computes again. flops, again: of a sample, forward and backward; of the forward pass
-    that --grad-checkpoint repeats.
+    kept: bytes that autograd keeps, {(precision, checkpointed): (of any batch, of a sample)}. blocks: over
+    which a checkpointed pass spreads what it computes again. flops, again: of a sample, forward and backward;
+    of the forward pass that --grad-checkpoint repeats.
     """
 
     case: Case
@@ -69,7 +74,9 @@ class Sizes:
     again: float
 
     def fixed(self, world: int, precision: str = "bf16") -> dict[str, float]:
-        """Bytes that no batch changes. float32: 4 a parameter, 4 a gradient, 8 of AdamW; DDP's buckets repeat the gradients."""
+        """Bytes that no batch changes. float32: 4 a parameter, 4 a gradient, 8 of AdamW; DDP's buckets
+        repeat the gradients.
+        """
         parts = world if self.case.sharded else 1
         held = {
             "weights": self.weights[precision] / parts + self.gathered[precision] + 4 * self.case.frozen,
@@ -86,17 +93,24 @@ class Sizes:
 
     def memory(self, batch: int, precision: str, checkpointed: bool, world: int) -> float:
         """Bytes of a GPU, without the allocator's slack and the libraries' own (1 to 2 GB)."""
-        logits = 4 * 4 * (world * batch) ** 2 if self.case.embed else 0  # of the gathered batch, in four copies
-        return sum(self.fixed(world, precision).values()) + self.activations(batch, precision, checkpointed) + logits
+        logits = (
+            4 * 4 * (world * batch) ** 2 if self.case.embed else 0
+        )  # of the gathered batch, in four copies
+        return (
+            sum(self.fixed(world, precision).values())
+            + self.activations(batch, precision, checkpointed)
+            + logits
+        )
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that a rank hands to collectives in a step: their payload, of `accumulate` batches.
 
-    gradients: DDP's all-reduce, once a step. embeddings: image and text, all-gathered. numbers: row counts (int64) and
-    answer tokens of each batch, and once loss, norm and signal. parameters: its parts of the weights, all-gathered by FSDP
-    before the forward and the backward pass. reduced: gradients, reduce-scattered by FSDP after each batch.
+    gradients: DDP's all-reduce, once a step. embeddings: image and text, all-gathered. numbers: row counts
+    (int64) and answer tokens of each batch, and once loss, norm and signal. parameters: its parts of the
+    weights, all-gathered by FSDP before the forward and the backward pass. reduced: gradients,
+    reduce-scattered by FSDP after each batch.
     """
 
     gradients: int = 0
@@ -108,8 +122,10 @@ class Traffic:
     def sent(self, world: int) -> float:
         """Bytes that leave a rank when every collective goes around a ring."""
         others = world - 1
-        return 2 * others / world * self.gradients + others * (self.embeddings + self.numbers + self.parameters) + (
-            others / world * self.reduced
+        return (
+            2 * others / world * self.gradients
+            + others * (self.embeddings + self.numbers + self.parameters)
+            + (others / world * self.reduced)
         )
 
 
@@ -120,10 +136,13 @@ def traffic(trained: int, batch: int, embed: int, accumulate: int = 1) -> Traffi
 
 
 def sharded_traffic(model: Mllm, world: int, half: bool, accumulate: int = 1) -> Traffic:
-    """Of --shard. Blocks and encoders are gathered twice, frozen ones too, which FSDP fetches ahead of the backward pass;
-    embeddings, projectors and norms stay gathered."""
+    """Of --shard. Blocks and encoders are gathered twice, frozen ones too, which FSDP fetches ahead of
+    the backward pass; embeddings, projectors and norms stay gathered.
+    """
 
-    def part(parameters) -> int:  # a rank's rows, in FSDP's layout: the first axis is padded to the number of ranks
+    def part(
+        parameters,
+    ) -> int:  # a rank's rows, in FSDP's layout: the first axis is padded to the number of ranks
         return sum(-(-len(p) // world) * p[0].numel() if p.ndim else 1 for p in parameters)
 
     blocks, encoders = list(model.decoder.layers.parameters()), list(model.encoders.parameters())
@@ -138,7 +157,8 @@ def sharded_traffic(model: Mllm, world: int, half: bool, accumulate: int = 1) ->
 def step_seconds(sizes: Sizes, world: int, sent: float, given: argparse.Namespace) -> float:
     """Computing, and what of the sending the backward pass does not hide.
 
-    FLOPs / (share * peak); the slowest link carries all that a rank sends: NVLink within a node, the network beyond.
+    FLOPs / (share * peak); the slowest link carries all that a rank sends: NVLink within a node, the network
+    beyond.
     """
     rate = given.share * given.peak
     flops = sizes.flops + sizes.case.checkpointed * sizes.again + sizes.case.teacher
@@ -158,7 +178,9 @@ def count(case: Case) -> Sizes:
             model = model.to_empty(device="cpu")
             for checkpointed in (False, True):
                 case.checkpoint(model, checkpointed)
-                one, two = (kept_bytes(model, lambda n=n, m=model: case.forward(m, n), precision) for n in (1, 2))
+                one, two = (
+                    kept_bytes(model, lambda n=n, m=model: case.forward(m, n), precision) for n in (1, 2)
+                )
                 kept[precision, checkpointed] = 2 * one - two, two - one
             if precision == "fp32":
                 case.checkpoint(model, False)
@@ -169,13 +191,17 @@ def count(case: Case) -> Sizes:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     blocks = len(model.decoder.layers) if isinstance(model, Mllm) else len(model.vision.blocks)
-    return Sizes(case, parameters, trained, weights, gathered, blocks, kept, counter.get_total_flops(), forward)
+    return Sizes(
+        case, parameters, trained, weights, gathered, blocks, kept, counter.get_total_flops(), forward
+    )
 
 
 def as_held(case: Case, model: nn.Module, precision: str) -> tuple[int, int]:
-    """Give parameters the type they are computed from; (bytes of the weights, all ranks' together; gathered at a time).
+    """Give parameters the type they are computed from; (bytes of the weights, all ranks' together; gathered
+    at a time).
 
-    A frozen decoder is held in bf16. FSDP gathers the decoder and the projectors in bf16, two blocks beside the rest.
+    A frozen decoder is held in bf16. FSDP gathers the decoder and the projectors in bf16, two blocks beside
+    the rest.
     """
     held = 4 * sum(p.numel() for p in model.parameters())
     if not isinstance(model, Mllm):
@@ -187,12 +213,16 @@ def as_held(case: Case, model: nn.Module, precision: str) -> tuple[int, int]:
                 parameter.data = parameter.data.bfloat16()
     held = held if case.sharded else sum(p.nbytes for p in model.parameters())
     blocks = [sum(p.nbytes for p in block.parameters()) for block in model.decoder.layers]
-    rest = sum(p.nbytes for part in (model.decoder, model.projectors) for p in part.parameters()) - sum(blocks)
+    rest = sum(p.nbytes for part in (model.decoder, model.projectors) for p in part.parameters()) - sum(
+        blocks
+    )
     return held, rest + 2 * max(blocks) if case.sharded else 0
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Tensor], precision: str) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward pass, the parameters themselves left out."""
+    """Bytes of the distinct tensors that autograd keeps for the backward pass, the parameters themselves
+    left out.
+    """
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -217,12 +247,25 @@ def contrastive(name: str, stage: str, config: ClipConfig, **more) -> Case:
 
     def forward(model: nn.Module, rows: int) -> Tensor:
         ids = torch.zeros(rows, config.max_text, dtype=torch.long)
-        slices = torch.empty(rows, config.vision.slices, config.vision.slice_width) if stage == "clip2" else None
-        image, text, scale = model(torch.empty(rows, 1, *config.vision.size), ids, torch.ones_like(ids), slices)
+        slices = (
+            torch.empty(rows, config.vision.slices, config.vision.slice_width) if stage == "clip2" else None
+        )
+        image, text, scale = model(
+            torch.empty(rows, 1, *config.vision.size), ids, torch.ones_like(ids), slices
+        )
         return (image.float().sum() + text.float().sum()) * scale
 
     settings = stage_config(stage, config.model, "base")
-    return Case(name, settings.batch_size, build, forward, set_grad_checkpoint, config.embed, checkpointed=settings.grad_checkpoint, **more)
+    return Case(
+        name,
+        settings.batch_size,
+        build,
+        forward,
+        set_grad_checkpoint,
+        config.embed,
+        checkpointed=settings.grad_checkpoint,
+        **more,
+    )
 
 
 def language(name: str, stage: str, config: MllmConfig, sharded: bool = False) -> Case:
@@ -233,7 +276,9 @@ def language(name: str, stage: str, config: MllmConfig, sharded: bool = False) -
         slices = [e for e in config.encoders if isinstance(e, GuidedVisionConfig)]
         guide = torch.empty(rows, slices[0].slices, slices[0].slice_width) if slices else None
         features = model.features(torch.empty(rows, 1, *encoder.size), guide)
-        x = model.decoder.hidden(model.embed(ids, features, guide, torch.ones_like(ids)), torch.ones_like(ids))
+        x = model.decoder.hidden(
+            model.embed(ids, features, guide, torch.ones_like(ids)), torch.ones_like(ids)
+        )
         logits = model.decoder.logits(x[:, model.visual_tokens + PROMPT :])
         labels = torch.zeros(logits.shape[:2], dtype=torch.long)
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
@@ -287,15 +332,31 @@ def tables(given: argparse.Namespace) -> str:
     for sizes, recipe in counted:
         case = sizes.case
         held = sizes.fixed(8)
-        fixed.append([case.name, f"{sizes.parameters / 1e6:,.0f} M", f"{sizes.trained / 1e6:,.0f} M",
-                      *(f"{held[part] / GB:.1f}" for part in ("weights", "gradients", "AdamW", "buckets")),
-                      f"{sum(held.values()) / GB:.1f}", f"{sizes.flops / 1e12:.2f}"])  # fmt: skip
+        fixed.append(
+            [
+                case.name,
+                f"{sizes.parameters / 1e6:,.0f} M",
+                f"{sizes.trained / 1e6:,.0f} M",
+                *(f"{held[part] / GB:.1f}" for part in ("weights", "gradients", "AdamW", "buckets")),
+                f"{sum(held.values()) / GB:.1f}",
+                f"{sizes.flops / 1e12:.2f}",
+            ]
+        )
         for precision in ("fp32", "bf16"):
             for checkpointed in (False, True):
                 gb = [f"{sizes.memory(b, precision, checkpointed, 8) / GB:.0f}" for b in BATCHES]
-                name = precision if precision == "fp32" or case.sharded else "bf16, fp16"  # which keep as many bytes
-                moving.append([case.name, name, "yes" if checkpointed else "no",
-                               f"{sizes.activations(1, precision, checkpointed) / GB:.2f}", *gb])  # fmt: skip
+                name = (
+                    precision if precision == "fp32" or case.sharded else "bf16, fp16"
+                )  # which keep as many bytes
+                moving.append(
+                    [
+                        case.name,
+                        name,
+                        "yes" if checkpointed else "no",
+                        f"{sizes.activations(1, precision, checkpointed) / GB:.2f}",
+                        *gb,
+                    ]
+                )
         row = [case.name, str(case.batch)]
         line = [case.name, str(case.batch), "yes" if case.checkpointed else "no"]
         for world in WORLDS:
@@ -312,30 +373,70 @@ def tables(given: argparse.Namespace) -> str:
         row.insert(2, f"{payload / 1e3:,.0f}" if payload else "")
         sending.append(row)
         times.append(line)
-    storage = [[name, "x".join(map(str, RECIPES[name].size)), f"{volume_bytes(name) / 1e6:.1f} MB",
-                f"{VOLUMES * volume_bytes(name) / 1e12:.2f} TB"] for name in RECIPES]  # fmt: skip
+    storage = [
+        [
+            name,
+            "x".join(map(str, RECIPES[name].size)),
+            f"{volume_bytes(name) / 1e6:.1f} MB",
+            f"{VOLUMES * volume_bytes(name) / 1e12:.2f} TB",
+        ]
+        for name in RECIPES
+    ]
     features = 128 + 2 * 32 * 768
-    storage.append(["slice features", "32x768", f"{features / 1e6:.2f} MB", f"{VOLUMES * features / 1e12:.4f} TB"])
+    storage.append(
+        ["slice features", "32x768", f"{features / 1e6:.2f} MB", f"{VOLUMES * features / 1e12:.4f} TB"]
+    )
     ends = [f"{w} GPUs: {what}" for w in WORLDS for what in ("step", "samples/s", "GB/s read")]
-    return "\n\n".join((
-        "What no batch changes, in GB a GPU (8 GPUs, bf16). Parameters and FLOPs are counted, bytes are by formula.",
-        table(["", "parameters", "trained", "weights", "gradients", "AdamW", "DDP's buckets", "sum", "TFLOPs a sample"], fixed),
-        "With the activations, in GB a GPU (8 GPUs): counted for a batch of 1, by formula for others.",
-        table(["", "precision", "`--grad-checkpoint`", "activations of 1", *(f"batch {b}" for b in BATCHES)], moving),
-        "A step at the recipe's batch, in MB that leave a GPU on a ring (formula), and kB of embeddings that a rank gives.",
-        table(["", "batch", "embeddings, kB", *(f"{w} GPUs" for w in WORLDS)], sending),
-        f"Storage of {VOLUMES:,} volumes in float16 (formula).",
-        table(["recipe", "size", "a volume", "all"], storage),
-        f"Predicted, not measured: {given.share:.0%} of {given.peak / 1e12:.0f} TFLOP/s, {given.node / GB:.0f} GB/s a GPU within "
-        f"a node of {NODE}, {given.network / GB:.0f} GB/s beyond, and reading that keeps up.",
-        table(["", "batch", "`--grad-checkpoint`", *ends], times),
-    ))  # fmt: skip
+    return "\n\n".join(
+        (
+            "What no batch changes, in GB a GPU (8 GPUs, bf16). Parameters and FLOPs are counted, bytes "
+            "are by formula.",
+            table(
+                [
+                    "",
+                    "parameters",
+                    "trained",
+                    "weights",
+                    "gradients",
+                    "AdamW",
+                    "DDP's buckets",
+                    "sum",
+                    "TFLOPs a sample",
+                ],
+                fixed,
+            ),
+            "With the activations, in GB a GPU (8 GPUs): counted for a batch of 1, by formula for others.",
+            table(
+                [
+                    "",
+                    "precision",
+                    "`--grad-checkpoint`",
+                    "activations of 1",
+                    *(f"batch {b}" for b in BATCHES),
+                ],
+                moving,
+            ),
+            "A step at the recipe's batch, in MB that leave a GPU on a ring (formula), and kB of "
+            "embeddings that a rank gives.",
+            table(["", "batch", "embeddings, kB", *(f"{w} GPUs" for w in WORLDS)], sending),
+            f"Storage of {VOLUMES:,} volumes in float16 (formula).",
+            table(["recipe", "size", "a volume", "all"], storage),
+            f"Predicted, not measured: {given.share:.0%} of {given.peak / 1e12:.0f} TFLOP/s, "
+            f"{given.node / GB:.0f} GB/s a GPU within a node of {NODE}, {given.network / GB:.0f} GB/s "
+            "beyond, and reading that keeps up.",
+            table(["", "batch", "`--grad-checkpoint`", *ends], times),
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--share", type=float, default=0.35, help="of the peak that a step reaches")
-    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s of a GPU in bf16, without sparsity")
+    parser.add_argument(
+        "--peak", type=float, default=989e12, help="FLOP/s of a GPU in bf16, without sparsity"
+    )
     parser.add_argument("--node", type=float, default=300e9, help="bytes/s that leave a GPU within a node")
     parser.add_argument("--network", type=float, default=40e9, help="bytes/s that leave a GPU to other nodes")
     given = parser.parse_args()

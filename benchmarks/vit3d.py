@@ -2,7 +2,8 @@
 
     pip install -r requirements-bench.txt && python benchmarks/vit3d.py [--pairs 3] [--threads 2]
 
-Batch 1, 1 x 32 x 256 x 256, float32. Each run is a process of its own; the weights are the same kind of random.
+Batch 1, 1 x 32 x 256 x 256, float32. Each run is a process of its own; the weights are the same kind of
+random.
 """
 
 import argparse
@@ -42,15 +43,27 @@ def monais(threads: int):
 
     # classification=True adds the class token; newer versions call the patch embedding proj_type.
     embedding = "proj_type" if "proj_type" in inspect.signature(ViT).parameters else "pos_embed"
-    model = ViT(in_channels=1, img_size=(32, 256, 256), patch_size=(4, 16, 16), hidden_size=768, mlp_dim=3072,
-                num_layers=12, num_heads=12, classification=True, qkv_bias=False, **{embedding: "perceptron"})
+    model = ViT(
+        in_channels=1,
+        img_size=(32, 256, 256),
+        patch_size=(4, 16, 16),
+        hidden_size=768,
+        mlp_dim=3072,
+        num_layers=12,
+        num_heads=12,
+        classification=True,
+        qkv_bias=False,
+        **{embedding: "perceptron"},
+    )
     # The published encoder keeps all tokens and has no head.
     model.classification_head = nn.Identity()
     return _work(model, threads)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -1,4 +1,5 @@
-"""What describes a network, its input and a stage of training: dataclasses, whose defaults are the published values.
+"""What describes a network, its input and a stage of training: dataclasses, whose defaults are the published
+values.
 
 Symbols: D/H/W depth, height and width of a volume, C width, L layers. Spacings are mm in (D, H, W) order,
 windows are HU. Sources: HSENet (commit c7198f3) and REAF (commit f9475f8), as their settings take effect.
@@ -11,7 +12,9 @@ from typing import Literal
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.settings import check_ranges, setting
 
-LARGEST = 2**24  # of any size of a network: above is a mistake, which would be found out by running out of memory
+LARGEST = (
+    2**24
+)  # of any size of a network: above is a mistake, which would be found out by running out of memory
 Size3 = tuple[int, int, int]
 MOST_VOXELS = 2**30  # of a volume, whether read or made
 
@@ -23,8 +26,8 @@ class Recipe:
     axes: directions that the array's (D, H, W) axes run to (L left, P posterior, S superior).
     spacing: mm in (D, H, W) that the CT is resampled to; None keeps the CT's own grid.
     clamp: `before` or `after` resampling the values are clamped to the window.
-    fit: `foreground` crops to the box of voxels above the minimum and resizes, `resize` resizes the whole grid,
-        `crop` pads with the lowest value and crops around the centre.
+    fit: `foreground` crops to the box of voxels above the minimum and resizes, `resize` resizes the whole
+        grid, `crop` pads with the lowest value and crops around the centre.
     scale: `minmax` maps the volume's own range to [0, 1], `window` maps the window to [0, 1].
     mean, std: applied last.
     """
@@ -43,7 +46,9 @@ class Recipe:
     def __post_init__(self):
         check_ranges(self)
         if sorted(self.axes) != ["L", "P", "S"]:
-            raise InputError(f"axes of Recipe are {self.axes!r:.60}; expected the letters L, P and S in the order of D H W")
+            raise InputError(
+                f"axes of Recipe are {self.axes!r:.60}; expected the letters L, P and S in the order of D H W"
+            )
         if not (len(self.window) == 2 and self.window[0] < self.window[1]):
             raise InputError(f"--window {self.window}: expected LOW HIGH in HU with LOW < HIGH")
         if not all(math.isfinite(x) for x in self.window):
@@ -51,7 +56,9 @@ class Recipe:
         if len(self.size) != 3 or min(self.size) < 1:
             raise InputError(f"--size {self.size}: expected three positive numbers of voxels, D H W")
         if math.prod(self.size) > MOST_VOXELS:
-            raise InputError(f"--size {self.size}: expected at most {MOST_VOXELS} voxels in all, 4 GB of float32")
+            raise InputError(
+                f"--size {self.size}: expected at most {MOST_VOXELS} voxels in all, 4 GB of float32"
+            )
         if self.spacing is not None and (
             len(self.spacing) != 3 or not all(0 < x < math.inf for x in self.spacing)
         ):
@@ -73,7 +80,8 @@ def _whole_heads(config) -> None:
         raise InputError(f"{config.heads} heads do not share a width of {config.width}")
 
 
-# 0.449 and 0.226 are the averages over colours of ImageNet's means and standard deviations, in float32 as published.
+# 0.449 and 0.226 are the averages over colours of ImageNet's means and standard deviations, in float32 as
+# published.
 RECIPES = {
     "hsenet": Recipe(
         "hsenet", "SLP", (1.5, 0.75, 0.75), (-1000.0, 200.0), (32, 256, 256), "before", "minmax", "foreground"
@@ -128,7 +136,8 @@ FUSIONS = ("mean", "max", "weighted_mean", "inverse_weighted_mean", "random_weig
 
 @dataclass(frozen=True)
 class ReafVisionConfig(VisionConfig):
-    """REAF's slice/scan ViT. Its oddities are the defaults, each with a sound variant (models/reaf.py, saliency.py).
+    """REAF's slice/scan ViT. Its oddities are the defaults, each with a sound variant (models/reaf.py,
+    saliency.py).
 
     fusion: one of FUSIONS; `last`, the last layer alone; None, HLIP's encoder, without fusion and saliency.
     regions: of region_size tokens that keep weight 1 in the saliency map; 0, no map of regions.
@@ -151,8 +160,8 @@ class ReafVisionConfig(VisionConfig):
         super().__post_init__()
         if self.regions and any(r > n for r, n in zip(self.region_size, self.grid, strict=True)):
             raise InputError(
-                f"--region-size {self.region_size}: does not fit the grid of {self.grid} patches; choose a smaller "
-                "one, or a larger --size or smaller --patch"
+                f"--region-size {self.region_size}: does not fit the grid of {self.grid} patches; choose a "
+                "smaller one, or a larger --size or smaller --patch"
             )
         if self.width % 6:
             raise InputError(f"width {self.width}: three axes of sines and cosines need a multiple of 6")
@@ -162,7 +171,9 @@ class ReafVisionConfig(VisionConfig):
 
 @dataclass(frozen=True)
 class GuidedVisionConfig(VisionConfig):
-    """HSENet's 2E3 encoder: slices features of slice_width a volume score its patches (models/slice_guidance.py)."""
+    """HSENet's 2E3 encoder: slices features of slice_width a volume score its patches
+    (models/slice_guidance.py).
+    """
 
     slices: int = _size(32)
     slice_width: int = _size(768)
@@ -195,7 +206,9 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters of a dual encoder (models/lora.py). towers: of `vision` and `text`, those that get them."""
+    """Low-rank adapters of a dual encoder (models/lora.py). towers: of `vision` and `text`, those that
+    get them.
+    """
 
     towers: tuple[Literal["vision", "text"], ...]
     r: int = _size(8)
@@ -209,7 +222,9 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Dual encoder. logit_scale `raw` multiplies by the parameter itself, as HSENet publishes; `exp` is CLIP's."""
+    """Dual encoder. logit_scale `raw` multiplies by the parameter itself, as HSENet publishes; `exp` is
+    CLIP's.
+    """
 
     model: Literal["hsenet", "reaf"] = "hsenet"
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -233,7 +248,9 @@ class Augmentation:
     scale: float = setting(0.5, least=0, most=1)  # v * (1 + f), f uniform in +-intensity
     shift: float = setting(0.5, least=0, most=1)  # v + o, o uniform in +-intensity
     intensity: float = setting(0.1, least=0, most=1)
-    translate: int = setting(0, least=0, most=1000)  # voxels at most, each axis, background moving in; not published, for the tiny presets
+    translate: int = setting(
+        0, least=0, most=1000
+    )  # voxels at most, each axis, background moving in; not published, for the tiny presets
 
     def __post_init__(self):
         check_ranges(self)
@@ -244,22 +261,27 @@ class TrainConfig:
     """One training stage. warmup is the share of all steps; no_decay is the published rule of each method.
 
     first_step: 0, the warm-up starts at a rate of 0; 1, at the first step's share of it, as REAF does.
-    text_blocks: last blocks of the text encoder that are trained, the rest frozen but for its LayerNorms; None: all.
+    text_blocks: last blocks of the text encoder that are trained, the rest frozen but for its LayerNorms;
+    None: all.
     grad_cache: volumes per pass of --grad-cache (grad_cache.py); None: the whole batch in one pass.
     relation: weight of stage 2's relation loss at step 0, which falls to 0 at relation_steps.
     slices_follow: a volume's slice features follow its depth flip; HSENet publishes that they do not.
     encoder_rate: of the learning rate, for encoders that a language stage trains on.
-    label_epochs: before the first step, in which the encoders learn to tell the scan's labels (label_start.py); list_epochs:
-        the first epochs of a language stage, in which the answer is the list of these labels. Later reports begin with it.
-        A decoder that starts from nothing else learns to write without looking; not published, for the tiny presets.
-    questions: kind of questions that stage vqa learns to answer; templates: their wordings, of --templates; None: ours.
+    label_epochs: before the first step, in which the encoders learn to tell the scan's labels
+        (label_start.py); list_epochs: the first epochs of a language stage, in which the answer is the list
+        of these labels. Later reports begin with it. A decoder that starts from nothing else learns to write
+        without looking; not published, for the tiny presets.
+    questions: kind of questions that stage vqa learns to answer; templates: their wordings, of --templates;
+    None: ours.
     frozen_dropout: frozen encoders keep their dropout in a language stage; HSENet publishes that they do.
     shard: the ranks share the weights and the optimizer's states of a language stage (sharding.py).
     max_bad: volumes that may be left out because they cannot be read, before the run stops.
     max_skipped: steps that may be skipped because a loss or a gradient is not finite, before the run stops.
     best_by: the number of the validation that chooses the best checkpoint; None: mean R@5, or the loss.
-    start: of weights that nothing is loaded into: `published`, or `xavier`, from which the tiny presets train, and all earlier runs.
-    calibrate: training volumes that set the start of what is trained from nothing (calibration.py); 0: plain start.
+    start: of weights that nothing is loaded into: `published`, or `xavier`, from which the tiny presets
+    train, and all earlier runs.
+    calibrate: training volumes that set the start of what is trained from nothing (calibration.py); 0: plain
+    start.
     """
 
     lr: float = setting(above=0, most=1e30)  # of float32
@@ -305,8 +327,8 @@ class TrainConfig:
 
 NO_AUGMENTATION = Augmentation(rotate=0, flip=0, scale=0, shift=0)
 
-# The published settings of every stage, per process. HSENet's README has 8 processes for the contrastive stages, its files
-# force one in clip1, mrg and vqa; REAF's example has one.
+# The published settings of every stage, per process. HSENet's README has 8 processes for the contrastive
+# stages, its files force one in clip1, mrg and vqa; REAF's example has one.
 STAGES = {
     ("clip1", "hsenet"): TrainConfig(
         lr=1e-4,
@@ -350,8 +372,9 @@ STAGES = {
         save_every=2000,
         validate_samples=1024,
     ),
-    # REAF's train.sh says warmup 313, which its code reads as epochs, so that the published run of 2 epochs never leaves
-    # the warm-up. Its README's example (2 of 50 epochs) is taken instead; our README has train.sh as a command.
+    # REAF's train.sh says warmup 313, which its code reads as epochs, so that the published run of 2 epochs
+    # never leaves the warm-up. Its README's example (2 of 50 epochs) is taken instead; our README has
+    # train.sh as a command.
     ("clip1", "reaf"): TrainConfig(
         lr=5e-4,
         weight_decay=0.2,
@@ -375,12 +398,25 @@ STAGES = {
 # REAF's authors train no decoder: HSENet's settings.
 STAGES |= {(stage, "reaf"): STAGES[stage, "hsenet"] for stage in ("mrg", "vqa")}
 
-# What belongs to one stage only. Text lengths are tokens, the 256 visual tokens of report generation and question
-# answering included. REAF's LoRA, off in its recipe, is LoraConfig.
-DECODER_LORA = {"r": 16, "alpha": 32, "dropout": 0.05, "targets": "every linear layer of the decoder but lm_head"}
+# What belongs to one stage only. Text lengths are tokens, the 256 visual tokens of report generation and
+# question answering included. REAF's LoRA, off in its recipe, is LoraConfig.
+DECODER_LORA = {
+    "r": 16,
+    "alpha": 32,
+    "dropout": 0.05,
+    "targets": "every linear layer of the decoder but lm_head",
+}
 PUBLISHED_VISUAL_TOKENS = 256
 TEXT_LENGTH = {"clip1": 512, "clip2": 512, "mrg": 800, "vqa": 330}
 GENERATION = {
-    "mrg": {"new_tokens": 512, "sample": False, "prompt": "Can you summarize with findings the images presented?"},
-    "vqa": {"new_tokens": 74, "sample": False, "prompt": "a location template with the name of the abnormality"},
+    "mrg": {
+        "new_tokens": 512,
+        "sample": False,
+        "prompt": "Can you summarize with findings the images presented?",
+    },
+    "vqa": {
+        "new_tokens": 74,
+        "sample": False,
+        "prompt": "a location template with the name of the abnormality",
+    },
 }

@@ -32,7 +32,8 @@ class Ranks:
 def start(device: str | None = None, hours: float = 0.5) -> Ranks:
     """Join torchrun's process group (nccl on GPUs, gloo on processors), or be the only process.
 
-    hours: how long a rank waits for another. Between steps of training that is short, after generation it may be long.
+    hours: how long a rank waits for another. Between steps of training that is short, after generation it may
+    be long.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -64,8 +65,8 @@ def start(device: str | None = None, hours: float = 0.5) -> Ranks:
 def stop() -> None:
     """Leave the process group. No DistributedDataParallel may be in use any more.
 
-    One that outlives its group holds the group's last reference, and frees it with the interpreter locked: it then waits
-    for a thread of gloo's that waits for the interpreter, for ever.
+    One that outlives its group holds the group's last reference, and frees it with the interpreter locked: it
+    then waits for a thread of gloo's that waits for the interpreter, for ever.
     """
     if dist.is_initialized():
         gc.collect()  # those that only a cycle of references still holds
@@ -104,7 +105,9 @@ def gather_equal(value: torch.Tensor) -> torch.Tensor:
 
 
 def on_main(work: Callable):
-    """What `work` returns on rank 0, on every rank; an InputError that it raises there is raised on every rank."""
+    """What `work` returns on rank 0, on every rank; an InputError that it raises there is raised on every
+    rank.
+    """
     done = error = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -129,7 +132,9 @@ def job_store(timeout: timedelta = timedelta(seconds=20)) -> dist.Store | None:
 
 
 def first_to_fail() -> bool:
-    """Whether none of torchrun's other processes has ended with an error: theirs is the same, or the cause of this one."""
+    """Whether none of torchrun's other processes has ended with an error: theirs is the same, or the
+    cause of this one.
+    """
     try:
         store = job_store(timedelta(seconds=2))
         return store is None or store.add(f"failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1

@@ -1,5 +1,6 @@
-"""Files that are whole or absent: atomic writes, errors that name the file, a lock so that one run at a time writes
-into a folder, and folders of the Hugging Face hub."""
+"""Files that are whole or absent: atomic writes, errors that name the file, a lock so that one run at a
+time writes into a folder, and folders of the Hugging Face hub.
+"""
 
 import csv
 import fcntl
@@ -24,7 +25,8 @@ from safetensors import SafetensorError
 
 from reaf_hsenet.errors import InputError, OutputError, one_line
 
-# What numpy, torch, safetensors, csv, json, zlib and nibabel raise for files that are not what their name says.
+# What numpy, torch, safetensors, csv, json, zlib and nibabel raise for files that are not what their name
+# says.
 DAMAGED = (
     *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
     *(RuntimeError, MemoryError, SyntaxError, TokenError, struct.error, zlib.error, csv.Error),
@@ -36,7 +38,8 @@ DAMAGED = (
 def named(path: Path, problem: str = "is truncated or damaged", advice: str = "") -> Iterator[None]:
     """Turn whatever a reader of `path` raises inside the block into an InputError that names the file.
 
-    The message is `PATH: problem (the reader's words); advice`. A pipe, which could block for ever, is not opened.
+    The message is `PATH: problem (the reader's words); advice`. A pipe, which could block for ever, is not
+    opened.
     """
     path, then = Path(path), advice and f"; {advice}"
     try:
@@ -50,19 +53,24 @@ def named(path: Path, problem: str = "is truncated or damaged", advice: str = ""
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}){then}") from error
     except DAMAGED as error:
-        if str(error).startswith("DataLoader worker (pid"):  # raised by torch's signal handler, in the midst of anything
+        if str(error).startswith(
+            "DataLoader worker (pid"
+        ):  # raised by torch's signal handler, in the midst of anything
             raise
         raise InputError(f"{path}: {problem} ({one_line(error)}){then}") from error
 
 
 def is_text(value: str) -> bool:
-    """Return whether a string is text: neither bytes that are not UTF-8 nor a JSON's lone half of a character is."""
+    """Return whether a string is text: neither bytes that are not UTF-8 nor a JSON's lone half of a
+    character is.
+    """
     return not re.search("[\ud800-\udfff]", value)
 
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside `path` that replaces it when the block ends well, and is removed otherwise.
+    """Open a temporary file beside `path` that replaces it when the block ends well, and is removed
+    otherwise.
 
     Raises OutputError, naming the file, when the disk is full or the folder cannot be written.
     """
@@ -79,8 +87,8 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}): free space or choose "
-            "another folder; what was complete before is kept"
+            f"{path}: cannot be written ({error.strerror or error}): free space or choose another folder; "
+            "what was complete before is kept"
         ) from error
     finally:
         with suppress(OSError):  # `path` is below a file, and nothing was written
@@ -107,13 +115,17 @@ def read_object(path: Path) -> dict:
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """Return the sorted files below `folder` that match, without hidden ones such as the ._NAME that macOS writes."""
+    """Return the sorted files below `folder` that match, without hidden ones such as the ._NAME that
+    macOS writes.
+    """
     found = Path(folder).glob(pattern)
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes. A file that has not changed is read once by a process, however often it is asked."""
+    """Return the sha256 of a file's bytes. A file that has not changed is read once by a process, however
+    often it is asked.
+    """
     found = Path(path).stat()
     return _sha256(str(Path(path).absolute()), found.st_ino, found.st_size, found.st_mtime_ns)
 
@@ -130,7 +142,8 @@ def _sha256(path: str, *unchanged: int) -> str:
 def fingerprint(path: Path, blocks: int = 64, block: int = 4096) -> str:
     """Return a hash of a safetensors file's size, its header and blocks spread over it.
 
-    Little of a large file is read. Another training's weights differ in every block; a change between blocks is not seen.
+    Little of a large file is read. Another training's weights differ in every block; a change between blocks
+    is not seen.
     """
     size = Path(path).stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -181,7 +194,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def find_folder(name: str, patterns: list[str]) -> Path:
-    """A local folder as it is; ORGANISATION/NAME[@REVISION] from the Hugging Face hub, the files that match only."""
+    """A local folder as it is; ORGANISATION/NAME[@REVISION] from the Hugging Face hub, the files that
+    match only.
+    """
     if Path(name).is_dir():
         return Path(name)
     if not is_hub_id(name):
@@ -196,5 +211,6 @@ def find_folder(name: str, patterns: list[str]) -> Path:
     except (OSError, ValueError) as error:  # the hub client's own errors are of these kinds
         raise InputError(
             f"{name}: no such folder, and the hub does not give it ({type(error).__name__}); fetch "
-            f"{', '.join(patterns)} by hand from huggingface.co/{repository}/tree/{revision or 'main'} and name their folder"
+            f"{', '.join(patterns)} by hand from huggingface.co/{repository}/tree/{revision or 'main'} and "
+            f"name their folder"
         ) from error

@@ -1,7 +1,7 @@
 """torch's pickles (.pt, .bin, .pth), of which only tensors are ever made.
 
-A pickle is looked over before it is loaded: an archive that unpacks to far more than it holds, and a tensor that claims
-more numbers than there are bytes, are refused while nothing is in memory.
+A pickle is looked over before it is loaded: an archive that unpacks to far more than it holds, and a tensor
+that claims more numbers than there are bytes, are refused while nothing is in memory.
 """
 
 import io
@@ -18,14 +18,16 @@ from torch import Tensor
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import named
 
-# torch stores tensors as they are. A file that was packed again may be smaller, but not by orders of magnitude.
+# torch stores tensors as they are. A file that was packed again may be smaller, but not by orders of
+# magnitude.
 MOST_UNPACKED = 16
 
 
 def load_pickle(path: Path, data: bytes | None = None, problem: str = "is truncated or damaged"):
     """Return what `path`, or `data` that was unpacked from it, holds.
 
-    Raises InputError, naming the file, for anything but tensors in plain containers; problem: what it says of damage.
+    Raises InputError, naming the file, for anything but tensors in plain containers; problem: what it says of
+    damage.
     """
     path = Path(path)
     with named(path, problem):
@@ -42,19 +44,28 @@ def load_pickle(path: Path, data: bytes | None = None, problem: str = "is trunca
                 # Of the older format, what is cut short in mid-name asks for a class that is not there.
                 wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
                 raise InputError(
-                    f"{path}: holds more than tensors{f' ({wanted[1]})' if wanted else ''}, which is not loaded, or is "
-                    "truncated; save the tensors alone with torch.save"
+                    f"{path}: holds more than tensors{f' ({wanted[1]})' if wanted else ''}, which is not "
+                    "loaded, or is truncated; save the tensors alone with torch.save"
                 ) from error
 
 
 def plain(tensor: Tensor, what: str) -> Tensor:
-    """Return the tensor with its numbers as they are. Raises InputError, beginning with `what`, for one without any."""
-    odd = tensor.is_sparse or tensor.is_quantized or tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided
+    """Return the tensor with its numbers as they are. Raises InputError, beginning with `what`, for one
+    without any.
+    """
+    odd = (
+        tensor.is_sparse
+        or tensor.is_quantized
+        or tensor.is_meta
+        or tensor.is_nested
+        or tensor.layout != torch.strided
+    )
     if odd:
         raise InputError(f"{what} is a sparse, quantised, nested or empty tensor; save plain ones")
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         raise InputError(
-            f"{what} claims {tensor.nbytes} bytes and holds {tensor.untyped_storage().nbytes()}; fetch it again, or save it whole"
+            f"{what} claims {tensor.nbytes} bytes and holds {tensor.untyped_storage().nbytes()}; fetch it "
+            f"again, or save it whole"
         )
     return tensor.detach().resolve_conj().resolve_neg()
 
@@ -72,8 +83,8 @@ def _look_over(path: Path, file: IO[bytes], size: int) -> None:
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > MOST_UNPACKED * size:
             raise InputError(
-                f"{path}: unpacks to {unpacked} bytes from {size}, which no checkpoint does; it is not opened, fetch it from "
-                "its authors"
+                f"{path}: unpacks to {unpacked} bytes from {size}, which no checkpoint does; it is not "
+                "opened, fetch it from its authors"
             )
         for name in archive.namelist():
             if name.endswith("data.pkl"):
@@ -83,11 +94,15 @@ def _look_over(path: Path, file: IO[bytes], size: int) -> None:
 
 def _require_room(path: Path, claimed: int, held: int) -> None:
     if claimed > held:
-        raise InputError(f"{path}: is truncated or damaged: a tensor claims {claimed} numbers, the file holds {held} bytes; fetch it again")
+        raise InputError(
+            f"{path}: is truncated or damaged: a tensor claims {claimed} numbers, the file holds {held} "
+            f"bytes; fetch it again"
+        )
 
 
 def _claimed(file: IO[bytes]) -> int:
-    """Return the most numbers that a storage of the next pickle has: the last integer before each persistent id.
+    """Return the most numbers that a storage of the next pickle has: the last integer before each persistent
+    id.
 
     Nothing is run.
     """

@@ -1,4 +1,6 @@
-"""Named sizes of dual encoders: `-base`, as published, and `-tiny`, with the recipes that train it within minutes."""
+"""Named sizes of dual encoders: `-base`, as published, and `-tiny`, with the recipes that train it within
+minutes.
+"""
 
 from dataclasses import replace
 
@@ -50,8 +52,9 @@ PRESETS = {
     ),
 }
 
-# What the tiny presets change, so that a stage ends within minutes on two cores. No augmentation: flips contradict the
-# sides that phantom reports name, and a shift of all voxels is larger than most findings in a mean over tokens.
+# What the tiny presets change, so that a stage ends within minutes on two cores. No augmentation: flips
+# contradict the sides that phantom reports name, and a shift of all voxels is larger than most findings in a
+# mean over tokens.
 TINY_STAGES = {
     ("clip1", "hsenet"): {
         "start": "xavier",
@@ -92,8 +95,8 @@ TINY_STAGES = {
         "calibrate": 256,
     },
 }
-# A decoder from nothing, whose encoders are trained on: a few voxels to and fro keep them from learning the patients by
-# heart, and contradict no report.
+# A decoder from nothing, whose encoders are trained on: a few voxels to and fro keep them from learning the
+# patients by heart, and contradict no report.
 TINY_LANGUAGE = {
     "lr": 2e-3,
     "encoder_rate": 0.2,

@@ -1,4 +1,6 @@
-"""How far a long job is: a bar on a terminal; elsewhere, as in a job's log, a line every 30 seconds and one at the end."""
+"""How far a long job is: a bar on a terminal; elsewhere, as in a job's log, a line every 30 seconds and
+one at the end.
+"""
 
 import sys
 import time
@@ -55,7 +57,8 @@ class Lines:
 def progress_bar(total: int, what: str, unit: str, done: int = 0, shown: bool = True) -> "tqdm | Lines":
     """A context manager that is told of steps by update() and of a remark by set_postfix_str().
 
-    done: steps of an earlier process. shown: False on ranks that stay silent, and where there is nothing to do.
+    done: steps of an earlier process. shown: False on ranks that stay silent, and where there is nothing to
+    do.
     """
     if sys.stderr.isatty():
         return tqdm(total=total, desc=what, unit=unit, initial=done, disable=not shown, dynamic_ncols=True)

@@ -14,7 +14,9 @@ from reaf_hsenet.errors import InputError, OutputError
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised where the program can still put things in order: remove temporary files, release locks."""
+    """SIGTERM, raised where the program can still put things in order: remove temporary files, release
+    locks.
+    """
 
 
 def _terminate(number, frame):
@@ -33,7 +35,8 @@ def start_script(*later: signal.Signals) -> None:
         signal.signal(signal.SIGINT, _leave)
     for number in later:
         signal.signal(number, lambda number, frame: _early.append(number))
-    # A standard stream that is closed must not become a file of the run, into which libraries would then print.
+    # A standard stream that is closed must not become a file of the run, into which libraries would then
+    # print.
     while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(free)
@@ -55,7 +58,8 @@ def _leave(number, frame) -> None:
 class Output(io.FileIO):
     """Standard output or error. What a closed pipe or a full disk does not take is lost, and ends nothing.
 
-    result: the output is what the script is for. Then a closed pipe ends it with 141, a full disk with an OutputError.
+    result: the output is what the script is for. Then a closed pipe ends it with 141, a full disk with an
+    OutputError.
     """
 
     def __init__(self, number: int, result: bool):
@@ -70,14 +74,21 @@ class Output(io.FileIO):
             if first and self.result:
                 if isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
                     raise SystemExit(141) from None
-                raise OutputError(f"standard output: cannot be written ({error.strerror}); free space and run again") from error
+                raise OutputError(
+                    f"standard output: cannot be written ({error.strerror}); free space and run again"
+                ) from error
             if first and self.fileno() == 1:
-                print(f"warning: standard output cannot be written ({error.strerror}); going on without it", file=sys.stderr)
+                print(
+                    f"warning: standard output cannot be written ({error.strerror}); going on without it",
+                    file=sys.stderr,
+                )
             return len(data)
 
 
 def _guard_output(result: bool) -> None:
-    """Put Output below the process's own standard output and error; streams that somebody has replaced stay."""
+    """Put Output below the process's own standard output and error; streams that somebody has replaced
+    stay.
+    """
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:  # it was closed when the process started
@@ -85,7 +96,11 @@ def _guard_output(result: bool) -> None:
         elif stream is getattr(sys, f"__{name}__"):
             raw = Output(number, result and number == 1)
             # A file name that is not of the stream's encoding is shown with its bytes escaped.
-            kept = {"encoding": stream.encoding, "errors": "backslashreplace", "line_buffering": stream.line_buffering}
+            kept = {
+                "encoding": stream.encoding,
+                "errors": "backslashreplace",
+                "line_buffering": stream.line_buffering,
+            }
             setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **kept))
 
 
@@ -123,8 +138,12 @@ def _first_to_fail() -> bool:
 
 
 def _ending(error: BaseException) -> tuple[int, str]:
-    """The exit code for an exception, and its line; 1 for a mistake of the program's own, which has a traceback."""
-    if isinstance(error, OSError) and error.filename is not None:  # a disk that is full, a permission, a name too long
+    """The exit code for an exception, and its line; 1 for a mistake of the program's own, which has a
+    traceback.
+    """
+    if (
+        isinstance(error, OSError) and error.filename is not None
+    ):  # a disk that is full, a permission, a name too long
         return 2, f"error: {error.filename}: {error.strerror}"
     if isinstance(error, InputError):
         return 2, f"error: {error}"
@@ -136,11 +155,11 @@ def _ending(error: BaseException) -> tuple[int, str]:
 def run_script(
     main: Callable[[list[str]], int | None], argv: list[str] | None = None, result: bool = False
 ) -> None:
-    """Run a script's main and exit: 2 and one line for an InputError, or an OSError that names a file; 130 for Ctrl-C, 143
-    for SIGTERM.
+    """Run a script's main and exit: 2 and one line for an InputError, or an OSError that names a file; 130
+    for Ctrl-C, 143 for SIGTERM.
 
-    result: what main prints is what the script is for (Output). `--debug` shows tracebacks. Of torchrun's processes only
-    the first that fails speaks.
+    result: what main prints is what the script is for (Output). `--debug` shows tracebacks. Of torchrun's
+    processes only the first that fails speaks.
     """
     arguments = sys.argv[1:] if argv is None else argv
     _guard_output(result)
@@ -158,11 +177,14 @@ def run_script(
         if "--debug" in arguments:
             traceback.print_exc()
         if speaks:
-            print(message.replace("\n", "\\n"), file=sys.stderr, flush=True)  # a file's name may have such; an error is one line
+            print(
+                message.replace("\n", "\\n"), file=sys.stderr, flush=True
+            )  # a file's name may have such; an error is one line
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what follows must not be interrupted by an exception
     if not _alone():
-        # DDP keeps gloo's threads past the process group, and one that frees a tensor while Python ends aborts the process.
+        # DDP keeps gloo's threads past the process group, and one that frees a tensor while Python ends
+        # aborts the process.
         atexit._run_exitfuncs()  # ends loader processes; what sys.exit would call has no public name
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,6 @@
-"""Settings as dataclasses. A field's annotation says the kind of its value, `setting` the range; JSON is held to both."""
+"""Settings as dataclasses. A field's annotation says the kind of its value, `setting` the range; JSON is
+held to both.
+"""
 
 import dataclasses
 import math
@@ -31,10 +33,18 @@ class Range:
         return ""
 
 
-def setting(default=MISSING, *, above: float | None = None, least: float | None = None, most: float | None = None):
-    """A dataclass field of one number or several, which must lie in this range. least: -inf allows that too."""
+def setting(
+    default=MISSING, *, above: float | None = None, least: float | None = None, most: float | None = None
+):
+    """A dataclass field of one number or several, which must lie in this range. least: -inf allows that
+    too.
+    """
     held = {"range": Range(above, least, most)}
-    return dataclasses.field(metadata=held) if default is MISSING else dataclasses.field(default=default, metadata=held)
+    return (
+        dataclasses.field(metadata=held)
+        if default is MISSING
+        else dataclasses.field(default=default, metadata=held)
+    )
 
 
 def ranges(cls) -> dict[str, Range]:
@@ -55,11 +65,12 @@ def to_dict(config) -> dict:
 
 
 def from_dict(cls, values: dict, source: str = "config.json"):
-    """Rebuild a dataclass from its JSON form: lists become tuples, objects the dataclasses of the annotations.
+    """Rebuild a dataclass from its JSON form: lists become tuples, objects the dataclasses of the
+    annotations.
 
-    A class with `variant(values)` says which of its subclasses the values are of; one with GONE, which settings that
-    earlier versions wrote are passed over. Raises InputError, naming `source` and
-    the setting, for what is absent, unknown, of another kind or out of range.
+    A class with `variant(values)` says which of its subclasses the values are of; one with GONE, which
+    settings that earlier versions wrote are passed over. Raises InputError, naming `source` and the setting,
+    for what is absent, unknown, of another kind or out of range.
     """
     if not isinstance(values, dict):
         raise InputError(f"{source}: {cls.__name__} is {values!r:.60}; expected an object of settings")
@@ -68,10 +79,16 @@ def from_dict(cls, values: dict, source: str = "config.json"):
     known = {field.name: field for field in fields(cls)}
     values = {name: value for name, value in values.items() if name not in getattr(cls, "GONE", ())}
     if unknown := sorted(set(values) - set(known)):
-        raise InputError(f"{source}: {cls.__name__} has no setting {', '.join(unknown)[:200]}: written by another version?")
-    needed = [n for n, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
+        raise InputError(
+            f"{source}: {cls.__name__} has no setting {', '.join(unknown)[:200]}: written by another version?"
+        )
+    needed = [
+        n for n, field in known.items() if field.default is MISSING and field.default_factory is MISSING
+    ]
     if absent := [name for name in needed if name not in values]:
-        raise InputError(f"{source}: {cls.__name__} lacks {', '.join(absent)}; put the file back as it was written")
+        raise InputError(
+            f"{source}: {cls.__name__} lacks {', '.join(absent)}; put the file back as it was written"
+        )
     made = {}
     for name, value in values.items():
         made[name] = _rebuilt(value, hints[name], source)
@@ -105,7 +122,9 @@ def _fits(value, hint) -> bool:
         parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            _fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items()
+        )
     if parts:
         return any(_fits(value, part) for part in parts)
     if hint is float:  # a finite one, also where JSON has it as a whole number

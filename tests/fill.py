@@ -1,8 +1,8 @@
 """Deterministic tensors from (name, shape, seed), so that a golden case needs no stored weights.
 
-The rule: a PCG64 stream seeded with [crc32 of the name, seed] gives standard normals z in float32. A weight is
-1 + 0.1 z (scalars, and vectors whose name ends in `weight`), 0.02 z (other vectors), 0.5 z (three dimensions: class
-tokens and position tables), else z / sqrt(fan-in).
+The rule: a PCG64 stream seeded with [crc32 of the name, seed] gives standard normals z in float32. A weight
+is 1 + 0.1 z (scalars, and vectors whose name ends in `weight`), 0.02 z (other vectors), 0.5 z (three
+dimensions: class tokens and position tables), else z / sqrt(fan-in).
 """
 
 import math

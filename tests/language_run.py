@@ -17,8 +17,11 @@ from reaf_hsenet.tokenizer.word_tokenizer import train_words
 WIDTH, CONTEXT = 32, 512
 
 
-def write_language_run(folder: Path, data: Path, stage: str = "mrg", seed: int = 0, guided: bool = False) -> Path:
-    """A run of `stage` on the prepared folder `data`: all in its own checkpoint, at any sensible size of volume.
+def write_language_run(
+    folder: Path, data: Path, stage: str = "mrg", seed: int = 0, guided: bool = False
+) -> Path:
+    """A run of `stage` on the prepared folder `data`: all in its own checkpoint, at any sensible size of
+    volume.
 
     guided: with a second encoder that takes the folder's slice features.
     """
@@ -31,14 +34,32 @@ def write_language_run(folder: Path, data: Path, stage: str = "mrg", seed: int =
     encoders = [encoder]
     if guided:
         encoders.append(
-            GuidedVisionConfig(**vars(encoder), slices=manifest.slices["slices"], slice_width=manifest.slices["width"])
+            GuidedVisionConfig(
+                **vars(encoder), slices=manifest.slices["slices"], slice_width=manifest.slices["width"]
+            )
         )
     decoder = DecoderConfig(
-        "llama", len(tokenizer), WIDTH, 1, 2, 2, 16, 2 * WIDTH, CONTEXT, RopeConfig(dims=16), tied=True,
-        eos_ids=(tokenizer.eos_id,), bos_id=tokenizer.bos_id,
-    )  # fmt: skip
+        "llama",
+        len(tokenizer),
+        WIDTH,
+        1,
+        2,
+        2,
+        16,
+        2 * WIDTH,
+        CONTEXT,
+        RopeConfig(dims=16),
+        tied=True,
+        eos_ids=(tokenizer.eos_id,),
+        bos_id=tokenizer.bos_id,
+    )
     config = MllmConfig(
-        "dual" if guided else "stage1", tuple(encoders), decoder, kernel=(2, 2, 2), full=True, train_vision=True
+        "dual" if guided else "stage1",
+        tuple(encoders),
+        decoder,
+        kernel=(2, 2, 2),
+        full=True,
+        train_vision=True,
     )
     run = Run(folder)
     model = build_mllm(config)
@@ -46,9 +67,15 @@ def write_language_run(folder: Path, data: Path, stage: str = "mrg", seed: int =
     tokenizer.save(run.folder)
     run.write_config(
         {
-            "version": "0", "stage": stage, "preset": "hsenet-tiny", "model": to_dict(config),
-            "recipe": to_dict(manifest.recipe), "origin": {"encoders": None, "decoder": None},
-            "slices": manifest.slices if guided else None, "train": {}, "data": str(data),
+            "version": "0",
+            "stage": stage,
+            "preset": "hsenet-tiny",
+            "model": to_dict(config),
+            "recipe": to_dict(manifest.recipe),
+            "origin": {"encoders": None, "decoder": None},
+            "slices": manifest.slices if guided else None,
+            "train": {},
+            "data": str(data),
         }
-    )  # fmt: skip
+    )
     return run.folder

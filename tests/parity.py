@@ -2,9 +2,9 @@
 
     python tests/parity.py DIR [--real DIR]      # exits 1 when a case fails
 
-DIR holds case files <case>.json, with <case>.safetensors where there are tensors; a case's `module` says what it
-checks, and everything else (shapes, seeds, settings) is read from it. Modules that are not built yet are skipped by
-name. Preprocessing cases need the CT files they name, below --real (default: DIR/../real).
+DIR holds case files <case>.json, with <case>.safetensors where there are tensors; a case's `module` says what
+it checks, and everything else (shapes, seeds, settings) is read from it. Modules that are not built yet are
+skipped by name. Preprocessing cases need the CT files they name, below --real (default: DIR/../real).
 """
 
 import argparse
@@ -68,7 +68,9 @@ from reaf_hsenet.weights import (  # noqa: E402
 def check_fill(case: Case) -> Iterator[Check]:
     for row in case["rows"]:
         size = (row["vocab_size"],) if "vocab_size" in row else ()
-        made = getattr(kit, row["function"])(row["name"], row["shape"], *size, seed=row["seed"]).astype(np.float64)
+        made = getattr(kit, row["function"])(row["name"], row["shape"], *size, seed=row["seed"]).astype(
+            np.float64
+        )
         name = f"{row['function']} {row['name']}"
         error = np.abs(made.reshape(-1)[: len(row["first"])] - row["first"]).max()
         yield Check(f"{name} first values", float(error), 1e-12)
@@ -79,11 +81,19 @@ def check_fill(case: Case) -> Iterator[Check]:
 def check_vit3d(case: Case) -> Iterator[Check]:
     """Stage 1, or stage 2 where the case has slice features."""
     config = case["config"]
-    sizes = (config["img_size"], config["patch_size"], config["hidden_size"], config["num_layers"],
-             config["num_heads"], config["mlp_dim"])
+    sizes = (
+        config["img_size"],
+        config["patch_size"],
+        config["hidden_size"],
+        config["num_layers"],
+        config["num_heads"],
+        config["mlp_dim"],
+    )
     guided = "image_2d" in case["inputs"]
     slices = case.input("image_2d") if guided else None
-    model = ViT2E3(*sizes, slices=config["num_slices"], slice_width=slices.shape[-1]) if guided else ViT3D(*sizes)
+    model = (
+        ViT2E3(*sizes, slices=config["num_slices"], slice_width=slices.shape[-1]) if guided else ViT3D(*sizes)
+    )
     load_strictly(model, vit3d_state(case.weights()), case.name)
     model.eval()
     volume = case.input("volume")
@@ -92,7 +102,7 @@ def check_vit3d(case: Case) -> Iterator[Check]:
         inputs = [x.to(dtype) for x in (volume, slices) if x is not None]
         found, hooks = {}, []
         for i, block in enumerate(model.blocks):
-            keep = lambda _, __, out, i=i, found=found: found.__setitem__(f"block_{i}", out)  # noqa: E731
+            keep = lambda _, __, out, i=i, found=found: found.__setitem__(f"block_{i}", out)
             hooks.append(block.register_forward_hook(keep))
         with torch.no_grad():
             found["tokens"] = model(*inputs)
@@ -125,7 +135,9 @@ def check_slice_attention(case: Case) -> Iterator[Check]:
 def check_slice_encoder(case: Case) -> Iterator[Check]:
     c = case["config"]
     width = c["embed_dim"]
-    model = SliceEncoder(c["img_size"], c["patch_size"], width, c["depth"], c["num_heads"], width * c["mlp_ratio"])
+    model = SliceEncoder(
+        c["img_size"], c["patch_size"], width, c["depth"], c["num_heads"], width * c["mlp_ratio"]
+    )
     load_strictly(model, slice_encoder_state(case.weights()), case.name)
     model.eval()
     images = case.input("images")
@@ -133,7 +145,7 @@ def check_slice_encoder(case: Case) -> Iterator[Check]:
         model.to(dtype)
         found, hooks = {}, []
         for i, block in enumerate(model.blocks):
-            keep = lambda _, __, out, i=i, found=found: found.__setitem__(f"block_{i}", out)  # noqa: E731
+            keep = lambda _, __, out, i=i, found=found: found.__setitem__(f"block_{i}", out)
             hooks.append(block.register_forward_hook(keep))
         with torch.no_grad():
             found["feature"] = model(images.to(dtype))
@@ -157,7 +169,11 @@ def check_relation(case: Case) -> Iterator[Check]:
     found["logits_stage2"], found["logits_stage1"], loss, relation = parts()
     gradients = torch.autograd.grad(relation, leaves)
     found["grad_relation_image"], found["grad_relation_text"] = gradients[:2]
-    yield Check("relation's gradient of the scale", abs(gradients[2].item() - values["grad_relation_logit_scale"]), 1e-12)
+    yield Check(
+        "relation's gradient of the scale",
+        abs(gradients[2].item() - values["grad_relation_logit_scale"]),
+        1e-12,
+    )
     yield Check("relation", abs(relation.item() - values["relation"]), 1e-12)
     yield Check("contrastive", abs(loss.item() - values["loss_contrastive_stage2"]), 1e-12)
     teachers = contrastive_loss(found["logits_stage1"]).item()
@@ -184,7 +200,9 @@ def check_text_encoder(case: Case) -> Iterator[Check]:
     model = TextEncoder(**vars(config)).eval()
     load_strictly(model, bert_state(published), case.name)
     pooler = Pooler(config.width)
-    pooler.load_state_dict({n.removeprefix("pooler."): t for n, t in published.items() if n.startswith("pooler.")})
+    pooler.load_state_dict(
+        {n.removeprefix("pooler."): t for n, t in published.items() if n.startswith("pooler.")}
+    )
     inputs = {n.removeprefix("input."): t for n, t in case.stored.items() if n.startswith("input.")}
     ids, mask, types = inputs["ids"], inputs["mask"], inputs.get("token_type_ids")
     states = []
@@ -193,15 +211,22 @@ def check_text_encoder(case: Case) -> Iterator[Check]:
     hidden = model(ids, mask, types)
     for hook in hooks:
         hook.remove()
-    found = {"last_hidden_state": hidden, "pooler_output": pooler(hidden), "hidden_states": torch.stack(states)}
+    found = {
+        "last_hidden_state": hidden,
+        "pooler_output": pooler(hidden),
+        "hidden_states": torch.stack(states),
+    }
     plain = model(ids[:1])
     found |= {"plain_last_hidden_state": plain, "plain_pooler_output": pooler(plain)}
     found["cls_square_mean"] = hidden[:, 0].square().mean().reshape(1)
     if "ids_pad_inside" in inputs:
         inside = inputs["ids_pad_inside"]
-        found |= {"position_ids": model.position_ids(ids), "pad_inside_position_ids": model.position_ids(inside),
-                  "pad_inside_last_hidden_state": model(inside, torch.ones_like(inside)),
-                  "from_embeds_last_hidden_state": model(mask=mask[1:], embeddings=model.word_embed(ids[1:]))}
+        found |= {
+            "position_ids": model.position_ids(ids),
+            "pad_inside_position_ids": model.position_ids(inside),
+            "pad_inside_last_hidden_state": model(inside, torch.ones_like(inside)),
+            "from_embeds_last_hidden_state": model(mask=mask[1:], embeddings=model.word_embed(ids[1:])),
+        }
     yield from case.compare(found, STRICT32)
     expected = case.values.get("grad_l2_of_cls_square_mean")
     if expected:
@@ -226,12 +251,16 @@ def _check_gradients(expected: dict, gradients: dict[str, Tensor], published: li
             continue
         ours = next(iter(bert_state({name: torch.zeros(3)}))) if ".self." not in name else None
         if ours is None:
-            layer, part, kind = re.match(r"encoder\.layer\.(\d+)\.attention\.self\.(\w+)\.(\w+)", name).groups()
+            layer, part, kind = re.match(
+                r"encoder\.layer\.(\d+)\.attention\.self\.(\w+)\.(\w+)", name
+            ).groups()
             third = ("query", "key", "value").index(part)
             gradient = gradients[f"blocks.{layer}.attn.qkv.{kind}"].chunk(3)[third]
         else:
             gradient = gradients[ours]
-        yield Check(f"gradient of {name}", abs(gradient.norm().item() - expected[name]), 1e-3 * expected[name] + 1e-6)
+        yield Check(
+            f"gradient of {name}", abs(gradient.norm().item() - expected[name]), 1e-3 * expected[name] + 1e-6
+        )
 
 
 def check_contrastive(case: Case) -> Iterator[Check]:
@@ -242,7 +271,12 @@ def check_contrastive(case: Case) -> Iterator[Check]:
     logits = contrastive_logits(image, text, scale)
     loss = contrastive_loss(logits)
     loss.backward()
-    found = {"logits_per_image": logits, "logits_per_text": logits.T, "grad_image": image.grad, "grad_text": text.grad}
+    found = {
+        "logits_per_image": logits,
+        "logits_per_text": logits.T,
+        "grad_image": image.grad,
+        "grad_text": text.grad,
+    }
     yield from case.compare(found, 1e-12)
     values = case["values"]
     yield Check("loss", abs(loss.item() - values["loss"]), 1e-12)
@@ -274,18 +308,30 @@ def check_positions(case: Case) -> Iterator[Check]:
     yield from case.compare(found, STRICT32)
 
 
-# Of the published table, grid 14 x 14 x 14, width 768, in the kit's own float32. The last bit of a sine in float32
-# depends on the processor; where the table differs, a case's float64 tolerance is 1e-6 (see its `tolerance`).
+# Of the published table, grid 14 x 14 x 14, width 768, in the kit's own float32. The last bit of a sine in
+# float32 depends on the processor; where the table differs, a case's float64 tolerance is 1e-6 (see its
+# `tolerance`).
 PUBLISHED_TABLE_CRC = 1221108600
 
 
 def check_reaf(case: Case) -> Iterator[Check]:
     config, fusion = case["config"], case["config"]["fusion"]
-    saliency = {"region_size": fusion["region_spatial_size"], "regions": fusion["n_regions"],
-                "suppression": fusion["suppression_factor"]}
+    saliency = {
+        "region_size": fusion["region_spatial_size"],
+        "regions": fusion["n_regions"],
+        "suppression": fusion["suppression_factor"],
+    }
     width, depth = config["embed_dim"], config["depth"]
-    model = REAF(config["img_size"], config["patch_size"], width, depth, config["num_heads"],
-                 int(width * config["mlp_ratio"]), config["scan_attn_indexes"], saliency=saliency)
+    model = REAF(
+        config["img_size"],
+        config["patch_size"],
+        width,
+        depth,
+        config["num_heads"],
+        int(width * config["mlp_ratio"]),
+        config["scan_attn_indexes"],
+        saliency=saliency,
+    )
     state = reaf_vision_state(case.weights(), tuple(config["grid"]))
     fixed = {n: t for n, t in model.state_dict().items() if n == "pos_embed" or n.startswith("fusion.")}
     load_strictly(model, state | fixed, case.name)
@@ -297,7 +343,7 @@ def check_reaf(case: Case) -> Iterator[Check]:
         model.to(dtype)
         found, hooks = {}, []
         for i, block in enumerate(model.blocks):
-            keep = lambda _, __, out, i=i, found=found: found.__setitem__(f"block_{i}_cls", out[:, 0])  # noqa: E731
+            keep = lambda _, __, out, i=i, found=found: found.__setitem__(f"block_{i}_cls", out[:, 0])
             hooks.append(block.register_forward_hook(keep))
         with torch.no_grad():
             encoding = model.encode(volume.to(dtype))
@@ -305,12 +351,18 @@ def check_reaf(case: Case) -> Iterator[Check]:
             hook.remove()
         found["feature"] = encoding.tokens[:, 0]
         for name, branch in encoding.branches.items():
-            found |= {f"{name}_embedding": branch.pooled, f"{name}_map": branch.map, f"fused_{name}": branch.fused}
+            found |= {
+                f"{name}_embedding": branch.pooled,
+                f"{name}_map": branch.map,
+                f"fused_{name}": branch.fused,
+            }
         yield from case.compare(found, allowed, suffix)
         for name, branch in encoding.branches.items():
             want, weights = case["values"][f"softmax_of_{name}_map"], branch.map[0].softmax(-1)
             yield equal(f"{name} largest weight{suffix}", weights.argmax().item(), want["largest_at"][0])
-            yield Check(f"{name} class weight{suffix}", abs(weights[0].item() - want["class_token_weight"][0]), 1e-5)
+            yield Check(
+                f"{name} class weight{suffix}", abs(weights[0].item() - want["class_token_weight"][0]), 1e-5
+            )
 
 
 def check_fusion_saliency(case: Case) -> Iterator[Check]:
@@ -324,8 +376,9 @@ def check_fusion_saliency(case: Case) -> Iterator[Check]:
         yield Check(f"weights of {count} layers", error.item(), 1e-7)
     for option in ("default", "alternative"):
         c = config[option]
-        enhance = RegionalSaliency(config["spatial_size"], c["region_spatial_size"], c["n_regions"],
-                                   c["suppression_factor"])
+        enhance = RegionalSaliency(
+            config["spatial_size"], c["region_spatial_size"], c["n_regions"], c["suppression_factor"]
+        )
         for name in [n for n in found if not n.startswith("map_")]:
             found[f"map_{option}_{name}"] = enhance(found[name])
     yield from case.compare(found, STRICT32)
@@ -335,7 +388,11 @@ def check_mae(case: Case) -> Iterator[Check]:
     config = case["config"]
     patch, grid = tuple(config["patch_size"]), tuple(config["grid"])
     found = mae_state({name: case.input(name) for name in case["inputs"]}, patch, grid)
-    yield equal("names", sorted(found), sorted({"pos_embed"} | set(case["values"]["output_keys"]) - {"spatial_posemb"}))
+    yield equal(
+        "names",
+        sorted(found),
+        sorted({"pos_embed"} | set(case["values"]["output_keys"]) - {"spatial_posemb"}),
+    )
     found["spatial_posemb"] = found.pop("pos_embed").unflatten(1, grid)
     found["patch_embed.proj.weight"] = found["patch_embed.proj.weight"].unflatten(1, (1, *patch))
     yield from case.compare(found, STRICT32)
@@ -358,8 +415,13 @@ def check_preprocess(case: Case) -> Iterator[Check]:
     cts = {c.id: c for t in tables for split in t.splits.values() for c in split}
     for name, variants in case["volumes"].items():
         for variant, want in variants.items():
-            volume = read_volume(cts[name].path, cts[name].table, "metadata" if "double" in variant else "auto",
-                                 "header" if "lps" in variant else "stored", "LPS")
+            volume = read_volume(
+                cts[name].path,
+                cts[name].table,
+                "metadata" if "double" in variant else "auto",
+                "header" if "lps" in variant else "stored",
+                "LPS",
+            )
             _as_noted(volume, want.get("note", ""))
             if kind:
                 yield from _check_slices(case, volume, kind.group(1), f"{name}/{variant}", want)
@@ -404,7 +466,10 @@ def _check_slices(case: Case, volume: Volume, recipe: str, label: str, want: dic
         yield Check(f"{label} uint8 differing", float((error > 0).mean()), DIFFERING)
     images = normalise(torch.from_numpy(fit(slices, want["output"]["shape"][-1])))
     yield equal(f"{label} shape", list(images.shape), want["output"]["shape"])
-    pairs = {s: (_sample(images, case.stored[f"{label}/{s}"], s, case["samples"]), s) for s in ("strided", "center")}
+    pairs = {
+        s: (_sample(images, case.stored[f"{label}/{s}"], s, case["samples"]), s)
+        for s in ("strided", "center")
+    }
     yield Check(f"{label} mean", abs(images.double().mean().item() - want["output"]["mean"]), MEAN_GREY)
     if f"{label}/with_jpeg_strided" in case.stored:
         images = normalise(torch.from_numpy(fit(through_jpeg(slices), want["output"]["shape"][-1])))
@@ -537,8 +602,10 @@ def run_case(path: Path, real: Path) -> tuple[str, str]:
     worst = max(checks, key=lambda c: c.ratio)
     failed = [c for c in checks if not c.ratio <= 1]
     status = "FAIL" if failed else "PASS"
-    return status, (f"{status} {case.name} ({case.module}): {len(checks)} checks, {len(failed)} failed; worst "
-                    f"{worst.error:.2e} of {worst.allowed:.2e} allowed, {worst.name}")
+    return status, (
+        f"{status} {case.name} ({case.module}): {len(checks)} checks, {len(failed)} failed; worst "
+        f"{worst.error:.2e} of {worst.allowed:.2e} allowed, {worst.name}"
+    )
 
 
 def case_files(folder: Path) -> list[Path]:
@@ -546,7 +613,9 @@ def case_files(folder: Path) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--real", type=Path, help="folder of the CT files and label tables")
     args = parser.parse_args()

@@ -50,7 +50,9 @@ class Case:
 
     def weights(self) -> dict[str, Tensor]:
         seed = self.values["seed"]
-        return {n: torch.from_numpy(np.array(kit.fill(n, s, seed))) for n, s in self.values["weights"].items()}
+        return {
+            n: torch.from_numpy(np.array(kit.fill(n, s, seed))) for n, s in self.values["weights"].items()
+        }
 
     def input(self, name: str) -> Tensor:
         spec = self.values["inputs"][name]
@@ -95,4 +97,6 @@ def _index(text: str) -> tuple:
 
 
 STRICT32, STRICT64 = 1e-5, 1e-9  # of the output's standard deviation
-ATTENTION32 = 2e-5  # of softmax weights, whose spread is small: what the kit measured of a plain implementation
+ATTENTION32 = (
+    2e-5  # of softmax weights, whose spread is small: what the kit measured of a plain implementation
+)

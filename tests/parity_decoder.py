@@ -23,7 +23,9 @@ def build(case: Case, **changes) -> Decoder:
     return decoder.eval()
 
 
-def _close(name: str, found: Tensor, expected: Tensor, real: Tensor | None = None, allowed: float = LOGITS) -> Check:
+def _close(
+    name: str, found: Tensor, expected: Tensor, real: Tensor | None = None, allowed: float = LOGITS
+) -> Check:
     """The largest difference, over the real tokens only where a mask is given."""
     if found.shape != expected.shape:
         return Check(f"{name} shape {tuple(found.shape)}", float("inf"), 1.0)
@@ -35,7 +37,9 @@ def _hidden_states(decoder: Decoder, **inputs) -> Tensor:
     """The embeddings, every block's output but the last's, and the final norm's: (L + 1, B, T, C)."""
     found = []
     hooks = [decoder.layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))]
-    hooks += [layer.register_forward_hook(lambda _, args, out: found.append(out)) for layer in decoder.layers[:-1]]
+    hooks += [
+        layer.register_forward_hook(lambda _, args, out: found.append(out)) for layer in decoder.layers[:-1]
+    ]
     hooks += [decoder.norm.register_forward_hook(lambda _, args, out: found.append(out))]
     decoder(**inputs)
     for hook in hooks:
@@ -73,7 +77,10 @@ def _generated(case: Case, decoder: Decoder, name: str, **inputs) -> Iterator[Ch
 
 
 def check_decoder(case: Case) -> Iterator[Check]:
-    decoder, inputs = build(case), {n.removeprefix("input."): t for n, t in case.stored.items() if n.startswith("input.")}
+    decoder, inputs = (
+        build(case),
+        {n.removeprefix("input."): t for n, t in case.stored.items() if n.startswith("input.")},
+    )
     yield from (_phi4mini if "ids96" in inputs else _plain)(case, decoder, inputs)
 
 
@@ -84,18 +91,38 @@ def _plain(case: Case, decoder: Decoder, inputs: dict[str, Tensor]) -> Iterator[
         yield _close("logits", decoder(ids, mask=mask), outputs["logits"], mask)
         if "hidden_states" in outputs:
             states = _hidden_states(decoder, ids=ids, mask=mask)
-            yield _close("hidden states", states.permute(1, 2, 0, 3), outputs["hidden_states"].permute(1, 2, 0, 3), mask)
+            yield _close(
+                "hidden states",
+                states.permute(1, 2, 0, 3),
+                outputs["hidden_states"].permute(1, 2, 0, 3),
+                mask,
+            )
         if "last_hidden_state" in outputs:
             last = decoder.hidden(decoder.embed_tokens(ids), mask)
             yield _close("last hidden state", last, outputs["last_hidden_state"], mask)
         if "inv_freq" in outputs:
-            yield _close("inv_freq", torch.tensor(decoder.config.rope.frequencies[0]), outputs["inv_freq"], allowed=1e-7)
+            yield _close(
+                "inv_freq",
+                torch.tensor(decoder.config.rope.frequencies[0]),
+                outputs["inv_freq"],
+                allowed=1e-7,
+            )
         if "logits_no_padding_mask" in outputs:
             yield _close("logits without mask", decoder(ids), outputs["logits_no_padding_mask"])
             yield _close("logits, long factors", decoder(inputs["ids48"]), outputs["logits48"])
             plain = replace(decoder.config.rope, kind="default", short_factor=(), long_factor=())
-            yield _close("logits, default rope", build(case, rope=plain)(ids, mask=mask), outputs["logits_default_rope"], mask)
-            yield _close("logits, window off", build(case, window=None)(ids, mask=mask), outputs["logits_window_off"], mask)
+            yield _close(
+                "logits, default rope",
+                build(case, rope=plain)(ids, mask=mask),
+                outputs["logits_default_rope"],
+                mask,
+            )
+            yield _close(
+                "logits, window off",
+                build(case, window=None)(ids, mask=mask),
+                outputs["logits_window_off"],
+                mask,
+            )
             values = case["config"]
             for older in ("su", "yarn"):
                 renamed = {**values, "rope_scaling": {**values["rope_scaling"], "type": older}}
@@ -120,17 +147,35 @@ def _phi4mini(case: Case, decoder: Decoder, inputs: dict[str, Tensor]) -> Iterat
         expected = outputs["hidden_states24"].permute(1, 2, 0, 3)
         yield _close("hidden states", states.permute(1, 2, 0, 3), expected, inputs["mask24"])
         edge, kept = inputs["ids_edge"], outputs["logits_at_limit"].shape[1]
-        yield _close("logits at the limit", decoder(edge[:, :original])[:, -kept:], outputs["logits_at_limit"])
+        yield _close(
+            "logits at the limit", decoder(edge[:, :original])[:, -kept:], outputs["logits_at_limit"]
+        )
         yield _close("logits past the limit", decoder(edge)[:, -kept:], outputs["logits_past_limit"])
-        spliced = torch.cat((decoder.embed_tokens(inputs["mm_ids"][:, :1]), inputs["mm_features"],
-                             decoder.embed_tokens(inputs["mm_ids"][:, 9:])), dim=1)  # fmt: skip
+        spliced = torch.cat(
+            (
+                decoder.embed_tokens(inputs["mm_ids"][:, :1]),
+                inputs["mm_features"],
+                decoder.embed_tokens(inputs["mm_ids"][:, 9:]),
+            ),
+            dim=1,
+        )
         yield _close("logits of spliced embeddings", decoder(embeddings=spliced), outputs["mm_logits"])
     left, mask, pad = inputs["prompts_left"], inputs["mask_left"], decoder.config.pad_id
     yield from _generated(case, decoder, "gen12", ids=inputs["prompt12"])
     yield from _generated(case, decoder, "gen_left", ids=left, mask=mask)
-    yield from _generated(case, decoder, "gen_left_stop", ids=left, mask=mask, stop_ids=(case["gen_left_stop_token"],), pad_id=pad)
+    yield from _generated(
+        case,
+        decoder,
+        "gen_left_stop",
+        ids=left,
+        mask=mask,
+        stop_ids=(case["gen_left_stop_token"],),
+        pad_id=pad,
+    )
     yield from _generated(case, decoder, "gen_embeds", embeddings=inputs["embeds"])
     yield from _generated(case, decoder, "gen_mm", embeddings=spliced)
     yield from _generated(case, decoder, "gen_cross_nocache", ids=inputs["prompt_cross"])
     yield from _generated(case, decoder, "gen_embeds_cross_recomputed", embeddings=inputs["embeds_cross"])
-    yield from _gradients(case, decoder, inputs["ids24"], inputs["mask24"], inputs["labels24"], "loss24_exact")
+    yield from _gradients(
+        case, decoder, inputs["ids24"], inputs["mask24"], inputs["labels24"], "loss24_exact"
+    )

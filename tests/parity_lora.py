@@ -16,7 +16,11 @@ LORA = 2e-4  # the kit's own tolerance, absolute on logits
 
 
 def check_lora(case: Case) -> Iterator[Check]:
-    inputs, outputs, lora = {n: case.stored[f"input.{n}"] for n in ("ids", "mask", "labels")}, case.stored, case["lora"]
+    inputs, outputs, lora = (
+        {n: case.stored[f"input.{n}"] for n in ("ids", "mask", "labels")},
+        case.stored,
+        case["lora"],
+    )
     ids, mask = inputs["ids"], inputs["mask"]
     files = {n: torch.from_numpy(kit.fill(n, s, case["seed"])) for n, s in case["adapter_weights"].items()}
     memory = {n.replace(".weight", ".default.weight"): t for n, t in files.items()}
@@ -29,19 +33,27 @@ def check_lora(case: Case) -> Iterator[Check]:
     torch.manual_seed(0)
     add_lora(fresh, tuple(lora["target_modules"]), lora["r"], lora["alpha"], lora["dropout"])
     yield _close("a fresh adapter's change", fresh(ids, mask=mask), base, allowed=0.0)
-    yield equal("adapted", {n: list(t.shape) for n, t in adapter_state(fresh).items()}, case["adapter_weights"])
+    yield equal(
+        "adapted", {n: list(t.shape) for n, t in adapter_state(fresh).items()}, case["adapter_weights"]
+    )
     trained = sum(p.numel() for p in fresh.parameters() if p.requires_grad)
     yield equal("trained parameters", trained, sum(t.numel() for t in files.values()))
 
     for form, state in (("", files), (", in-memory names", memory)):
         decoder = build(case).requires_grad_(False)
-        yield equal(f"names not used{form}", load_adapter_state(decoder, state, lora["alpha"], source=case.name), [])
+        yield equal(
+            f"names not used{form}", load_adapter_state(decoder, state, lora["alpha"], source=case.name), []
+        )
         logits = decoder(ids, mask=mask)
         yield _close(f"logits{form}", logits, outputs["logits"], mask, LORA)
         saved = adapter_state(decoder)
         same = sorted(saved) == sorted(files) and all(torch.equal(saved[n], files[n]) for n in files)
         yield equal(f"adapter tensors given back{form}", same, True)
-    yield Check("loss", abs(language_loss(logits, inputs["labels"]).item() - outputs["loss"].item()), 1e-5 * outputs["loss"].item())
+    yield Check(
+        "loss",
+        abs(language_loss(logits, inputs["labels"]).item() - outputs["loss"].item()),
+        1e-5 * outputs["loss"].item(),
+    )
 
     merged = decoder_state(decoder)
     for name in (n for n in outputs if n.startswith("merged.")):

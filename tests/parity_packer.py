@@ -108,8 +108,11 @@ def _build(case: Case) -> Projector:
         return SequencePool(*sizes, (size, size, size), **head)
     if name == "SpatialPoolingProjector":
         return AveragePool(*sizes, (size, size, size), **head)
-    pools = {"ablation_spatialpooling_Projector": AveragePool, "SpatialPoolingProjector2": AveragePool,
-             "SpatialPoolingProjector_m3d": M3DPool}  # fmt: skip
+    pools = {
+        "ablation_spatialpooling_Projector": AveragePool,
+        "SpatialPoolingProjector2": AveragePool,
+        "SpatialPoolingProjector_m3d": M3DPool,
+    }
     if name not in pools:
         raise NotBuilt(f"projector {name}")
     return pools[name](*sizes, **head)

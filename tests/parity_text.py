@@ -61,6 +61,8 @@ def check_llm_inputs(case: Case) -> Iterator[Check]:
         example = language_example(tokenizer, question, answer, length)
         whole = collate_examples(tokenizer, [example], length)
         short = collate_examples(tokenizer, [example])
-        for key, padded, unpadded in zip(("input_ids", "attention_mask", "labels"), whole, short, strict=True):
+        for key, padded, unpadded in zip(
+            ("input_ids", "attention_mask", "labels"), whole, short, strict=True
+        ):
             yield equal(f"{name} {key}", padded[0].tolist(), want[key])
             yield equal(f"{name} unpadded {key}", unpadded[0].tolist(), want[key][: len(example.ids)])

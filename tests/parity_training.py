@@ -1,6 +1,8 @@
-"""Optimizer steps of the published training code: this project's own step is run on the same weights and batches.
+"""Optimizer steps of the published training code: this project's own step is run on the same weights and
+batches.
 
-Nothing of a step is written again here: groups, schedule, losses, clipping, clamping and freezing are the package's.
+Nothing of a step is written again here: groups, schedule, losses, clipping, clamping and freezing are the
+package's.
 """
 
 import re
@@ -57,9 +59,15 @@ def check_training(case: Case) -> Iterator[Check]:
     set_grad_checkpoint(model, settings.grad_checkpoint)
     stage = Contrastive()
     if "relation_weight" in config:
-        teacher = build_dual_encoder(replace(model_config, vision=VisionConfig(*_sizes(config["vision"])))).double()
+        teacher = build_dual_encoder(
+            replace(model_config, vision=VisionConfig(*_sizes(config["vision"])))
+        ).double()
         load_strictly(teacher, teacher_state(published), case.name)
-        stage = Guided(Teacher(teacher, CPU.device, None, config["batch"], True), settings.relation, settings.relation_steps)
+        stage = Guided(
+            Teacher(teacher, CPU.device, None, config["batch"], True),
+            settings.relation,
+            settings.relation_steps,
+        )
     job = Job(model, None, encode, stage.loss, None, [], None, after_step=model.clamp_scale)
     state = TrainingState(job, settings, CPU)
     yield from _check_groups(config, state, names)
@@ -71,9 +79,13 @@ def check_training(case: Case) -> Iterator[Check]:
         yield Check(f"loss of step {k}", abs(done.loss - want["loss"]), 1e-9)
         yield Check(f"gradient of step {k}", abs(done.norm / want["grad_norm"] - 1), 1e-9)
         if "relation" in want:
-            yield Check(f"relation of step {k}", abs(float(done.numbers["relation"]) - want["relation"]), 1e-9)
+            yield Check(
+                f"relation of step {k}", abs(float(done.numbers["relation"]) - want["relation"]), 1e-9
+            )
         if "logit_scale_after" in want:
-            yield Check(f"scale after step {k}", abs(model.logit_scale.item() - want["logit_scale_after"]), 1e-9)
+            yield Check(
+                f"scale after step {k}", abs(model.logit_scale.item() - want["logit_scale_after"]), 1e-9
+            )
     yield from _check_updates(case, start, _published(model, names), settings)
 
 
@@ -90,7 +102,10 @@ def _settings(config: dict) -> TrainConfig:
         "augment": NO_AUGMENTATION,
     }
     if reaf:
-        own |= {"text_blocks": config["text_unlocked_layers"], "grad_checkpoint": config["grad_checkpointing"]}
+        own |= {
+            "text_blocks": config["text_unlocked_layers"],
+            "grad_checkpoint": config["grad_checkpointing"],
+        }
     if stage == "clip2":
         own |= {"relation": config["relation_weight"], "relation_steps": config["relation_steps"]}
     return replace(STAGES[stage, config["method"]], **own)
@@ -122,7 +137,9 @@ def _model_config(case: Case) -> ClipConfig:
         encoder = ReafVisionConfig(
             *_sizes(vision), scan_layers=tuple(vision["scan_attn_indexes"]), drop_path=config["drop_path"]
         )
-        return ClipConfig("reaf", encoder, words, config["embed_dim"], projection_bias=False, logit_scale="exp")
+        return ClipConfig(
+            "reaf", encoder, words, config["embed_dim"], projection_bias=False, logit_scale="exp"
+        )
     if "image_2d" in case["inputs"]:
         _, slices, width = case["inputs"]["image_2d"]["shape"]
         encoder = GuidedVisionConfig(*_sizes(vision), slices, width, guidance_dropout=config["dropout"])
@@ -134,7 +151,9 @@ def _model_config(case: Case) -> ClipConfig:
 def _weights(case: Case) -> dict[str, Tensor]:
     """The whole checkpoint, under its published names."""
     made = case.weights()
-    return made | {name: torch.tensor(value, dtype=torch.float64) for name, value in case["weights_set"].items()}
+    return made | {
+        name: torch.tensor(value, dtype=torch.float64) for name, value in case["weights_set"].items()
+    }
 
 
 def _renamed(
@@ -170,7 +189,9 @@ def _batch(case: Case, k: int) -> Batch:
 
 
 def _check_groups(config: dict, state: TrainingState, names: dict[str, list[str]]) -> Iterator[Check]:
-    """Which tensors are trained, and which of them decay. A BERT's pooler has no place here, and no gradient there."""
+    """Which tensors are trained, and which of them decay. A BERT's pooler has no place here, and no
+    gradient there.
+    """
     known = {id(p): n for n, p in state.model.named_parameters()}
     groups = state.optimizer.param_groups
     trained = {n for g in groups for p in g["params"] for n in names[known[id(p)]]}
@@ -194,9 +215,15 @@ def _check_updates(case: Case, start: dict, end: dict, settings: TrainConfig) ->
             final = torch.cat((final[:first], final[last:]))
         else:
             kept = update
-        error = max(abs(update[i].item() - v) for i, v in zip(at, want["update_at"], strict=True) if v is not None)
+        error = max(
+            abs(update[i].item() - v) for i, v in zip(at, want["update_at"], strict=True) if v is not None
+        )
         yield Check(f"{name} update", error, 1e-8 * want["update_max"])
-        yield Check(f"{name} largest update", abs(kept.abs().max().item() - want["update_max"]), 1e-8 * want["update_max"])
+        yield Check(
+            f"{name} largest update",
+            abs(kept.abs().max().item() - want["update_max"]),
+            1e-8 * want["update_max"],
+        )
         yield Check(f"{name} norm of the update", abs(kept.norm().item() / want["update_l2"] - 1), 1e-8)
         yield Check(f"{name} norm", abs(final.norm().item() / want["l2"] - 1), 1e-8)
     for name in case["unmoved"]:

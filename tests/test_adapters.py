@@ -1,4 +1,6 @@
-"""Adapters as peft writes them: read strictly, written so that peft reads them, of fused and of separate matrices."""
+"""Adapters as peft writes them: read strictly, written so that peft reads them, of fused and of separate
+matrices.
+"""
 
 import copy
 import json
@@ -94,20 +96,33 @@ def test_in_memory_names_load_and_tensors_of_other_parts_are_given_back():
     assert load_adapter_state(decoder, {**packer, **state}, alpha=8) == list(packer)
     load_adapter_state(other, PUBLISHED, alpha=8)
     assert torch.equal(logits(decoder), logits(other))
-    assert list(adapter_state(decoder)) == list(adapter_state(other)) and set(adapter_state(decoder)) == set(PUBLISHED)
+    assert list(adapter_state(decoder)) == list(adapter_state(other)) and set(adapter_state(decoder)) == set(
+        PUBLISHED
+    )
 
 
 @pytest.mark.parametrize(
     "case, targets",
-    ((PHI, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")), (PHI, ("o_proj",)), (PHI, ("k_proj", "up_proj")),
-     (LLAMA, SEPARATE), (LLAMA, ("q_proj", "v_proj")), (LLAMA, ("k_proj",)), (LLAMA, ("up_proj", "lm_head"))),
+    (
+        (PHI, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        (PHI, ("o_proj",)),
+        (PHI, ("k_proj", "up_proj")),
+        (LLAMA, SEPARATE),
+        (LLAMA, ("q_proj", "v_proj")),
+        (LLAMA, ("k_proj",)),
+        (LLAMA, ("up_proj", "lm_head")),
+    ),
     ids=lambda x: "-".join(x) if isinstance(x, tuple) else x.name,
-)  # fmt: skip
+)
 def test_a_saved_adapter_loads_bit_for_bit(tmp_path, case, targets):
     decoder, loaded = trained(case, targets, dropout=0.1), build(case)
     save_adapter(decoder, tmp_path / "new" / "adapter", base="microsoft/Phi-4-mini-instruct")
     config = json.loads((tmp_path / "new" / "adapter" / CONFIG).read_text())
-    assert config["target_modules"] == sorted(targets) and (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 6, 0.1)
+    assert config["target_modules"] == sorted(targets) and (
+        config["r"],
+        config["lora_alpha"],
+        config["lora_dropout"],
+    ) == (3, 6, 0.1)
     assert config["base_model_name_or_path"] == "microsoft/Phi-4-mini-instruct"
     load_adapter(loaded, str(tmp_path / "new" / "adapter"))
     before, after = decoder.state_dict(), loaded.state_dict()
@@ -117,25 +132,42 @@ def test_a_saved_adapter_loads_bit_for_bit(tmp_path, case, targets):
 
 def test_llama_adapters_have_the_names_of_its_separate_projections():
     state = adapter_state(trained(LLAMA, ("k_proj", "gate_proj")))
-    layers = [f"base_model.model.model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.k_proj", "mlp.gate_proj")]
+    layers = [
+        f"base_model.model.model.layers.{i}.{part}"
+        for i in range(3)
+        for part in ("self_attn.k_proj", "mlp.gate_proj")
+    ]
     assert set(state) == {f"{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
-    assert state[f"{layers[0]}.lora_A.weight"].shape == (3, 128) and state[f"{layers[0]}.lora_B.weight"].shape == (32, 3)
+    assert state[f"{layers[0]}.lora_A.weight"].shape == (3, 128) and state[
+        f"{layers[0]}.lora_B.weight"
+    ].shape == (32, 3)
 
 
 def test_one_adapter_of_a_whole_matrix_is_one_of_each_part_in_a_llama_file(tmp_path):
     decoder, loaded = trained(LLAMA, ("qkv_proj", "gate_up_proj")), build(LLAMA)
     save_adapter(decoder, tmp_path)
-    assert set(json.loads((tmp_path / CONFIG).read_text())["target_modules"]) == set(SEPARATE) - {"o_proj", "down_proj"}
+    assert set(json.loads((tmp_path / CONFIG).read_text())["target_modules"]) == set(SEPARATE) - {
+        "o_proj",
+        "down_proj",
+    }
     load_adapter(loaded, str(tmp_path))
-    assert (logits(decoder) - logits(loaded)).abs().max() < 1e-4 < (logits(decoder) - logits(build(LLAMA))).abs().max()
+    assert (
+        (logits(decoder) - logits(loaded)).abs().max()
+        < 1e-4
+        < (logits(decoder) - logits(build(LLAMA))).abs().max()
+    )
 
 
 def test_only_the_layers_that_the_tensors_name_are_adapted_and_saved_as_such(tmp_path):
     some = {n: t for n, t in PUBLISHED.items() if ".1.self_attn." in n}
     decoder = build(PHI)
-    load_adapter(decoder, str(published_folder(tmp_path / "in", some, target_modules=r".*\.1\.self_attn\..*")))
+    load_adapter(
+        decoder, str(published_folder(tmp_path / "in", some, target_modules=r".*\.1\.self_attn\..*"))
+    )
     assert [n for n, m in decoder.named_modules() if isinstance(m, LoraLinear)] == [
-        "layers.1.self_attn.qkv_proj", "layers.1.self_attn.o_proj"]  # fmt: skip
+        "layers.1.self_attn.qkv_proj",
+        "layers.1.self_attn.o_proj",
+    ]
     save_adapter(decoder, tmp_path / "out")
     targets = json.loads((tmp_path / "out" / CONFIG).read_text())["target_modules"]
     assert targets == ["model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.qkv_proj"]
@@ -160,19 +192,34 @@ def test_half_precision_adapters_become_float32():
     load_adapter_state(decoder, {n: t.bfloat16() for n, t in PUBLISHED.items()}, alpha=8)
     layer = decoder.layers[0].mlp.down_proj
     assert layer.lora_a.dtype == torch.float32 and layer.base.weight.dtype == torch.bfloat16
-    assert torch.equal(layer.lora_a, PUBLISHED["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].bfloat16().float())
+    assert torch.equal(
+        layer.lora_a,
+        PUBLISHED["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].bfloat16().float(),
+    )
 
 
 # What is refused
 
 
 NOT_IMPLEMENTED = {
-    "use_dora": True, "use_rslora": True, "rank_pattern": {"qkv_proj": 8}, "alpha_pattern": {"qkv_proj": 8},
-    "modules_to_save": ["lm_head"], "bias": "lora_only", "fan_in_fan_out": True, "layers_to_transform": [0, 1],
-    "layers_pattern": "layers", "peft_type": "LOHA", "init_lora_weights": "pissa", "lora_bias": True,
-    "layer_replication": [[0, 2]], "trainable_token_indices": [3], "target_parameters": ["x"], "exclude_modules": ["o_proj"],
+    "use_dora": True,
+    "use_rslora": True,
+    "rank_pattern": {"qkv_proj": 8},
+    "alpha_pattern": {"qkv_proj": 8},
+    "modules_to_save": ["lm_head"],
+    "bias": "lora_only",
+    "fan_in_fan_out": True,
+    "layers_to_transform": [0, 1],
+    "layers_pattern": "layers",
+    "peft_type": "LOHA",
+    "init_lora_weights": "pissa",
+    "lora_bias": True,
+    "layer_replication": [[0, 2]],
+    "trainable_token_indices": [3],
+    "target_parameters": ["x"],
+    "exclude_modules": ["o_proj"],
     "something_new": 1,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("key", NOT_IMPLEMENTED)
@@ -181,11 +228,28 @@ def test_a_setting_that_is_not_implemented_is_refused_by_name(tmp_path, key):
     assert f"{CONFIG}: {key} {NOT_IMPLEMENTED[key]!r} is not implemented" in line
 
 
-@pytest.mark.parametrize("key, value", (("r", None), ("r", 0), ("r", True), ("r", "4"), ("r", 4.0), ("lora_alpha", None),
-                                        ("lora_alpha", "8"), ("lora_alpha", float("nan")), ("lora_alpha", {}),
-                                        ("lora_dropout", 1), ("lora_dropout", -0.1), ("lora_dropout", []), ("lora_dropout", None)))  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    (
+        ("r", None),
+        ("r", 0),
+        ("r", True),
+        ("r", "4"),
+        ("r", 4.0),
+        ("lora_alpha", None),
+        ("lora_alpha", "8"),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", {}),
+        ("lora_dropout", 1),
+        ("lora_dropout", -0.1),
+        ("lora_dropout", []),
+        ("lora_dropout", None),
+    ),
+)
 def test_a_number_of_another_kind_is_refused_by_name(tmp_path, key, value):
-    assert f"{CONFIG}: {key} is {value!r}; expected" in refusal(build(PHI), published_folder(tmp_path, **{key: value}))
+    assert f"{CONFIG}: {key} is {value!r}; expected" in refusal(
+        build(PHI), published_folder(tmp_path, **{key: value})
+    )
 
 
 def without(*names):
@@ -195,21 +259,48 @@ def without(*names):
 A, B = f"{QKV}.lora_A.weight", f"{QKV}.lora_B.weight"
 SPOILT = {
     "no B": (without(B), f"{B} is missing"),
-    "a layer without": (without(A, B), f"{A} is missing; {B} is missing"),  # the config says qkv_proj of every layer
+    "a layer without": (
+        without(A, B),
+        f"{A} is missing; {B} is missing",
+    ),  # the config says qkv_proj of every layer
     "other rank": ({**PUBLISHED, A: torch.ones(5, 96)}, f"{A} is (5, 96), expected (4, 96)"),
     "other rows": ({**PUBLISHED, B: torch.ones(96, 4)}, f"{B} is (96, 4), expected (160, 4)"),
     "no matrix": ({**PUBLISHED, A: torch.ones(4)}, f"{A} is (4,), expected (4, 96)"),
     "whole numbers": ({**PUBLISHED, A: torch.ones(4, 96, dtype=torch.int8)}, f"{A} is int8"),
-    "a layer too many": ({**PUBLISHED, A.replace(".1.", ".3."): torch.ones(4, 96)}, f"{A.replace('.1.', '.3.')} is not known"),
-    "no linear layer": ({**PUBLISHED, "base_model.model.model.norm.lora_A.weight": torch.ones(4, 96)}, "model.norm.lora_A.weight is not known"),
-    "an embedding": ({**PUBLISHED, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 96)}, "lora_embedding_A is not known"),
-    "dora": ({**PUBLISHED, f"{QKV}.lora_magnitude_vector": torch.ones(160)}, "lora_magnitude_vector is not known"),
-    "packer": ({**PUBLISHED, "base_model.model.model.mm_projector.weight": torch.ones(2)}, "mm_projector.weight is not known"),
-    "both names": ({**PUBLISHED, A.replace(".weight", ".default.weight"): PUBLISHED[A].clone()}, "is there under peft's other name too"),
-    "whole and part": ({**PUBLISHED, f"{QKV[:-8]}k_proj.lora_A.weight": torch.ones(4, 96),
-                        f"{QKV[:-8]}k_proj.lora_B.weight": torch.ones(32, 4)}, "change the same matrix"),
+    "a layer too many": (
+        {**PUBLISHED, A.replace(".1.", ".3."): torch.ones(4, 96)},
+        f"{A.replace('.1.', '.3.')} is not known",
+    ),
+    "no linear layer": (
+        {**PUBLISHED, "base_model.model.model.norm.lora_A.weight": torch.ones(4, 96)},
+        "model.norm.lora_A.weight is not known",
+    ),
+    "an embedding": (
+        {**PUBLISHED, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 96)},
+        "lora_embedding_A is not known",
+    ),
+    "dora": (
+        {**PUBLISHED, f"{QKV}.lora_magnitude_vector": torch.ones(160)},
+        "lora_magnitude_vector is not known",
+    ),
+    "packer": (
+        {**PUBLISHED, "base_model.model.model.mm_projector.weight": torch.ones(2)},
+        "mm_projector.weight is not known",
+    ),
+    "both names": (
+        {**PUBLISHED, A.replace(".weight", ".default.weight"): PUBLISHED[A].clone()},
+        "is there under peft's other name too",
+    ),
+    "whole and part": (
+        {
+            **PUBLISHED,
+            f"{QKV[:-8]}k_proj.lora_A.weight": torch.ones(4, 96),
+            f"{QKV[:-8]}k_proj.lora_B.weight": torch.ones(32, 4),
+        },
+        "change the same matrix",
+    ),
     "nothing": ({"base_model.model.x": torch.ones(1)}, "base_model.model.x is not known"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", SPOILT)
@@ -226,15 +317,22 @@ def test_problems_are_listed_together(tmp_path):
 
 
 def test_many_problems_are_counted_not_listed(tmp_path):
-    line = refusal(build(PHI), published_folder(tmp_path, {f"extra.{i}": torch.ones(1) for i in range(50)}, target_modules="x"))
+    line = refusal(
+        build(PHI),
+        published_folder(tmp_path, {f"extra.{i}": torch.ones(1) for i in range(50)}, target_modules="x"),
+    )
     assert line.count("is not known") == 6 and line.endswith(" and 44 more")
 
 
 def test_tensors_alone_are_refused_by_name_too():
     decoder = build(PHI)
-    for state, named in ((without(A), f"{A} is missing"), ({**PUBLISHED, A: torch.ones(5, 96)}, r"\(5, 96\), expected \(4, 96\)"),
-                         ({}, "it has no adapters"), ({A: torch.ones(0, 96), B: torch.ones(160, 0)}, r"\(0, 96\)"),
-                         ({A.replace(".weight", ".other.weight"): torch.ones(4, 96)}, "other.weight is not known")):  # fmt: skip
+    for state, named in (
+        (without(A), f"{A} is missing"),
+        ({**PUBLISHED, A: torch.ones(5, 96)}, r"\(5, 96\), expected \(4, 96\)"),
+        ({}, "it has no adapters"),
+        ({A: torch.ones(0, 96), B: torch.ones(160, 0)}, r"\(0, 96\)"),
+        ({A.replace(".weight", ".other.weight"): torch.ones(4, 96)}, "other.weight is not known"),
+    ):
         with pytest.raises(InputError, match=f"^run/mm.bin: does not fit this decoder: .*{named}"):
             load_adapter_state(decoder, state, alpha=8, source="run/mm.bin")
     assert not any(isinstance(m, LoraLinear) for m in decoder.modules())
@@ -254,7 +352,11 @@ def test_files_that_are_absent_or_damaged_are_named(tmp_path):
     assert f"{folder}: has no {WEIGHTS}: save the adapter as safetensors" in refusal(decoder, folder)
     (folder / "adapter_model.bin").write_bytes(b"")
     assert "adapter_model.bin is a pickle" in refusal(decoder, folder)
-    for text, named in (("{", "is not valid JSON"), ("[]", "expected an object"), ("{}", "peft_type None is not")):
+    for text, named in (
+        ("{", "is not valid JSON"),
+        ("[]", "expected an object"),
+        ("{}", "peft_type None is not"),
+    ):
         (folder / CONFIG).write_text(text)
         assert f"{folder / CONFIG}: {named}" in refusal(decoder, folder)
     (folder / CONFIG).unlink()
@@ -275,9 +377,18 @@ def test_adapters_of_two_kinds_or_none_are_not_saved(tmp_path):
 # Against the library
 
 
-@pytest.mark.parametrize("case, targets", ((PHI, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")), (LLAMA, SEPARATE),
-                                           (LLAMA, ("qkv_proj", "down_proj")), (LLAMA, ("q_proj", "v_proj"))))  # fmt: skip
-def test_peft_reads_a_saved_adapter_and_gives_the_same_logits_and_what_it_saves_is_read(tmp_path, case, targets):
+@pytest.mark.parametrize(
+    "case, targets",
+    (
+        (PHI, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        (LLAMA, SEPARATE),
+        (LLAMA, ("qkv_proj", "down_proj")),
+        (LLAMA, ("q_proj", "v_proj")),
+    ),
+)
+def test_peft_reads_a_saved_adapter_and_gives_the_same_logits_and_what_it_saves_is_read(
+    tmp_path, case, targets
+):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     decoder = trained(case, targets)
     save_decoder(build(case), tmp_path / "base")

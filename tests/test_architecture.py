@@ -5,8 +5,19 @@ import re
 
 from conftest import ROOT
 
-SCRIPTS = ("train.py", "evaluate.py", "infer.py", "preprocess.py", "reaf_hsenet/__init__.py", "reaf_hsenet/weights/__main__.py")
-FILES = sorted(p.relative_to(ROOT) for p in (ROOT / "reaf_hsenet").rglob("*.py") if str(p.relative_to(ROOT)) not in SCRIPTS)
+SCRIPTS = (
+    "train.py",
+    "evaluate.py",
+    "infer.py",
+    "preprocess.py",
+    "reaf_hsenet/__init__.py",
+    "reaf_hsenet/weights/__main__.py",
+)
+FILES = sorted(
+    p.relative_to(ROOT)
+    for p in (ROOT / "reaf_hsenet").rglob("*.py")
+    if str(p.relative_to(ROOT)) not in SCRIPTS
+)
 
 
 def module(path) -> str:
@@ -35,7 +46,11 @@ def room(name: str) -> str:
 def test_a_room_imports_only_from_rooms_above_it_in_the_table():
     text = (ROOT / "docs/architecture.md").read_text()
     table = re.findall(r"^\| (the package's root|`\w+/`(?:, `\w+/`)*) \|", text, re.M)
-    floors = {name.strip("`/ ").replace("the package's root", "root"): i for i, row in enumerate(table) for name in row.split(",")}
+    floors = {
+        name.strip("`/ ").replace("the package's root", "root"): i
+        for i, row in enumerate(table)
+        for name in row.split(",")
+    }
     assert set(floors) == {room(name) for name in imports()} and len(table) == 8
     for name, used in imports().items():
         for other in used:

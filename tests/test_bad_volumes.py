@@ -1,4 +1,6 @@
-"""Volumes that go bad while a run trains: named, counted against --max-bad, left out, and nothing else changes."""
+"""Volumes that go bad while a run trains: named, counted against --max-bad, left out, and nothing else
+changes.
+"""
 
 import json
 import os
@@ -64,7 +66,11 @@ def test_a_damaged_header_is_a_bad_volume(data, shape):
     header = f"{{'descr': '<f2', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
     path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(4096))
     found = read_sample(manifest, manifest.entries("train")[0], slices=False)
-    assert isinstance(found, Unreadable) and found.reason.startswith(f"{path}: cannot be read") and "\n" not in found.reason
+    assert (
+        isinstance(found, Unreadable)
+        and found.reason.startswith(f"{path}: cannot be read")
+        and "\n" not in found.reason
+    )
 
 
 def bad_records(run: Path) -> list[tuple[int, str]]:
@@ -85,7 +91,9 @@ def test_a_bad_volume_leaves_its_batch_and_changes_no_other_item(prepared, data)
         dataset = CTReportDataset(manifest, "train", tokenizer, 24, Augmentation(), seed=3)
         loader = make_loader(dataset, GlobalBatches(len(dataset), 6, 0, 1, 7), 2)
         found.append(list(batches(loader, torch.device("cpu"), tolerant=True)))
-    rows = lambda part: {row: (part.volume[i], part.ids[i][part.mask[i] > 0]) for i, row in enumerate(part.index)}  # noqa: E731
+    rows = lambda part: {
+        row: (part.volume[i], part.ids[i][part.mask[i] > 0]) for i, row in enumerate(part.index)
+    }
     for whole, rest in zip(*found, strict=True):
         assert rest.index == [row for row in whole.index if row not in (5, 9)]
         for row, item in rows(rest).items():
@@ -107,12 +115,19 @@ def test_bad_volumes_are_left_out_counted_once_and_logged_by_name(data, tmp_path
     for number, (_, name) in enumerate(records, 1):
         assert f"left out, {number} of --max-bad 4: {name}: {data}" in printed
     reasons = {r["bad"]: r["reason"] for r in Run(out).read_log() if "bad" in r}
-    assert "absent" in reasons[known[0]] and "holds NaN" in reasons[known[1]] and "no such file" in reasons[vanished.stem]
+    assert (
+        "absent" in reasons[known[0]]
+        and "holds NaN" in reasons[known[1]]
+        and "no such file" in reasons[vanished.stem]
+    )
 
 
 def test_one_volume_more_than_allowed_ends_the_run_with_its_name(data, tmp_path):
     spoil(volume(data, 3)), spoil(volume(data, 6))
-    wrong(tiny(data, tmp_path / "a", "--epochs", 1, "--max-bad", 1), r"holds NaN.*\(bad volume 2, with --max-bad 1\)")
+    wrong(
+        tiny(data, tmp_path / "a", "--epochs", 1, "--max-bad", 1),
+        r"holds NaN.*\(bad volume 2, with --max-bad 1\)",
+    )
     wrong(tiny(data, tmp_path / "b", "--epochs", 1, "--max-bad", 0), f"{volume(data, 3)}: holds NaN")
     spoil(volume(data, 1, "validation"), "truncated")
     wrong(tiny(data, tmp_path / "c", "--epochs", 1), "has 5000 bytes, expected")
@@ -126,7 +141,10 @@ def test_the_count_survives_a_resume(data, tmp_path, monkeypatch):
         stop_at(patch, 3)
         assert train.main(tiny(data, out, "--max-steps", 9, "--max-bad", 1, "--no-augment")) == 143
     again = ["--stage", "clip1", "--out", str(out), "--resume", "--device", "cpu"]
-    wrong([*again, "--max-bad", 0], f"--max-bad 0: this run has left out 1 volumes already .{one.stem}.; allow as many")
+    wrong(
+        [*again, "--max-bad", 0],
+        f"--max-bad 0: this run has left out 1 volumes already .{one.stem}.; allow as many",
+    )
     with monkeypatch.context() as patch:
         spoil_in_step(patch, 5, two, "absent")
         wrong(again, f"{two}: no such file.*bad volume 2, with --max-bad 1")
@@ -145,7 +163,9 @@ def at_batch(arguments: list[str], out: Path, size: int, *more) -> list[str]:
 def assert_alike(one: Path, two: Path, bad: set[str]) -> None:
     assert {name for _, name in bad_records(one)} == bad == {name for _, name in bad_records(two)}
     for a, b in zip(*([r for r in numbers(run) if "lr" in r] for run in (one, two)), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=2e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3, abs=1e-6)
+        assert b["loss"] == pytest.approx(a["loss"], abs=2e-5) and b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=1e-3, abs=1e-6
+        )
     assert_close_weights(one, two)
 
 
@@ -159,14 +179,26 @@ def test_two_processes_of_which_one_has_an_empty_batch_train_as_one(data, tmp_pa
         assert done.returncode == 0, done.stderr
         assert_alike(tmp_path / "one", tmp_path / name, bad)
     done = torchrun(2, *at_batch(arguments, tmp_path / "three", 1, "--max-bad", 2), cwd=tmp_path)
-    assert done.returncode != 0 and done.stderr.count("(bad volume 3, with --max-bad 2)") == 1  # both ranks stop, one says why
+    assert (
+        done.returncode != 0 and done.stderr.count("(bad volume 3, with --max-bad 2)") == 1
+    )  # both ranks stop, one says why
 
 
 @pytest.mark.slow
-def test_stage_2_copes_with_an_empty_batch_too(stages, tmp_path):  # noqa: F811
+def test_stage_2_copes_with_an_empty_batch_too(stages, tmp_path):
     root = shutil.copytree(stages, tmp_path / "stages")
     bad = {spoil(volume(root / "data", row)) for row in (2, 7, 11)}
-    arguments = stage2(root / "clip1", root / "one", "--data", root / "data", "--max-steps", 8, "--max-bad", 3, "--no-augment")
+    arguments = stage2(
+        root / "clip1",
+        root / "one",
+        "--data",
+        root / "data",
+        "--max-steps",
+        8,
+        "--max-bad",
+        3,
+        "--no-augment",
+    )
     assert train.main(at_batch(arguments, root / "one", 2, "--no-guidance")) == 0
     for name, more in (("two", ("--no-guidance",)), ("guided", ())):  # the guided encoder has dropout
         done = torchrun(2, *at_batch(arguments, root / name, 1, *more), cwd=tmp_path)
@@ -177,11 +209,23 @@ def test_stage_2_copes_with_an_empty_batch_too(stages, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_language_runs_leave_bad_volumes_out_even_where_a_whole_step_is_empty(stages, decoder_folder, tmp_path):  # noqa: F811
+def test_language_runs_leave_bad_volumes_out_even_where_a_whole_step_is_empty(
+    stages, decoder_folder, tmp_path
+):
     root = shutil.copytree(stages, tmp_path / "stages")
     bad = {spoil(volume(root / "data", row), how) for row, how in ((0, "NaN"), (4, "absent"))}
     bad.add(spoil(volume(root / "data", 0, "validation")))
-    more = ("--data", root / "data", "--max-bad", 3, "--decoder", decoder_folder, "--no-augment", "--max-steps", 18)
+    more = (
+        "--data",
+        root / "data",
+        "--max-bad",
+        3,
+        "--decoder",
+        decoder_folder,
+        "--no-augment",
+        "--max-steps",
+        18,
+    )
     arguments = language(root, root / "plain", *more)
     arguments[arguments.index("--batch-size") + 1] = "1"
     assert train.main(arguments) == 0
@@ -195,11 +239,14 @@ def test_language_runs_leave_bad_volumes_out_even_where_a_whole_step_is_empty(st
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_new_decoder_that_no_volume_can_be_read_for_is_one_line(stages, tmp_path):  # noqa: F811
+def test_a_new_decoder_that_no_volume_can_be_read_for_is_one_line(stages, tmp_path):
     root = shutil.copytree(stages, tmp_path / "stages")
     for row in range(len(load_manifest(root / "data").entries("train"))):
         spoil(volume(root / "data", row))
-    wrong(language(root, tmp_path / "r", "--data", root / "data", "--max-bad", 99), "of its first 18 training volumes, .* none can be read")
+    wrong(
+        language(root, tmp_path / "r", "--data", root / "data", "--max-bad", 99),
+        "of its first 18 training volumes, .* none can be read",
+    )
 
 
 def test_a_loader_process_that_is_killed_is_one_line(prepared, tmp_path, monkeypatch):
@@ -211,17 +258,24 @@ def test_a_loader_process_that_is_killed_is_one_line(prepared, tmp_path, monkeyp
         return read(self, key)
 
     monkeypatch.setattr(CTReportDataset, "__getitem__", killed)
-    wrong(tiny(prepared, tmp_path / "r", "--epochs", 1, "--workers", 2), r"loader worker \(pid.*fewer --workers.*/dev/shm")
+    wrong(
+        tiny(prepared, tmp_path / "r", "--epochs", 1, "--workers", 2),
+        r"loader worker \(pid.*fewer --workers.*/dev/shm",
+    )
 
 
 @pytest.mark.slow
 def test_a_full_shared_memory_is_one_line_and_no_hang(prepared, tmp_path, monkeypatch):
     def full(tensor):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+        )
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    wrong(tiny(prepared, tmp_path / "r", "--epochs", 1, "--workers", 2),
-          r"loader worker 0 \(of 2\): unable to allocate shared memory.*fewer --workers.*/dev/shm")
+    wrong(
+        tiny(prepared, tmp_path / "r", "--epochs", 1, "--workers", 2),
+        r"loader worker 0 \(of 2\): unable to allocate shared memory.*fewer --workers.*/dev/shm",
+    )
 
 
 def test_an_entry_without_a_report_is_never_left_out(data, tmp_path):

@@ -59,7 +59,12 @@ def test_an_absent_volume_moves_no_other_to_another_split(root):
 
 def test_paths_may_be_those_of_volumes(root):
     names = [p.relative_to(root) for p in sorted(root.rglob("*.nii.gz"))]
-    write(root, [[f"/elsewhere/{name}", f"Report of {name.name}."] for name in names], encoding="utf-8-sig", end="\r\n")
+    write(
+        root,
+        [[f"/elsewhere/{name}", f"Report of {name.name}."] for name in names],
+        encoding="utf-8-sig",
+        end="\r\n",
+    )
     source = read_bimcv(root, None)
     cases = [c for split in source.splits.values() for c in split]
     assert len(cases) == 11 and all(c.text == f"Report of {c.path.name}." and not c.problem for c in cases)
@@ -68,8 +73,13 @@ def test_paths_may_be_those_of_volumes(root):
 
 def test_a_volume_without_row_and_an_empty_report_are_refused_cases(root):
     write(root, [[SESSION.format(i), "  " if i == 2 else "Report."] for i in range(9)])
-    problems = {c.scan: c.problem for split in read_bimcv(root, None).splits.values() for c in split if c.problem}
-    assert problems == {"sub-S2_ses-E2": "has an empty report in reports.csv", "sub-S9_ses-E9": "has no row in reports.csv"}
+    problems = {
+        c.scan: c.problem for split in read_bimcv(root, None).splits.values() for c in split if c.problem
+    }
+    assert problems == {
+        "sub-S2_ses-E2": "has an empty report in reports.csv",
+        "sub-S9_ses-E9": "has no row in reports.csv",
+    }
 
 
 def test_a_repeated_row_is_one_report_and_two_reports_of_one_session_are_refused(root):
@@ -77,7 +87,9 @@ def test_a_repeated_row_is_one_report_and_two_reports_of_one_session_are_refused
     write(root, [rows[0], *rows])
     assert [c.text[7] for c in read_bimcv(root, None).splits["validation"]] == list("89")
     write(root, [*rows, [SESSION.format(4), "Another."]])
-    with pytest.raises(InputError, match="reports.csv: line 12: sub-S4_ses-E4 has another Report_en than before"):
+    with pytest.raises(
+        InputError, match="reports.csv: line 12: sub-S4_ses-E4 has another Report_en than before"
+    ):
         read_bimcv(root, None)
 
 
@@ -121,7 +133,15 @@ def no_volumes(root):
 
 @pytest.mark.parametrize(
     "spoil",
-    [other_columns, strange_path, no_rows, row_of_file_and_session, two_files_of_one_name, two_tables, no_volumes],
+    [
+        other_columns,
+        strange_path,
+        no_rows,
+        row_of_file_and_session,
+        two_files_of_one_name,
+        two_tables,
+        no_volumes,
+    ],
 )
 def test_a_wrong_folder_or_table_is_one_line(root, spoil):
     words = spoil(root)
@@ -132,11 +152,28 @@ def test_a_wrong_folder_or_table_is_one_line(root, spoil):
 
 def test_volumes_are_prepared_on_their_own_grid_as_published(root, tmp_path):
     next(root.rglob("sub-S5_*")).write_bytes(b"no NIfTI file")
-    done = script("preprocess.py", "--dataset", "bimcv-r", "--root", root, "--csv", root / "reports.csv", "--out", tmp_path / "out",
-                  "--size", 16, 32, 32)  # fmt: skip
+    done = script(
+        "preprocess.py",
+        "--dataset",
+        "bimcv-r",
+        "--root",
+        root,
+        "--csv",
+        root / "reports.csv",
+        "--out",
+        tmp_path / "out",
+        "--size",
+        16,
+        32,
+        32,
+    )
     assert done.returncode == 3 and "sub-S5_ses-E5_run-1_bp-chest_ct.nii.gz" in done.stderr, done.stderr
     manifest = load_manifest(tmp_path / "out")
-    assert (manifest.dataset, manifest.recipe.spacing, manifest.recipe.window) == ("bimcv-r", None, RECIPES["hsenet"].window)
+    assert (manifest.dataset, manifest.recipe.spacing, manifest.recipe.window) == (
+        "bimcv-r",
+        None,
+        RECIPES["hsenet"].window,
+    )
     entries = manifest.entries("train")
     assert len(entries) == 8 and all("HU already" in e["source"]["rescale"] for e in entries)
     volume = np.load(tmp_path / "out" / entries[0]["volume"])
@@ -145,7 +182,10 @@ def test_volumes_are_prepared_on_their_own_grid_as_published(root, tmp_path):
 
 
 def test_a_chosen_spacing_or_recipe_is_kept(root, tmp_path):
-    for more, spacing in ((("--spacing", 3, 2, 2), (3.0, 2.0, 2.0)), (("--recipe", "reaf"), RECIPES["reaf"].spacing)):
+    for more, spacing in (
+        (("--spacing", 3, 2, 2), (3.0, 2.0, 2.0)),
+        (("--recipe", "reaf"), RECIPES["reaf"].spacing),
+    ):
         out = tmp_path / more[0]
         done = script("preprocess.py", "--dataset", "bimcv-r", "--root", root, "--out", out, "--as-is", *more)
         assert done.returncode == 0, done.stderr

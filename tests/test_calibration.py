@@ -26,7 +26,9 @@ def test_features_of_all_samples_point_one_way_before_and_not_after():
         calibrate(model, volume, ids, mask)
         assert spread(model.encode_image(volume)) < 0.3 and spread(model.text(ids, mask)[:, 0]) < 0.1
         image = model.vision(volume)[:, 0]
-    assert torch.allclose(image.mean(0), torch.zeros(32), atol=1e-4) and torch.allclose(image.std(0), torch.ones(32), atol=1e-3)
+    assert torch.allclose(image.mean(0), torch.zeros(32), atol=1e-4) and torch.allclose(
+        image.std(0), torch.ones(32), atol=1e-3
+    )
 
 
 def test_without_reports_the_text_encoder_is_left_alone():
@@ -40,7 +42,9 @@ def test_without_reports_the_text_encoder_is_left_alone():
 def test_patch_tokens_of_a_language_model_are_standardised_about_their_place():
     torch.manual_seed(0)
     config = PRESETS["hsenet-tiny"].vision
-    model = Mllm([build_vision(config)], [build_projector("average_pool", 128, 16, config.grid, (1, 2, 2))], None)
+    model = Mllm(
+        [build_vision(config)], [build_projector("average_pool", 128, 16, config.grid, (1, 2, 2))], None
+    )
     volumes = torch.rand(12, 1, 32, 64, 64)
     calibrate_tokens(model, volumes, None, chunk=5)
     (tokens,) = model.features(volumes)
@@ -60,4 +64,8 @@ def test_copies_of_one_scan_keep_the_usual_start():
     assert torch.equal(model.vision.norm.weight, before)
     with torch.no_grad():
         image, text = model.encode_image(volume), model.text(ids, mask)
-    assert image.isfinite().all() and text.isfinite().all() and all(p.isfinite().all() for p in model.parameters())
+    assert (
+        image.isfinite().all()
+        and text.isfinite().all()
+        and all(p.isfinite().all() for p in model.parameters())
+    )

@@ -21,7 +21,9 @@ def resume(run: Path, *more) -> list[str]:
 def save(folder: Path, *steps: int, keep: int = 9) -> Run:
     run = Run(folder)
     for step in steps:
-        run.save(step, {"a": torch.full((99,), float(step))}, {"progress": {"step": step}}, keep, best=step == 2)
+        run.save(
+            step, {"a": torch.full((99,), float(step))}, {"progress": {"step": step}}, keep, best=step == 2
+        )
     return run
 
 
@@ -39,7 +41,10 @@ def spoil(path: Path, how: str) -> None:
 def test_a_damaged_checkpoint_is_passed_over_for_the_newest_that_is_whole(tmp_path, file, how):
     run = save(tmp_path, 1, 3, 4)
     spoil(run.at(4) / file, how)
-    if (file, how) == ("checkpoint.json", "absent"):  # as earlier versions saved: nothing is known of the files but their names
+    if (file, how) == (
+        "checkpoint.json",
+        "absent",
+    ):  # as earlier versions saved: nothing is known of the files but their names
         assert run.newest_valid() == (run.at(4), [])
         (run.at(4) / "trainer.pt").unlink()
         assert run.newest_valid() == (run.at(3), [f"{run.at(4) / 'trainer.pt'}: no such file"])
@@ -86,7 +91,7 @@ def test_last_can_be_set_back_by_hand(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_from_before_a_damaged_checkpoint_and_ends_the_same(run_copy, finished, capsys):  # noqa: F811
+def test_a_run_resumes_from_before_a_damaged_checkpoint_and_ends_the_same(run_copy, finished, capsys):
     spoil(Run(run_copy).at(8) / "trainer.pt", "changed")
     assert train.main(resume(run_copy)) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
@@ -97,11 +102,17 @@ def test_a_run_resumes_from_before_a_damaged_checkpoint_and_ends_the_same(run_co
 
 def test_the_last_n_and_the_best_are_kept(tmp_path):
     run = save(tmp_path, 1, 2, 3, 4, 5, keep=2)
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["best", "last", "step-000002", "step-000004", "step-000005"]
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == [
+        "best",
+        "last",
+        "step-000002",
+        "step-000004",
+        "step-000005",
+    ]
     assert run.pointer("best") == run.at(2) and run.pointer("last") == run.at(5)
 
 
-def test_a_checkpoint_lists_its_files_with_sizes_and_hashes(finished):  # noqa: F811
+def test_a_checkpoint_lists_its_files_with_sizes_and_hashes(finished):
     folder = Run(finished).pointer("last")
     written = json.loads((folder / "checkpoint.json").read_text())
     assert written["step"] == 8 and set(written["files"]) == {"model.safetensors", "trainer.pt"}
@@ -109,37 +120,50 @@ def test_a_checkpoint_lists_its_files_with_sizes_and_hashes(finished):  # noqa: 
 
 
 class FullDisk:
-    """Lets files of chosen steps, or the log, not be written. As torch's, safetensors' and the system's errors are."""
+    """Lets files of chosen steps, or the log, not be written. As torch's, safetensors' and the system's
+    errors are.
+    """
 
     def __init__(self, monkeypatch, steps: tuple[int, ...]):
         save_file = module.save_file
 
         def full(tensors, path):
             if any(f"step-{step:06d}" in str(path) for step in steps):
-                raise module.SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left" })')
+                raise module.SafetensorError(
+                    'Error while serializing: IoError(Os { code: 28, message: "No space left" })'
+                )
             return save_file(tensors, path)
 
         monkeypatch.setattr(module, "save_file", full)
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_run_alive_and_the_last_checkpoint_whole(prepared, finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_full_disk_leaves_the_run_alive_and_the_last_checkpoint_whole(
+    prepared, finished, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         FullDisk(patch, (3,))
         assert train.main(tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9)) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and "step-000003: cannot be written" in warnings[0] and "No space left" in warnings[0]
+    assert (
+        len(warnings) == 1
+        and "step-000003: cannot be written" in warnings[0]
+        and "No space left" in warnings[0]
+    )
     assert "training goes on" in warnings[0] and not Run(out).at(3).exists()
     assert same_weights(out, finished) and numbers(out) == numbers(finished)
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_at_the_end_is_an_error(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
+def test_a_disk_that_is_full_at_the_end_is_an_error(prepared, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         FullDisk(patch, (8,))
-        wrong(tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9), "step-000008: cannot be written.*free space.*--resume")
+        wrong(
+            tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9),
+            "step-000008: cannot be written.*free space.*--resume",
+        )
     assert Run(out).pointer("last") == Run(out).at(6)
     assert train.main(resume(out)) == 0
     assert same_weights(out, finished) and numbers(out) == numbers(finished)
@@ -178,13 +202,20 @@ def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room(tmp_path,
 @pytest.mark.parametrize("name", ["report_to_volume/R@1", "volume_to_report/R@10"])
 def test_the_best_checkpoint_is_chosen_by_the_number_that_is_named(prepared, tmp_path, name):
     out = tmp_path / "run"
-    assert train.main(tiny(prepared, out, "--max-steps", 6, "--validate-every", 0.16, "--keep", 9, "--best-by", name)) == 0
+    assert (
+        train.main(
+            tiny(prepared, out, "--max-steps", 6, "--validate-every", 0.16, "--keep", 9, "--best-by", name)
+        )
+        == 0
+    )
     scores = {r["step"]: r["validation"][name] for r in Run(out).read_log() if "validation" in r}
     best = max(scores.values())
-    assert Run(out).pointer("best") == Run(out).at(min(step for step, score in scores.items() if score == best))
+    assert Run(out).pointer("best") == Run(out).at(
+        min(step for step, score in scores.items() if score == best)
+    )
 
 
-def test_a_best_checkpoint_that_is_gone_is_not_held_against_the_next(run_copy, finished):  # noqa: F811
+def test_a_best_checkpoint_that_is_gone_is_not_held_against_the_next(run_copy, finished):
     run, best = Run(run_copy), Run(finished).pointer("best").name
     (run.checkpoints / "last").write_text("step-000006\n")
     for path in run.checkpoints.glob("step-*"):
@@ -196,12 +227,15 @@ def test_a_best_checkpoint_that_is_gone_is_not_held_against_the_next(run_copy, f
 
 @pytest.mark.parametrize("lost", ["checkpoints/last", "config.json"])
 @pytest.mark.parametrize("how", [(), ("--resume", "auto")])
-def test_no_start_deletes_the_checkpoints_of_a_run_that_has_lost_a_file(prepared, run_copy, lost, how):  # noqa: F811
+def test_no_start_deletes_the_checkpoints_of_a_run_that_has_lost_a_file(prepared, run_copy, lost, how):
     before = {path: path.stat().st_mtime_ns for path in Run(run_copy).all()}
     (run_copy / lost).unlink()
     argv = tiny(prepared, run_copy, "--max-steps", 8, *how)
     if lost == "config.json":
-        wrong(argv, "config.json: no such file beside .*checkpoints; put the run's own back, or choose another --out")
+        wrong(
+            argv,
+            "config.json: no such file beside .*checkpoints; put the run's own back, or choose another --out",
+        )
     elif how:
         assert train.main(argv) == 0 and Run(run_copy).pointer("last").name == "step-000008"
     else:
@@ -228,4 +262,7 @@ def test_a_log_writer_that_fails_ends_nothing(prepared, tmp_path, monkeypatch, c
     monkeypatch.setattr(train, "make_writer", lambda *_: full)
     assert train.main(tiny(prepared, tmp_path / "run", "--max-steps", 2)) == 0
     said = capsys.readouterr().out
-    assert said.count("warning: --log: cannot be written (No space left on device); training goes on without it") == 1
+    assert (
+        said.count("warning: --log: cannot be written (No space left on device); training goes on without it")
+        == 1
+    )

@@ -36,7 +36,9 @@ def test_auroc_is_the_share_of_pairs_in_order_and_a_tie_is_half(case):
     labels, scores = case
     for j, found in enumerate(metric(*case, "auroc")):
         up, down = scores[labels[:, j], j], scores[~labels[:, j], j]
-        assert found == pytest.approx((np.greater.outer(up, down) + 0.5 * np.equal.outer(up, down)).mean(), abs=1e-12)
+        assert found == pytest.approx(
+            (np.greater.outer(up, down) + 0.5 * np.equal.outer(up, down)).mean(), abs=1e-12
+        )
 
 
 def test_average_precision_sums_precision_times_recall_steps_over_distinct_scores(case):
@@ -59,15 +61,24 @@ def test_one_score_for_all_is_chance():
 
 def test_order_of_the_rows_does_not_matter(case):
     labels, scores = case
-    turned = class_metrics(labels[::-1], scores[::-1], find_thresholds(labels[::-1], scores[::-1]), np.ones((1, 60)))
-    assert np.allclose(turned, class_metrics(labels, scores, find_thresholds(*case), np.ones((1, 60))), atol=1e-12)
+    turned = class_metrics(
+        labels[::-1], scores[::-1], find_thresholds(labels[::-1], scores[::-1]), np.ones((1, 60))
+    )
+    assert np.allclose(
+        turned, class_metrics(labels, scores, find_thresholds(*case), np.ones((1, 60))), atol=1e-12
+    )
 
 
 def test_metrics_at_argmax_of_a_case_made_by_hand():
     """3 true, 1 false positive, 1 false, 3 true negative; a score of exactly 0.5 is negative."""
     labels = np.array([1, 1, 1, 1, 0, 0, 0, 0], dtype=bool)
     scores = np.array([0.9, 0.8, 0.6, 0.5, 0.7, 0.5, 0.4, 0.1])
-    for name, value in (("accuracy", 0.75), ("balanced_accuracy", 0.75), ("recall", 0.75), ("precision", 0.75)):
+    for name, value in (
+        ("accuracy", 0.75),
+        ("balanced_accuracy", 0.75),
+        ("recall", 0.75),
+        ("precision", 0.75),
+    ):
         assert metric(labels, scores, f"argmax.{name}") == value
     assert metric([1, 1, 1, 0], [0.9, 0.9, 0.1, 0.9], "argmax.f1_weighted") == pytest.approx(0.75 * 2 / 3)
 
@@ -98,7 +109,9 @@ def test_a_class_without_positives_is_left_out_of_the_mean(case):
     labels[:, 1] = False
     report = classification_report(labels, scores, list("abcd"), {"mean": [], "mean_2": ["d"]}, resamples=20)
     empty, mean = report["classes"]["b"], report["means"]["mean"]
-    assert empty["positives"] == 0 and empty["auroc"] is empty["average_precision"] is empty["threshold"] is None
+    assert (
+        empty["positives"] == 0 and empty["auroc"] is empty["average_precision"] is empty["threshold"] is None
+    )
     assert empty["argmax"]["recall"] is empty["thresholded"]["accuracy"] is None
     assert empty["argmax"]["accuracy"] is not None and empty["interval_95"]["auroc"] == [None, None]
     for kept, found in (("acd", mean), ("ac", report["means"]["mean_2"])):
@@ -151,12 +164,16 @@ def test_a_resample_with_one_label_value_leaves_that_class_out():
 
 
 def test_intervals_hold_the_value_and_cover_what_theory_says():
-    """The accuracy of n volumes has the standard error sqrt(p (1 - p) / n); 95 percent is 1.96 of them each side."""
+    """The accuracy of n volumes has the standard error sqrt(p (1 - p) / n); 95 percent is 1.96 of them
+    each side.
+    """
     rng = np.random.default_rng(2)
     labels = rng.random((2000, 1)) < 0.5
     scores = np.where(rng.random((2000, 1)) < 0.8, labels, ~labels) * 0.5 + 0.25
     found = classification_report(labels, scores, ["a"], {"mean": []}, resamples=1000)
-    accuracy, (low, high) = (d["argmax"]["accuracy"] for d in (found["classes"]["a"], found["classes"]["a"]["interval_95"]))
+    accuracy, (low, high) = (
+        d["argmax"]["accuracy"] for d in (found["classes"]["a"], found["classes"]["a"]["interval_95"])
+    )
     assert low < accuracy < high
     assert (high - low) == pytest.approx(2 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / 2000), rel=0.1)
     assert found["means"]["mean"]["interval_95"] == found["classes"]["a"]["interval_95"]

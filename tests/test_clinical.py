@@ -19,8 +19,10 @@ from test_text_metrics import bert_folder
 
 TEXTS = ["A nodule in the left lung.", "", "Ground-glass opacities in both lungs, 12 mm.", "心脏", "  "]
 HEAD = {"weight": torch.from_numpy(fill.normal("head.weight", (18, 64), 0)), "bias": torch.zeros(18)}
-ROBERTA_DENSE = {"weight": torch.from_numpy(fill.fill("classifier.dense.weight", (64, 64), 0)),
-                 "bias": torch.from_numpy(fill.fill("classifier.dense.bias", (64,), 0))}  # fmt: skip
+ROBERTA_DENSE = {
+    "weight": torch.from_numpy(fill.fill("classifier.dense.weight", (64, 64), 0)),
+    "bias": torch.from_numpy(fill.fill("classifier.dense.bias", (64,), 0)),
+}
 
 
 def named(prefix: str, tensors: dict) -> dict:
@@ -49,7 +51,13 @@ def matrices():
 
 def test_micro_is_over_all_findings_and_macro_over_those_that_occur(matrices):
     report = clinical_report(*matrices, names=("a", "b", "c"))
-    assert report["classes"]["a"] == {"precision": 1, "recall": 2 / 3, "f1": 0.8, "support": 3, "predicted": 2}
+    assert report["classes"]["a"] == {
+        "precision": 1,
+        "recall": 2 / 3,
+        "f1": 0.8,
+        "support": 3,
+        "predicted": 2,
+    }
     assert report["micro"] == {"precision": 2 / 4, "recall": 2 / 5, "f1": 4 / 9}
     assert report["macro"] == {"precision": 1 / 2, "recall": 1 / 3, "f1": 0.4}
 
@@ -68,13 +76,16 @@ def test_reports_without_any_finding_have_no_recall():
     json.dumps(report, allow_nan=False)
 
 
-@pytest.mark.parametrize("predicted, truth", [
-    (np.zeros((0, 18)), np.zeros((0, 18))),
-    (np.zeros((2, 18)), np.zeros((3, 18))),
-    (np.zeros((2, 17)), np.zeros((2, 17))),
-    (np.full((2, 18), 0.4), np.zeros((2, 18))),
-    (np.zeros((2, 18)), np.full((2, 18), np.nan)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "predicted, truth",
+    [
+        (np.zeros((0, 18)), np.zeros((0, 18))),
+        (np.zeros((2, 18)), np.zeros((3, 18))),
+        (np.zeros((2, 17)), np.zeros((2, 17))),
+        (np.full((2, 18), 0.4), np.zeros((2, 18))),
+        (np.zeros((2, 18)), np.full((2, 18), np.nan)),
+    ],
+)
 def test_labels_of_other_shapes_and_values_are_refused(predicted, truth):
     with pytest.raises(InputError, match="labels: expected 0 and 1 in 18 columns"):
         clinical_report(predicted, truth)
@@ -87,7 +98,11 @@ def test_a_phantoms_own_report_is_perfect_and_an_empty_one_names_nothing():
     perfect = clinical_report(labels, labels)
     assert perfect["micro"] == {"precision": 1, "recall": 1, "f1": 1} and not perfect["left_out_of_macro"]
     empty = phantom_labels([""] * 60)
-    assert not empty.any() and clinical_report(empty, labels)["micro"] == {"precision": 0, "recall": 0, "f1": 0}
+    assert not empty.any() and clinical_report(empty, labels)["micro"] == {
+        "precision": 0,
+        "recall": 0,
+        "f1": 0,
+    }
     agreement = attribute_agreement(reports, reports)
     assert [agreement[name]["agreement"] for name in ("side", "lobe", "size")] == [1, 1, 1]
     assert agreement["size"]["mean_abs_error_mm"] == 0 and agreement["lobe"]["compared"] > 60
@@ -96,11 +111,14 @@ def test_a_phantoms_own_report_is_perfect_and_an_empty_one_names_nothing():
 NODULE = "A solid nodule measuring {} mm is observed in the {} lobe."
 
 
-@pytest.mark.parametrize("size, place, agrees", [
-    (20, "right upper", (1, 1, 1)),
-    (22, "right lower", (1, 0, 1)),
-    (23, "left upper", (0, 0, 0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, place, agrees",
+    [
+        (20, "right upper", (1, 1, 1)),
+        (22, "right lower", (1, 0, 1)),
+        (23, "left upper", (0, 0, 0)),
+    ],
+)
 def test_side_lobe_and_size_are_told_apart(size, place, agrees):
     found = attribute_agreement([NODULE.format(size, place)], [NODULE.format(20, "right upper")])
     assert tuple(found[name]["agreement"] for name in ("side", "lobe", "size")) == agrees
@@ -141,13 +159,18 @@ def test_every_published_classifier_gives_its_labels(tmp_path, layout):
     published = load_file(bare / "model.safetensors")
     encoder = TextEncoder(**vars(bert_config(bare))).eval()
     encoder.load_state_dict(bert_state(published))
-    dense = ROBERTA_DENSE if layout.startswith("Roberta") else {
-        part: published[f"pooler.dense.{part}"] for part in ("weight", "bias")}  # fmt: skip
+    dense = (
+        ROBERTA_DENSE
+        if layout.startswith("Roberta")
+        else {part: published[f"pooler.dense.{part}"] for part in ("weight", "bias")}
+    )
     for i, text in enumerate(TEXTS):
         if not text.strip():
             assert not found[i].any()
             continue
-        around = [2, 3] if kind == "bert" else [0, 2]  # places of the class and the end token in the vocabulary
+        around = (
+            [2, 3] if kind == "bert" else [0, 2]
+        )  # places of the class and the end token in the vocabulary
         ids = load_text_reader(folder).ids(text)
         assert [ids[0], ids[-1]] == around
         with torch.no_grad():

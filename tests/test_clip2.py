@@ -20,8 +20,12 @@ from reaf_hsenet.weights import initial_state, load_matching, load_strictly, m3d
 from test_models import TINY
 
 SLICES, SLICE_WIDTH = 5, 12
-STUDENT = replace(TINY, vision=GuidedVisionConfig(**vars(TINY.vision), slices=SLICES, slice_width=SLICE_WIDTH,
-                                                  guidance_dropout=0.0))
+STUDENT = replace(
+    TINY,
+    vision=GuidedVisionConfig(
+        **vars(TINY.vision), slices=SLICES, slice_width=SLICE_WIDTH, guidance_dropout=0.0
+    ),
+)
 CPU = torch.device("cpu")
 
 
@@ -61,7 +65,8 @@ def test_loss_is_contrastive_plus_weighted_relation_with_the_students_scale():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert numbers["relation"].item() == pytest.approx(relation_loss(logits, first).item(), rel=1e-5)
     assert guided(teacher).loss(encode(student, batch), batch, step=100)[0].item() == pytest.approx(
-        contrastive_loss(logits).item(), rel=1e-6)
+        contrastive_loss(logits).item(), rel=1e-6
+    )
 
 
 def test_the_teacher_is_frozen_and_gets_no_gradient():
@@ -74,8 +79,12 @@ def test_the_teacher_is_frozen_and_gets_no_gradient():
 
 def counting(teacher):
     seen = {"volumes": 0, "reports": 0}
-    teacher.vision.register_forward_hook(lambda _, x, __: seen.__setitem__("volumes", seen["volumes"] + len(x[0])))
-    teacher.text.register_forward_hook(lambda _, x, __: seen.__setitem__("reports", seen["reports"] + len(x[0])))
+    teacher.vision.register_forward_hook(
+        lambda _, x, __: seen.__setitem__("volumes", seen["volumes"] + len(x[0]))
+    )
+    teacher.text.register_forward_hook(
+        lambda _, x, __: seen.__setitem__("reports", seen["reports"] + len(x[0]))
+    )
     return seen
 
 
@@ -88,7 +97,9 @@ def test_the_teacher_encodes_a_distinct_report_once_and_a_fixed_volume_once():
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
         with torch.no_grad():
             image, text, _ = teacher(batch.volume, batch.ids, batch.mask)
-        assert torch.allclose(one[0].double(), image, atol=1e-6) and torch.allclose(one[1].double(), text, atol=1e-6)
+        assert torch.allclose(one[0].double(), image, atol=1e-6) and torch.allclose(
+            one[1].double(), text, atol=1e-6
+        )
 
 
 def test_a_report_of_other_words_is_encoded_anew():
@@ -119,8 +130,12 @@ def test_cached_gradients_of_stage_2_are_those_of_one_pass():
     expected = {n: p.grad.clone() for n, p in student.named_parameters()}
     student.zero_grad()
     parts = batch.split(4)
-    cached_backward(lambda i: encode(student, parts[i]), len(parts),
-                    lambda outputs: stage.loss(outputs, batch, 0)[0].backward(), CPU)
+    cached_backward(
+        lambda i: encode(student, parts[i]),
+        len(parts),
+        lambda outputs: stage.loss(outputs, batch, 0)[0].backward(),
+        CPU,
+    )
     for name, parameter in student.named_parameters():
         assert torch.allclose(parameter.grad, expected[name], atol=1e-7), name
 
@@ -168,16 +183,33 @@ def test_slice_features_of_another_shape_are_refused():
 
 def published_stage2(student, teacher) -> dict[str, torch.Tensor]:
     """Both models under the names of HSENet's published stage-2 checkpoint."""
-    vision = {"pos_embed": "patch_embedding.position_embeddings", "patch_embed.proj.weight": "patch_embedding.patch_embeddings.1.weight",
-              "patch_embed.proj.bias": "patch_embedding.patch_embeddings.1.bias"}
-    parts = (("mlp.fc1.", "mlp.linear1."), ("mlp.fc2.", "mlp.linear2."), ("attn.proj.", "attn.out_proj."),
-             ("guidance.query.", "slice_guided_attention.Wq."), ("guidance.key.", "slice_guided_attention.Wk."),
-             ("guidance.value.", "slice_guided_attention.Wv."), ("guidance.proj.", "slice_guided_attention.output_linear."),
-             ("guidance.norm.", "slice_guided_attention.norm."), ("score.", "patch_score_proj."))
-    text = (("word_embed.", "embeddings.word_embeddings."), ("pos_embed.", "embeddings.position_embeddings."),
-            ("type_embed.", "embeddings.token_type_embeddings."), ("blocks.", "encoder.layer."),
-            (".attn.proj.", ".attention.output.dense."), (".norm1.", ".attention.output.LayerNorm."),
-            (".mlp.fc1.", ".intermediate.dense."), (".mlp.fc2.", ".output.dense."), (".norm2.", ".output.LayerNorm."))
+    vision = {
+        "pos_embed": "patch_embedding.position_embeddings",
+        "patch_embed.proj.weight": "patch_embedding.patch_embeddings.1.weight",
+        "patch_embed.proj.bias": "patch_embedding.patch_embeddings.1.bias",
+    }
+    parts = (
+        ("mlp.fc1.", "mlp.linear1."),
+        ("mlp.fc2.", "mlp.linear2."),
+        ("attn.proj.", "attn.out_proj."),
+        ("guidance.query.", "slice_guided_attention.Wq."),
+        ("guidance.key.", "slice_guided_attention.Wk."),
+        ("guidance.value.", "slice_guided_attention.Wv."),
+        ("guidance.proj.", "slice_guided_attention.output_linear."),
+        ("guidance.norm.", "slice_guided_attention.norm."),
+        ("score.", "patch_score_proj."),
+    )
+    text = (
+        ("word_embed.", "embeddings.word_embeddings."),
+        ("pos_embed.", "embeddings.position_embeddings."),
+        ("type_embed.", "embeddings.token_type_embeddings."),
+        ("blocks.", "encoder.layer."),
+        (".attn.proj.", ".attention.output.dense."),
+        (".norm1.", ".attention.output.LayerNorm."),
+        (".mlp.fc1.", ".intermediate.dense."),
+        (".mlp.fc2.", ".output.dense."),
+        (".norm2.", ".output.LayerNorm."),
+    )
     made = {}
     for prefix, model in (("", student), ("stage1_pretrained_CLIP.", teacher)):
         for name, tensor in model.state_dict().items():
@@ -189,7 +221,9 @@ def published_stage2(student, teacher) -> dict[str, torch.Tensor]:
                 made[f"{prefix}vision_encoder.{rest}"] = tensor.clone()
             elif tower == "text" and ".qkv." in rest:
                 for kind, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                    layer = rest.replace("blocks.", "encoder.layer.").replace("attn.qkv.", f"attention.self.{kind}.")
+                    layer = rest.replace("blocks.", "encoder.layer.").replace(
+                        "attn.qkv.", f"attention.self.{kind}."
+                    )
                     made[f"{prefix}language_encoder.{layer}"] = third.clone()
             elif tower == "text":
                 rest = "embeddings.LayerNorm." + rest[5:] if rest.startswith("norm.") else rest
@@ -218,9 +252,14 @@ def test_a_published_stage_2_checkpoint_gives_student_and_teacher():
 
 def test_a_stage_1_checkpoint_starts_all_but_the_guidance_and_says_so():
     teacher, student = models()
-    published = {n.removeprefix("stage1_pretrained_CLIP."): t for n, t in published_stage2(student, teacher).items()
-                 if n.startswith("stage1_pretrained_CLIP.")}
-    account = load_matching(student, initial_state(published, "m3d.bin", "hsenet", (4, 8, 8), (2, 2, 2)), "m3d.bin")
+    published = {
+        n.removeprefix("stage1_pretrained_CLIP."): t
+        for n, t in published_stage2(student, teacher).items()
+        if n.startswith("stage1_pretrained_CLIP.")
+    }
+    account = load_matching(
+        student, initial_state(published, "m3d.bin", "hsenet", (4, 8, 8), (2, 2, 2)), "m3d.bin"
+    )
     assert "left at their start" in account and "vision.guidance" in account and "not used" not in account
     assert torch.equal(student.vision.blocks[0].attn.qkv.weight, teacher.vision.blocks[0].attn.qkv.weight)
 
@@ -235,7 +274,9 @@ def test_guidance_weighs_patches_before_the_class_token_joins():
         patches = vision.embed(batch.volume)
         scores = vision.patch_scores(patches, batch.slices)
     assert ((scores > 0) & (scores < 1)).all()
-    assert torch.allclose(seen[0][:, 1:], patches * scores[..., None]) and torch.equal(seen[0][0, 0], vision.cls_token[0, 0])
+    assert torch.allclose(seen[0][:, 1:], patches * scores[..., None]) and torch.equal(
+        seen[0][0, 0], vision.cls_token[0, 0]
+    )
 
 
 def test_base_stage_2_has_the_published_sizes():
@@ -249,4 +290,6 @@ def test_stage_1_is_the_contrastive_loss_alone():
     torch.manual_seed(0)
     model, batch = build_dual_encoder(TINY), replace(data(), slices=None)
     outputs = encode(model, batch)
-    assert torch.equal(Contrastive().loss(outputs, batch, 0)[0], contrastive_loss(contrastive_logits(*outputs)))
+    assert torch.equal(
+        Contrastive().loss(outputs, batch, 0)[0], contrastive_loss(contrastive_logits(*outputs))
+    )

@@ -47,8 +47,21 @@ def teacher(sliced, tmp_path_factory) -> Path:
 
 
 def stage2(teacher: Path, out: Path, *more) -> list[str]:
-    return ["--stage", "clip2", "--init", str(teacher), "--out", str(out), "--batch-size", "4", "--log-every", "1",
-            "--device", "cpu", *map(str, more)]
+    return [
+        "--stage",
+        "clip2",
+        "--init",
+        str(teacher),
+        "--out",
+        str(out),
+        "--batch-size",
+        "4",
+        "--log-every",
+        "1",
+        "--device",
+        "cpu",
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +95,10 @@ def test_stage_2_resumes_bit_for_bit(teacher, finished, tmp_path):
     out = tmp_path / "run"
     assert train.main(stage2(teacher, out, "--max-steps", 6, "--save-every", 3, "--keep", 9)) == 0
     (out / "checkpoints/last").write_text("step-000003\n")
-    assert train.main(["--stage", "clip2", "--out", str(out), "--resume", "--log-every", "1", "--device", "cpu"]) == 0
+    assert (
+        train.main(["--stage", "clip2", "--out", str(out), "--resume", "--log-every", "1", "--device", "cpu"])
+        == 0
+    )
     assert same_weights(out, finished) and numbers(out) == numbers(finished)
 
 
@@ -105,7 +121,10 @@ def test_stage_2_is_evaluated_and_compared_with_stage_1(teacher, finished, slice
         for task in ("retrieval", "zeroshot"):
             more = ["--bootstrap", "0"] if task == "zeroshot" else []
             assert evaluate.main(["--task", task, "--run", str(run), "--device", "cpu", *more]) == 0
-    assert evaluate.main(["--task", "retrieval", "--compare", str(teacher), str(finished), "--bootstrap", "20"]) == 0
+    assert (
+        evaluate.main(["--task", "retrieval", "--compare", str(teacher), str(finished), "--bootstrap", "20"])
+        == 0
+    )
     assert "report to volume, R@1" in capsys.readouterr().out
 
 
@@ -124,11 +143,22 @@ def wrong(argv: list[str], words: str) -> None:
 
 def test_wrong_input_of_stage_2_is_named(teacher, finished, sliced, prepared, tmp_path):
     out = tmp_path / "out"
-    wrong(stage2(teacher, out, "--data", prepared), "manifest.json: has no slice features.*preprocess.py --slices")
-    wrong(["--stage", "clip2", "--teacher", str(tmp_path / "none")], "none: no run of stage clip1, the teacher")
-    wrong(["--stage", "clip2", "--teacher", str(finished)], "is a clip2 run of hsenet; the teacher is hsenet's clip1")
+    wrong(
+        stage2(teacher, out, "--data", prepared),
+        "manifest.json: has no slice features.*preprocess.py --slices",
+    )
+    wrong(
+        ["--stage", "clip2", "--teacher", str(tmp_path / "none")], "none: no run of stage clip1, the teacher"
+    )
+    wrong(
+        ["--stage", "clip2", "--teacher", str(finished)],
+        "is a clip2 run of hsenet; the teacher is hsenet's clip1",
+    )
     wrong(["--stage", "clip2", "--model", "reaf", "--init", str(teacher)], "clip2: is a stage of hsenet")
-    wrong(stage2(teacher, out, "--preset", "hsenet-base"), "--preset hsenet-base: has width 768, the teacher .* 128")
+    wrong(
+        stage2(teacher, out, "--preset", "hsenet-base"),
+        "--preset hsenet-base: has width 768, the teacher .* 128",
+    )
     wrong(stage2(teacher, out, "--size", 32, 32, 32), "--size: stage clip2 has its teacher's")
     data = shutil.copytree(sliced, tmp_path / "data")
     features = sorted((data / "slices").glob("**/*.npy"))
@@ -142,7 +172,9 @@ def test_features_of_another_encoder_are_refused_in_evaluation(finished, prepare
     other = shutil.copytree(prepared, tmp_path / "other")
     add_slice_features(other, encoder(1), describe(encoder(1), "tiny", recipe="phantom"), progress=False)
     with pytest.raises(InputError, match="its slice features have another sha256"):
-        evaluate.main(["--task", "retrieval", "--run", str(finished), "--data", str(other), "--device", "cpu"])
+        evaluate.main(
+            ["--task", "retrieval", "--run", str(finished), "--data", str(other), "--device", "cpu"]
+        )
 
 
 def test_another_vocabulary_than_the_teachers_is_refused(teacher, tmp_path):
@@ -151,7 +183,10 @@ def test_another_vocabulary_than_the_teachers_is_refused(teacher, tmp_path):
     folder = write_folder(tmp_path / "bert", *LAYOUTS["BertModel"])
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(195))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    wrong(stage2(teacher, tmp_path / "r", "--text-model", folder), "bert: has another vocabulary than the teacher")
+    wrong(
+        stage2(teacher, tmp_path / "r", "--text-model", folder),
+        "bert: has another vocabulary than the teacher",
+    )
 
 
 @pytest.mark.slow
@@ -187,12 +222,21 @@ def other_words(sliced, tmp_path_factory) -> Path:
 
 def test_teacher_and_student_of_two_vocabularies_are_refused(teacher, other_words, finished, tmp_path):
     out = tmp_path / "r"
-    wrong(stage2(teacher, out, "--teacher", other_words), "clip1: has another vocabulary than the teacher, .*other-words")
-    wrong(stage2(other_words, out, "--teacher", teacher), "other-words: has another vocabulary than the teacher, .*clip1")
+    wrong(
+        stage2(teacher, out, "--teacher", other_words),
+        "clip1: has another vocabulary than the teacher, .*other-words",
+    )
+    wrong(
+        stage2(other_words, out, "--teacher", teacher),
+        "other-words: has another vocabulary than the teacher, .*clip1",
+    )
     run = shutil.copytree(finished, tmp_path / "run")
     words = (run / "vocab.txt").read_text().splitlines()
     (run / "vocab.txt").write_text("\n".join([*words[:-1], "another"]) + "\n")
-    wrong(["--stage", "clip2", "--out", str(run), "--resume", "--device", "cpu"], "run: has another vocabulary than the te")
+    wrong(
+        ["--stage", "clip2", "--out", str(run), "--resume", "--device", "cpu"],
+        "run: has another vocabulary than the te",
+    )
 
 
 def test_a_run_started_from_a_stage_2_run_keeps_its_teacher(teacher, finished, tmp_path, monkeypatch, capsys):
@@ -206,13 +250,27 @@ def test_a_run_started_from_a_stage_2_run_keeps_its_teacher(teacher, finished, t
 def test_flags_of_stage_2_are_checked(teacher, sliced, tmp_path):
     out = tmp_path / "r"
     for value in ("nan", "-1", "inf"):
-        wrong(stage2(teacher, out, "--relation", value), f"--relation {value}.*: expected (0 or more|1000 or less)")
+        wrong(
+            stage2(teacher, out, "--relation", value),
+            f"--relation {value}.*: expected (0 or more|1000 or less)",
+        )
     for value in ("0", "-5"):
-        wrong(stage2(teacher, out, "--relation-steps", value), f"--relation-steps {value}: expected more than 0")
-    for flag in (("--relation", 0.5), ("--relation", 0), ("--relation-steps", 9), ("--teacher", "nowhere"),
-                 ("--no-guidance",), ("--slices-stay",)):
+        wrong(
+            stage2(teacher, out, "--relation-steps", value), f"--relation-steps {value}: expected more than 0"
+        )
+    for flag in (
+        ("--relation", 0.5),
+        ("--relation", 0),
+        ("--relation-steps", 9),
+        ("--teacher", "nowhere"),
+        ("--no-guidance",),
+        ("--slices-stay",),
+    ):
         wrong(tiny(sliced, out, *flag), f"{flag[0]}: is an option of --stage clip2")
-    wrong(stage2(teacher, out, "--no-guidance", "--slices-stay"), "--slices-stay: with --no-guidance there are no slice")
+    wrong(
+        stage2(teacher, out, "--no-guidance", "--slices-stay"),
+        "--slices-stay: with --no-guidance there are no slice",
+    )
 
 
 def test_volumes_of_another_recipe_than_the_teachers_are_refused(teacher, finished, sliced, tmp_path):
@@ -227,8 +285,10 @@ def test_slice_features_are_those_of_the_run_that_is_started_from_or_resumed(fin
     add_slice_features(other, encoder(1), describe(encoder(1), "tiny", recipe="phantom"), progress=False)
     words = "its slice features have another sha256 than "
     wrong(stage2(finished, tmp_path / "r", "--data", other), f"{words}--init .*clip2")
-    wrong(["--stage", "clip2", "--out", str(finished), "--resume", "--data", str(other), "--device", "cpu"],
-          f"{words}.*clip2")
+    wrong(
+        ["--stage", "clip2", "--out", str(finished), "--resume", "--data", str(other), "--device", "cpu"],
+        f"{words}.*clip2",
+    )
 
 
 def test_real_data_below_a_folder_named_phantom_get_no_home_made_features(prepared, tmp_path):
@@ -283,7 +343,9 @@ def test_a_run_resumes_from_another_folder_and_with_its_teacher_moved(sliced, tm
     (tmp_path / "first").rename("moved")
     wrong(resume, f"{tmp_path}/first: no run of stage clip1, the teacher; .*--teacher")
     assert train.main([*resume, "--teacher", "moved"]) == 0
-    assert json.loads((out / "config.json").read_text())["origin"]["teacher"] == str(tmp_path / "elsewhere/moved")
+    assert json.loads((out / "config.json").read_text())["origin"]["teacher"] == str(
+        tmp_path / "elsewhere/moved"
+    )
     path = Run("moved").pointer("last") / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -291,7 +353,9 @@ def test_a_run_resumes_from_another_folder_and_with_its_teacher_moved(sliced, tm
     wrong(resume, "model.safetensors: is damaged")
     (path.parent / "checkpoint.json").unlink()  # as other weights would be put there by hand
     wrong(resume, "moved: none of its checkpoints is the teacher that the run had")
-    wrong([*resume[:2], "--out", "nothing", "--resume"], "nothing: holds no run to resume; name one with --out")
+    wrong(
+        [*resume[:2], "--out", "nothing", "--resume"], "nothing: holds no run to resume; name one with --out"
+    )
 
 
 def test_a_finished_run_is_not_taken_for_one_of_another_teacher(teacher, finished, sliced, tmp_path, capsys):
@@ -310,13 +374,28 @@ def test_a_teachers_adapters_are_merged_and_not_inherited(teacher, tmp_path):
     assert any("lora_" in n for n in weights(adapted))
     assert train.main(stage2(adapted, tmp_path / "whole", "--max-steps", 1)) == 0
     assert not any("lora_" in n for n in weights(tmp_path / "whole"))
-    again = ["--stage", "clip2", "--teacher", str(teacher), "--out", str(tmp_path / "again"), "--batch-size", "4",
-             "--max-steps", "1", "--device", "cpu", *map(str, lora)]
+    again = [
+        "--stage",
+        "clip2",
+        "--teacher",
+        str(teacher),
+        "--out",
+        str(tmp_path / "again"),
+        "--batch-size",
+        "4",
+        "--max-steps",
+        "1",
+        "--device",
+        "cpu",
+        *map(str, lora),
+    ]
     assert train.main(again) == 0  # its teacher is what the adapters adapt
     assert any("lora_" in n for n in weights(tmp_path / "again"))
 
 
-def test_what_a_published_file_does_not_give_is_named_and_the_text_tower_is_the_teachers(teacher, tmp_path, capsys):
+def test_what_a_published_file_does_not_give_is_named_and_the_text_tower_is_the_teachers(
+    teacher, tmp_path, capsys
+):
     from test_clip2 import published_stage2
 
     model = load_dual_encoder(teacher).model
@@ -350,8 +429,19 @@ def test_a_manifest_with_too_few_volumes_is_called_by_its_name(sliced, tmp_path)
     one, two = manifest["splits"]["train"][:2]
     rows = [{"image": str(data / entry["volume"]), "text": entry["text"]} for entry in (one, two)]
     (data / "few.json").write_text(json.dumps({"train": rows[:1], "validation": rows[1:]}))
-    wrong(["--stage", "clip1", "--data", str(data / "few.json"), "--out", str(tmp_path / "r"), "--device", "cpu"],
-          "few.json: 1 training volumes for 1 processes")
+    wrong(
+        [
+            "--stage",
+            "clip1",
+            "--data",
+            str(data / "few.json"),
+            "--out",
+            str(tmp_path / "r"),
+            "--device",
+            "cpu",
+        ],
+        "few.json: 1 training volumes for 1 processes",
+    )
 
 
 def teacher_watched(monkeypatch) -> dict:
@@ -370,7 +460,9 @@ def teacher_watched(monkeypatch) -> dict:
 
 
 @pytest.mark.slow
-def test_the_teacher_sees_a_volume_once_where_nothing_changes_it_and_else_every_time(teacher, tmp_path, monkeypatch):
+def test_the_teacher_sees_a_volume_once_where_nothing_changes_it_and_else_every_time(
+    teacher, tmp_path, monkeypatch
+):
     seen = teacher_watched(monkeypatch)
     rows = len(load_manifest(json.loads((teacher / "config.json").read_text())["data"]).entries("train"))
     assert train.main(stage2(teacher, tmp_path / "plain", "--max-steps", 6)) == 0
@@ -408,8 +500,27 @@ def test_a_text_model_starts_the_text_encoder_in_the_teachers_place(teacher, tmp
     folder = write_folder(tmp_path / "bert", published, "model.safetensors", vocab_size=rows)
     shutil.copy(teacher / "vocab.txt", folder)
     out = tmp_path / "r"
-    assert train.main(["--stage", "clip2", "--teacher", str(teacher), "--text-model", str(folder), "--out", str(out),
-                       "--batch-size", "4", "--max-steps", "1", "--device", "cpu"]) == 0
+    assert (
+        train.main(
+            [
+                "--stage",
+                "clip2",
+                "--teacher",
+                str(teacher),
+                "--text-model",
+                str(folder),
+                "--out",
+                str(out),
+                "--batch-size",
+                "4",
+                "--max-steps",
+                "1",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     found, start = weights(out), weights(teacher)
     assert torch.equal(found["text.word_embed.weight"], words)
     assert torch.equal(found["vision.pos_embed"], start["vision.pos_embed"])

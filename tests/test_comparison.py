@@ -24,7 +24,10 @@ def write_subject(folder, task, **change):
     """What evaluate.py says of what it evaluated."""
     values = {"split": "validation", "reports_sha256": "0"}
     if task == "zeroshot":
-        values |= {"prompts": {"source": "volume", "texts": {"Emphysema": ["no", "yes"]}}, "labels": {"set": "ct-rate"}}
+        values |= {
+            "prompts": {"source": "volume", "texts": {"Emphysema": ["no", "yes"]}},
+            "labels": {"set": "ct-rate"},
+        }
     (folder / f"eval/{task}.json").write_text(json.dumps(values | change))
     return folder
 
@@ -72,7 +75,9 @@ def test_zero_shot_runs_are_compared_by_class_and_mean(tmp_path):
     good = write_scores(tmp_path / "good", [0.1, 0.2, 0.8, 0.9] * 10, labels)
     bad = write_scores(tmp_path / "bad", [0.9, 0.2, 0.8, 0.1] * 10, labels)
     found = compare("zeroshot", [good, bad], 50, 0)
-    assert found["AUROC, Emphysema"][0]["value"] == 1 and found["AUROC, Emphysema"][1]["value"] == pytest.approx(0.25)
+    assert found["AUROC, Emphysema"][0]["value"] == 1 and found["AUROC, Emphysema"][1][
+        "value"
+    ] == pytest.approx(0.25)
     assert found["mean auroc"][1]["difference"] == pytest.approx(-0.75)
     assert found["mean auroc"][1]["interval_95"][1] < 0
 
@@ -88,7 +93,9 @@ def test_what_cannot_be_compared_is_named(tmp_path):
     other = write_ranks(tmp_path / "other", [1, 2], ids=["x", "y"])
     with pytest.raises(InputError, match=r"other: was evaluated on other volumes \(2 and 3\) than .*one;"):
         compare("retrieval", [one, other], 10, 0)
-    with pytest.raises(InputError, match="zeroshot_scores.csv.*run evaluate.py --task zeroshot --run .*one first"):
+    with pytest.raises(
+        InputError, match="zeroshot_scores.csv.*run evaluate.py --task zeroshot --run .*one first"
+    ):
         compare("zeroshot", [one, one], 10, 0)
     with pytest.raises(InputError, match="--compare: expected two"):
         evaluate.main(["--task", "retrieval", "--compare", str(one)])
@@ -99,7 +106,9 @@ def test_runs_on_another_data_set_or_split_are_not_paired(tmp_path, change):
     one, two = write_ranks(tmp_path / "one", [1, 2, 3]), write_ranks(tmp_path / "two", [1, 2, 3])
     compare("retrieval", [one, two], 10, 0)
     write_subject(two, "retrieval", **change)
-    with pytest.raises(InputError, match=f"two: was evaluated on other {'split' if 'split' in change else 'data'} than"):
+    with pytest.raises(
+        InputError, match=f"two: was evaluated on other {'split' if 'split' in change else 'data'} than"
+    ):
         compare("retrieval", [one, two], 10, 0)
 
 
@@ -135,7 +144,10 @@ def test_damaged_results_are_named(tmp_path):
     one, two = write_ranks(tmp_path / "one", [1, 2, 3]), write_ranks(tmp_path / "two", [1, 2, 3])
     path = two / "eval/retrieval_queries.csv"
     for content, words in (
-        (b"id,scan\n0,0\n1,1\n2,2\n", "queries.csv: has no column report_to_volume_rank, volume_to_report_rank"),
+        (
+            b"id,scan\n0,0\n1,1\n2,2\n",
+            "queries.csv: has no column report_to_volume_rank, volume_to_report_rank",
+        ),
         (path.read_bytes().replace(b"3,3", b"x,3"), "queries.csv: is damaged"),
         (b"id\xff\xfe,scan\n", "queries.csv: is not a UTF-8 csv file"),
         (b"", "queries.csv: has no column id"),
@@ -160,20 +172,43 @@ def test_too_little_to_compare_is_said(tmp_path):
 def test_resamples_that_lack_a_label_leave_no_nan_in_the_file(tmp_path):
     folder = write_scores(tmp_path / "run", [0.1, 0.9], [0, 1])
     for seed in range(4):  # some of these resamples are of one volume twice
-        command = ["--task", "zeroshot", "--compare", *[str(folder)] * 2, "--bootstrap", "1", "--seed", str(seed)]
+        command = [
+            "--task",
+            "zeroshot",
+            "--compare",
+            *[str(folder)] * 2,
+            "--bootstrap",
+            "1",
+            "--seed",
+            str(seed),
+        ]
         assert evaluate.main([*command, "--out", str(tmp_path / str(seed))]) == 0
     files = [json.loads((tmp_path / str(seed) / "comparison_zeroshot.json").read_text()) for seed in range(4)]
     intervals = [file["AUROC, Emphysema"][1]["interval_95"] for file in files]
     assert [None, None] in intervals and [0, 0] in intervals
 
 
-FOREIGN = ["--data x", "--split test", "--run x", "--model reaf", "--checkpoint last", "--batch-size 2", "--workers 1",
-           "--device cpu", "--figures x", "--figure-volumes 2", "--prompts organ", "--labels x"]  # fmt: skip
+FOREIGN = [
+    "--data x",
+    "--split test",
+    "--run x",
+    "--model reaf",
+    "--checkpoint last",
+    "--batch-size 2",
+    "--workers 1",
+    "--device cpu",
+    "--figures x",
+    "--figure-volumes 2",
+    "--prompts organ",
+    "--labels x",
+]
 
 
 @pytest.mark.parametrize("flag", FOREIGN)
 def test_flags_of_one_runs_evaluation_are_refused_beside_compare(flag):
-    with pytest.raises(InputError, match=f"{flag.split()[0]}: belongs to the evaluation of one run, not to --compare"):
+    with pytest.raises(
+        InputError, match=f"{flag.split()[0]}: belongs to the evaluation of one run, not to --compare"
+    ):
         evaluate.main(["--task", "zeroshot", "--compare", "a", "b", *flag.split()])
 
 
@@ -188,6 +223,16 @@ def test_results_below_a_file_are_refused_at_once(tmp_path):
 
 def test_the_script_prints_and_writes_the_comparison(tmp_path, capsys):
     one, two = write_ranks(tmp_path / "a", [1, 5, 2, 9] * 9), write_ranks(tmp_path / "b", [2, 1, 1, 9] * 9)
-    command = ["--task", "retrieval", "--compare", str(one), str(two), "--bootstrap", "50", "--out", str(tmp_path)]
+    command = [
+        "--task",
+        "retrieval",
+        "--compare",
+        str(one),
+        str(two),
+        "--bootstrap",
+        "50",
+        "--out",
+        str(tmp_path),
+    ]
     assert evaluate.main(command) == 0
     assert "[2]" in capsys.readouterr().out and (tmp_path / "comparison_retrieval.json").is_file()

@@ -1,4 +1,6 @@
-"""Files that are not what their names say: one line with the name, never a traceback, never memory for what is not there."""
+"""Files that are not what their names say: one line with the name, never a traceback, never memory for
+what is not there.
+"""
 
 import json
 import os
@@ -44,10 +46,19 @@ def negative(path):
 
 VOLUMES = {
     "zip bomb": (zip_bomb, "unpacks to .* bytes from .*, which no checkpoint does"),
-    "meta": (lambda p: torch.save(torch.empty(4, 4, 4, device="meta"), p), "sparse, quantised, nested or empty|truncated"),
-    "nested": (lambda p: torch.save(torch.nested.nested_tensor([torch.ones(2, 2)] * 2), p), "sparse, quantised, nested|truncated|more than"),
+    "meta": (
+        lambda p: torch.save(torch.empty(4, 4, 4, device="meta"), p),
+        "sparse, quantised, nested or empty|truncated",
+    ),
+    "nested": (
+        lambda p: torch.save(torch.nested.nested_tensor([torch.ones(2, 2)] * 2), p),
+        "sparse, quantised, nested|truncated|more than",
+    ),
     "sparse": (lambda p: torch.save(torch.eye(4).to_sparse(), p), "sparse, quantised, nested or empty"),
-    "stretched": (lambda p: torch.save(torch.zeros(1).expand(10**6, 10**6, 10), p), "claims .* bytes and holds 4"),
+    "stretched": (
+        lambda p: torch.save(torch.zeros(1).expand(10**6, 10**6, 10), p),
+        "claims .* bytes and holds 4",
+    ),
     "text": (lambda p: p.write_text("text"), "is truncated or damaged"),
     "nothing": (lambda p: p.write_bytes(b""), "is truncated or damaged"),
     "list": (lambda p: torch.save([1, 2], p), "holds a list; expected one tensor"),
@@ -75,15 +86,21 @@ def npy(header: bytes) -> bytes:
 
 HEADERS = {
     "not closed": b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 2",
-    "no dictionary": b"[1, 2]\n", "a number": b"3\n", "unhashable": b"{[]: 1}\n", "deep": b"(" * 5000 + b"\n",
-    "keys of two kinds": b"{1: 2, 'a': 3}\n", "no descr": b"{'fortran_order': False, 'shape': (2,)}\n",
+    "no dictionary": b"[1, 2]\n",
+    "a number": b"3\n",
+    "unhashable": b"{[]: 1}\n",
+    "deep": b"(" * 5000 + b"\n",
+    "keys of two kinds": b"{1: 2, 'a': 3}\n",
+    "no descr": b"{'fortran_order': False, 'shape': (2,)}\n",
     "odd descr": b"{'descr': [('a', '<f4', -1)], 'fortran_order': False, 'shape': (2,)}\n",
     "descr of nothing": b"{'descr': '', 'fortran_order': False, 'shape': (2,)}\n",
     "negative": b"{'descr': '<f4', 'fortran_order': False, 'shape': (-2, 3)}\n",
     "huge": b"{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,)}\n",
     "objects": b"{'descr': '|O', 'fortran_order': False, 'shape': (2,)}\n",
-    "NUL": b"{'descr': '<f4\0', 'fortran_order': False, 'shape': (2,)}\n", "bytes": b"\xff\xfe\0\n", "nothing": b"",
-}  # fmt: skip
+    "NUL": b"{'descr': '<f4\0', 'fortran_order': False, 'shape': (2,)}\n",
+    "bytes": b"\xff\xfe\0\n",
+    "nothing": b"",
+}
 
 
 @pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
@@ -93,11 +110,16 @@ def test_an_npy_header_of_any_damage_is_one_line(tmp_path, header):
         _load(tmp_path / "x.npy", "run preprocess.py again")
 
 
-@pytest.mark.parametrize("error", [*DAMAGED, RecursionError, UnicodeDecodeError], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "error", [*DAMAGED, RecursionError, UnicodeDecodeError], ids=lambda kind: kind.__name__
+)
 def test_whatever_a_reader_raises_names_the_file(tmp_path, error):
     (tmp_path / "x").write_text("")
     made = error("utf-8", b"", 0, 1, "two\nlines") if error is UnicodeDecodeError else error("two\nlines")
-    with pytest.raises(InputError, match=r"x: is damaged \(.*\); fetch it again") as caught, named(tmp_path / "x", "is damaged", "fetch it again"):
+    with (
+        pytest.raises(InputError, match=r"x: is damaged \(.*\); fetch it again") as caught,
+        named(tmp_path / "x", "is damaged", "fetch it again"),
+    ):
         raise made
     assert "\n" not in str(caught.value)
 
@@ -121,10 +143,25 @@ def test_json_of_any_damage_is_one_line(tmp_path, content):
 def scans(folder, names="ab"):
     for name in names:
         (folder / f"{name}.nii").write_bytes(image().to_bytes())
-    return read_nifti_folder(folder, table(folder / "r.csv", "id,text,split", *(f"{n},Text {n}.,train" for n in names)))
+    return read_nifti_folder(
+        folder, table(folder / "r.csv", "id,text,split", *(f"{n},Text {n}.,train" for n in names))
+    )
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xfe half\n", b"[1, 2]\n", b"null\n", b'{"id": 3}\n', b'{"stamp": "x"}\n', b'{"id": "a"}\n', b'{"id": "a", "source": {}}\n', b'{"id": "a", "source": {"sha256": NaN}}\n', b"{" * 10_000 + b"\n"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\xff\xfe half\n",
+        b"[1, 2]\n",
+        b"null\n",
+        b'{"id": 3}\n',
+        b'{"stamp": "x"}\n',
+        b'{"id": "a"}\n',
+        b'{"id": "a", "source": {}}\n',
+        b'{"id": "a", "source": {"sha256": NaN}}\n',
+        b"{" * 10_000 + b"\n",
+    ],
+)
 def test_a_damaged_line_of_a_journal_costs_only_that_volume(tmp_path, damage):
     (tmp_path / "in").mkdir()
     source, out = scans(tmp_path / "in"), tmp_path / "out"
@@ -144,13 +181,20 @@ def test_a_journal_whose_first_line_is_damaged_is_named(tmp_path, head):
     source, out = scans(tmp_path / "in"), tmp_path / "out"
     out.mkdir()
     (out / "progress.jsonl").write_bytes(head)
-    with pytest.raises(InputError, match="progress.jsonl: its first line is damaged, which says how volumes prepared were made"):
+    with pytest.raises(
+        InputError,
+        match="progress.jsonl: its first line is damaged, which says how volumes prepared were made",
+    ):
         prepare(source, out, TINY, progress=False)
 
 
 def test_a_journal_of_another_setting_is_refused_whether_it_has_or_lacks_it(tmp_path):
     Journal(tmp_path / "j", {"a": 1, "b": 2}, "volumes").read(lambda record: True)
-    for head, words in (({"a": 1}, "another b"), ({"a": 1, "b": 2, "c": 3}, "another c"), ({"a": 5, "b": 2}, "another a")):
+    for head, words in (
+        ({"a": 1}, "another b"),
+        ({"a": 1, "b": 2, "c": 3}, "another c"),
+        ({"a": 5, "b": 2}, "another a"),
+    ):
         with pytest.raises(InputError, match=words):
             Journal(tmp_path / "j", head, "volumes").read(lambda record: True)
     assert Journal(tmp_path / "j", {"a": 1}, "volumes", ignored=("b",)).read(lambda record: True) == {}
@@ -167,7 +211,9 @@ def test_a_file_of_weights_is_read_by_the_same_rules(tmp_path):
     with pytest.raises(InputError, match="unpacks to"):
         read_weights_file(tmp_path / "x.pt")
     torch.save({"a": torch.empty(2, device="meta")}, tmp_path / "y.pt")
-    with pytest.raises(InputError, match="y.pt: (a is a sparse, quantised, nested or empty tensor|is truncated)"):
+    with pytest.raises(
+        InputError, match="y.pt: (a is a sparse, quantised, nested or empty tensor|is truncated)"
+    ):
         read_weights_file(tmp_path / "y.pt")
 
 
@@ -182,7 +228,9 @@ def test_voxels_beyond_float32_are_refused_in_every_kind_of_file(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["two\nlines", os.fsdecode(b"latin-\xe9"), "bell\x07"])
 def test_odd_names_of_folders_end_in_one_line(tmp_path, name):
-    ended = script("preprocess.py", "--dataset", "nifti", "--root", tmp_path / name, "--out", tmp_path / "out")
+    ended = script(
+        "preprocess.py", "--dataset", "nifti", "--root", tmp_path / name, "--out", tmp_path / "out"
+    )
     assert "no such folder" in error_line(ended)
 
 
@@ -190,15 +238,41 @@ def test_a_folder_whose_name_is_not_utf8_is_prepared(tmp_path):
     folder = tmp_path / os.fsdecode(b"latin-\xe9")
     folder.mkdir()
     scans(folder)
-    ended = script("preprocess.py", "--dataset", "nifti", "--root", folder, "--out", folder / "out", "--size", "4", "8", "8")
+    ended = script(
+        "preprocess.py",
+        "--dataset",
+        "nifti",
+        "--root",
+        folder,
+        "--out",
+        folder / "out",
+        "--size",
+        "4",
+        "8",
+        "8",
+    )
     assert ended.returncode == 0, ended.stderr
     assert len(load_manifest(folder / "out").splits["train"]) == 2
 
 
-@pytest.mark.parametrize("change", [
-    {"axes": "SSS"}, {"axes": ""}, {"size": [0, 1, 1]}, {"size": [10**9] * 3}, {"size": [1, 2]}, {"size": [True, 2, 3]},
-    {"spacing": [-1, 1, 1]}, {"window": [5, 1]}, {"std": 0}, {"mean": 1e300}, {"fit": "x"}, {"name": 3}, {"more": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"axes": "SSS"},
+        {"axes": ""},
+        {"size": [0, 1, 1]},
+        {"size": [10**9] * 3},
+        {"size": [1, 2]},
+        {"size": [True, 2, 3]},
+        {"spacing": [-1, 1, 1]},
+        {"window": [5, 1]},
+        {"std": 0},
+        {"mean": 1e300},
+        {"fit": "x"},
+        {"name": 3},
+        {"more": 1},
+    ],
+)
 def test_a_manifest_with_an_impossible_recipe_is_one_line(tmp_path, change):
     recipe = {**json.loads(json.dumps(to_dict(RECIPES["hsenet"]))), **change}
     head = {"schema": 1, "dataset": "x", "dtype": "float16", "text": "findings", "labels": [], "splits": {}}
@@ -214,14 +288,17 @@ def test_a_file_with_the_longest_name_is_prepared(tmp_path):
     assert refused == [] and len(manifest.splits["train"]) == 1
 
 
-@pytest.mark.parametrize(("place", "value", "words"), [
-    (("reading", "assume_orientation"), "LLS", "assume_orientation 'LLS': expected axis codes"),
-    (("splits", "train", 0, "table"), [], "table is"),
-    (("splits", "train", 0, "table"), {"spacing": 3, "slope": 1, "intercept": 0}, "table is"),
-    (("splits", "train", 0, "source", "file"), 3, "file of source is"),
-    (("splits", "train", 0, "source", "rescale"), {}, "rescale of source is"),
-    (("splits", "train", 0, "text"), "half \udc80", "text is"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("reading", "assume_orientation"), "LLS", "assume_orientation 'LLS': expected axis codes"),
+        (("splits", "train", 0, "table"), [], "table is"),
+        (("splits", "train", 0, "table"), {"spacing": 3, "slope": 1, "intercept": 0}, "table is"),
+        (("splits", "train", 0, "source", "file"), 3, "file of source is"),
+        (("splits", "train", 0, "source", "rescale"), {}, "rescale of source is"),
+        (("splits", "train", 0, "text"), "half \udc80", "text is"),
+    ],
+)
 def test_a_manifest_with_values_of_another_kind_is_one_line(tmp_path, place, value, words):
     (tmp_path / "in").mkdir()
     prepare(scans(tmp_path / "in"), tmp_path / "out", TINY, progress=False)
@@ -238,10 +315,15 @@ def test_a_manifest_with_values_of_another_kind_is_one_line(tmp_path, place, val
 def test_slices_are_added_to_a_folder_whose_spacing_was_recorded_in_another_order():
     source = {"file": "a.nii", "spacing": [10.0, 8.0, 7.0], "shape": [4, 4, 4]}
     found = {"spacing": [7.0, 8.0, 10.0], "shape": [4, 4, 4]}
-    assert differs(source, found) == [] and differs(source, {**found, "spacing": [7.0, 8.0, 9.0]}) == ["spacing"]
+    assert differs(source, found) == [] and differs(source, {**found, "spacing": [7.0, 8.0, 9.0]}) == [
+        "spacing"
+    ]
 
 
-@pytest.mark.parametrize("held", [5, [], {"sha256": None, "shape": [], "rescale": ""}, {"sha256": "0", "shape": "x", "rescale": {}}])
+@pytest.mark.parametrize(
+    "held",
+    [5, [], {"sha256": None, "shape": [], "rescale": ""}, {"sha256": "0", "shape": "x", "rescale": {}}],
+)
 def test_a_record_whose_source_is_damaged_is_prepared_again(tmp_path, held):
     (tmp_path / "in").mkdir()
     source, out = scans(tmp_path / "in"), tmp_path / "out"
@@ -268,7 +350,9 @@ def test_a_batch_that_was_cut_off_is_one_line(error):
             raise error
             yield
 
-    with pytest.raises(InputError, match=f"loader worker died .{error.__name__}.; start with fewer --workers"):
+    with pytest.raises(
+        InputError, match=f"loader worker died .{error.__name__}.; start with fewer --workers"
+    ):
         next(batches(Loader(), torch.device("cpu")))
 
 

@@ -1,4 +1,6 @@
-"""Which samples a step sees, and how they look, depends on seed, epoch and step: not on ranks, workers or interruptions."""
+"""Which samples a step sees, and how they look, depends on seed, epoch and step: not on ranks, workers or
+interruptions.
+"""
 
 import os
 import signal
@@ -64,11 +66,15 @@ def test_items_are_bitwise_equal_for_any_number_of_ranks_and_workers(prepared, m
     for world in (1, 2, 4):
         for workers in (0, 1, 3):
             for one, two in zip(expected, items(dataset, world, workers), strict=True):
-                assert one[0] == two[0] and all(torch.equal(a, b) for a, b in zip(one[1:], two[1:], strict=True))
+                assert one[0] == two[0] and all(
+                    torch.equal(a, b) for a, b in zip(one[1:], two[1:], strict=True)
+                )
 
 
 def train_and_note(rank: int, world: int, port: int, argv: list[str], log: Path, stop: int | None) -> None:
-    """train.main as one of torchrun's processes, noting the training rows that are read; SIGTERM in step `stop`."""
+    """train.main as one of torchrun's processes, noting the training rows that are read; SIGTERM in step
+    `stop`.
+    """
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -98,7 +104,9 @@ def run_ranks(world: int, *rest) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_a_resumed_epoch_reads_no_sample_twice_and_skips_none_for_any_number_of_ranks(prepared, tmp_path, before, after):
+def test_a_resumed_epoch_reads_no_sample_twice_and_skips_none_for_any_number_of_ranks(
+    prepared, tmp_path, before, after
+):
     out = tmp_path / "run"
     argv = tiny(prepared, out, "--max-steps", 6, "--preset", "hsenet-tiny", "--seed", 1)
     argv[argv.index("--batch-size") + 1] = str(4 // before)

@@ -111,7 +111,9 @@ def test_packed_weights_compute_the_same(dtype, tied):
 def test_a_type_that_cannot_be_packed_stays():
     decoder = small().double()
     pack(decoder)
-    assert not packable(next(decoder.parameters())) and not any(isinstance(m, PackedLinear) for m in decoder.modules())
+    assert not packable(next(decoder.parameters())) and not any(
+        isinstance(m, PackedLinear) for m in decoder.modules()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -122,7 +124,9 @@ def test_a_processor_slow_in_half_precision_multiplies_a_prompt_in_float32(dtype
     x = torch.randn(1, 9, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
     pack(decoder)
     wide = decoder.layers[0].mlp.down_proj
-    assert sum(isinstance(m, WidenedLinear) for m in decoder.modules()) == 4 * 2 + (decoder.lm_head is not None)
+    assert sum(isinstance(m, WidenedLinear) for m in decoder.modules()) == 4 * 2 + (
+        decoder.lm_head is not None
+    )
     with torch.inference_mode():
         prompt, step = wide(x), wide(x[:, :1])
     assert torch.equal(prompt, (x.float() @ layer.weight.float().T).to(dtype)) and step.dtype == dtype
@@ -166,8 +170,18 @@ def test_a_packed_decoder_is_not_exported(tmp_path):
 
 def test_int8_weights_take_half_the_memory_and_change_logits_by_what_eight_bits_cost():
     torch.manual_seed(0)
-    config = replace(SMALL, vocab=512, width=512, heads=8, kv_heads=4, head_dim=64, mlp=1024, layers=4, tied=False,
-                     rope=RopeConfig(dims=48))  # fmt: skip
+    config = replace(
+        SMALL,
+        vocab=512,
+        width=512,
+        heads=8,
+        kv_heads=4,
+        head_dim=64,
+        mlp=1024,
+        layers=4,
+        tied=False,
+        rope=RopeConfig(dims=48),
+    )
     decoder = Decoder(config).eval().to(torch.bfloat16)
     tokens = torch.randint(1, 512, (2, 32))
     with torch.no_grad():
@@ -179,7 +193,8 @@ def test_int8_weights_take_half_the_memory_and_change_logits_by_what_eight_bits_
         found = decoder(tokens).float()
     after = sum(t.nbytes for m in made for t in m.buffers())
     assert len(made) == len(layers) == 16 and after < 0.51 * before  # bfloat16 before
-    # 0.7 % a product, through four blocks of four products each: measured 2.3 % of the norm in bfloat16, 0.6 % of the largest logit.
+    # 0.7 % a product, through four blocks of four products each: measured 2.3 % of the norm in bfloat16, 0.6
+    # % of the largest logit.
     assert (found - expected).norm() / expected.norm() < 0.025
     assert (found - expected).square().mean().sqrt() / expected.abs().max() < 0.01
     assert not torch.equal(found, expected) and isinstance(decoder.lm_head, torch.nn.Linear)
@@ -202,7 +217,11 @@ def test_int8_products_of_a_few_and_of_many_rows_agree(monkeypatch):
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *a: calls.append(1) or kernel(*a))
     with torch.inference_mode():
         many, few = made(x), made(x[:, :3])
-    assert (few - many[:, :3]).abs().max() <= 0.01 * many.abs().max() and few.shape == (2, 3, 32) and len(calls) == 1
+    assert (
+        (few - many[:, :3]).abs().max() <= 0.01 * many.abs().max()
+        and few.shape == (2, 3, 32)
+        and len(calls) == 1
+    )
 
 
 def test_int8_products_of_float16_do_not_overflow():

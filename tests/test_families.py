@@ -1,4 +1,6 @@
-"""What a checkpoint is, is read from its tensors' names and shapes: family, configuration, every tensor's place."""
+"""What a checkpoint is, is read from its tensors' names and shapes: family, configuration, every tensor's
+place.
+"""
 
 import subprocess
 import sys
@@ -48,42 +50,89 @@ def decoder(folder):
     return published.write_decoder(folder / "decoder")
 
 
-# What is written below a folder, a tensor of it, and where that goes: (our name, its part of how many), None: nowhere.
+# What is written below a folder, a tensor of it, and where that goes: (our name, its part of how many), None:
+# nowhere.
 MADE = {
-    "m3d-clip": (lambda f: published.write_m3d_clip(f / "a"), "vision_encoder.blocks.1.mlp.linear2.bias",
-        ("vision.blocks.1.mlp.fc2.bias", 1, 1)),
-    "hsenet-2e3": (lambda f: published.write_m3d_clip(f / "a", published.hsenet_2e3()), "vision_encoder.slice_guided_attention.Wq.bias",
-        ("vision.guidance.query.bias", 1, 1)),
-    "reaf": (lambda f: write_reaf(f / "a", prefix="module."), "visual.trunk.spatial_posemb",
-        ("vision.pos_embed", 1, 1)),
-    "hlip": (lambda f: write_reaf(f / "a", fusion=False), "text.transformer.encoder.layer.0.attention.self.value.bias",
-        ("text.blocks.0.attn.qkv.bias", 3, 3)),
-    "trunk": (lambda f: published.write(f / "t.pth", {n.removeprefix("visual.trunk."): t for n, t in published.reaf(False).items()
-                                                       if n.startswith("visual.trunk.")}), "cls_token",
-        ("vision.cls_token", 1, 1)),
-    "hsenet-language": (lambda f: published.write(f / "mm_projector_and_lora.bin", published.language()), "base_model.model.model.mm_projector2.proj_mpls.2.bias",
-        ("projectors.1.head.fc2.bias", 1, 1)),
-    "biomedclip": (lambda f: published.write(f / "open_clip_pytorch_model.bin", published.biomedclip()), "visual.trunk.patch_embed.proj.weight",
-        ("patch_embed.weight", 1, 1)),
-    "mae": (lambda f: published.write(f / "mae.pth", {"model": published.mae()}), "pos_embed",
-        ("pos_embed", 1, 1)),
-    "vit": (lambda f: published.write(f / "v.safetensors", {n: t for n, t in published.mae().items() if n[:4] not in ("mask", "deco")}), "blocks.0.mlp.fc1.bias",
-        ("blocks.0.mlp.fc1.bias", 1, 1)),
-    "slice-encoder": (slice_encoder, "cls_token",
-        ("cls_token", 1, 1)),
-    "bert": (lambda f: published.write(f / "b.bin", published.bert()), "bert.encoder.layer.2.attention.self.key.weight",
-        ("blocks.2.attn.qkv.weight", 2, 3)),
-    "cxr-bert": (lambda f: published.write(f / "c.bin", published.bert() | {"cls_projection_head.dense_to_hidden.weight": torch.ones(2, 64)}), "cls_projection_head.dense_to_hidden.weight",
-        None),
-    "classifier": (lambda f: published.write(f / "RadBertClassifier.pth", published.classifier()), "classifier.weight",
-        ("head.weight", 1, 1)),
-    "adapter": (adapter, "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight",
-        ("decoder.layers.0.mlp.down_proj.lora_a", 1, 1)),
-    "decoder": (decoder, "model.norm.weight",
-        ("norm.weight", 1, 1)),
-    "run-dual": (dual_run, "vision.cls_token",
-        ("vision.cls_token", 1, 1)),
-}  # fmt: skip
+    "m3d-clip": (
+        lambda f: published.write_m3d_clip(f / "a"),
+        "vision_encoder.blocks.1.mlp.linear2.bias",
+        ("vision.blocks.1.mlp.fc2.bias", 1, 1),
+    ),
+    "hsenet-2e3": (
+        lambda f: published.write_m3d_clip(f / "a", published.hsenet_2e3()),
+        "vision_encoder.slice_guided_attention.Wq.bias",
+        ("vision.guidance.query.bias", 1, 1),
+    ),
+    "reaf": (
+        lambda f: write_reaf(f / "a", prefix="module."),
+        "visual.trunk.spatial_posemb",
+        ("vision.pos_embed", 1, 1),
+    ),
+    "hlip": (
+        lambda f: write_reaf(f / "a", fusion=False),
+        "text.transformer.encoder.layer.0.attention.self.value.bias",
+        ("text.blocks.0.attn.qkv.bias", 3, 3),
+    ),
+    "trunk": (
+        lambda f: published.write(
+            f / "t.pth",
+            {
+                n.removeprefix("visual.trunk."): t
+                for n, t in published.reaf(False).items()
+                if n.startswith("visual.trunk.")
+            },
+        ),
+        "cls_token",
+        ("vision.cls_token", 1, 1),
+    ),
+    "hsenet-language": (
+        lambda f: published.write(f / "mm_projector_and_lora.bin", published.language()),
+        "base_model.model.model.mm_projector2.proj_mpls.2.bias",
+        ("projectors.1.head.fc2.bias", 1, 1),
+    ),
+    "biomedclip": (
+        lambda f: published.write(f / "open_clip_pytorch_model.bin", published.biomedclip()),
+        "visual.trunk.patch_embed.proj.weight",
+        ("patch_embed.weight", 1, 1),
+    ),
+    "mae": (
+        lambda f: published.write(f / "mae.pth", {"model": published.mae()}),
+        "pos_embed",
+        ("pos_embed", 1, 1),
+    ),
+    "vit": (
+        lambda f: published.write(
+            f / "v.safetensors", {n: t for n, t in published.mae().items() if n[:4] not in ("mask", "deco")}
+        ),
+        "blocks.0.mlp.fc1.bias",
+        ("blocks.0.mlp.fc1.bias", 1, 1),
+    ),
+    "slice-encoder": (slice_encoder, "cls_token", ("cls_token", 1, 1)),
+    "bert": (
+        lambda f: published.write(f / "b.bin", published.bert()),
+        "bert.encoder.layer.2.attention.self.key.weight",
+        ("blocks.2.attn.qkv.weight", 2, 3),
+    ),
+    "cxr-bert": (
+        lambda f: published.write(
+            f / "c.bin", published.bert() | {"cls_projection_head.dense_to_hidden.weight": torch.ones(2, 64)}
+        ),
+        "cls_projection_head.dense_to_hidden.weight",
+        None,
+    ),
+    "classifier": (
+        lambda f: published.write(f / "RadBertClassifier.pth", published.classifier()),
+        "classifier.weight",
+        ("head.weight", 1, 1),
+    ),
+    "adapter": (
+        adapter,
+        "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight",
+        ("decoder.layers.0.mlp.down_proj.lora_a", 1, 1),
+    ),
+    "decoder": (decoder, "model.norm.weight", ("norm.weight", 1, 1)),
+    "run-dual": (dual_run, "vision.cls_token", ("vision.cls_token", 1, 1)),
+}
 
 
 @pytest.mark.parametrize("key", MADE)
@@ -103,7 +152,9 @@ def test_every_family_but_a_language_run_is_made_above_and_that_is_recognised_to
 
 def test_a_roberta_classifiers_two_layers_have_their_places():
     places = sources(published.classifier(roberta=True), classifier_state)
-    assert places["pooler.dense.weight"] == ["classifier.dense.weight"] and places["head.weight"] == ["classifier.out_proj.weight"]
+    assert places["pooler.dense.weight"] == ["classifier.dense.weight"] and places["head.weight"] == [
+        "classifier.out_proj.weight"
+    ]
 
 
 def shapes_only(config, names, renaming):
@@ -120,13 +171,17 @@ def shapes_only(config, names, renaming):
 HLIP = replace(PRESETS["reaf-base"], vision=ReafVisionConfig(fusion=None, regions=0, region_size=(1, 1, 1)))
 
 
-@pytest.mark.parametrize("config", [
-    PRESETS["hsenet-base"],
-    replace(PRESETS["hsenet-base"], vision=GuidedVisionConfig()),
-    PRESETS["reaf-base"],
-    replace(HLIP, vision=replace(HLIP.vision, patch=(8, 24, 24))),
-    replace(HLIP, vision=replace(HLIP.vision, patch=(8, 16, 16))),
-], ids=["M3D-CLIP", "2E3", "REAF", "HLIP 8,24,24", "HLIP 8,16,16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        PRESETS["hsenet-base"],
+        replace(PRESETS["hsenet-base"], vision=GuidedVisionConfig()),
+        PRESETS["reaf-base"],
+        replace(HLIP, vision=replace(HLIP.vision, patch=(8, 24, 24))),
+        replace(HLIP, vision=replace(HLIP.vision, patch=(8, 16, 16))),
+    ],
+    ids=["M3D-CLIP", "2E3", "REAF", "HLIP 8,24,24", "HLIP 8,16,16"],
+)
 def test_the_published_sizes_are_read_from_the_shapes_alone(config):
     reaf = config.model == "reaf"
     names, renaming = (reaf_tensors, reaf_names) if reaf else (m3d_clip_tensors, m3d_clip_state)
@@ -135,8 +190,13 @@ def test_the_published_sizes_are_read_from_the_shapes_alone(config):
     reader = Reader(renaming(found), "shapes")
     assert dual_config(found, reader) == replace(config, vision=vision)
     assert any("12 heads, by the published rule" in note for note in reader.notes)
-    assert identify(found, "shapes").key == (("hlip" if config.vision.fusion is None else "reaf") if reaf else
-                                             "hsenet-2e3" if hasattr(config.vision, "slices") else "m3d-clip")
+    assert identify(found, "shapes").key == (
+        ("hlip" if config.vision.fusion is None else "reaf")
+        if reaf
+        else "hsenet-2e3"
+        if hasattr(config.vision, "slices")
+        else "m3d-clip"
+    )
 
 
 def test_a_dry_run_says_what_a_checkpoint_is_and_writes_nothing(tmp_path, capsys):
@@ -144,17 +204,30 @@ def test_a_dry_run_says_what_a_checkpoint_is_and_writes_nothing(tmp_path, capsys
     before = sorted(tmp_path.rglob("*"))
     main(["convert", str(file), "--dry-run"])
     said = capsys.readouterr().out
-    assert "M3D-CLIP or HSENet-CLIP\n" in said and "stage clip1\n" in said and "vision.patch (4, 16, 16)" in said and "heads, by the published rule" in said
-    assert "known, not used here: language_encoder.pooler" in said and f"for: evaluate.py --task retrieval or zeroshot --run {file}" in said
+    assert (
+        "M3D-CLIP or HSENet-CLIP\n" in said
+        and "stage clip1\n" in said
+        and "vision.patch (4, 16, 16)" in said
+        and "heads, by the published rule" in said
+    )
+    assert (
+        "known, not used here: language_encoder.pooler" in said
+        and f"for: evaluate.py --task retrieval or zeroshot --run {file}" in said
+    )
     file = published.write(tmp_path / "c.pth", published.classifier())
     main(["convert", str(file), "--dry-run"])
-    assert "a report classifier" in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == sorted([*before, file])
+    assert "a report classifier" in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == sorted(
+        [*before, file]
+    )
 
 
 def test_a_dry_run_names_what_is_missing_left_over_misshapen_and_not_finite(tmp_path):
     for change, words in (
         (lambda s: s.pop("vision_encoder.norm.bias"), "vision.norm.bias"),
-        (lambda s: s.update({"vision_encoder.blocks.1.mlp.linear1.bias": torch.ones(5)}), r"vision.blocks.1.mlp.fc1.bias is \(5,\), expected \(96,\)"),
+        (
+            lambda s: s.update({"vision_encoder.blocks.1.mlp.linear1.bias": torch.ones(5)}),
+            r"vision.blocks.1.mlp.fc1.bias is \(5,\), expected \(96,\)",
+        ),
         (lambda s: s.update({"vision_encoder.extra.weight": torch.ones(2)}), "extra.weight"),
         (lambda s: s.update(logit_scale=torch.tensor(float("inf"))), "NaN or infinite values in logit_scale"),
     ):
@@ -174,7 +247,10 @@ def test_a_dry_run_says_what_a_file_is_before_what_it_lacks(tmp_path, capsys):
 
 def test_a_folder_to_write_or_a_dry_run_is_asked_for(tmp_path):
     file = str(published.write_m3d_clip(tmp_path / "a"))
-    for more, words in (((), "--dry-run: expected either a folder"), ((str(tmp_path / "run"), "--dry-run"), "RUN: expected either a folder")):
+    for more, words in (
+        ((), "--dry-run: expected either a folder"),
+        ((str(tmp_path / "run"), "--dry-run"), "RUN: expected either a folder"),
+    ):
         with pytest.raises(InputError, match=words):
             main(["convert", file, *more])
 
@@ -182,7 +258,10 @@ def test_a_folder_to_write_or_a_dry_run_is_asked_for(tmp_path):
 def test_an_unknown_family_is_refused_with_what_its_names_look_like(tmp_path):
     state = {f"unet.down.{i}.weight": torch.ones(2) for i in range(9)} | {"unet.time": torch.ones(1)}
     file = published.write(tmp_path / "unet.pt", state)
-    with pytest.raises(InputError, match=r"of no known family: its 10 tensors are unet.down.\* \(9\), unet.time; see docs/weights.md"):
+    with pytest.raises(
+        InputError,
+        match=r"of no known family: its 10 tensors are unet.down.\* \(9\), unet.time; see docs/weights.md",
+    ):
         open_source(str(file))
 
 

@@ -78,7 +78,9 @@ def test_the_overlay_changes_the_picture_where_the_region_is(drawn, tmp_path):
     assert is_png(tmp_path / "a.png")
     coloured = one.max(-1) - one.min(-1) > 0.02  # grey has none; the overlay has
     assert 0.02 < coloured.mean() < 0.5 and (other.max(-1) - other.min(-1) > 0.02).mean() > coloured.mean()
-    for axes, rows, columns in zip(drawn[0].axes, ((6, 12), (8, 12), (8, 12)), ((16, 24), (16, 24), (6, 12)), strict=True):
+    for axes, rows, columns in zip(
+        drawn[0].axes, ((6, 12), (8, 12), (8, 12)), ((16, 24), (16, 24), (6, 12)), strict=True
+    ):
         mask = ~np.ma.getmaskarray(axes.images[1].get_array())
         expected = np.zeros_like(mask)
         expected[slice(*rows), slice(*columns)] = True
@@ -87,7 +89,9 @@ def test_the_overlay_changes_the_picture_where_the_region_is(drawn, tmp_path):
 
 @pytest.mark.slow
 def test_the_planes_go_through_the_strongest_region_superior_up(drawn, tmp_path):
-    """Two regions; the second is stronger. Depth is turned so that superior is up in coronal and sagittal planes."""
+    """Two regions; the second is stronger. Depth is turned so that superior is up in coronal and sagittal
+    planes.
+    """
     volume = torch.arange(12 * 18 * 24.0).reshape(12, 18, 24)
     regions = torch.maximum(region((0, 0, 0)), region((4, 2, 3), value=2))
     figures.saliency_figure(tmp_path / "a.png", volume, {"scan": regions, "slice": region((0, 0, 0))}, "a")

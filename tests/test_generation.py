@@ -101,7 +101,9 @@ def test_tokens_are_streamed_as_they_are_made(phi):
 @pytest.mark.slow
 def test_the_compiled_step_chooses_the_same_tokens(phi, monkeypatch):
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiled(f, backend="eager", fullgraph=fullgraph))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode, fullgraph: compiled(f, backend="eager", fullgraph=fullgraph)
+    )
     ids, mask = left_padded([list(range(3, 60)), list(range(9, 50))], phi.config.pad_id)
     _COMPILED.clear()
     for start in ({"ids": ids, "mask": mask}, {"ids": ids[:1]}):
@@ -118,7 +120,9 @@ def test_the_compiled_step_is_compiled_once(phi, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiled(f, backend=count, fullgraph=fullgraph))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode, fullgraph: compiled(f, backend=count, fullgraph=fullgraph)
+    )
     torch.compiler.reset()
     _COMPILED.clear()
     first = generate(phi, ids=torch.tensor([[313, 4, 5]]), new_tokens=9, compiled=True)
@@ -131,7 +135,9 @@ def test_the_compiled_step_is_compiled_once(phi, monkeypatch):
 
 def test_two_compiled_calls_at_once_and_a_copy_of_the_decoder_do_not_share_their_state(phi, monkeypatch):
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiled(f, backend="eager", fullgraph=fullgraph))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode, fullgraph: compiled(f, backend="eager", fullgraph=fullgraph)
+    )
     _COMPILED.clear()
     prompts = [torch.tensor([[313, 4, 5]]), torch.tensor([[313, 9, 8]])]
     expected = [generate(phi, ids=ids, new_tokens=6) for ids in prompts]
@@ -144,7 +150,9 @@ def test_two_compiled_calls_at_once_and_a_copy_of_the_decoder_do_not_share_their
     with torch.no_grad():
         other.norm.weight.mul_(-1)
     found = generate(other, ids=prompts[0], new_tokens=6, compiled=True)
-    assert torch.equal(found, generate(other, ids=prompts[0], new_tokens=6)) and not torch.equal(found, expected[0])
+    assert torch.equal(found, generate(other, ids=prompts[0], new_tokens=6)) and not torch.equal(
+        found, expected[0]
+    )
     _COMPILED.clear()
 
 
@@ -207,19 +215,32 @@ def test_top_k_and_top_p_draw_from_the_likeliest_tokens_in_their_proportions():
     assert torch.allclose(shares(top_k=2), torch.tensor([0, 0.625, 0, 0.375, 0]), atol=0.02)
     assert torch.allclose(shares(top_p=0.85), torch.tensor([0.1, 0.5, 0, 0.3, 0]) / 0.9, atol=0.02)
     assert torch.equal(shares(top_p=0.4), torch.tensor([0.0, 1, 0, 0, 0]))  # the likeliest is always kept
-    assert torch.allclose(shares(top_k=3, top_p=0.6), torch.tensor([0, 0.625, 0, 0.375, 0]), atol=0.02)  # k first
+    assert torch.allclose(
+        shares(top_k=3, top_p=0.6), torch.tensor([0, 0.625, 0, 0.375, 0]), atol=0.02
+    )  # k first
     cold = (logits[0] * 2).softmax(0)
     assert torch.allclose(shares(temperature=0.5), cold, atol=0.02)
     assert torch.equal(shares(temperature=0.0), torch.tensor([0.0, 1, 0, 0, 0]))
 
 
 def test_a_prompt_longer_than_the_context_is_refused(phi):
-    with pytest.raises(InputError, match="500 tokens and 20 new ones do not fit the decoder's context of 512"):
+    with pytest.raises(
+        InputError, match="500 tokens and 20 new ones do not fit the decoder's context of 512"
+    ):
         generate(phi, ids=torch.ones(1, 500, dtype=torch.long), new_tokens=20)
 
 
 def test_sampling_settings_out_of_range_are_refused():
-    for settings, named in (({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"temperature": 1e-40}, "temperature"), ({"top_k": 2.5}, "top_k"),
-                            ({"top_k": 0}, "top_k"), ({"seed": -1}, "seed"), ({"seed": 2**64}, "seed"), ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p")):  # fmt: skip
+    for settings, named in (
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-40}, "temperature"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_k": 0}, "top_k"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+    ):
         with pytest.raises(InputError, match=named):
             Sampling(**settings)

@@ -1,4 +1,6 @@
-"""What only runs on a GPU, as far as it shows without one: pinned batches, counted and compiled blocks, no needless wait."""
+"""What only runs on a GPU, as far as it shows without one: pinned batches, counted and compiled blocks,
+no needless wait.
+"""
 
 from functools import partialmethod
 

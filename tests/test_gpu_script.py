@@ -1,4 +1,6 @@
-"""benchmarks/gpu.py without a GPU: it runs to its end, and a part that fails, hangs or dies does not end the others."""
+"""benchmarks/gpu.py without a GPU: it runs to its end, and a part that fails, hangs or dies does not end
+the others.
+"""
 
 import json
 import sys
@@ -44,7 +46,9 @@ def works(report, setting):
 
 @pytest.mark.slow
 def test_a_dry_run_ends_with_a_table_and_json(tmp_path):
-    done = script("benchmarks/gpu.py", "--dry", "--parts", "machine,grad-cache", "--out", tmp_path / "out", timeout=400)
+    done = script(
+        "benchmarks/gpu.py", "--dry", "--parts", "machine,grad-cache", "--out", tmp_path / "out", timeout=400
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out/gpu.json").read_text())
     assert found["dry"] and [part["part"] for part in found["parts"]] == ["machine", "grad-cache"]
@@ -65,7 +69,9 @@ def test_a_part_that_fails_dies_or_hangs_leaves_its_rows_and_the_rest(tmp_path, 
     limits = {"hangs": 4, "fails": 60, "dies": 60, "works": 60}  # what a part leaves is the next one's
     parts = tuple(gpu.Part(name, f"broken:{name}", seconds) for name, seconds in limits.items())
     setting = gpu.Setting("", "cpu", True, tmp_path, None)
-    records = {r["part"]: r for r in gpu.run_parts(parts, setting, tmp_path, sum(limits.values()), {"dry": True})}
+    records = {
+        r["part"]: r for r in gpu.run_parts(parts, setting, tmp_path, sum(limits.values()), {"dry": True})
+    }
     results = {name: [(row["what"], row["result"]) for row in r["rows"]] for name, r in records.items()}
     assert results["fails"] == [
         ("inner", "failed: ValueError: the first line"),
@@ -95,7 +101,9 @@ def test_without_a_gpu_one_line_says_what_to_do(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = script("benchmarks/gpu.py", "--out", tmp_path)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("--dry runs everything at tiny sizes on a processor")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(
+        "--dry runs everything at tiny sizes on a processor"
+    )
 
 
 def test_wheels_are_used_for_what_is_not_installed(tmp_path):
@@ -126,7 +134,13 @@ def test_values_that_a_step_reads_are_seen():
     with HostReads(lambda: seen.append(1)):
         x.sum().sqrt().reshape(1)
         assert not seen
-        for read in (Tensor.tolist, lambda t: float(t[0]), lambda t: bool(t.sum() > 0), lambda t: t[t > 1], Tensor.cpu):
+        for read in (
+            Tensor.tolist,
+            lambda t: float(t[0]),
+            lambda t: bool(t.sum() > 0),
+            lambda t: t[t > 1],
+            Tensor.cpu,
+        ):
             before = len(seen)
             read(x)
             assert len(seen) > before

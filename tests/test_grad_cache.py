@@ -1,4 +1,6 @@
-"""Gradient caching gives the gradients of the whole batch: with drop path and dropout, one process and two."""
+"""Gradient caching gives the gradients of the whole batch: with drop path and dropout, one process and
+two.
+"""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,8 +19,12 @@ from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss, gathe
 from test_reaf import SMALL
 
 ROWS, CHUNK = 6, 2
-TEXT = TextConfig(vocab=50, width=32, depth=2, heads=4, mlp=64, positions=24, dropout=0.3, attention_dropout=0.3)
-REAF = ClipConfig("reaf", replace(SMALL, drop_path=0.5), TEXT, embed=16, projection_bias=False, logit_scale="exp")
+TEXT = TextConfig(
+    vocab=50, width=32, depth=2, heads=4, mlp=64, positions=24, dropout=0.3, attention_dropout=0.3
+)
+REAF = ClipConfig(
+    "reaf", replace(SMALL, drop_path=0.5), TEXT, embed=16, projection_bias=False, logit_scale="exp"
+)
 
 
 def model_and_batch(config=REAF, rows=ROWS, train=True):
@@ -54,7 +60,9 @@ def cached(model, batch, chunk=CHUNK, ddp=None):
 
 
 def whole(model, batch, chunk=CHUNK, module=None):
-    """Gradients of one loss of one graph, whose random numbers are drawn in the same order; after the same seed."""
+    """Gradients of one loss of one graph, whose random numbers are drawn in the same order; after the
+    same seed.
+    """
     torch.manual_seed(2)
     parts = zip(*(t.split(chunk) for t in batch), strict=True)
     image, text, scale = zip(*(model(*part) for part in parts), strict=True)
@@ -120,7 +128,8 @@ def one_rank(rank: int, world: int, path: str, train: bool) -> None:
     found = {"cached": cached(model, mine, ddp=DistributedDataParallel(model))}
     model.zero_grad()
     if train:
-        # The same draws in one graph; averaged over ranks by hand, as DDP cannot follow several passes in one graph.
+        # The same draws in one graph; averaged over ranks by hand, as DDP cannot follow several passes in one
+        # graph.
         expected = whole(model, mine)
         for gradient in expected.values():
             dist.all_reduce(gradient)

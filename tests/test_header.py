@@ -1,4 +1,6 @@
-"""What a NIfTI header says of its geometry: contradictions are refused with both values, all else is read alike."""
+"""What a NIfTI header says of its geometry: contradictions are refused with both values, all else is read
+alike.
+"""
 
 import itertools
 import struct
@@ -71,8 +73,12 @@ def test_all_48_storage_orders_are_read_as_one_scan(tmp_path):
             volume = read_volume(written(tmp_path, other))
             assert same_as_stored(volume)
             # The record is of the file: shape, orientation and spacing belong to the same axes.
-            assert volume.record["spacing"] == pytest.approx([(8, 8, 10)["LPS".index({"R": "L", "A": "P", "I": "S"}.get(c, c))]
-                                                              for c in volume.record["orientation"]])  # fmt: skip
+            assert volume.record["spacing"] == pytest.approx(
+                [
+                    (8, 8, 10)["LPS".index({"R": "L", "A": "P", "I": "S"}.get(c, c))]
+                    for c in volume.record["orientation"]
+                ]
+            )
 
 
 @pytest.mark.parametrize("degrees", [3, 12, 40])
@@ -86,7 +92,10 @@ def test_oblique_scans_and_slight_turns_between_the_transforms_are_accepted(tmp_
 def test_transforms_that_disagree_on_a_side_are_refused_until_one_is_named(tmp_path, axis):
     path = written(tmp_path, image(flipped(axis), LPS))
     other = "".join(nib.aff2axcodes(flipped(axis)))
-    with pytest.raises(InputError, match=f"scan.nii: the header's sform says axes to {other}, its qform to LPS; .*--header sform, qform"):
+    with pytest.raises(
+        InputError,
+        match=f"scan.nii: the header's sform says axes to {other}, its qform to LPS; .*--header sform, qform",
+    ):
         read_volume(path)
     assert np.array_equal(read_volume(path, header="qform").hu, chest())
     assert np.array_equal(read_volume(path, header="sform").hu, np.flip(chest(), axis))
@@ -117,13 +126,18 @@ def test_an_identity_affine_is_refused_whatever_the_size_of_the_scan(tmp_path, a
         with pytest.raises(InputError, match="sform is the identity, .*--header none --assume-orientation"):
             read_volume(tmp_path / "eye.nii.gz")
     assert read_volume(tmp_path / "eye.nii.gz", header="sform").spacing == (1, 1, 1)
-    assert read_volume(tmp_path / "eye.nii.gz", header="none", assume_orientation="LPS").record["orientation"] == "LPS"
+    assert (
+        read_volume(tmp_path / "eye.nii.gz", header="none", assume_orientation="LPS").record["orientation"]
+        == "LPS"
+    )
 
 
 @pytest.mark.parametrize("factor", [1e-3, 0.1, 100])
 def test_a_scan_of_no_bodys_size_is_refused_with_its_size_and_unit(tmp_path, factor):
     affine = LPS * [[factor], [factor], [factor], [1]]
-    with pytest.raises(InputError, match=r"by its header the scan is .* mm \(the unit is mm\), which no chest is"):
+    with pytest.raises(
+        InputError, match=r"by its header the scan is .* mm \(the unit is mm\), which no chest is"
+    ):
         read_volume(written(tmp_path, image(affine, affine)))
 
 
@@ -144,7 +158,9 @@ def test_voxels_start_behind_the_header(tmp_path):
     whole = read_volume(written(tmp_path, image())).hu
     assert np.array_equal(read_volume(written(tmp_path, image(), ("<f", 108, (0.0,)))).hu, whole)
     for offset in (16, 348):
-        with pytest.raises(InputError, match=f"voxels begin at byte {offset}, inside the header of 352 bytes"):
+        with pytest.raises(
+            InputError, match=f"voxels begin at byte {offset}, inside the header of 352 bytes"
+        ):
             read_volume(written(tmp_path, image(), ("<f", 108, (float(offset),))))
 
 
@@ -216,9 +232,15 @@ def test_a_flag_of_extensions_without_one_is_no_reason(tmp_path):
     assert same_as_stored(read_volume(written(tmp_path, image(), ("<b", 348, (1,)))))
 
 
-@pytest.mark.parametrize("affine", [
-    np.eye(4) + 1e-6 * np.ones((4, 4)), np.eye(4)[[1, 0, 2, 3]], np.diag([1.0, -1.0, -1.0, 1.0]), np.diag([1e-3, 1e-3, 1e-3, 1.0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "affine",
+    [
+        np.eye(4) + 1e-6 * np.ones((4, 4)),
+        np.eye(4)[[1, 0, 2, 3]],
+        np.diag([1.0, -1.0, -1.0, 1.0]),
+        np.diag([1e-3, 1e-3, 1e-3, 1.0]),
+    ],
+)
 def test_an_identity_that_is_rounded_permuted_or_in_metres_is_refused(tmp_path, affine):
     made = image(affine, affine, unit="meter" if abs(affine[0, 0]) == 1e-3 else "mm")
     with pytest.raises(InputError, match="sform is the identity"):

@@ -74,10 +74,15 @@ def nifti(path: Path, values) -> Path:
 def test_results_are_on_stdout_and_accounts_on_stderr(at_home, capsys):
     out, err = called(capsys, "classify", "scan.nii.gz")
     rows = [line.rsplit(maxsplit=1) for line in out.splitlines()]
-    assert len(rows) == 18 and [float(p) for _, p in rows] == sorted((float(p) for _, p in rows), reverse=True)
+    assert len(rows) == 18 and [float(p) for _, p in rows] == sorted(
+        (float(p) for _, p in rows), reverse=True
+    )
     run, scan = err.splitlines()
     assert run == "run: runs/clip1-hsenet, stage clip1, checkpoint last, step 1"
-    assert scan.startswith("scan.nii.gz: 48x48x24 voxels, ") and "axes to LPS; rescale auto: HU already (" in scan
+    assert (
+        scan.startswith("scan.nii.gz: 48x48x24 voxels, ")
+        and "axes to LPS; rescale auto: HU already (" in scan
+    )
 
 
 def test_json_is_what_python_gives(at_home, capsys):
@@ -92,12 +97,16 @@ def test_json_is_what_python_gives(at_home, capsys):
     drawing = {"new_tokens": 9, "sampling": Sampling(0.9, 50, 0.95, 4)}
     flags = ("--new-tokens", 9, "--temperature", 0.9, "--top-k", 50, "--top-p", 0.95, "--seed", 4)
     assert found(capsys, "report", "scan.nii.gz", *flags) == {
-        "path": "scan.nii.gz", "report": language.report("scan.nii.gz", **drawing), **made_by,
-    }  # fmt: skip
-    assert found(capsys, "ask", "scan.nii.gz", "Where?", *flags) == {
-        "path": "scan.nii.gz", "question": "Where?", "answer": language.ask("scan.nii.gz", "Where?", **drawing),
+        "path": "scan.nii.gz",
+        "report": language.report("scan.nii.gz", **drawing),
         **made_by,
-    }  # fmt: skip
+    }
+    assert found(capsys, "ask", "scan.nii.gz", "Where?", *flags) == {
+        "path": "scan.nii.gz",
+        "question": "Where?",
+        "answer": language.ask("scan.nii.gz", "Where?", **drawing),
+        **made_by,
+    }
     text = called(capsys, "ask", "scan.nii.gz", "Where?", *flags)[0]
     assert text == language.ask("scan.nii.gz", "Where?", **drawing) + "\n"
     prompted = found(capsys, "report", "scan.nii.gz", "--prompt", "Where?", *flags)["report"]
@@ -106,12 +115,16 @@ def test_json_is_what_python_gives(at_home, capsys):
 
 def test_an_index_is_written_and_searched(at_home, capsys, tmp_path):
     index = tmp_path / "new/index.safetensors"
-    other = nifti(tmp_path / "noise.nii", np.random.default_rng(0).integers(-1000, 500, (20, 20, 20)).astype(np.int16))
+    other = nifti(
+        tmp_path / "noise.nii", np.random.default_rng(0).integers(-1000, 500, (20, 20, 20)).astype(np.int16)
+    )
     out, _ = called(capsys, "embed", "scan.nii.gz", other, "--out", index)
     assert out == f"{index}: 2 embeddings\n"
     assert load_file(index)["image"].norm(dim=1).tolist() == pytest.approx([1, 1])
     hits = found(capsys, "search", index, "--volume", other)
-    assert [hit["id"] for hit in hits] == [str(other), "scan.nii.gz"] and hits[0]["score"] == pytest.approx(1, abs=1e-5)
+    assert [hit["id"] for hit in hits] == [str(other), "scan.nii.gz"] and hits[0]["score"] == pytest.approx(
+        1, abs=1e-5
+    )
     out, _ = called(capsys, "search", index, "--text", "pleural effusion", "--top", 1)
     score, name = out.split()
     expected = load("runs/clip1-hsenet").search(index, text="pleural effusion")[0]
@@ -125,9 +138,14 @@ def test_the_picture_is_named_after_the_scan(at_home, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     run, scan = at_home / "runs/clip1-reaf", at_home / "scan.nii.gz"
     result = found(capsys, "explain", scan, "--run", run)
-    assert (result["path"], result["picture"]) == (str(scan), "scan_explained.png") and result["shows"] == "salient regions"
+    assert (result["path"], result["picture"]) == (str(scan), "scan_explained.png") and result[
+        "shows"
+    ] == "salient regions"
     assert Path("scan_explained.png").read_bytes().startswith(b"\x89PNG")
-    assert called(capsys, "explain", scan, "--run", run, "--out", "a.png")[0] == "a.png: salient regions of scan, slice\n"
+    assert (
+        called(capsys, "explain", scan, "--run", run, "--out", "a.png")[0]
+        == "a.png: salient regions of scan, slice\n"
+    )
 
 
 def test_the_default_run_is_the_last_stage_that_is_there(tmp_path, monkeypatch):
@@ -140,12 +158,16 @@ def test_the_default_run_is_the_last_stage_that_is_there(tmp_path, monkeypatch):
         Path("runs", name, "config.json").touch()
     dual = dict.fromkeys(dual, "runs/clip2-hsenet")
     assert {c: str(infer.default_run(c, "hsenet")) for c in infer.COMMANDS} == {
-        "report": "runs/mrg-hsenet", "ask": "runs/vqa-hsenet", **dual
-    }  # fmt: skip
+        "report": "runs/mrg-hsenet",
+        "ask": "runs/vqa-hsenet",
+        **dual,
+    }
     dual = dict.fromkeys(dual, "runs/clip1-reaf")
     assert {c: str(infer.default_run(c, "reaf")) for c in infer.COMMANDS} == {
-        "report": "runs/mrg-reaf", "ask": "runs/vqa-reaf", **dual
-    }  # fmt: skip
+        "report": "runs/mrg-reaf",
+        "ask": "runs/vqa-reaf",
+        **dual,
+    }
 
 
 def test_a_scan_that_is_no_ct_is_one_line(at_home, capsys, tmp_path):
@@ -167,7 +189,15 @@ def test_a_scan_that_is_no_ct_is_one_line(at_home, capsys, tmp_path):
     for words, scan in cases.items():
         for command in (("embed",), ("ask", "--new-tokens", 2)):
             wrong(capsys, words, *command, scan, *(["What?"] if command[0] == "ask" else []))
-    wrong(capsys, "a.nii.gz: no such file", "embed", "scan.nii.gz", tmp_path / "a.nii.gz", "--out", tmp_path / "i.safetensors")
+    wrong(
+        capsys,
+        "a.nii.gz: no such file",
+        "embed",
+        "scan.nii.gz",
+        tmp_path / "a.nii.gz",
+        "--out",
+        tmp_path / "i.safetensors",
+    )
     assert not (tmp_path / "i.safetensors").exists()
 
 
@@ -185,8 +215,20 @@ def test_wrong_flags_are_one_line(at_home, capsys, tmp_path):
         "temperature -1.0: expected": [*ask, "What?", "--temperature", -1],
         "scan.nii.gz: holds no run": [*ask, "What?", "--run", "scan.nii.gz"],
         "runs: holds no run": ["embed", "scan.nii.gz", "--run", "runs"],
-        "--model: chooses a default run": ["embed", "scan.nii.gz", "--run", "runs/clip1-reaf", "--model", "reaf"],
-        "which has no decoder; name a run of stage mrg or vqa": ["report", "scan.nii.gz", "--run", "runs/clip1-hsenet"],
+        "--model: chooses a default run": [
+            "embed",
+            "scan.nii.gz",
+            "--run",
+            "runs/clip1-reaf",
+            "--model",
+            "reaf",
+        ],
+        "which has no decoder; name a run of stage mrg or vqa": [
+            "report",
+            "scan.nii.gz",
+            "--run",
+            "runs/clip1-hsenet",
+        ],
         "a language model; name a dual encoder's": ["embed", "scan.nii.gz", "--run", "runs/mrg-hsenet"],
         "its encoder weighs no patches; stage clip2": ["explain", "scan.nii.gz"],
         "--top 0: expected 1 or more": [*search, "--text", "a", "--top", 0],
@@ -195,8 +237,18 @@ def test_wrong_flags_are_one_line(at_home, capsys, tmp_path):
         "--volume: not allowed with argument --text": [*search, "--text", "a", "--volume", "scan.nii.gz"],
         "index.safetensors: no such file": [*search, "--text", "a"],
         "scan.nii.gz: is truncated or not a safetensors file": ["search", "scan.nii.gz", "--text", "a"],
-        "--out a.txt: expected a file to write that ends in .safetensors": ["embed", "scan.nii.gz", "--out", "a.txt"],
-        "--out scan.nii.gz/a.png: expected a file to write": ["explain", "scan.nii.gz", "--out", "scan.nii.gz/a.png"],
+        "--out a.txt: expected a file to write that ends in .safetensors": [
+            "embed",
+            "scan.nii.gz",
+            "--out",
+            "a.txt",
+        ],
+        "--out scan.nii.gz/a.png: expected a file to write": [
+            "explain",
+            "scan.nii.gz",
+            "--out",
+            "scan.nii.gz/a.png",
+        ],
         "--prompts other: no such file": ["classify", "scan.nii.gz", "--prompts", "other"],
         "--slope 0: expected a finite number": ["embed", "scan.nii.gz", "--slope", 0],
         "'LPX' is not an orientation": ["embed", "scan.nii.gz", "--assume-orientation", "LPX"],
@@ -246,7 +298,17 @@ def test_ctrl_c_is_one_line_and_exit_code_130(at_home, capsys, monkeypatch):
 def test_a_reader_that_has_seen_enough_causes_no_traceback(home):
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, ROOT / "infer.py", "ask", "scan.nii.gz", "What?", "--temperature", "1", "--new-tokens", "20"]
+    command = [
+        sys.executable,
+        ROOT / "infer.py",
+        "ask",
+        "scan.nii.gz",
+        "What?",
+        "--temperature",
+        "1",
+        "--new-tokens",
+        "20",
+    ]
     ended = subprocess.run(command, cwd=home, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(write)
     assert ended.returncode == 141

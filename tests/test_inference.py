@@ -1,4 +1,6 @@
-"""reaf_hsenet.load: one scan gives what the prepared data set gives, however it is stored; and what is refused."""
+"""reaf_hsenet.load: one scan gives what the prepared data set gives, however it is stored; and what is
+refused.
+"""
 
 import csv
 import itertools
@@ -51,7 +53,9 @@ def slice_encoder(seed: int = 0) -> SliceEncoder:
 def with_slices(prepared: Path, out: Path) -> Path:
     """The prepared phantoms with slice features, and the encoder that made them beside them."""
     shutil.copytree(prepared, out)
-    add_slice_features(out, slice_encoder(), describe(slice_encoder(), "phantoms", recipe="phantom"), progress=False)
+    add_slice_features(
+        out, slice_encoder(), describe(slice_encoder(), "phantoms", recipe="phantom"), progress=False
+    )
     save_slice_encoder(out / "slice_encoder", slice_encoder())
     return out
 
@@ -59,7 +63,11 @@ def with_slices(prepared: Path, out: Path) -> Path:
 def write_dual_run(folder: Path, data: Path, model: str = "hsenet", guided: bool = False) -> Path:
     """A dual encoder's run with the weights that it starts from; guided: HSENet's stage 2."""
     manifest, preset = load_manifest(data), PRESETS[f"{model}-tiny"]
-    recipe = manifest.recipe if model == "hsenet" else replace(RECIPES["reaf"], size=(16, 32, 32), spacing=(14, 10, 10))
+    recipe = (
+        manifest.recipe
+        if model == "hsenet"
+        else replace(RECIPES["reaf"], size=(16, 32, 32), spacing=(14, 10, 10))
+    )
     vision = replace(preset.vision, size=(16, 32, 32), patch=(4, 8, 8))
     if guided:
         slices = {"slices": manifest.slices["slices"], "slice_width": manifest.slices["width"]}
@@ -73,10 +81,13 @@ def write_dual_run(folder: Path, data: Path, model: str = "hsenet", guided: bool
     run = Run(folder)
     run.write_config(
         {
-            "stage": "clip2" if guided else "clip1", "model": to_dict(config), "recipe": to_dict(recipe),
-            "data": str(data), "slices": manifest.slices if guided else None,
+            "stage": "clip2" if guided else "clip1",
+            "model": to_dict(config),
+            "recipe": to_dict(recipe),
+            "data": str(data),
+            "slices": manifest.slices if guided else None,
         }
-    )  # fmt: skip
+    )
     tokenizer.save(folder)
     run.save(1, network.state_dict(), {}, keep=1, best=True)
     return Path(folder)
@@ -116,7 +127,9 @@ def blank(scan: Path, out: Path, values=None) -> Path:
     image = nib.load(scan)
     header = nib.Nifti1Header()
     header.set_data_dtype(np.float32)
-    stored = nib.Nifti1Image((np.asarray(image.dataobj) if values is None else values).astype(np.float32), None, header)
+    stored = nib.Nifti1Image(
+        (np.asarray(image.dataobj) if values is None else values).astype(np.float32), None, header
+    )
     stored.header["qform_code"] = stored.header["sform_code"] = 0
     nib.save(stored, out)
     return out
@@ -125,19 +138,30 @@ def blank(scan: Path, out: Path, values=None) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip1-hsenet", "clip2-hsenet"])
 def test_a_scan_has_the_embedding_that_the_prepared_data_set_has(runs, scans, tmp_path, name):
-    assert evaluate.main(["--task", "retrieval", "--run", str(runs / name), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert (
+        evaluate.main(
+            ["--task", "retrieval", "--run", str(runs / name), "--out", str(tmp_path), "--device", "cpu"]
+        )
+        == 0
+    )
     expected = load_file(tmp_path / "embeddings.safetensors")["image"]
     model = load(runs / name)
     found = torch.stack([model.embed(scan) for scan in scans])
     assert (found - expected).abs().max() < 1e-5 < (expected[0] - expected[1]).abs().max()
-    assert model.search(tmp_path / "embeddings.safetensors", scan=scans[2], top=1)[0][1] == pytest.approx(1, abs=1e-5)
+    assert model.search(tmp_path / "embeddings.safetensors", scan=scans[2], top=1)[0][1] == pytest.approx(
+        1, abs=1e-5
+    )
 
 
 def test_the_network_sees_the_volume_as_float16_has_it(runs, sliced, scans):
     manifest, model = load_manifest(sliced), ScanModel(runs / "clip1-hsenet")
-    assert torch.equal(model.read(scans[0])[2].volume[0], read_prepared(manifest, manifest.entries("validation")[0]))
+    assert torch.equal(
+        model.read(scans[0])[2].volume[0], read_prepared(manifest, manifest.entries("validation")[0])
+    )
     entry = manifest.entries("validation")[0]
-    assert torch.allclose(ScanModel(runs / "clip2-hsenet").read(scans[0])[1][0], read_slices(manifest, entry), atol=1e-3)
+    assert torch.allclose(
+        ScanModel(runs / "clip2-hsenet").read(scans[0])[1][0], read_slices(manifest, entry), atol=1e-3
+    )
 
 
 @pytest.mark.slow
@@ -145,7 +169,9 @@ def test_the_network_sees_the_volume_as_float16_has_it(runs, sliced, scans):
 def test_every_storage_order_of_a_scan_gives_its_embedding(runs, scans, tmp_path, name):
     model, image, out = load(runs / name), nib.load(scans[0]), tmp_path / "turned.nii"
     voxels, expected = np.asarray(image.dataobj), model.embed(scans[0])
-    for order, signs in itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)):
+    for order, signs in itertools.product(
+        itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)
+    ):
         turn = np.array([order, signs], float).T
         affine = image.affine @ inv_ornt_aff(turn, voxels.shape)
         nib.save(nib.Nifti1Image(apply_orientation(voxels, turn), affine), out)
@@ -157,8 +183,25 @@ def test_every_storage_order_of_a_scan_gives_its_embedding(runs, scans, tmp_path
 @pytest.mark.parametrize("prompts", ["volume", "organ"])
 def test_classes_have_the_scores_of_the_zeroshot_task(runs, scans, tmp_path, prompts):
     run = runs / "clip2-hsenet"
-    assert evaluate.main(["--task", "zeroshot", "--run", str(run), "--out", str(tmp_path), "--device", "cpu",
-                          "--bootstrap", "0", "--prompts", prompts]) == 0  # fmt: skip
+    assert (
+        evaluate.main(
+            [
+                "--task",
+                "zeroshot",
+                "--run",
+                str(run),
+                "--out",
+                str(tmp_path),
+                "--device",
+                "cpu",
+                "--bootstrap",
+                "0",
+                "--prompts",
+                prompts,
+            ]
+        )
+        == 0
+    )
     with open(tmp_path / "zeroshot_scores.csv", newline="") as file:
         expected = list(csv.DictReader(file))[1]
     found = load(run).classify(scans[1], prompts)
@@ -180,7 +223,9 @@ def test_a_text_is_embedded_as_reports_are(runs, sliced):
     for name in ("clip1-hsenet", "clip1-reaf"):
         model = load(runs / name)
         config = model.run.config
-        data = CTReportDataset(manifest, "validation", model.run.tokenizer, config.max_text, style=config.model)
+        data = CTReportDataset(
+            manifest, "validation", model.run.tokenizer, config.max_text, style=config.model
+        )
         ids, mask = model.run.tokenizer.batch([data.encode(text, np.random.default_rng(0))])
         with torch.inference_mode():
             expected = model.run.model.encode_text(ids, mask)[0]
@@ -202,8 +247,10 @@ def test_an_answer_is_the_one_that_the_prepared_volume_gets(runs, sliced, scans,
 
 def test_the_prompt_for_a_report_is_the_published_one(runs, scans):
     model, sampling = load(runs / "mrg-hsenet"), Sampling(1.0, seed=1)
-    asked = [model.report(scans[0], prompt, new_tokens=24, sampling=sampling)
-             for prompt in (None, "Can you summarize with findings the images presented?", "Describe.")]  # fmt: skip
+    asked = [
+        model.report(scans[0], prompt, new_tokens=24, sampling=sampling)
+        for prompt in (None, "Can you summarize with findings the images presented?", "Describe.")
+    ]
     assert asked[0] == asked[1] != asked[2]
 
 
@@ -223,8 +270,13 @@ def test_a_report_is_what_follows_the_list_of_labels(runs, scans, monkeypatch):
     model, made = load(runs / "mrg-hsenet"), None
     tokenizer = model.run.tokenizer
     tokenizer.add_tokens(["<list_end>"])
-    monkeypatch.setattr(scan_answers, "steps", lambda *a, **k: ((torch.tensor(token), None) for token in made))
-    listed, written = (tokenizer.encode(text, special_tokens=False) for text in ("effusion, nodule", " Heart size is normal."))
+    monkeypatch.setattr(
+        scan_answers, "steps", lambda *a, **k: ((torch.tensor(token), None) for token in made)
+    )
+    listed, written = (
+        tokenizer.encode(text, special_tokens=False)
+        for text in ("effusion, nodule", " Heart size is normal.")
+    )
     for made, text in (
         ([*listed, tokenizer.id_of("<list_end>"), *written], "Heart size is normal."),
         (written, "Heart size is normal."),
@@ -242,7 +294,12 @@ def test_an_answer_is_as_long_as_asked_for_or_as_the_context_allows(runs, scans,
     model.report(scans[0])
     model.report(scans[0], new_tokens=7)
     assert counts[0] == 74 and 0 < counts[1] < 40 and 400 < counts[2] < 512 and counts[3] == 7
-    wrong("a question of .* tokens, 8 of them of the image, leaves no room", model.ask, scans[0], "effusion " * CONTEXT)
+    wrong(
+        "a question of .* tokens, 8 of them of the image, leaves no room",
+        model.ask,
+        scans[0],
+        "effusion " * CONTEXT,
+    )
     wrong("--new-tokens 512: .* context of 512", model.report, scans[0], new_tokens=512)
     wrong("question is empty", model.ask, scans[0], "  ")
 
@@ -261,15 +318,25 @@ def test_what_is_wrong_with_the_input_is_said_before_weights_are_read(runs, scan
 
 
 def test_what_a_run_cannot_do_is_said(runs, scans, tmp_path):
-    wrong("clip1-hsenet: is a run of stage clip1, which has no decoder; name a run of stage mrg or vqa",
-          load(runs / "clip1-hsenet").report, scans[0])  # fmt: skip
+    wrong(
+        "clip1-hsenet: is a run of stage clip1, which has no decoder; name a run of stage mrg or vqa",
+        load(runs / "clip1-hsenet").report,
+        scans[0],
+    )
     language = load(runs / "mrg-hsenet")
     index = SearchIndex(torch.eye(3), ["a", "b", "c"], "0")
-    calls = [(language.embed, scans[0]), (language.classify, scans[0]), (language.embed_text, "a"), (language.search, index, "a")]
+    calls = [
+        (language.embed, scans[0]),
+        (language.classify, scans[0]),
+        (language.embed_text, "a"),
+        (language.search, index, "a"),
+    ]
     for call, *arguments in calls:
         wrong("mrg-hsenet: is a run of stage mrg, a language model; name a dual encoder's", call, *arguments)
     for name in ("clip1-hsenet", "mrg-hsenet"):
-        wrong(f"{name}: its encoder weighs no patches", load(runs / name).explain, scans[0], tmp_path / "a.png")
+        wrong(
+            f"{name}: its encoder weighs no patches", load(runs / name).explain, scans[0], tmp_path / "a.png"
+        )
     wrong("none: holds no run", load, runs / "none")
     wrong("--precision fp8: expected one of fp32, bf16", load, runs / "mrg-hsenet", precision="fp8")
     wrong("--precision bf16: .* a run with a decoder", load, runs / "clip1-hsenet", precision="bf16")
@@ -283,7 +350,9 @@ def test_the_decoder_takes_the_precision_that_is_asked_for(runs, scans):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_encoders_beside_a_bf16_decoder_compute_in_bf16_where_the_processor_is_fast_in_it(runs, scans, monkeypatch, fast):
+def test_encoders_beside_a_bf16_decoder_compute_in_bf16_where_the_processor_is_fast_in_it(
+    runs, scans, monkeypatch, fast
+):
     monkeypatch.setattr(answering, "packable", lambda weight: fast)
     model = load(runs / "mrg-hsenet", precision="bf16")
     seen = []
@@ -299,7 +368,9 @@ def test_the_slice_encoder_is_the_named_one_or_the_runs_or_the_data_sets(runs, s
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "data": str(data)}))
     sha256 = config["slices"]["sha256"][:12]
-    message = f"run: takes slice features of phantoms, sha256 {sha256}; name that encoder with --slice-encoder"
+    message = (
+        f"run: takes slice features of phantoms, sha256 {sha256}; name that encoder with --slice-encoder"
+    )
     wrong(message, load(run).embed, scans[0])
     right = str(sliced / "slice_encoder")
     assert torch.equal(load(run, slice_encoder=right).embed(scans[0]), expected)
@@ -307,10 +378,16 @@ def test_the_slice_encoder_is_the_named_one_or_the_runs_or_the_data_sets(runs, s
     assert torch.equal(load(run).embed(scans[0]), expected)
     save_slice_encoder(tmp_path / "other", slice_encoder(1))
     other = describe(slice_encoder(1), "other")["sha256"][:12]
-    wrong(f"--slice-encoder .*other: has sha256 {other} .*; .* takes slice features of phantoms, sha256 {sha256}",
-          load(run, slice_encoder=str(tmp_path / "other")).embed, scans[0])  # fmt: skip
+    wrong(
+        f"--slice-encoder .*other: has sha256 {other} .*; .* takes slice features of phantoms, sha256 "
+        f"{sha256}",
+        load(run, slice_encoder=str(tmp_path / "other")).embed,
+        scans[0],
+    )
     shutil.rmtree(run / "slice_encoder")
-    (run / "config.json").write_text(json.dumps({**config, "data": str(data), "slices": {**config["slices"], "encoder": right}}))
+    (run / "config.json").write_text(
+        json.dumps({**config, "data": str(data), "slices": {**config["slices"], "encoder": right}})
+    )
     assert torch.equal(load(run).embed(scans[0]), expected)
 
 
@@ -319,13 +396,22 @@ def test_a_search_finds_a_scan_by_itself_best_first(runs, scans, tmp_path):
     vectors = torch.stack([model.embed(scan) for scan in scans])
     SearchIndex(vectors, list(map(str, scans)), model.sha256).write(tmp_path / "index.safetensors")
     found = model.search(tmp_path / "index.safetensors", scan=scans[3], top=99)
-    assert found[0][0] == str(scans[3]) and found[0][1] == pytest.approx(1, abs=1e-5) and len(found) == len(scans)
+    assert (
+        found[0][0] == str(scans[3])
+        and found[0][1] == pytest.approx(1, abs=1e-5)
+        and len(found) == len(scans)
+    )
     assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
     text = model.search(tmp_path / "index.safetensors", text="pleural effusion", top=2)
     order = (vectors @ model.embed_text("pleural effusion")).argsort(descending=True)
     assert [name for name, _ in text] == [str(scans[i]) for i in order[:2].tolist()]
-    wrong(f"made by the model of sha256 {model.sha256[:12]}, .*clip1-reaf.* has {load(runs / 'clip1-reaf').sha256[:12]}",
-          load(runs / "clip1-reaf").search, tmp_path / "index.safetensors", text="a")  # fmt: skip
+    wrong(
+        f"made by the model of sha256 {model.sha256[:12]}, .*clip1-reaf.* has "
+        f"{load(runs / 'clip1-reaf').sha256[:12]}",
+        load(runs / "clip1-reaf").search,
+        tmp_path / "index.safetensors",
+        text="a",
+    )
 
 
 def test_a_file_that_is_no_index_is_refused(tmp_path):
@@ -342,7 +428,11 @@ def test_a_file_that_is_no_index_is_refused(tmp_path):
     wrong("short.safetensors: is no index", read_index, tmp_path / "short.safetensors")
     save_file({"image": torch.eye(2)}, tmp_path / "old.safetensors", {"ids": "a\nb"})
     wrong("old.safetensors: does not say which model made it", read_index, tmp_path / "old.safetensors")
-    wrong("one line of UTF-8 text; rename the file", SearchIndex(torch.eye(1), ["a\nb"], "0").write, tmp_path / "x.safetensors")
+    wrong(
+        "one line of UTF-8 text; rename the file",
+        SearchIndex(torch.eye(1), ["a\nb"], "0").write,
+        tmp_path / "x.safetensors",
+    )
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -372,10 +462,16 @@ def test_salient_regions_and_patch_scores_are_drawn(runs, scans, tmp_path, monke
     monkeypatch.setattr(figures, "score_figure", lambda *a: (drawn.update(scores=a), scores(*a)))
     reaf = load(runs / "clip1-reaf")
     found = reaf.explain(scans[0], tmp_path / "a.png")
-    assert found["shows"] == "salient regions" and found["axes"] == "SPL" and set(found["maps"]) == {"scan", "slice"}
+    assert (
+        found["shows"] == "salient regions"
+        and found["axes"] == "SPL"
+        and set(found["maps"]) == {"scan", "slice"}
+    )
     path, volume, maps, title, axes, spacing = drawn["regions"]
     expected = reaf.run.model.vision.salient_regions(reaf.read(scans[0])[2].volume)
-    assert all(torch.equal(maps[n], expected[n][0]) for n in maps) and torch.equal(volume, reaf.read(scans[0])[2].volume[0, 0])
+    assert all(torch.equal(maps[n], expected[n][0]) for n in maps) and torch.equal(
+        volume, reaf.read(scans[0])[2].volume[0, 0]
+    )
     assert (title, axes, spacing) == (scans[0].name, "SPL", (14, 10, 10))
     for name in ("clip2-hsenet", "vqa-guided"):
         model = load(runs / name)
@@ -385,7 +481,11 @@ def test_salient_regions_and_patch_scores_are_drawn(runs, scans, tmp_path, monke
             patches = encoder.embed(model.read(scans[0])[2].volume)
             expected = encoder.patch_scores(patches, model.read(scans[0])[1])[0].reshape(4, 4, 4)
         d, h, w = found["maps"]["2E3"]["strongest"]
-        assert found["shows"] == "patch scores" and found["axes"] == "SLP" and expected[d, h, w] == expected.max() > expected.min()
+        assert (
+            found["shows"] == "patch scores"
+            and found["axes"] == "SLP"
+            and expected[d, h, w] == expected.max() > expected.min()
+        )
         assert torch.equal(drawn["scores"][2]["2E3"], expected)
     for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -406,7 +506,12 @@ def test_a_score_figure_shows_every_patch_in_planes_through_the_highest(tmp_path
 
 def test_without_matplotlib_explain_says_what_to_install(runs, scans, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    wrong("explain: matplotlib is not installed; pip install matplotlib", ScanModel(runs / "clip1-reaf").explain, scans[0], "a.png")
+    wrong(
+        "explain: matplotlib is not installed; pip install matplotlib",
+        ScanModel(runs / "clip1-reaf").explain,
+        scans[0],
+        "a.png",
+    )
 
 
 @pytest.mark.slow
@@ -421,7 +526,9 @@ def test_the_package_is_imported_without_torch_and_load_is_in_it():
 
 def test_a_scan_is_read_once_for_its_volume_and_its_slices(runs, scans, monkeypatch):
     read = []
-    monkeypatch.setattr(reading, "read_volume", lambda path, *a, **k: (read.append(path), read_volume(path, *a, **k))[1])
+    monkeypatch.setattr(
+        reading, "read_volume", lambda path, *a, **k: (read.append(path), read_volume(path, *a, **k))[1]
+    )
     model = load(runs / "clip2-hsenet")
     assert model.guided
     model.embed(scans[0])

@@ -1,4 +1,6 @@
-"""Runs that are killed with SIGKILL at random moments, some in the midst of a checkpoint, and continued by the same command."""
+"""Runs that are killed with SIGKILL at random moments, some in the midst of a checkpoint, and continued
+by the same command.
+"""
 
 import multiprocessing
 import os
@@ -60,7 +62,9 @@ def finish(argv: list[str], world: int = 1) -> None:
 
 
 def kill_when(moment: Callable[[], bool], delay: float, argv: list[str], world: int = 1) -> bool:
-    """Start, and kill all ranks `delay` seconds after the moment has come. Whether they were still running then."""
+    """Start, and kill all ranks `delay` seconds after the moment has come. Whether they were still
+    running then.
+    """
     ranks = start(argv, world)
     while not moment() and all(rank.is_alive() for rank in ranks):
         time.sleep(0.0005)
@@ -93,8 +97,24 @@ AUTO = ("--resume", "auto")
 def test_twenty_kills_change_no_weight_and_no_number_of_the_log(prepared, tmp_path):
     """With accumulation, gradient caching, mixed precision and gradient checkpointing."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = ("--max-steps", 30, "--save-every", 1, "--validate-every", 0.2, "--precision", "bf16", "--grad-checkpoint",
-            "--batch-size", 4, "--accumulate", 2, "--grad-cache", 3, *AUTO)  # fmt: skip
+    more = (
+        "--max-steps",
+        30,
+        "--save-every",
+        1,
+        "--validate-every",
+        0.2,
+        "--precision",
+        "bf16",
+        "--grad-checkpoint",
+        "--batch-size",
+        4,
+        "--accumulate",
+        2,
+        "--grad-cache",
+        3,
+        *AUTO,
+    )
     finish(tiny(prepared, whole, *more))
     kill_often(tiny(prepared, killed, *more), killed, 20)
     assert same_weights(whole, killed) and numbers(whole) == numbers(killed)
@@ -105,7 +125,7 @@ def test_twenty_kills_change_no_weight_and_no_number_of_the_log(prepared, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", ["clip2", "mrg", "vqa"])
-def test_every_stage_survives_kills(stages, tmp_path, stage, world):  # noqa: F811
+def test_every_stage_survives_kills(stages, tmp_path, stage, world):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     more = ("--max-steps", 6, "--save-every", 1, "--validate-every", 0.5, "--batch-size", 4 // world, *AUTO)
     more += ("--questions", "presence") if stage == "vqa" else ()
@@ -148,7 +168,16 @@ def test_a_checkpoint_of_four_processes_resumes_on_two_and_on_one(prepared, tmp_
 
 
 def elastic(argv: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "--max-restarts",
+        "1",
+    ]
     command += [str(ROOT / "train.py"), *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -1,4 +1,6 @@
-"""evaluate.py --task mrg and --task vqa: generation over a split, resumed and split over processes, and its scores."""
+"""evaluate.py --task mrg and --task vqa: generation over a split, resumed and split over processes, and
+its scores.
+"""
 
 import csv
 import json
@@ -47,7 +49,9 @@ NEW = 12  # new tokens
 
 
 def write_run(folder: Path, data: Path, stage: str, **options) -> Path:
-    """A run whose answers depend on the volume and on every word of the question: large weights everywhere."""
+    """A run whose answers depend on the volume and on every word of the question: large weights
+    everywhere.
+    """
     write_language_run(folder, data, stage, **options)
     path = next(folder.glob("checkpoints/step-*/model.safetensors"))
     state, generator = load_file(path), torch.Generator().manual_seed(0)
@@ -70,7 +74,21 @@ def mrg_run(prepared, tmp_path_factory) -> Path:
 
 
 def command(task: str, run: Path, out: Path, *more) -> list[str]:
-    flags = ("--task", task, "--run", run, "--out", out, "--device", "cpu", "--new-tokens", NEW, "--batch-size", 3, *more)
+    flags = (
+        "--task",
+        task,
+        "--run",
+        run,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--new-tokens",
+        NEW,
+        "--batch-size",
+        3,
+        *more,
+    )
     return list(map(str, flags))
 
 
@@ -96,7 +114,9 @@ def whole(vqa_run, tmp_path_factory) -> Path:
 def asked(run: Path, data: Path, kind: str = "location") -> tuple:
     """(the loaded run, the rows of the validation split, each row's volume (B, 1, D, H, W))."""
     loaded, manifest = load_mllm(run), load_manifest(data)
-    dataset = LanguageDataset(manifest, "validation", kind, loaded.tokenizer, loaded.model.visual_tokens, CONTEXT)
+    dataset = LanguageDataset(
+        manifest, "validation", kind, loaded.tokenizer, loaded.model.visual_tokens, CONTEXT
+    )
     rows = asked_rows(dataset)
     return loaded, rows, torch.stack([read_prepared(manifest, dataset.entries[row.entry]) for row in rows])
 
@@ -104,7 +124,10 @@ def asked(run: Path, data: Path, kind: str = "location") -> tuple:
 def test_questions_of_different_lengths_are_answered_in_a_batch_as_alone(vqa_run, prepared):
     run, rows, volume = asked(vqa_run, prepared)
     questions = [row.question for row in rows]
-    alone = [answer(run.model, run.tokenizer, [q], v[None], None, NEW)[0] for q, v in zip(questions, volume, strict=True)]
+    alone = [
+        answer(run.model, run.tokenizer, [q], v[None], None, NEW)[0]
+        for q, v in zip(questions, volume, strict=True)
+    ]
     assert answer(run.model, run.tokenizer, questions, volume, None, NEW) == alone
     assert len({len(ids) for ids in answering.question_ids(run.model, run.tokenizer, questions)}) > 2
     assert len(set(alone)) > len(rows) // 2
@@ -114,7 +137,9 @@ def test_questions_of_different_lengths_are_answered_in_a_batch_as_alone(vqa_run
 
 def test_an_answer_ends_before_its_stop_token_and_has_no_special_tokens(vqa_run, prepared, tmp_path):
     run, rows, volume = asked(vqa_run, prepared)
-    embeddings, mask = answering.prompt_embeddings(run.model, run.tokenizer, [rows[0].question], volume[:1], None)
+    embeddings, mask = answering.prompt_embeddings(
+        run.model, run.tokenizer, [rows[0].question], volume[:1], None
+    )
     ids = generate(run.model.decoder, embeddings=embeddings, mask=mask, new_tokens=NEW)[0].tolist()
     stop = next(token for token in ids[3:] if token not in ids[:3])
     before = run.tokenizer.decode(ids[: ids.index(stop)]).strip()
@@ -125,15 +150,17 @@ def test_an_answer_ends_before_its_stop_token_and_has_no_special_tokens(vqa_run,
     again = load_mllm(folder)
     first, *others = answer(again.model, again.tokenizer, [row.question for row in rows], volume, None, NEW)
     assert first == before and any(len(text) > len(first) for text in others)
-    assert answering.answer_text(run.model, run.tokenizer, [*ids[:2], run.tokenizer.id_of("<im_patch>"), run.tokenizer.eos_id, ids[3]]) == (
-        run.tokenizer.decode(ids[:2]).strip()
-    )
+    assert answering.answer_text(
+        run.model, run.tokenizer, [*ids[:2], run.tokenizer.id_of("<im_patch>"), run.tokenizer.eos_id, ids[3]]
+    ) == (run.tokenizer.decode(ids[:2]).strip())
 
 
 def test_each_volume_of_a_batch_is_encoded_once(vqa_run, prepared, whole, tmp_path, monkeypatch):
     seen = []
     features = language_evaluation.image_features
-    monkeypatch.setattr(language_evaluation, "image_features", lambda m, v, s: seen.append(len(v)) or features(m, v, s))
+    monkeypatch.setattr(
+        language_evaluation, "image_features", lambda m, v, s: seen.append(len(v)) or features(m, v, s)
+    )
     rows, _ = evaluated("vqa", vqa_run, tmp_path, "--batch-size", 100)
     assert seen == [len({row["id"] for row in rows})] and seen[0] < len(rows)
     assert rows == read("vqa", whole)[0]
@@ -144,7 +171,18 @@ def test_the_answers_csv_and_json_have_the_published_columns_and_all_scores(prep
     entries = load_manifest(prepared).entries("validation")
     qa = [(e["id"], q["question"], q["answer"]) for e in entries for q in e["qa"] if q["kind"] == "location"]
     assert [(r["id"], r["Question"], r["Ground Truth"]) for r in rows] == qa
-    published = ["Question", "Anatomy Type", "Ground Truth", "pred", "bleu1", "bleu2", "bleu3", "bleu4", "rouge1", "rougeL"]
+    published = [
+        "Question",
+        "Anatomy Type",
+        "Ground Truth",
+        "pred",
+        "bleu1",
+        "bleu2",
+        "bleu3",
+        "bleu4",
+        "rouge1",
+        "rougeL",
+    ]
     assert [name for name in rows[0] if name in published] == published
     assert {"acc_class", "acc_text", "acc_class_strict"} <= set(rows[0])
     assert scores["n"] == scores["questions"] == len(rows) and scores["questions"] > 5
@@ -157,7 +195,12 @@ def test_the_answers_csv_and_json_have_the_published_columns_and_all_scores(prep
     assert not list(whole.glob("*.jsonl"))
     language_scores.print_answers(scores)
     shown = capsys.readouterr().out
-    assert "class accuracy" in shown and "exact match" in shown and "chance" in shown and "Trachea and Bronchie" in shown
+    assert (
+        "class accuracy" in shown
+        and "exact match" in shown
+        and "chance" in shown
+        and "Trachea and Bronchie" in shown
+    )
     assert f"always {scores['majority']['answer']!r}" in shown
 
 
@@ -191,16 +234,28 @@ def test_reports_are_asked_for_with_one_prompt_and_scored(prepared, mrg_run, tmp
     rows, scores = evaluated("mrg", mrg_run, tmp_path / "a")
     entries = load_manifest(prepared).entries("validation")
     assert {row["Question"] for row in rows} == {GENERATION["mrg"]["prompt"]} == {scores["prompt"]}
-    assert [(r["id"], r["Ground Truth"]) for r in rows] == [(e["id"], clean_report(e["text"])) for e in entries]
+    assert [(r["id"], r["Ground Truth"]) for r in rows] == [
+        (e["id"], clean_report(e["text"])) for e in entries
+    ]
     assert scores["labeler"] == "phantoms" and scores["clinical"]["reports"] == len(entries)
     supports = [row["support"] for row in scores["clinical"]["classes"].values()]
     assert supports == np.array([e["labels"] for e in entries]).sum(0).tolist()
-    assert {"ngram_precision_1", "corpus_bleu_4", "rouge1", "rougeL", "meteor_without_synonyms"} <= set(scores["text"])
+    assert {"ngram_precision_1", "corpus_bleu_4", "rouge1", "rougeL", "meteor_without_synonyms"} <= set(
+        scores["text"]
+    )
     assert set(scores["attributes"]) == {"side", "lobe", "size"} and set(scores["clinical"]["baselines"]) == {
-        "chance", "all_positive", "majority"}  # fmt: skip
+        "chance",
+        "all_positive",
+        "majority",
+    }
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("micro-F1", "macro-F1", "BLEU-1", "ROUGE-L", "METEOR", "all positive", "rows/s"))
-    other, scores = evaluated("mrg", mrg_run, tmp_path / "b", "--prompt", "Describe this chest CT.", "--limit", 2)
+    assert all(
+        word in shown
+        for word in ("micro-F1", "macro-F1", "BLEU-1", "ROUGE-L", "METEOR", "all positive", "rows/s")
+    )
+    other, scores = evaluated(
+        "mrg", mrg_run, tmp_path / "b", "--prompt", "Describe this chest CT.", "--limit", 2
+    )
     assert [row["Question"] for row in other] == ["Describe this chest CT."] * 2 and scores["n"] == 2
     assert other[0]["pred"] != rows[0]["pred"]
 
@@ -212,9 +267,17 @@ def rows_of(reports: list[str]) -> list[Asked]:
 def test_the_true_report_scores_one_and_the_baselines_less(prepared):
     entries = load_manifest(prepared).entries("train")
     reports, truth = [e["text"] for e in entries], np.array([e["labels"] for e in entries])
-    scores, table = language_scores.report_scores(reports, rows_of(reports), truth, phantom_labels, phantoms=True)
+    scores, table = language_scores.report_scores(
+        reports, rows_of(reports), truth, phantom_labels, phantoms=True
+    )
     found, rates = scores["clinical"], truth.mean(0)
-    assert found["micro"]["f1"] == found["macro"]["f1"] == scores["text"]["rougeL"] == scores["text"]["corpus_bleu_4"] == 1
+    assert (
+        found["micro"]["f1"]
+        == found["macro"]["f1"]
+        == scores["text"]["rougeL"]
+        == scores["text"]["corpus_bleu_4"]
+        == 1
+    )
     assert scores["attributes"]["side"]["agreement"] == 1 and table[0]["bleu1"] == 1
     base = found["baselines"]
     assert base["all_positive"]["micro_f1"] == pytest.approx(2 * truth.sum() / (truth.sum() + truth.size))
@@ -241,7 +304,10 @@ def test_chance_of_a_class_is_over_pairs_of_answers():
     answers = ["lung/left lung", "lung", "heart", "heart"]
     # Drawn lung (2 of 4) is in 2, drawn heart in 2: 2 * 2 + 2 * 2 of 16 pairs.
     assert language_scores.class_chance(answers) == {"acc_class": 8 / 16, "acc_class_strict": 8 / 16}
-    assert language_scores.class_chance(["lung", "mediastinum/lung hilum"]) == {"acc_class": 3 / 4, "acc_class_strict": 2 / 4}
+    assert language_scores.class_chance(["lung", "mediastinum/lung hilum"]) == {
+        "acc_class": 3 / 4,
+        "acc_class_strict": 2 / 4,
+    }
 
 
 def test_only_phantoms_have_the_phantoms_labeler(prepared, mrg_run, tmp_path, capsys):
@@ -250,7 +316,9 @@ def test_only_phantoms_have_the_phantoms_labeler(prepared, mrg_run, tmp_path, ca
     labels = values["splits"]["train"][0]["labels"]
     labels[0] = 1 - labels[0]
     (data / "manifest.json").write_text(json.dumps(values))
-    assert language_scores.are_phantoms(load_manifest(prepared)) and not language_scores.are_phantoms(load_manifest(data))
+    assert language_scores.are_phantoms(load_manifest(prepared)) and not language_scores.are_phantoms(
+        load_manifest(data)
+    )
     _, scores = evaluated("mrg", mrg_run, tmp_path / "out", "--data", data)
     assert "clinical" not in scores and "attributes" not in scores and scores["labeler"] is None
     assert "findings: left out; name a classifier of reports with --classifier" in capsys.readouterr().out
@@ -267,7 +335,10 @@ def test_labels_in_another_order_are_put_in_order(prepared):
 
 
 def test_a_classifier_and_a_bert_score_where_they_are_named(prepared, mrg_run, tmp_path, capsys):
-    head = {"classifier.weight": torch.randn(18, 64, generator=torch.Generator().manual_seed(0)), "classifier.bias": torch.zeros(18)}
+    head = {
+        "classifier.weight": torch.randn(18, 64, generator=torch.Generator().manual_seed(0)),
+        "classifier.bias": torch.zeros(18),
+    }
     classifier = bert_folder(tmp_path / "classifier", "bert", head, lambda n: f"bert.{n}")
     bert = bert_folder(tmp_path / "bert")
     data = shutil.copytree(prepared, tmp_path / "data")
@@ -275,10 +346,23 @@ def test_a_classifier_and_a_bert_score_where_they_are_named(prepared, mrg_run, t
     for entry in values["splits"]["validation"]:
         entry["labels"] = None
     (data / "manifest.json").write_text(json.dumps(values))
-    rows, scores = evaluated("mrg", mrg_run, tmp_path / "out", "--data", data, "--classifier", classifier,
-                             "--bertscore", bert, "--bertscore-layer", 1)  # fmt: skip
+    rows, scores = evaluated(
+        "mrg",
+        mrg_run,
+        tmp_path / "out",
+        "--data",
+        data,
+        "--classifier",
+        classifier,
+        "--bertscore",
+        bert,
+        "--bertscore-layer",
+        1,
+    )
     labels = load_classifier(classifier)([row["Ground Truth"] for row in rows])
-    assert [c["support"] for c in scores["clinical"]["classes"].values()] == labels.sum(0).tolist() and labels.any()
+    assert [c["support"] for c in scores["clinical"]["classes"].values()] == labels.sum(
+        0
+    ).tolist() and labels.any()
     assert scores["labeler"] == str(classifier) and "attributes" not in scores
     assert "layer 1 of" in scores["bertscore"]["variant"]
     assert scores["bertscore"]["f1"] == pytest.approx(np.mean([float(row["bert_f1"]) for row in rows]))
@@ -336,7 +420,10 @@ def test_an_interrupted_evaluation_generates_only_what_is_missing(vqa_run, whole
     rows, scores = evaluated("vqa", vqa_run, begun)
     assert (rows, scores) == read("vqa", whole)
     assert asked_again == [row["Question"] for row in rows[5:]]
-    assert f"5 of {len(rows)} answers are there already, {len(rows) - 5} are generated" in capsys.readouterr().out
+    assert (
+        f"5 of {len(rows)} answers are there already, {len(rows) - 5} are generated"
+        in capsys.readouterr().out
+    )
     assert not list(begun.glob("*.jsonl"))
 
 
@@ -348,9 +435,24 @@ def test_ctrl_c_is_one_line_that_says_what_is_kept(vqa_run, tmp_path):
 
 
 def torchrun(*arguments, cwd: Path) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", str(ROOT / "evaluate.py")]
-    return subprocess.run([*launch, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--",
+        str(ROOT / "evaluate.py"),
+    ]
+    return subprocess.run(
+        [*launch, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.slow
@@ -361,7 +463,11 @@ def test_two_processes_go_on_where_one_was_and_answer_as_one(vqa_run, whole, beg
     assert (begun / "vqa.json").read_text() == (whole / "vqa.json").read_text()
     half = (len(read("vqa", whole)[0]) - 6) // 2
     assert f"row {half} of {half}, " in done.stderr  # of the first process
-    assert done.stdout.count("6 of") == 1 and done.stdout.count("written to") == 1 and not list(begun.glob("*.jsonl"))
+    assert (
+        done.stdout.count("6 of") == 1
+        and done.stdout.count("written to") == 1
+        and not list(begun.glob("*.jsonl"))
+    )
 
 
 def test_one_process_goes_on_where_several_were(vqa_run, whole, begun, monkeypatch):
@@ -370,16 +476,22 @@ def test_one_process_goes_on_where_several_were(vqa_run, whole, begun, monkeypat
     # A machine that went down may leave a file's last block empty.
     (begun / "vqa.rows-7.jsonl").write_text("\n".join([head, *records[3:], "\0" * 40]) + "\n")
     asked_again, function = [], language_evaluation.answer
-    monkeypatch.setattr(language_evaluation, "answer", lambda *a, **n: asked_again.extend(a[2]) or function(*a, **n))
+    monkeypatch.setattr(
+        language_evaluation, "answer", lambda *a, **n: asked_again.extend(a[2]) or function(*a, **n)
+    )
     rows, _ = evaluated("vqa", vqa_run, begun)
     assert rows == read("vqa", whole)[0] and len(asked_again) == len(rows) - 6
     assert not list(begun.glob("*.jsonl"))
 
 
-@pytest.mark.parametrize("change", [["--new-tokens", "5"], ["--questions", "presence"], ["--split", "train"], ["--anew"]])
+@pytest.mark.parametrize(
+    "change", [["--new-tokens", "5"], ["--questions", "presence"], ["--split", "train"], ["--anew"]]
+)
 def test_answers_to_something_else_are_not_used(vqa_run, begun, change, capsys):
     rows, _ = evaluated("vqa", vqa_run, begun, *change)
-    reason = "as --anew says" if change == ["--anew"] else "they are of another checkpoint, data set or setting"
+    reason = (
+        "as --anew says" if change == ["--anew"] else "they are of another checkpoint, data set or setting"
+    )
     shown = capsys.readouterr().out
     assert f"6 answers of before are not used: {reason}" in shown and f"\n{len(rows)} answers in" in shown
     assert not list(begun.glob("*.jsonl"))
@@ -393,13 +505,18 @@ def test_answers_of_another_checkpoint_are_not_used(vqa_run, begun, tmp_path, ca
     assert "6 answers of before are not used: they are of another checkpoint" in capsys.readouterr().out
 
 
-def test_answers_about_volumes_that_were_prepared_anew_are_not_used(prepared, vqa_run, begun, tmp_path, capsys):
+def test_answers_about_volumes_that_were_prepared_anew_are_not_used(
+    prepared, vqa_run, begun, tmp_path, capsys
+):
     data = shutil.copytree(prepared, tmp_path / "data")
     values = json.loads((data / "manifest.json").read_text())
     values["splits"]["validation"][0]["source"]["rescale"] = "header"
     (data / "manifest.json").write_text(json.dumps(values))
     evaluated("vqa", vqa_run, begun, "--data", data)
-    assert "6 answers of before are not used: they are of another checkpoint, data set" in capsys.readouterr().out
+    assert (
+        "6 answers of before are not used: they are of another checkpoint, data set"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_first_look_leaves_the_answers_of_the_rest(vqa_run, whole, begun, capsys):
@@ -445,12 +562,22 @@ def test_the_usual_number_of_new_tokens_is_cut_to_the_context(mrg_run, tmp_path)
 def test_embeddings_say_which_model_made_them(prepared, tmp_path):
     manifest = load_manifest(prepared)
     tokenizer = train_wordpiece([e["text"] for e in manifest.entries("train")], 300)
-    config = ClipConfig(vision=VisionConfig((16, 32, 32), (4, 8, 8), 32, 1, 2, 64),
-                        text=TextConfig(vocab=len(tokenizer), width=32, depth=1, heads=2, mlp=64), embed=16)  # fmt: skip
+    config = ClipConfig(
+        vision=VisionConfig((16, 32, 32), (4, 8, 8), 32, 1, 2, 64),
+        text=TextConfig(vocab=len(tokenizer), width=32, depth=1, heads=2, mlp=64),
+        embed=16,
+    )
     run = Run(tmp_path / "run")
     run.save(1, build_dual_encoder(config).state_dict(), {}, keep=1, best=True)
     tokenizer.save(run.folder)
-    run.write_config({"stage": "clip1", "model": to_dict(config), "recipe": to_dict(manifest.recipe), "data": str(prepared)})
+    run.write_config(
+        {
+            "stage": "clip1",
+            "model": to_dict(config),
+            "recipe": to_dict(manifest.recipe),
+            "data": str(prepared),
+        }
+    )
     assert evaluate.main(["--task", "retrieval", "--run", str(run.folder), "--device", "cpu"]) == 0
     with safe_open(run.folder / "eval/embeddings.safetensors", "pt") as file:
         found = file.metadata()
@@ -469,13 +596,26 @@ def test_mistakes_are_named_before_anything_is_generated(prepared, vqa_run, mrg_
     out, vqa, mrg = tmp_path / "out", ("--task", "vqa", "--run", vqa_run), ("--task", "mrg", "--run", mrg_run)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip/config.json").write_text(json.dumps({"stage": "clip1", "model": {}, "recipe": {}}))
-    wrong("clip: is a run of stage 'clip1', which has no decoder", "--task", "mrg", "--run", tmp_path / "clip")
+    wrong(
+        "clip: is a run of stage 'clip1', which has no decoder", "--task", "mrg", "--run", tmp_path / "clip"
+    )
     wrong("none: holds no run", "--task", "vqa", "--run", tmp_path / "none")
     wrong("--limit 0: expected 1 or more", *vqa, "--limit", 0)
     wrong("--new-tokens 0: expected 1 or more", *vqa, "--new-tokens", 0)
-    wrong(f"--new-tokens 600: a question of .* of the decoder's context of {CONTEXT}", *mrg, "--new-tokens", 600)
+    wrong(
+        f"--new-tokens 600: a question of .* of the decoder's context of {CONTEXT}", *mrg, "--new-tokens", 600
+    )
     wrong("--bertscore .*none: no such folder", *vqa, "--bertscore", tmp_path / "none")
-    wrong("clip.*vocab_size|config.json", *mrg, "--classifier", tmp_path / "clip", "--out", out, "--device", "cpu")
+    wrong(
+        "clip.*vocab_size|config.json",
+        *mrg,
+        "--classifier",
+        tmp_path / "clip",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    )
     wrong("--classifier .*none: no such folder", *mrg, "--classifier", tmp_path / "none")
     wrong("--bertscore-layer: is of the model that --bertscore names", *mrg, "--bertscore-layer", 1)
     wrong("--prompt: is empty", *mrg, "--prompt", " ")
@@ -486,23 +626,33 @@ def test_mistakes_are_named_before_anything_is_generated(prepared, vqa_run, mrg_
     for entry in values["splits"]["validation"]:
         entry["qa"] = [row for row in entry["qa"] if row["kind"] != "size"]
     (data / "manifest.json").write_text(json.dumps(values))
-    wrong("manifest.json: its validation split has no questions of kind size", *vqa, "--questions", "size", "--data", data)
+    wrong(
+        "manifest.json: its validation split has no questions of kind size",
+        *vqa,
+        "--questions",
+        "size",
+        "--data",
+        data,
+    )
     values["recipe"]["window"] = [-1150, 350]
     (data / "manifest.json").write_text(json.dumps(values))
     wrong("have window -1150x350, but .*vqa needs window -1000x200", *vqa, "--data", data)
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("task", "flag", "owners"), [
-    ("vqa", "--prompt x", "mrg"),
-    ("vqa", "--classifier x", "mrg"),
-    ("mrg", "--questions size", "vqa"),
-    ("mrg", "--figures x", "retrieval and zeroshot"),
-    ("vqa", "--bootstrap 5", "zeroshot"),
-    ("retrieval", "--new-tokens 5", "mrg and vqa"),
-    ("zeroshot", "--anew", "mrg and vqa"),
-    ("mrg", "--compare a b", "retrieval and zeroshot"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "flag", "owners"),
+    [
+        ("vqa", "--prompt x", "mrg"),
+        ("vqa", "--classifier x", "mrg"),
+        ("mrg", "--questions size", "vqa"),
+        ("mrg", "--figures x", "retrieval and zeroshot"),
+        ("vqa", "--bootstrap 5", "zeroshot"),
+        ("retrieval", "--new-tokens 5", "mrg and vqa"),
+        ("zeroshot", "--anew", "mrg and vqa"),
+        ("mrg", "--compare a b", "retrieval and zeroshot"),
+    ],
+)
 def test_flags_of_other_tasks_are_refused_by_name(task, flag, owners):
     wrong(f"{flag.split()[0]}: belongs to --task {owners}, not {task}", "--task", task, *flag.split())
 
@@ -516,7 +666,9 @@ def test_the_default_run_is_the_tasks_own(tmp_path, monkeypatch):
     assert line == "error: --limit 0: expected 1 or more"
 
 
-def test_a_volume_that_cannot_be_read_is_named_and_the_answers_before_it_are_kept(prepared, vqa_run, tmp_path):
+def test_a_volume_that_cannot_be_read_is_named_and_the_answers_before_it_are_kept(
+    prepared, vqa_run, tmp_path
+):
     data = shutil.copytree(prepared, tmp_path / "data")
     last = load_manifest(data).entries("validation")[-1]
     path = data / last["volume"]
@@ -531,8 +683,20 @@ def test_a_volume_that_cannot_be_read_is_named_and_the_answers_before_it_are_kep
     assert evaluate.main(flags) == 0
 
 
-@pytest.mark.parametrize("line", ["[]", "5", "null", '{"a": 1}', '{"row": [1], "answer": "x"}', '{"row": "1", "answer": "x"}',
-                                  '{"row": -1, "answer": "x"}', '{"row": 1, "answer": 5}', "[" * 50_000])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "5",
+        "null",
+        '{"a": 1}',
+        '{"row": [1], "answer": "x"}',
+        '{"row": "1", "answer": "x"}',
+        '{"row": -1, "answer": "x"}',
+        '{"row": 1, "answer": 5}',
+        "[" * 50_000,
+    ],
+)
 def test_a_damaged_line_of_kept_answers_costs_that_row_alone(tmp_path, line):
     ranks = Ranks(0, 1, torch.device("cpu"))
     AnsweredRows(tmp_path, "mrg", {"a": 1}, ranks).add({0: "one"})

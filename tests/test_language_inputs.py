@@ -42,7 +42,9 @@ def test_bos_is_the_first_column_and_the_image_follows_it(tokenizer):
 def test_the_stop_token_is_learned_but_not_attended_to(tokenizer):
     example = language_example(tokenizer, question_text(tokenizer, "Where?", 3), "left lung", 60)
     asked = len(tokenizer.encode(question_text(tokenizer, "Where?", 3), special_tokens=False))
-    assert example.ids[-1] == example.labels[-1] == tokenizer.eos_id and example.mask == [1] * (len(example.ids) - 1) + [0]
+    assert example.ids[-1] == example.labels[-1] == tokenizer.eos_id and example.mask == [1] * (
+        len(example.ids) - 1
+    ) + [0]
     assert example.labels[:asked] == [IGNORED] * asked and example.labels[asked:] == example.ids[asked:]
     assert tokenizer.decode(example.ids[asked:-1]).strip() == "left lung"
 
@@ -66,13 +68,15 @@ def test_a_pad_inside_an_answer_is_not_learned(tokenizer):
 
 
 def test_an_answer_keeps_its_quotes_and_brackets(tokenizer):
-    example = language_example(tokenizer, question_text(tokenizer, "Where?", 1), "left (\"lower\")", 60)
+    example = language_example(tokenizer, question_text(tokenizer, "Where?", 1), 'left ("lower")', 60)
     assert tokenizer.decode([i for i in example.labels if i != IGNORED][:-1]).strip() == 'left ("lower")'
 
 
 def test_a_batch_is_as_long_as_its_longest_text_or_as_asked(tokenizer):
     question = question_text(tokenizer, "Where?", 2)
-    examples = [language_example(tokenizer, question, answer, 60) for answer in ("left lung", "heart and pleura", "a")]
+    examples = [
+        language_example(tokenizer, question, answer, 60) for answer in ("left lung", "heart and pleura", "a")
+    ]
     short, whole = collate_examples(tokenizer, examples), collate_examples(tokenizer, examples, 60)
     longest = max(len(example.ids) for example in examples)
     for part, padded, filler in zip(short, whole, (tokenizer.pad_id, 0, IGNORED), strict=True):

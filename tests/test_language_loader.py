@@ -45,14 +45,18 @@ def test_a_row_is_bos_image_tokens_prompt_report_and_stop(manifest, tokenizer):
         assert learned[-1] == tokenizer.eos_id
         assert answer == data.entries[row]["text"].translate(str.maketrans("", "", "\"'()")).strip()
     assert batch.volume.shape == (3, 1, 16, 32, 32) and batch.slices is None and batch.index == [0, 1, 2]
-    assert batch.ids.shape[1] == (batch.labels != -100).int().cumsum(1).argmax(1).max() + 1  # as long as the longest
+    assert (
+        batch.ids.shape[1] == (batch.labels != -100).int().cumsum(1).argmax(1).max() + 1
+    )  # as long as the longest
 
 
 def test_prompts_and_augmentation_are_a_function_of_seed_epoch_and_row(manifest, tokenizer):
     one, two, other = (reports(manifest, tokenizer, seed=s, augmentation=Augmentation()) for s in (1, 1, 2))
     a, b = one[3, 5], two[3, 5]
     assert a[0] == b[0] and torch.equal(a[1], b[1])
-    drawn = lambda data, epoch: [data.text(row, np.random.default_rng((data.seed, epoch, row)))[0] for row in range(12)]  # noqa: E731
+    drawn = lambda data, epoch: [
+        data.text(row, np.random.default_rng((data.seed, epoch, row)))[0] for row in range(12)
+    ]
     assert drawn(one, 0) != drawn(one, 1) != drawn(other, 1) and len(set(drawn(one, 0))) > 3
 
 
@@ -99,7 +103,11 @@ def test_a_batch_moves_to_a_device_whole(manifest, tokenizer):
 def test_the_first_epochs_ask_for_the_list_of_labels(manifest, tokenizer):
     data = reports(manifest, tokenizer, list_epochs=2)
     row = next(i for i, entry in enumerate(data.entries) if sum(entry["labels"]) > 1)
-    named = [name.lower() for name, present in zip(manifest.labels, data.entries[row]["labels"], strict=True) if present]
+    named = [
+        name.lower()
+        for name, present in zip(manifest.labels, data.entries[row]["labels"], strict=True)
+        if present
+    ]
     rng = np.random.default_rng(0)
     assert data.text(row, rng, 1) == ("Which abnormalities does this scan show?", ", ".join(named))
     assert data.text(row, rng, 2)[0] in report_prompts() and data.text(row, rng)[0] in report_prompts()
@@ -107,15 +115,21 @@ def test_the_first_epochs_ask_for_the_list_of_labels(manifest, tokenizer):
     assert len(listed.ids) < len(written.ids)
 
 
-def test_with_tokens_for_labels_a_report_is_learned_after_their_list_and_evaluated_without(manifest, tokenizer):
+def test_with_tokens_for_labels_a_report_is_learned_after_their_list_and_evaluated_without(
+    manifest, tokenizer
+):
     listing = deepcopy(tokenizer)
     listing.add_tokens([*(f"<{name.lower()}>" for name in manifest.labels), "<list_end>"])
     data = reports(manifest, listing, list_epochs=1)
     row = next(i for i, entry in enumerate(data.entries) if sum(entry["labels"]) > 1)
     rng, plain = np.random.default_rng(0), clean_report(data.entries[row]["text"])
-    named = "".join(f"<{name}>" for name in label_list(manifest, data.entries[row]).split(", ")) + "<list_end>"
+    named = (
+        "".join(f"<{name}>" for name in label_list(manifest, data.entries[row]).split(", ")) + "<list_end>"
+    )
     assert data.text(row, rng)[1] == plain
     assert data.text(row, rng, 1)[1] == named + plain
     assert data.text(row, rng, 0) == ("Which abnormalities does this scan show?", named)
     learned = [label for label in data[0, row][0].labels if label != -100]
-    assert len(learned) == len(label_list(manifest, data.entries[row]).split(", ")) + 3  # and a space, the ends of list and answer
+    assert (
+        len(learned) == len(label_list(manifest, data.entries[row]).split(", ")) + 3
+    )  # and a space, the ends of list and answer

@@ -65,8 +65,12 @@ def test_augmentations_happen_as_often_as_the_recipe_says():
     volume = torch.arange(27.0).reshape(1, 3, 3, 3)
     rng = np.random.default_rng(0)
     only = {
-        name: np.mean([not torch.equal(augment(volume, Augmentation(**{**ALWAYS, name: p}), rng), volume)
-                       for _ in range(2000)])
+        name: np.mean(
+            [
+                not torch.equal(augment(volume, Augmentation(**{**ALWAYS, name: p}), rng), volume)
+                for _ in range(2000)
+            ]
+        )
         for name, p in (("rotate", 0.5), ("flip", 0.1), ("scale", 0.5), ("shift", 0.5))
     }
     assert only["flip"] == pytest.approx(1 - 0.9**3, abs=0.04)
@@ -79,7 +83,9 @@ def test_depth_flip_reverses_slice_features(axis):
     decisions = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]  # and a rotation and both intensities, which do not touch them
     decisions[1 + axis] = 0.0
     volume, slices = torch.tensor(EXAMPLES["input"]), torch.arange(12.0).reshape(4, 3)
-    turned, found = augment_with_slices(volume, slices, Augmentation(), Chosen(decisions, factor=0.1, offset=0.1))
+    turned, found = augment_with_slices(
+        volume, slices, Augmentation(), Chosen(decisions, factor=0.1, offset=0.1)
+    )
     assert torch.equal(found, slices.flip(0) if axis == 0 else slices)
     assert torch.equal(turned, augment(volume, Augmentation(), Chosen(decisions, factor=0.1, offset=0.1)))
 
@@ -138,7 +144,9 @@ def with_slices(prepared, tmp_path):
 
 
 def data_with_slices(manifest, dataset, **options):
-    return CTReportDataset(manifest, "train", dataset.tokenizer, 64, Augmentation(flip=0.5), seed=3, **options)
+    return CTReportDataset(
+        manifest, "train", dataset.tokenizer, 64, Augmentation(flip=0.5), seed=3, **options
+    )
 
 
 def test_slice_features_come_with_their_volume_and_follow_its_depth(dataset, with_slices):
@@ -149,7 +157,11 @@ def test_slice_features_come_with_their_volume_and_follow_its_depth(dataset, wit
     reversed_rows = 0
     for row in range(len(plain)):
         volume, ids, _, slices = following[0, row]
-        assert torch.equal(volume, plain[0, row][0]) and ids == plain[0, row][1] and slices.dtype == torch.float32
+        assert (
+            torch.equal(volume, plain[0, row][0])
+            and ids == plain[0, row][1]
+            and slices.dtype == torch.float32
+        )
         rows = (10 * row + torch.arange(4.0))[:, None].expand(4, 3)
         assert torch.equal(stiff[0, row][3], rows)
         assert torch.equal(slices, rows) or torch.equal(slices, rows.flip(0))
@@ -171,7 +183,9 @@ def test_a_batch_moves_and_splits_its_slice_features(dataset, with_slices):
 def test_wrong_slice_features_are_refused_by_name(with_slices, tmp_path):
     entry = {"id": "x", "slices": str(tmp_path / "x.npy")}
     wrong = {
-        r"x.npy: holds torch.float16 \(3, 3\); expected slice features \(4, 3\)": np.zeros((3, 3), np.float16),
+        r"x.npy: holds torch.float16 \(3, 3\); expected slice features \(4, 3\)": np.zeros(
+            (3, 3), np.float16
+        ),
         r"x.npy: holds torch.float16 \(4, 5\)": np.zeros((4, 5), np.float16),
         "x.npy: holds torch.int64": np.zeros((4, 3), np.int64),
         "x.npy: holds NaN or infinite": np.full((4, 3), np.nan, np.float16),
@@ -200,8 +214,10 @@ def test_a_prepared_volume_is_read_exactly_and_checked(prepared, tmp_path):
         np.save(tmp_path / "b.npy", bad)
         with pytest.raises(InputError, match="b.npy: holds NaN or infinite"):
             read_prepared(manifest, {"volume": "b.npy"})
-    for name, array, words in (("c", voxels.view(np.int16), "holds int16, the manifest says float16"),
-                               ("d", voxels[:-1], "has shape")):
+    for name, array, words in (
+        ("c", voxels.view(np.int16), "holds int16, the manifest says float16"),
+        ("d", voxels[:-1], "has shape"),
+    ):
         np.save(tmp_path / f"{name}.npy", array)
         with pytest.raises(InputError, match=f"{name}.npy: {words}"):
             read_prepared(manifest, {"volume": f"{name}.npy"})
@@ -214,19 +230,25 @@ def test_loader_processes_change_nothing(dataset):
         found.append(list(batches(loader, torch.device("cpu"))))
     assert len(found[0]) == len(found[1]) >= 3
     for one, two in zip(*found, strict=True):
-        assert one.index == two.index and torch.equal(one.volume, two.volume) and torch.equal(one.ids, two.ids)
+        assert (
+            one.index == two.index and torch.equal(one.volume, two.volume) and torch.equal(one.ids, two.ids)
+        )
 
 
 def test_reports_are_cleaned_as_published():
-    assert clean_report("a \"large\" nodule (8 mm), patient's left") == "a large nodule 8 mm, patients left"
+    assert clean_report('a "large" nodule (8 mm), patient\'s left') == "a large nodule 8 mm, patients left"
 
 
 def test_a_long_report_keeps_its_first_sentence_and_whole_others():
     text = ".".join(f" sentence number {i}" for i in range(40))
-    count = lambda t: len(t.split()) + 2  # noqa: E731
+    count = lambda t: len(t.split()) + 2
     short = shorten_report(text, 50, count, np.random.default_rng(0))
     parts = short.split(".")
-    assert parts[0] == " sentence number 0" and set(parts) <= set(text.split(".")) and len(set(parts)) == len(parts)
+    assert (
+        parts[0] == " sentence number 0"
+        and set(parts) <= set(text.split("."))
+        and len(set(parts)) == len(parts)
+    )
     assert sum(count(p) for p in parts[1:]) <= 50 < sum(count(p) for p in parts[1:]) + 5
     assert short != shorten_report(text, 50, count, np.random.default_rng(1))
     assert shorten_report(text, 500, count, np.random.default_rng(0)) == text
@@ -244,7 +266,11 @@ def test_a_trained_vocabulary_depends_on_the_texts_alone():
 def test_truncation_keeps_the_separator(tmp_path):
     tokenizer = train_wordpiece(["a b c d e f"], 40)
     ids = tokenizer.encode("a b c d e f", 5)
-    assert len(ids) == 5 and ids[-1] == tokenizer.vocab.index("[SEP]") and ids[:4] == tokenizer.encode("a b c")[:4]
+    assert (
+        len(ids) == 5
+        and ids[-1] == tokenizer.vocab.index("[SEP]")
+        and ids[:4] == tokenizer.encode("a b c")[:4]
+    )
 
 
 def test_a_saved_vocabulary_reads_back_the_same(tmp_path):
@@ -257,7 +283,14 @@ def test_a_saved_vocabulary_reads_back_the_same(tmp_path):
 def test_a_translation_moves_whole_voxels_and_background_moves_in():
     volume = torch.arange(1.0, 1 + 4 * 5 * 6).reshape(1, 4, 5, 6)
     moved = translate(volume, [1, -2, 0])
-    assert torch.equal(moved[:, 1:, :3], volume[:, :3, 2:]) and (moved[:, 0] == 1).all() and (moved[:, :, 3:] == 1).all()
-    drawn = [augment(volume, Augmentation(0, 0, 0, 0, translate=2), np.random.default_rng(seed)) for seed in range(20)]
+    assert (
+        torch.equal(moved[:, 1:, :3], volume[:, :3, 2:])
+        and (moved[:, 0] == 1).all()
+        and (moved[:, :, 3:] == 1).all()
+    )
+    drawn = [
+        augment(volume, Augmentation(0, 0, 0, 0, translate=2), np.random.default_rng(seed))
+        for seed in range(20)
+    ]
     assert len({tuple(v.flatten().tolist()) for v in drawn}) > 10
     assert torch.equal(augment(volume, Augmentation(0, 0, 0, 0), np.random.default_rng(0)), volume)

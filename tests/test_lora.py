@@ -55,7 +55,9 @@ def test_merging_keeps_the_outputs_and_unmerging_is_exact():
     assert all(layer.merged is not None for layer in model.modules() if isinstance(layer, LoraLinear))
     assert not all(torch.equal(a, b) for a, b in zip(before, merged, strict=True))  # computed another way
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(before, merged, strict=True))
-    assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())  # a merged model saves its base
+    assert all(
+        torch.equal(t, weights[n]) for n, t in model.state_dict().items()
+    )  # a merged model saves its base
     unmerge_lora(model)
     assert all(torch.equal(a, b) for a, b in zip(before, model(*batch()), strict=True))
 

@@ -39,8 +39,13 @@ def inputs(mllm: Mllm, batch=2):
     mask[0, -1] = 0
     labels[0, -1] = -100
     volume = torch.rand(batch, 1, 8, 32, 32, generator=generator)
-    return {"ids": ids, "mask": mask, "labels": labels, "volume": volume,
-            "slices": torch.randn(batch, 5, 16, generator=generator)}  # fmt: skip
+    return {
+        "ids": ids,
+        "mask": mask,
+        "labels": labels,
+        "volume": volume,
+        "slices": torch.randn(batch, 5, 16, generator=generator),
+    }
 
 
 def test_visual_tokens_take_the_places_after_bos_in_the_order_of_the_encoders():
@@ -93,7 +98,10 @@ def test_the_encoders_are_frozen_and_have_no_dropout_in_training():
     mllm(**given)[0].backward()
     assert all(p.grad is None for p in mllm.encoders.parameters())
     assert all(p.grad is not None for p in (*mllm.projectors.parameters(), *mllm.decoder.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(before, mllm.features(given["volume"], given["slices"]), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, mllm.features(given["volume"], given["slices"]), strict=True)
+    )
     assert mllm.projectors[0].training and not mllm.encoders[1].guidance.training
 
 
@@ -133,7 +141,9 @@ def test_the_text_guided_projector_sees_the_question_and_not_the_answer():
         asked = given["mask"].bool() & (given["labels"] == -100)
         return mllm.embed(ids, features, given["slices"], asked)[:, 1 : 1 + mllm.visual_tokens]
 
-    plain = mllm.embed(given["ids"], features, given["slices"], given["mask"].bool() & (given["labels"] == -100))
+    plain = mllm.embed(
+        given["ids"], features, given["slices"], given["mask"].bool() & (given["labels"] == -100)
+    )
     plain = plain[:, 1 : 1 + mllm.visual_tokens]
     first, last = 1 + mllm.visual_tokens, given["ids"].shape[1] - 2
     assert torch.equal(visual(last), plain) and not torch.equal(visual(first), plain)
@@ -143,7 +153,9 @@ def test_a_half_precision_decoder_takes_what_float32_projectors_make_of_its_word
     mllm = model("text_guided", encoders=("stage1",), slices=5, slice_width=16).eval()
     mllm.decoder.to(torch.bfloat16)
     given = inputs(mllm)
-    x = mllm.embed(given["ids"], mllm.features(given["volume"], given["slices"]), given["slices"], given["mask"])
+    x = mllm.embed(
+        given["ids"], mllm.features(given["volume"], given["slices"]), given["slices"], given["mask"]
+    )
     assert x.dtype == torch.bfloat16 and x.isfinite().all()
 
 

@@ -27,7 +27,10 @@ def test_settings_survive_json():
 def test_packers_and_adapters_are_trained_and_saved_the_rest_is_not():
     model = build_mllm(DUAL)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all(n.startswith("projectors.") or "lora_" in n for n in trained) and set(trained_state(model)) == trained
+    assert (
+        all(n.startswith("projectors.") or "lora_" in n for n in trained)
+        and set(trained_state(model)) == trained
+    )
     assert sum(isinstance(m, LoraLinear) for m in model.modules()) == 4 * SMALL.layers  # not lm_head
     full = build_mllm(replace(DUAL, full=True))
     saved = set(trained_state(full))
@@ -36,7 +39,9 @@ def test_packers_and_adapters_are_trained_and_saved_the_rest_is_not():
 
 
 def test_adapters_are_of_the_parts_that_the_family_has_on_disk():
-    phi, llama = (build_mllm(replace(DUAL, decoder=replace(DUAL.decoder, family=f))) for f in ("phi3", "llama"))
+    phi, llama = (
+        build_mllm(replace(DUAL, decoder=replace(DUAL.decoder, family=f))) for f in ("phi3", "llama")
+    )
     assert phi.decoder.layers[0].self_attn.qkv_proj.adapted == ()
     assert llama.decoder.layers[0].self_attn.qkv_proj.adapted == ("q_proj", "k_proj", "v_proj")
 

@@ -22,7 +22,10 @@ def test_a_run_is_rebuilt_from_its_folder(prepared, tmp_path):
     assert not run.model.training and run.model.visual_tokens == 8
     for name, tensor in trained_state(run.model).items():
         assert torch.equal(tensor, trained_state(again.model)[name])
-    assert run.tokenizer.decode(run.tokenizer.encode("No pleural effusion.", special_tokens=False)) == "No pleural effusion."
+    assert (
+        run.tokenizer.decode(run.tokenizer.encode("No pleural effusion.", special_tokens=False))
+        == "No pleural effusion."
+    )
 
 
 def test_a_processors_decoder_is_packed_for_its_kernels(prepared, tmp_path):
@@ -35,7 +38,9 @@ def test_a_processors_decoder_is_packed_for_its_kernels(prepared, tmp_path):
 
 
 def test_a_fingerprint_tells_files_apart_by_any_block_and_reads_little(tmp_path):
-    data = bytearray((8000).to_bytes(8, "little") + np.random.default_rng(0).bytes(1 << 22))  # a header of 8,000 bytes
+    data = bytearray(
+        (8000).to_bytes(8, "little") + np.random.default_rng(0).bytes(1 << 22)
+    )  # a header of 8,000 bytes
     (tmp_path / "a").write_bytes(data)
     known = fingerprint(tmp_path / "a")
     assert fingerprint(tmp_path / "a") == known

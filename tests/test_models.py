@@ -10,7 +10,9 @@ from reaf_hsenet.models.vit3d import ViT3D
 
 TINY = ClipConfig(
     vision=VisionConfig((8, 16, 16), (4, 8, 8), width=32, depth=2, heads=4, mlp=64),
-    text=TextConfig(vocab=50, width=32, depth=2, heads=4, mlp=64, positions=24, dropout=0.0, attention_dropout=0.0),
+    text=TextConfig(
+        vocab=50, width=32, depth=2, heads=4, mlp=64, positions=24, dropout=0.0, attention_dropout=0.0
+    ),
     embed=16,
 )
 
@@ -48,7 +50,9 @@ def test_features_are_unit_vectors_and_ignore_padding():
     model = build_dual_encoder(TINY).eval()
     volume, ids, mask = batch()
     image, text, _ = model(volume, ids, mask)
-    assert torch.allclose(image.norm(dim=1), torch.ones(3)) and torch.allclose(text.norm(dim=1), torch.ones(3))
+    assert torch.allclose(image.norm(dim=1), torch.ones(3)) and torch.allclose(
+        text.norm(dim=1), torch.ones(3)
+    )
     other = ids.clone()
     other[0, 7:] = 3
     assert torch.allclose(model.encode_text(other, mask), text, atol=1e-6)

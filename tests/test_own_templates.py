@@ -1,4 +1,6 @@
-"""--templates: a user's wordings of questions, HSENet's own file among them, in training, in resuming and in evaluation."""
+"""--templates: a user's wordings of questions, HSENet's own file among them, in training, in resuming and
+in evaluation.
+"""
 
 import json
 from collections import Counter
@@ -15,7 +17,7 @@ from reaf_hsenet.runs.trained import load_mllm
 from test_language_runs import decoder_folder, language, stages  # noqa: F401
 
 # In the form of HSENet's prompt_templates.py; the wordings are the test's.
-PUBLISHED = '''
+PUBLISHED = """
 import os
 raise SystemExit("is never run")
 Caption_templates = ["Describe the image.", "What is seen?"]
@@ -27,8 +29,14 @@ Radgeome_vqa_templates = {
     ],
     "size": ["How large is the {abnormality}?"],
 }
-'''
-ROW = {"kind": "location", "anatomy": "lung/left lung", "abnormality": "cyst", "answer": "left", "question": "Whence?"}
+"""
+ROW = {
+    "kind": "location",
+    "anatomy": "lung/left lung",
+    "abnormality": "cyst",
+    "answer": "left",
+    "question": "Whence?",
+}
 
 
 @pytest.fixture
@@ -50,20 +58,34 @@ def test_hsenets_own_file_is_read_and_not_run(published, tmp_path):
 def test_every_question_is_one_of_the_users_drawn_uniformly(published):
     own = read_templates(published, "location")
     asked = Counter(question_answer(ROW, np.random.default_rng(seed), own) for seed in range(400))
-    assert set(asked) == {("Where is the cyst located in the image?", "left"), ("In which part lies the cyst?", "left")}
+    assert set(asked) == {
+        ("Where is the cyst located in the image?", "left"),
+        ("In which part lies the cyst?", "left"),
+    }
     assert min(asked.values()) > 150
 
 
-@pytest.mark.parametrize("name, text, words", [
-    ("a.py", "x = [1", "a.py: cannot be read"),
-    ("a.py", "x = {'presence': ['Is it {abnormality}?']}", 'a.py: has no list of questions of this kind; expected {"location"'),
-    ("a.json", '["Where?"]', "a.json: has no list of questions"),
-    ("a.json", '{"location": []}', "a.json: has no list of questions"),
-    ("a.json", '{"location": ["Where is it?"]}', "'Where is it?' is no question with {abnormality} or {anatomy} in it"),
-    ("a.json", '{"location": [3]}', "3 is no question"),
-    ("a.json", "{", "a.json: is not valid JSON"),
-    ("none.py", None, "none.py: cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("a.py", "x = [1", "a.py: cannot be read"),
+        (
+            "a.py",
+            "x = {'presence': ['Is it {abnormality}?']}",
+            'a.py: has no list of questions of this kind; expected {"location"',
+        ),
+        ("a.json", '["Where?"]', "a.json: has no list of questions"),
+        ("a.json", '{"location": []}', "a.json: has no list of questions"),
+        (
+            "a.json",
+            '{"location": ["Where is it?"]}',
+            "'Where is it?' is no question with {abnormality} or {anatomy} in it",
+        ),
+        ("a.json", '{"location": [3]}', "3 is no question"),
+        ("a.json", "{", "a.json: is not valid JSON"),
+        ("none.py", None, "none.py: cannot be read"),
+    ],
+)
 def test_a_file_that_has_none_is_one_line(tmp_path, name, text, words):
     if text is not None:
         (tmp_path / name).write_text(text)
@@ -73,12 +95,26 @@ def test_a_file_that_has_none_is_one_line(tmp_path, name, text, words):
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_templates_and_is_evaluated_with_them(stages, decoder_folder, published, tmp_path):  # noqa: F811
+def test_a_run_keeps_its_templates_and_is_evaluated_with_them(stages, decoder_folder, published, tmp_path):
     out = tmp_path / "vqa"
-    start = language(stages, out, "--decoder", decoder_folder, "--templates", published, "--max-steps", 1, "--frozen-dropout", stage="vqa")
+    start = language(
+        stages,
+        out,
+        "--decoder",
+        decoder_folder,
+        "--templates",
+        published,
+        "--max-steps",
+        1,
+        "--frozen-dropout",
+        stage="vqa",
+    )
     assert train.main(start) == 0
     values = json.loads((out / "config.json").read_text())
-    assert values["train"]["templates"] == list(read_templates(published, "location")) and values["train"]["frozen_dropout"]
+    assert (
+        values["train"]["templates"] == list(read_templates(published, "location"))
+        and values["train"]["frozen_dropout"]
+    )
     assert train.main([*start, "--resume"]) == 0
     published.write_text(PUBLISHED.replace("fifty", "still fifty").replace("In which", "In what"))
     with pytest.raises(InputError, match="--templates: with --resume a run keeps its settings"):
@@ -91,7 +127,7 @@ def test_a_run_keeps_its_templates_and_is_evaluated_with_them(stages, decoder_fo
 
 
 @pytest.mark.slow
-def test_frozen_encoders_keep_their_dropout_when_that_is_asked_for(stages, decoder_folder, tmp_path):  # noqa: F811
+def test_frozen_encoders_keep_their_dropout_when_that_is_asked_for(stages, decoder_folder, tmp_path):
     flags = ("--decoder", decoder_folder, "--max-steps", 1)
     assert train.main(language(stages, tmp_path / "run", *flags)) == 0
     model = load_mllm(tmp_path / "run").model
@@ -100,7 +136,9 @@ def test_frozen_encoders_keep_their_dropout_when_that_is_asked_for(stages, decod
     model.frozen_dropout = True
     assert model.train() and guidance.training and not model.eval().encoders[1].guidance.training
     with pytest.raises(InputError, match="--cache-features: features under dropout are others each time"):
-        train.main(language(stages, tmp_path / "r", *flags, "--frozen-dropout", "--cache-features", "--no-augment"))
+        train.main(
+            language(stages, tmp_path / "r", *flags, "--frozen-dropout", "--cache-features", "--no-augment")
+        )
     losses = []
     for out, more in (("plain", ()), ("dropout", ("--frozen-dropout",))):
         assert train.main(language(stages, tmp_path / out, *flags, "--no-augment", *more)) == 0

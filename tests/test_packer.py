@@ -12,8 +12,13 @@ from reaf_hsenet.weights.packer import packer_state, published_packer_state
 
 GRID, WIDTH, OUT = (4, 4, 8), 16, 12
 OPTIONS = {"qformer": {"mlp": 24}, "text_guided": {"slices": 6, "slice_width": 10}}
-SIZES = [((4, 4, 8), (1, 4, 4)), ((4, 4, 8), (2, 2, 2)), ((3, 6, 5), (3, 2, 1)), ((2, 8, 8), (1, 8, 8)),
-         ((1, 1, 3), (1, 1, 1))]  # fmt: skip
+SIZES = [
+    ((4, 4, 8), (1, 4, 4)),
+    ((4, 4, 8), (2, 2, 2)),
+    ((3, 6, 5), (3, 2, 1)),
+    ((2, 8, 8), (1, 8, 8)),
+    ((1, 1, 3), (1, 1, 1)),
+]
 
 
 def build(name, grid=GRID, kernel=(2, 2, 4), **options):
@@ -136,8 +141,14 @@ def test_published_kernels_give_the_published_numbers_of_tokens():
     with torch.device("meta"):
         base = {n: build_projector(n, 768, 3072, (8, 16, 16)) for n in PROJECTORS}
     counts = {n: projector.visual_tokens for n, projector in base.items()}
-    assert counts == {"spatial_packer": 128, "average_pool": 128, "sequence_pool": 128, "m3d_pool": 256,
-                      "qformer": 32, "text_guided": 160}  # fmt: skip
+    assert counts == {
+        "spatial_packer": 128,
+        "average_pool": 128,
+        "sequence_pool": 128,
+        "m3d_pool": 256,
+        "qformer": 32,
+        "text_guided": 160,
+    }
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
@@ -252,7 +263,9 @@ def text_guided_by_loops(projector, x, slices, text, slots):
 
 def test_slices_are_scored_with_the_3d_tokens_of_their_depth_slot():
     projector, inputs = build("text_guided"), (tokens(), *others())
-    assert torch.allclose(projector(*inputs), text_guided_by_loops(projector, *inputs, [0, 1, 0, 1, 0, 1]), atol=1e-12)
+    assert torch.allclose(
+        projector(*inputs), text_guided_by_loops(projector, *inputs, [0, 1, 0, 1, 0, 1]), atol=1e-12
+    )
 
 
 def test_a_text_mask_leaves_tokens_out_of_the_texts_mean():

@@ -21,10 +21,10 @@ CT_RATE_REPORTS = "VolumeName,ClinicalInformation_EN,Technique_EN,Findings_EN,Im
 QUESTION_HEADER = "Volumename,Anatomy,Abnormality,Size,Question,Answer"
 SHAPE = (24, 48, 48)
 CT_RATE_LABELS = (
-    "Medical material,Arterial wall calcification,Cardiomegaly,Pericardial effusion,"
-    "Coronary artery wall calcification,Hiatal hernia,Lymphadenopathy,Emphysema,Atelectasis,Lung nodule,"
-    "Lung opacity,Pulmonary fibrotic sequela,Pleural effusion,Mosaic attenuation pattern,"
-    "Peribronchial thickening,Consolidation,Bronchiectasis,Interlobular septal thickening"
+    "Medical material,Arterial wall calcification,Cardiomegaly,Pericardial effusion,Coronary artery wall "
+    "calcification,Hiatal hernia,Lymphadenopathy,Emphysema,Atelectasis,Lung nodule,Lung opacity,Pulmonary "
+    "fibrotic sequela,Pleural effusion,Mosaic attenuation pattern,Peribronchial "
+    "thickening,Consolidation,Bronchiectasis,Interlobular septal thickening"
 )
 CT_RATE_METADATA = (
     "VolumeName,Manufacturer,SeriesDescription,ManufacturerModelName,PatientSex,PatientAge,"
@@ -136,16 +136,24 @@ def test_findings_are_frequent_and_some_patients_are_healthy():
             "Right upper and middle lobes show consolidation and no atelectasis.",
             [Finding("Consolidation", f"right {part} lobe") for part in ("middle", "upper")],
         ),
-        ("No emphysema, but diffuse ground-glass opacity of the left lung.",
-         [Finding("Lung opacity", f"left {part} lobe", kind="diffuse") for part in ("lower", "upper")]),
-        ("Bilateral pleural effusions of 15 mm on the left and 3 cm on the right.",
-         [Finding("Pleural effusion", "left", 15.0), Finding("Pleural effusion", "right", 30.0)]),
-        ("Calcified plaques in the aortic arch and the LAD.",
-         [Finding("Arterial wall calcification", "aortic arch"),
-          Finding("Coronary artery wall calcification", "left anterior descending artery")]),
+        (
+            "No emphysema, but diffuse ground-glass opacity of the left lung.",
+            [Finding("Lung opacity", f"left {part} lobe", kind="diffuse") for part in ("lower", "upper")],
+        ),
+        (
+            "Bilateral pleural effusions of 15 mm on the left and 3 cm on the right.",
+            [Finding("Pleural effusion", "left", 15.0), Finding("Pleural effusion", "right", 30.0)],
+        ),
+        (
+            "Calcified plaques in the aortic arch and the LAD.",
+            [
+                Finding("Arterial wall calcification", "aortic arch"),
+                Finding("Coronary artery wall calcification", "left anterior descending artery"),
+            ],
+        ),
         ("The heart is enlarged (cardiothoracic ratio 0.61).", [Finding("Cardiomegaly", size=0.61)]),
     ],
-)  # fmt: skip
+)
 def test_labeler_reads_sentences_the_generator_never_writes(sentence, expected):
     assert read_report(sentence) == expected
 
@@ -328,8 +336,10 @@ def test_questions_are_answered_from_the_findings():
 
 
 def test_second_reconstruction_shares_report_and_labels_but_not_voxels(dataset):
-    reports = {row["VolumeName"]: row["Findings_EN"] for row in read_table(
-        dataset / "dataset/radiology_text_reports/train_reports.csv")}  # fmt: skip
+    reports = {
+        row["VolumeName"]: row["Findings_EN"]
+        for row in read_table(dataset / "dataset/radiology_text_reports/train_reports.csv")
+    }
     seconds = [name for name in reports if name.endswith("_2.nii.gz")]
     assert seconds
     for name in seconds:

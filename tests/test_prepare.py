@@ -30,7 +30,9 @@ def tree(phantom_root, tmp_path) -> Path:
 
 
 def ct_rate(root, out, *more, **options):
-    return script("preprocess.py", "--dataset", "ct-rate", "--root", root, "--out", out, *SMALL, *more, **options)
+    return script(
+        "preprocess.py", "--dataset", "ct-rate", "--root", root, "--out", out, *SMALL, *more, **options
+    )
 
 
 def edit_csv(path: Path, change) -> None:
@@ -59,7 +61,9 @@ def test_manifest_holds_what_the_tables_and_files_say(prepared, phantom_root):
     assert entry["text"] == case.text and tuple(entry["labels"]) == case.labels and len(case.labels) == 18
     assert entry["scan"] == "train_1_a"
     assert entry["source"]["sha256"] == hashlib.sha256(case.path.read_bytes()).hexdigest()
-    assert entry["source"]["orientation"] == "LPS" and entry["source"]["rescale"].startswith("auto: HU already")
+    assert entry["source"]["orientation"] == "LPS" and entry["source"]["rescale"].startswith(
+        "auto: HU already"
+    )
     volume = np.load(prepared / entry["volume"])
     assert volume.shape == (16, 32, 32) and volume.dtype == np.float16
     assert 0 <= volume.min() < 0.05 and 0.95 < volume.max() <= 1
@@ -123,8 +127,26 @@ def test_a_corrected_table_prepares_its_volume_again(tree, tmp_path):
 @pytest.mark.slow
 def test_an_interrupt_leaves_whole_files_only_and_the_next_run_continues(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
-    command = [sys.executable, str(ROOT / "preprocess.py"), "--dataset", "phantom", "--root", str(raw), "--out",
-               str(out), "--train-size", "60", "--valid-size", "4", "--size", "48", "160", "160", "--workers", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "preprocess.py"),
+        "--dataset",
+        "phantom",
+        "--root",
+        str(raw),
+        "--out",
+        str(out),
+        "--train-size",
+        "60",
+        "--valid-size",
+        "4",
+        "--size",
+        "48",
+        "160",
+        "160",
+        "--workers",
+        "2",
+    ]
     for wanted, number in ((130, signal.SIGINT), (143, signal.SIGTERM)):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         before = len(list(out.glob("volumes/*.npy")))
@@ -153,8 +175,11 @@ def test_refused_files_are_listed_named_and_exit_3(tree, tmp_path):
     volume_path(tree, "train_2_a_1").unlink()
     edit_csv(
         tree / "dataset/radiology_text_reports/train_reports.csv",
-        lambda rows: [r[:3] + ["Not given."] + r[4:] if r[0] == "train_3_a_1.nii.gz" else r for r in rows
-                      if r[0] != "train_4_a_1.nii.gz"],
+        lambda rows: [
+            r[:3] + ["Not given."] + r[4:] if r[0] == "train_3_a_1.nii.gz" else r
+            for r in rows
+            if r[0] != "train_4_a_1.nii.gz"
+        ],
     )
     done = ct_rate(tree, out)
     assert done.returncode == 3
@@ -180,12 +205,21 @@ def test_a_missing_spacing_is_refused_only_where_the_header_has_none(tree, tmp_p
 
     def no_spacing(rows):
         column["z"] = rows[0].index("ZSpacing")
-        return [[*r[: column["z"]], "" if r[0].startswith(("train_1_", "train_2_")) else r[column["z"]],
-                 *r[column["z"] + 1 :]] for r in rows]
+        return [
+            [
+                *r[: column["z"]],
+                "" if r[0].startswith(("train_1_", "train_2_")) else r[column["z"]],
+                *r[column["z"] + 1 :],
+            ]
+            for r in rows
+        ]
 
     edit_csv(tree / "dataset/metadata/train_metadata.csv", no_spacing)
     assert ct_rate(tree, tmp_path / "out").returncode == 3
-    assert set(refused(tmp_path / "out")) == {"train_1_a_1"} and "spacing" in refused(tmp_path / "out")["train_1_a_1"]
+    assert (
+        set(refused(tmp_path / "out")) == {"train_1_a_1"}
+        and "spacing" in refused(tmp_path / "out")["train_1_a_1"]
+    )
 
 
 def test_impressions_are_added_when_asked_for(phantom_root):
@@ -202,7 +236,9 @@ def test_fixed_folders_of_version_2_are_read(tree):
 
 
 def csv_without_column(tree):
-    edit_csv(tree / "dataset/radiology_text_reports/train_reports.csv", lambda rows: [r[:3] + r[4:] for r in rows])
+    edit_csv(
+        tree / "dataset/radiology_text_reports/train_reports.csv", lambda rows: [r[:3] + r[4:] for r in rows]
+    )
     return "train_reports.csv.*no column Findings_EN"
 
 
@@ -249,8 +285,19 @@ def no_data_set(tree):
     return "no CT-RATE data set"
 
 
-@pytest.mark.parametrize("spoil", [csv_without_column, csv_with_duplicate, metadata_without_column, strange_name,
-                                   label_that_is_text, slope_that_is_text, comma_without_quotes, no_data_set])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        csv_without_column,
+        csv_with_duplicate,
+        metadata_without_column,
+        strange_name,
+        label_that_is_text,
+        slope_that_is_text,
+        comma_without_quotes,
+        no_data_set,
+    ],
+)
 def test_a_wrong_table_is_one_line_that_names_it(tree, spoil):
     words = spoil(tree)
     with pytest.raises(InputError, match=words) as caught:
@@ -300,8 +347,22 @@ def limit_files_to_20_kb():
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(tree, tmp_path, workers):
-    command = [sys.executable, ROOT / "preprocess.py", "--dataset", "ct-rate", "--root", tree, "--out", tmp_path / "out",
-               "--size", "16", "32", "32", "--workers", str(workers)]
+    command = [
+        sys.executable,
+        ROOT / "preprocess.py",
+        "--dataset",
+        "ct-rate",
+        "--root",
+        tree,
+        "--out",
+        tmp_path / "out",
+        "--size",
+        "16",
+        "32",
+        "32",
+        "--workers",
+        str(workers),
+    ]
     command = list(map(str, command))
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_files_to_20_kb)
     assert "cannot be written" in error_line(done) and "free space" in error_line(done)
@@ -322,7 +383,9 @@ def nifti_folder(phantom_root, tmp_path) -> Path:
 
 
 def test_any_nifti_folder_with_a_csv_is_read(nifti_folder, tmp_path):
-    done = script("preprocess.py", "--dataset", "nifti", "--root", nifti_folder, "--out", tmp_path / "out", *SMALL)
+    done = script(
+        "preprocess.py", "--dataset", "nifti", "--root", nifti_folder, "--out", tmp_path / "out", *SMALL
+    )
     assert done.returncode == 0, done.stderr
     manifest = load_manifest(tmp_path / "out")
     assert len(manifest.splits["train"]) == 4 and len(manifest.splits["validation"]) == 1
@@ -332,9 +395,13 @@ def test_any_nifti_folder_with_a_csv_is_read(nifti_folder, tmp_path):
 
 
 def test_nifti_csv_may_choose_splits_and_scans(nifti_folder):
-    edit_csv(nifti_folder / "reports.csv", lambda rows: [
-        ["id", "text", "split", "scan"], *([*r, "validation" if i < 2 else "train", f"s{i // 2}"] for i, r in enumerate(rows[1:]))
-    ])
+    edit_csv(
+        nifti_folder / "reports.csv",
+        lambda rows: [
+            ["id", "text", "split", "scan"],
+            *([*r, "validation" if i < 2 else "train", f"s{i // 2}"] for i, r in enumerate(rows[1:])),
+        ],
+    )
     source = read_nifti_folder(nifti_folder, None)
     assert [c.id for c in source.splits["validation"]] == ["case0", "case1"]
     assert {c.scan for c in source.splits["validation"]} == {"s0"}
@@ -342,7 +409,11 @@ def test_nifti_csv_may_choose_splits_and_scans(nifti_folder):
 
 @pytest.mark.parametrize(
     ("row", "words"),
-    [(["case1", "again"], "are the same volume"), (["../case0", "x"], "not a path below"), (["case0", "x"], "twice")],
+    [
+        (["case1", "again"], "are the same volume"),
+        (["../case0", "x"], "not a path below"),
+        (["case0", "x"], "twice"),
+    ],
 )
 def test_a_wrong_id_in_a_nifti_csv_is_refused(nifti_folder, row, words):
     edit_csv(nifti_folder / "reports.csv", lambda rows: [*rows, row])
@@ -358,7 +429,9 @@ def test_a_nifti_csv_needs_its_columns(nifti_folder):
 
 def test_a_nifti_row_without_text_or_file_is_a_refused_case(nifti_folder):
     edit_csv(nifti_folder / "reports.csv", lambda rows: [*rows[:-1], [rows[-1][0], " "], ["case9", "text"]])
-    problems = {c.id: c.problem for s in read_nifti_folder(nifti_folder, None).splits.values() for c in s if c.problem}
+    problems = {
+        c.id: c.problem for s in read_nifti_folder(nifti_folder, None).splits.values() for c in s if c.problem
+    }
     assert "empty text" in problems["inner/case4"] and "absent" in problems["case9"]
 
 
@@ -377,7 +450,10 @@ def spoil_manifest(folder: Path, change) -> None:
         (lambda v: v["splits"]["train"].append(v["splits"]["train"][0]), "listed twice"),
         (lambda v: v["splits"].update(train=[]), "train split is empty"),
         (lambda v: v["splits"]["train"][0].update(text=" "), "report of train_1_a_1 is empty"),
-        (lambda v: v["splits"]["train"][0].update(volume="volumes/none.npy"), "none.npy: is in the manifest but absent"),
+        (
+            lambda v: v["splits"]["train"][0].update(volume="volumes/none.npy"),
+            "none.npy: is in the manifest but absent",
+        ),
         (lambda v: v["recipe"].update(size=[16, 32, 40]), "has .* bytes, expected"),
     ],
 )

@@ -31,7 +31,9 @@ def resize(array: np.ndarray, size) -> np.ndarray:
 def plain_hsenet(volume: Volume, size, spacing=(1.5, 0.75, 0.75), window=(-1000, 200)) -> np.ndarray:
     hu = np.clip(volume.hu.astype(np.float64), *window).transpose(2, 0, 1)
     have = (volume.spacing[2], volume.spacing[0], volume.spacing[1])
-    grid = resize(hu, [int(n * s / t) for n, s, t in zip(hu.shape, have, spacing, strict=True)]).astype(np.float32)
+    grid = resize(hu, [int(n * s / t) for n, s, t in zip(hu.shape, have, spacing, strict=True)]).astype(
+        np.float32
+    )
     grid = (grid - grid.min()) / (grid.max() - grid.min())
     where = np.argwhere(grid > 0)
     start, end = where.min(0), where.max(0) + 1
@@ -111,14 +113,19 @@ def test_recipes_order_the_axes_as_published():
 def test_window_and_fit_are_configurable():
     volume = Volume(body(), (0.7, 0.7, 1.0))
     recipe = replace(RECIPES["hsenet"], size=(8, 20, 24), window=(-1150.0, 350.0))
-    assert np.abs(preprocess(volume, recipe)[0] - plain_hsenet(volume, (8, 20, 24), window=(-1150, 350))).max() < 2e-6
+    assert (
+        np.abs(preprocess(volume, recipe)[0] - plain_hsenet(volume, (8, 20, 24), window=(-1150, 350))).max()
+        < 2e-6
+    )
     cropped = preprocess(volume, replace(recipe, fit="crop"))
     assert cropped.shape == (1, 8, 20, 24) and np.abs(cropped - preprocess(volume, recipe)).max() > 0.1
 
 
 def test_the_result_does_not_depend_on_the_stored_type():
     recipe = replace(RECIPES["hsenet"], size=(8, 20, 24))
-    images = [preprocess(Volume(body().astype(t), (0.7, 0.7, 1)), recipe) for t in (np.int16, np.int32, np.float32)]
+    images = [
+        preprocess(Volume(body().astype(t), (0.7, 0.7, 1)), recipe) for t in (np.int16, np.int32, np.float32)
+    ]
     assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
 
 
@@ -153,7 +160,9 @@ def test_neighbours_are_torchs_trilinear():
         low, high, weight = linear_neighbours(source, target)
         ramp = np.random.default_rng(1).random(source)
         mine = ramp[low] + weight * (ramp[high] - ramp[low])
-        torchs = F.interpolate(torch.from_numpy(ramp)[None, None], size=target, mode="linear", align_corners=False)
+        torchs = F.interpolate(
+            torch.from_numpy(ramp)[None, None], size=target, mode="linear", align_corners=False
+        )
         assert np.abs(mine - torchs[0, 0].numpy()).max() < 1e-6
 
 

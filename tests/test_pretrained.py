@@ -29,17 +29,28 @@ MASKED_LM_HEADS = {
 
 
 def old_names(state):
-    return {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
-            for n, t in state.items()}
+    return {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in state.items()
+    }
 
 
 LAYOUTS = {
     "BertModel": (PUBLISHED, "model.safetensors"),
-    "BertForMaskedLM (BiomedBERT)": ({f"bert.{n}": t for n, t in PUBLISHED.items() if "pooler" not in n}
-                                     | MASKED_LM_HEADS, "pytorch_model.bin"),
-    "CXR-BERT": ({f"bert.{n}": t for n, t in PUBLISHED.items() if "pooler" not in n} | MASKED_LM_HEADS
-                 | {"bert.embeddings.position_ids": torch.arange(64)[None]}, "model.safetensors"),
-    "oldest bert-base-uncased": (old_names({f"bert.{n}": t for n, t in PUBLISHED.items()}), "pytorch_model.bin"),
+    "BertForMaskedLM (BiomedBERT)": (
+        {f"bert.{n}": t for n, t in PUBLISHED.items() if "pooler" not in n} | MASKED_LM_HEADS,
+        "pytorch_model.bin",
+    ),
+    "CXR-BERT": (
+        {f"bert.{n}": t for n, t in PUBLISHED.items() if "pooler" not in n}
+        | MASKED_LM_HEADS
+        | {"bert.embeddings.position_ids": torch.arange(64)[None]},
+        "model.safetensors",
+    ),
+    "oldest bert-base-uncased": (
+        old_names({f"bert.{n}": t for n, t in PUBLISHED.items()}),
+        "pytorch_model.bin",
+    ),
 }
 
 
@@ -71,9 +82,34 @@ def test_training_starts_from_a_bert_folder(prepared, tmp_path, capsys):
     save_file(grown, folder / "model.safetensors")
     shutil.copy(GOLDEN / "tokenizers/wordpiece/vocab.txt", folder)
     out = tmp_path / "run"
-    code = train.main(["--stage", "clip1", "--data", str(prepared), "--preset", "hsenet-tiny", "--size", "16", "32", "32",
-                       "--patch", "8", "16", "16", "--batch-size", "4", "--max-steps", "1", "--text-model", str(folder),
-                       "--out", str(out), "--device", "cpu"])
+    code = train.main(
+        [
+            "--stage",
+            "clip1",
+            "--data",
+            str(prepared),
+            "--preset",
+            "hsenet-tiny",
+            "--size",
+            "16",
+            "32",
+            "32",
+            "--patch",
+            "8",
+            "16",
+            "16",
+            "--batch-size",
+            "4",
+            "--max-steps",
+            "1",
+            "--text-model",
+            str(folder),
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+        ]
+    )
     assert code == 0
     config = json.loads((out / "config.json").read_text())["model"]
     assert config["text"]["width"] == 64 and config["text"]["vocab"] == 400 and config["max_text"] == 64
@@ -92,7 +128,11 @@ def test_a_folder_that_does_not_fit_lists_tensors_by_name(tmp_path):
     model = TextEncoder(**vars(bert_config(folder)))
     with pytest.raises(InputError) as caught:
         load_strictly(model, bert_state(read_weights(folder)), "the folder")
-    for words in ("blocks.1.mlp.fc2.bias is missing", "adapter.weight is not known", r"norm.weight is (63,), expected (64,)"):
+    for words in (
+        "blocks.1.mlp.fc2.bias is missing",
+        "adapter.weight is not known",
+        r"norm.weight is (63,), expected (64,)",
+    ):
         assert words in str(caught.value)
 
 
@@ -110,7 +150,10 @@ def test_pickles_are_not_executed(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"hidden_act": "relu"}, "hidden_act is 'relu'"), ({"position_embedding_type": "relative_key"}, "position_embedding_type")],
+    [
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+    ],
 )
 def test_a_config_that_this_encoder_does_not_compute_is_refused(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
@@ -135,7 +178,10 @@ def test_a_bin_file_of_anything_else_is_one_line(tmp_path):
     torch.save({"a": torch.zeros(100, 100)}, legacy, _use_new_zipfile_serialization=False)
     (tmp_path / "text.bin").write_text("hello, this is text\n" * 20)
     torch.save({1: torch.zeros(2)}, tmp_path / "numbers.bin")
-    wrong = {"text.bin": "truncated or not a checkpoint", "numbers.bin": "is not a dictionary of tensors by name"}
+    wrong = {
+        "text.bin": "truncated or not a checkpoint",
+        "numbers.bin": "is not a dictionary of tensors by name",
+    }
     for size in (50, 200, 300, 1000):
         (tmp_path / f"{size}.bin").write_bytes(legacy.read_bytes()[:size])
         wrong[f"{size}.bin"] = "truncated"
@@ -152,11 +198,15 @@ def test_only_a_hub_id_is_looked_for_on_the_hub():
         find_folder("someone/bert@main", ["config.json"])
 
 
-@pytest.mark.parametrize("name", ["runs/typo", "Runs/typo", "data/typo", "./x/y", "../y", "/x/y", "x", "x/y/z", "typo.bin"])
+@pytest.mark.parametrize(
+    "name", ["runs/typo", "Runs/typo", "data/typo", "./x/y", "../y", "/x/y", "x", "x/y/z", "typo.bin"]
+)
 def test_a_path_that_is_not_there_is_asked_of_nobody(tmp_path, monkeypatch, name):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: pytest.fail(f"{name} was asked of the hub"))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, **options: pytest.fail(f"{name} was asked of the hub")
+    )
     with pytest.raises(InputError, match=f"^{re.escape(name)}: no such folder or file"):
         read_checkpoint(name)
     assert locate_run(name) == Path(name)

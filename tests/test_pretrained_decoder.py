@@ -1,4 +1,6 @@
-"""Decoder folders: written and read back bit for bit, in every published layout; what does not fit is refused by name."""
+"""Decoder folders: written and read back bit for bit, in every published layout; what does not fit is
+refused by name.
+"""
 
 import copy
 import json
@@ -120,7 +122,10 @@ def test_llama_has_separate_projections_on_disk_and_fused_ones_load_too(tmp_path
     assert {n: list(t.shape) for n, t in stored.items()} == CASES["llama3_tiny"]["weights"]
     rows = [stored[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv"]
     assert torch.equal(decoder.layers[0].self_attn.qkv_proj.weight, torch.cat(rows))
-    save_file({n if n.startswith("lm_head") else f"model.{n}": t for n, t in decoder.state_dict().items()}, folder / SINGLE)
+    save_file(
+        {n if n.startswith("lm_head") else f"model.{n}": t for n, t in decoder.state_dict().items()},
+        folder / SINGLE,
+    )
     assert equal_states(load_decoder(str(folder)).state_dict(), decoder.state_dict())
 
 
@@ -144,14 +149,21 @@ def test_a_tied_decoder_has_no_head_in_its_file_and_takes_one_that_equals_the_em
     change_weights(folder, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
     assert equal_states(load_decoder(str(folder)).state_dict(), build(CASES["phi4mini_tiny"]).state_dict())
     for head in (lambda e: e + 1, lambda e: e[:-1], lambda e: e.half(), lambda e: e.to(torch.int8)):
-        change_weights(folder, lambda s, head=head: s.update({"lm_head.weight": head(s["model.embed_tokens.weight"])}))
+        change_weights(
+            folder, lambda s, head=head: s.update({"lm_head.weight": head(s["model.embed_tokens.weight"])})
+        )
         line = refusal(folder)
         assert str(folder) in line and "lm_head.weight is another matrix" in line
 
 
 def test_old_rotary_frequencies_in_a_file_are_ignored(tmp_path):
     folder = folder_of(tmp_path, "llama2_tiny")
-    change_weights(folder, lambda s: s.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(3)}))
+    change_weights(
+        folder,
+        lambda s: s.update(
+            {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(3)}
+        ),
+    )
     assert equal_states(load_decoder(str(folder)).state_dict(), build(CASES["llama2_tiny"]).state_dict())
 
 
@@ -198,7 +210,9 @@ def test_shards_of_an_older_save_in_another_number_are_removed(tmp_path):
     for shard_bytes in (SHARD, 3 * SHARD, 10**9):
         save_decoder(decoder, tmp_path / "same", shard_bytes=shard_bytes)
         save_decoder(decoder, tmp_path / str(shard_bytes), shard_bytes=shard_bytes)
-        assert {p.name for p in (tmp_path / "same").iterdir()} == {p.name for p in (tmp_path / str(shard_bytes)).iterdir()}
+        assert {p.name for p in (tmp_path / "same").iterdir()} == {
+            p.name for p in (tmp_path / str(shard_bytes)).iterdir()
+        }
 
 
 @pytest.mark.parametrize("name", ("phi3_mini_tiny", "phi4mini_tiny"))
@@ -206,8 +220,12 @@ def test_loading_in_int8_is_loading_and_quantising(tmp_path, name):
     folder = folder_of(tmp_path, name)
     loaded, expected = load_decoder(str(folder), int8=True), load_decoder(str(folder))
     quantise_decoder(expected)
-    assert [(n, type(m)) for n, m in loaded.named_modules()] == [(n, type(m)) for n, m in expected.named_modules()]
-    assert equal_states(loaded.state_dict(), expected.state_dict()) and torch.equal(logits(loaded), logits(expected))
+    assert [(n, type(m)) for n, m in loaded.named_modules()] == [
+        (n, type(m)) for n, m in expected.named_modules()
+    ]
+    assert equal_states(loaded.state_dict(), expected.state_dict()) and torch.equal(
+        logits(loaded), logits(expected)
+    )
     assert type(loaded.layers[0].mlp.down_proj) is Int8Linear
     assert type(loaded.lm_head) is (type(None) if loaded.config.tied else torch.nn.Linear)
 
@@ -267,10 +285,25 @@ def test_a_weights_file_is_refused_with_its_folder_and_not_sought_on_the_hub(tmp
 
 def test_the_hub_is_asked_for_every_file_of_the_decoder_and_its_tokeniser(tmp_path, monkeypatch):
     folder, asked = folder_of(tmp_path), []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, allow_patterns, **__: asked.extend(allow_patterns) or folder)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda *_, allow_patterns, **__: asked.extend(allow_patterns) or folder,
+    )
     load_decoder("microsoft/Phi-3-mini-4k-instruct")
-    needed = ("config.json", INDEX, SINGLE, "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model",
-              "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")  # fmt: skip
+    needed = (
+        "config.json",
+        INDEX,
+        SINGLE,
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+    )
     assert [file for file in needed if not any(fnmatch(file, pattern) for pattern in asked)] == []
     assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in asked)
 
@@ -280,30 +313,78 @@ def test_the_hub_is_asked_for_every_file_of_the_decoder_and_its_tokeniser(tmp_pa
 
 # What transformers 4 writes of every model's settings beside the model's own (Config.to_dict()).
 DUMP = {
-    "return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False, "use_bfloat16": False,
-    "tf_legacy_loss": False, "pruned_heads": {}, "chunk_size_feed_forward": 0, "is_encoder_decoder": False, "is_decoder": False,
-    "cross_attention_hidden_size": None, "add_cross_attention": False, "tie_encoder_decoder": False, "max_length": 20,
-    "min_length": 0, "do_sample": False, "early_stopping": False, "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0,
-    "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "num_return_sequences": 1,
-    "output_scores": False, "return_dict_in_generate": False, "forced_bos_token_id": None, "forced_eos_token_id": None,
-    "remove_invalid_values": False, "exponential_decay_length_penalty": None, "suppress_tokens": None,
-    "begin_suppress_tokens": None, "finetuning_task": None, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
-    "tokenizer_class": None, "prefix": None, "sep_token_id": None, "decoder_start_token_id": None,
-    "task_specific_params": None, "problem_type": None,
-}  # fmt: skip
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "torchscript": False,
+    "use_bfloat16": False,
+    "tf_legacy_loss": False,
+    "pruned_heads": {},
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "cross_attention_hidden_size": None,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "finetuning_task": None,
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+    "tokenizer_class": None,
+    "prefix": None,
+    "sep_token_id": None,
+    "decoder_start_token_id": None,
+    "task_specific_params": None,
+    "problem_type": None,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("added", (DUMP, {"unsloth_fixed": True, "unsloth_version": "2024.9"}), ids=("dump", "unsloth"))
+@pytest.mark.parametrize(
+    "added", (DUMP, {"unsloth_fixed": True, "unsloth_version": "2024.9"}), ids=("dump", "unsloth")
+)
 def test_settings_that_change_nothing_are_read_past(name, added):
     values = CASES[name]["config"]
     assert DecoderConfig.from_json({**added, **values}) == DecoderConfig.from_json(values)
 
 
-@pytest.mark.parametrize("key, value", (("pruned_heads", {"0": [1]}), ("add_cross_attention", True), ("num_beams", 4),
-                                        ("repetition_penalty", 1.1), ("no_repeat_ngram_size", 3), ("suppress_tokens", [5]),
-                                        ("forced_eos_token_id", 2), ("cross_attention_hidden_size", 96)))  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    (
+        ("pruned_heads", {"0": [1]}),
+        ("add_cross_attention", True),
+        ("num_beams", 4),
+        ("repetition_penalty", 1.1),
+        ("no_repeat_ngram_size", 3),
+        ("suppress_tokens", [5]),
+        ("forced_eos_token_id", 2),
+        ("cross_attention_hidden_size", 96),
+    ),
+)
 def test_the_same_settings_are_refused_where_they_would_change_something(key, value):
     with pytest.raises(InputError, match=f"{key}.* not implemented"):
         DecoderConfig.from_json({**DUMP, **PHI4, key: value})
@@ -311,25 +392,43 @@ def test_the_same_settings_are_refused_where_they_would_change_something(key, va
 
 def test_layer_types_may_say_full_attention_of_every_layer_only():
     values = {**CASES["llama3_tiny"]["config"], "num_hidden_layers": 3}
-    assert DecoderConfig.from_json({**values, "layer_types": ["full_attention"] * 3}) == DecoderConfig.from_json(values)
-    for kinds in (["full_attention"] * 2, ["full_attention"] * 2 + ["sliding_attention"], [], {}, "full_attention", 3):
-        with pytest.raises(InputError, match="layer_types .* is not implemented; expected full_attention of every layer"):
+    assert DecoderConfig.from_json(
+        {**values, "layer_types": ["full_attention"] * 3}
+    ) == DecoderConfig.from_json(values)
+    for kinds in (
+        ["full_attention"] * 2,
+        ["full_attention"] * 2 + ["sliding_attention"],
+        [],
+        {},
+        "full_attention",
+        3,
+    ):
+        with pytest.raises(
+            InputError, match="layer_types .* is not implemented; expected full_attention of every layer"
+        ):
             DecoderConfig.from_json({**values, "layer_types": kinds})
     with pytest.raises(InputError, match="no sliding_window beside it"):
-        DecoderConfig.from_json({**PHI4, "sliding_window": 8, "layer_types": ["full_attention"] * PHI4["num_hidden_layers"]})
+        DecoderConfig.from_json(
+            {**PHI4, "sliding_window": 8, "layer_types": ["full_attention"] * PHI4["num_hidden_layers"]}
+        )
 
 
 def test_a_pad_id_of_minus_one_is_none():
     values = CASES["llama2_tiny"]["config"]
-    assert DecoderConfig.from_json({**values, "pad_token_id": -1}) == replace(DecoderConfig.from_json(values), pad_id=None)
+    assert DecoderConfig.from_json({**values, "pad_token_id": -1}) == replace(
+        DecoderConfig.from_json(values), pad_id=None
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_survives_being_written_and_read(name):
     config = DecoderConfig.from_json(CASES[name]["config"])
     assert DecoderConfig.from_json(json.loads(json.dumps(config.to_json("float32")))) == config
-    for changed in (replace(config, eos_ids=(3, 5), pad_id=None, bos_id=None), replace(config, eos_ids=()),
-                    replace(config, tied=not config.tied, eps=1e-6)):  # fmt: skip
+    for changed in (
+        replace(config, eos_ids=(3, 5), pad_id=None, bos_id=None),
+        replace(config, eos_ids=()),
+        replace(config, tied=not config.tied, eps=1e-6),
+    ):
         assert DecoderConfig.from_json(changed.to_json("float32")) == changed
 
 
@@ -342,7 +441,9 @@ def test_a_head_size_of_its_own_survives():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rope_parameters_of_transformers_5_are_read(name):
-    """There rope_theta and the like are inside, `type` and `rope_type` are both written, and some stay outside too."""
+    """There rope_theta and the like are inside, `type` and `rope_type` are both written, and some stay
+    outside too.
+    """
     values = dict(CASES[name]["config"])
     inside = dict(values.pop("rope_scaling", None) or {"rope_type": "default"})
     inside["rope_type"] = inside.get("rope_type", inside.get("type"))
@@ -351,7 +452,9 @@ def test_the_rope_parameters_of_transformers_5_are_read(name):
         if key in values and inside["rope_type"] != "default":
             inside[key] = values[key]
     values["dtype"] = values.pop("torch_dtype")
-    assert DecoderConfig.from_json({**values, "rope_parameters": inside}) == DecoderConfig.from_json(CASES[name]["config"])
+    assert DecoderConfig.from_json({**values, "rope_parameters": inside}) == DecoderConfig.from_json(
+        CASES[name]["config"]
+    )
 
 
 # What is refused: files
@@ -394,7 +497,9 @@ def test_a_tensor_of_a_shard_that_the_index_leaves_out_is_not_passed_over(tmp_pa
     assert "model.extra.weight is not known" in refusal(folder)
 
 
-@pytest.mark.parametrize("content", ("{}", "[]", '{"weight_map": null}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}'))
+@pytest.mark.parametrize(
+    "content", ("{}", "[]", '{"weight_map": null}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}')
+)
 def test_an_index_without_a_weight_map_is_refused(tmp_path, content):
     folder, _ = shards(tmp_path)
     (folder / INDEX).write_text(content)
@@ -479,8 +584,12 @@ def test_shards_of_two_types_load_only_with_one_named(tmp_path):
 def test_a_refused_state_leaves_the_decoder_as_it_was():
     decoder = build(CASES["phi3_mini_tiny"])
     before, other = copy.deepcopy(decoder.state_dict()), {n: t + 1 for n, t in decoder_state(decoder).items()}
-    spoilt = ({n: t for n, t in other.items() if n != "model.norm.weight"}, {**other, "extra": torch.ones(1)},
-              {**other, "model.norm.weight": torch.ones(3)}, {**other, "lm_head.weight": other["lm_head.weight"].double()})  # fmt: skip
+    spoilt = (
+        {n: t for n, t in other.items() if n != "model.norm.weight"},
+        {**other, "extra": torch.ones(1)},
+        {**other, "model.norm.weight": torch.ones(3)},
+        {**other, "lm_head.weight": other["lm_head.weight"].double()},
+    )
     for state in spoilt:
         with pytest.raises(InputError, match="somewhere: does not fit"):
             load_decoder_state(decoder, state, "somewhere")
@@ -515,7 +624,10 @@ REFUSED = {
     "text window": ({"sliding_window": "8"}, "sliding_window is '8'"),
     "window true": ({"sliding_window": True}, "sliding_window is True"),
     "no window": ({"sliding_window": 0}, "sliding_window is 0"),
-    "eos beyond the vocabulary": ({"eos_token_id": [313, 320]}, "320] are not all tokens of a vocabulary of 320"),
+    "eos beyond the vocabulary": (
+        {"eos_token_id": [313, 320]},
+        "320] are not all tokens of a vocabulary of 320",
+    ),
     "negative eos": ({"eos_token_id": -1}, "-1"),
     "eos true": ({"eos_token_id": True}, "True"),
     "tied as text": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
@@ -523,21 +635,33 @@ REFUSED = {
     "rope off by 0": ({"rope_scaling": 0}, "rope_scaling is [0]"),
     "rope twice": ({"rope_parameters": ROPE}, "rope_parameters"),
     "rope type": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
-    "rope type of llama": ({"rope_scaling": {"type": "llama3"}}, "rope type 'llama3' is not implemented for phi3"),
+    "rope type of llama": (
+        {"rope_scaling": {"type": "llama3"}},
+        "rope type 'llama3' is not implemented for phi3",
+    ),
     "rope types": ({"rope_scaling": {**ROPE, "rope_type": "default"}}, "rope type 'default'"),
     "rope type as a list": ({"rope_scaling": {**ROPE, "type": ["longrope"]}}, "rope type ['longrope']"),
     "other rope key": ({"rope_scaling": {**ROPE, "short_mscale": 1.2}}, "short_mscale"),
-    "no long factors": ({"rope_scaling": {"type": "longrope", "short_factor": ROPE["short_factor"]}}, "long_factor"),
-    "too few factors": ({"rope_scaling": {**ROPE, "long_factor": [1.0]}}, "long_factor has 1 factors; expected 6"),
+    "no long factors": (
+        {"rope_scaling": {"type": "longrope", "short_factor": ROPE["short_factor"]}},
+        "long_factor",
+    ),
+    "too few factors": (
+        {"rope_scaling": {**ROPE, "long_factor": [1.0]}},
+        "long_factor has 1 factors; expected 6",
+    ),
     "a zero factor": ({"rope_scaling": {**ROPE, "long_factor": [0.0] * 6}}, "long_factor is [0.0"),
     "a factor for all": ({"rope_scaling": {**ROPE, "short_factor": 1.0}}, "short_factor is 1.0"),
     "two thetas": ({"rope_scaling": {**ROPE, "rope_theta": 5.0}}, "rope_theta is 10000.0, but 5.0"),
-    "original of one token": ({"original_max_position_embeddings": 1}, "original_max_position_embeddings is 1"),
+    "original of one token": (
+        {"original_max_position_embeddings": 1},
+        "original_max_position_embeddings is 1",
+    ),
     "no original": ({"original_max_position_embeddings": None}, "original_max_position_embeddings is None"),
     "rotating too much": ({"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5"),
     "rotating an odd number": ({"partial_rotary_factor": 0.7}, "partial_rotary_factor 0.7"),
     "unknown key": ({"num_experts": 8}, "num_experts not implemented"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -558,14 +682,28 @@ def test_more_attention_features_than_any_matrix_has_are_refused():
 def test_what_phi_alone_has_is_refused_of_llama():
     values = CASES["llama3_tiny"]["config"]
     wrong = {**values["rope_scaling"], "low_freq_factor": 4.0}
-    for changes, named in (({"sliding_window": 8}, "sliding_window"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-                           ({"rope_scaling": ROPE}, "longrope"), ({"rope_scaling": wrong}, "low_freq_factor")):  # fmt: skip
+    for changes, named in (
+        ({"sliding_window": 8}, "sliding_window"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_scaling": ROPE}, "longrope"),
+        ({"rope_scaling": wrong}, "low_freq_factor"),
+    ):
         with pytest.raises(InputError, match=named):
             DecoderConfig.from_json({**values, **changes})
 
 
-@pytest.mark.parametrize("key", ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
-                                 "max_position_embeddings", "model_type"))  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "model_type",
+    ),
+)
 def test_a_missing_setting_is_named(tmp_path, key):
     folder = folder_of(tmp_path, **{key: None})
     line = refusal(folder)
@@ -618,10 +756,16 @@ def test_added_rows_are_the_mean_of_the_tokenisers_own(tmp_path, name, own):
     for layer, old in ((decoder.embed_tokens, before.embed_tokens), (decoder.lm_head, before.lm_head)):
         if layer is not None:
             assert torch.equal(layer.weight[:own], old.weight[:own]) and layer.weight.shape == (own + 4, 96)
-            assert (layer.weight[own:] - old.weight[:own].mean(0)).abs().max() < 1e-6 and not layer.weight.requires_grad
+            assert (
+                layer.weight[own:] - old.weight[:own].mean(0)
+            ).abs().max() < 1e-6 and not layer.weight.requires_grad
     found = logits(decoder)
-    assert found.shape[-1] == own + 4 and torch.allclose(found[..., :own], logits(before)[..., :own], atol=1e-5)
-    assert decoder.embed_tokens.num_embeddings == own + 4 and (decoder.lm_head is None or decoder.lm_head.out_features == own + 4)
+    assert found.shape[-1] == own + 4 and torch.allclose(
+        found[..., :own], logits(before)[..., :own], atol=1e-5
+    )
+    assert decoder.embed_tokens.num_embeddings == own + 4 and (
+        decoder.lm_head is None or decoder.lm_head.out_features == own + 4
+    )
     save_decoder(decoder, tmp_path)
     assert torch.equal(logits(load_decoder(str(tmp_path))), found)
 
@@ -640,12 +784,19 @@ def adapted_head(decoder):
     add_lora(decoder, ("lm_head",), r=2, alpha=4)
 
 
-@pytest.mark.parametrize("change", (adapted_head, pack, lambda decoder: quantise(decoder, "lm_head")), ids=("lora", "packed", "int8"))
+@pytest.mark.parametrize(
+    "change",
+    (adapted_head, pack, lambda decoder: quantise(decoder, "lm_head")),
+    ids=("lora", "packed", "int8"),
+)
 def test_a_head_that_is_no_plain_matrix_is_refused_and_nothing_is_resized(change):
     decoder = build(CASES["phi3_mini_tiny"])
     change(decoder)
     before, config = decoder.embed_tokens.weight.clone(), decoder.config
-    with pytest.raises(InputError, match=f"a {type(decoder.lm_head).__name__} is not resized: .* before adapters, int8 and packing"):
+    with pytest.raises(
+        InputError,
+        match=f"a {type(decoder.lm_head).__name__} is not resized: .* before adapters, int8 and packing",
+    ):
         resize_vocabulary(decoder, 324, 4)
     assert torch.equal(decoder.embed_tokens.weight, before) and decoder.config is config
 

@@ -44,7 +44,9 @@ print(ends)
 @pytest.mark.slow
 def test_of_several_processes_each_ends_with_its_code_and_its_exit_functions(tmp_path):
     """With Python's own end most of them abort: gloo's threads outlive the process group."""
-    done = subprocess.run([sys.executable, "-c", PAIRS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", PAIRS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.splitlines()[-1] == str([7] * 10), done.stderr
     assert done.stdout.count("put in order") == 10 and "terminate called" not in done.stderr
 

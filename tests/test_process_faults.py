@@ -1,4 +1,6 @@
-"""What happens to a process: its output goes, its disk fills, its workers die, its folder is moved, somebody presses Ctrl-C."""
+"""What happens to a process: its output goes, its disk fills, its workers die, its folder is moved,
+somebody presses Ctrl-C.
+"""
 
 import multiprocessing
 import os
@@ -24,7 +26,9 @@ from test_train import at_step, finished, keep_signal_handlers, numbers, run_cop
 
 
 def shell(command: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=ROOT, **options)
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=ROOT, **options
+    )
 
 
 def started(script: str, *arguments, **options) -> subprocess.Popen:
@@ -41,12 +45,18 @@ def until(there, process: subprocess.Popen) -> None:
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_ends_a_run_with_its_loaders(prepared, tmp_path):
     """Its end, the pipes' too, is what is tested: the loader processes hold them as well."""
-    flags = " ".join(tiny(prepared, tmp_path / "run", "--max-steps", 2, "--workers", 2, "--validate-every", 1))
+    flags = " ".join(
+        tiny(prepared, tmp_path / "run", "--max-steps", 2, "--workers", 2, "--validate-every", 1)
+    )
     done = shell(f"ulimit -f 1000; exec {sys.executable} train.py {flags}")
-    assert "step-000002: cannot be written" in error_line(done) and done.stderr.rstrip().endswith("free space; there is none before it")
+    assert "step-000002: cannot be written" in error_line(done) and done.stderr.rstrip().endswith(
+        "free space; there is none before it"
+    )
 
 
-def test_a_loader_that_is_killed_while_a_checkpoint_is_written_does_not_drop_it(prepared, tmp_path, monkeypatch, capsys):
+def test_a_loader_that_is_killed_while_a_checkpoint_is_written_does_not_drop_it(
+    prepared, tmp_path, monkeypatch, capsys
+):
     save_file, out = checkpoint.save_file, tmp_path / "run"
 
     before = set(multiprocessing.active_children())  # of other tests
@@ -54,7 +64,9 @@ def test_a_loader_that_is_killed_while_a_checkpoint_is_written_does_not_drop_it(
     def killing(tensors, path):
         (loader,) = set(multiprocessing.active_children()) - before
         loader.kill()
-        while " Z " not in Path(f"/proc/{loader.pid}/stat").read_text():  # what torch raises when it hears of it, is raised here
+        while (
+            " Z " not in Path(f"/proc/{loader.pid}/stat").read_text()
+        ):  # what torch raises when it hears of it, is raised here
             time.sleep(0.001)
         return save_file(tensors, path)
 
@@ -73,20 +85,38 @@ def test_an_error_of_torch_that_is_no_full_disk_is_not_called_one(tmp_path, monk
     assert not list(tmp_path.rglob("step-*"))
 
 
-SAYS = "import sys; from reaf_hsenet.script import run_script; run_script(lambda _: [print('a'*99) for _ in range(999)] and 0, [], {result})"
+SAYS = (
+    "import sys; from reaf_hsenet.script import run_script; run_script(lambda _: [print('a'*99) for _ "
+    "in range(999)] and 0, [], {result})"
+)
 
 
 @pytest.mark.parametrize(
     ("streams", "result", "code", "said"),
     [
-        (">/dev/full", False, 0, "warning: standard output cannot be written (No space left on device); going on without it"),
+        (
+            ">/dev/full",
+            False,
+            0,
+            "warning: standard output cannot be written (No space left on device); going on without it",
+        ),
         (">/dev/full 2>&1", False, 0, ""),
         ("2>/dev/full", False, 0, ""),
         (">&-", False, 0, ""),
         (">&- 2>&-", False, 0, ""),
-        ("| head -c 1 >/dev/null", False, 0, "warning: standard output cannot be written (Broken pipe); going on without it"),
+        (
+            "| head -c 1 >/dev/null",
+            False,
+            0,
+            "warning: standard output cannot be written (Broken pipe); going on without it",
+        ),
         ("| head -c 1 >/dev/null", True, 141, ""),
-        (">/dev/full", True, 2, "error: standard output: cannot be written (No space left on device); free space and run again"),
+        (
+            ">/dev/full",
+            True,
+            2,
+            "error: standard output: cannot be written (No space left on device); free space and run again",
+        ),
         (">/dev/full 2>&1", True, 2, ""),
     ],
 )
@@ -103,7 +133,7 @@ def test_a_run_outlives_its_output(prepared, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_whose_folder_is_moved_ends_and_begins_no_other(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_whose_folder_is_moved_ends_and_begins_no_other(prepared, finished, tmp_path, monkeypatch):
     out, moved = tmp_path / "run", tmp_path / "moved"
     argv = tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9, "--log-every", 100)
     with monkeypatch.context() as patch:
@@ -124,7 +154,9 @@ def test_a_run_whose_folder_is_replaced_writes_nothing_into_the_other(prepared, 
 
     at_step(monkeypatch, 3, replaced)
     wrong(tiny(prepared, out, "--max-steps", 8), "was moved, removed or replaced")
-    assert [path.name for path in out.iterdir()] == ["log.jsonl"] and (out / "log.jsonl").read_text() == "another's\n"
+    assert [path.name for path in out.iterdir()] == ["log.jsonl"] and (
+        out / "log.jsonl"
+    ).read_text() == "another's\n"
 
 
 SCRIPTS = {
@@ -140,7 +172,8 @@ def test_ctrl_c_while_a_script_imports_is_one_line(tmp_path, name):
     for library in ("numpy", "torch"):  # whichever is imported first
         (tmp_path / library).mkdir()
         (tmp_path / library / "__init__.py").write_text(
-            "import time\ntry:\n    open('importing', 'w').close(), time.sleep(60)\nexcept BaseException:\n    time.sleep(60)\n"
+            "import time\ntry:\n    open('importing', 'w').close(), time.sleep(60)\nexcept "
+            "BaseException:\n    time.sleep(60)\n"
         )
     (tmp_path / "scan.nii").touch()
     script = started(name, *SCRIPTS[name], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
@@ -151,12 +184,18 @@ def test_ctrl_c_while_a_script_imports_is_one_line(tmp_path, name):
 
 @pytest.mark.slow
 def test_sigusr1_before_the_first_step_waits_for_a_checkpoint(prepared, tmp_path):
-    """Its exit code says that there is one. It is sent as soon as the process would not die of it, before torch is there."""
+    """Its exit code says that there is one. It is sent as soon as the process would not die of it, before
+    torch is there.
+    """
     out = tmp_path / "run"
     script = started("train.py", *tiny(prepared, out, "--max-steps", 500, "--validate-every", 1))
 
     def catches() -> bool:
-        caught = [line for line in Path(f"/proc/{script.pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+        caught = [
+            line
+            for line in Path(f"/proc/{script.pid}/status").read_text().splitlines()
+            if line.startswith("SigCgt")
+        ]
         return bool(int(caught[0].split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
     until(catches, script)
@@ -167,7 +206,10 @@ def test_sigusr1_before_the_first_step_waits_for_a_checkpoint(prepared, tmp_path
 
 
 def test_a_phantom_worker_that_is_killed_is_one_line():
-    with pytest.raises(InputError, match="a worker was killed, most likely for want of memory; run again with fewer --workers"):
+    with pytest.raises(
+        InputError,
+        match="a worker was killed, most likely for want of memory; run again with fewer --workers",
+    ):
         list(dataset._map(os._exit, [1, 1], 2))
 
 
@@ -181,7 +223,9 @@ with worker_pool(1) as pool:
 
 
 def test_a_worker_ends_with_the_process_that_is_killed():
-    main = subprocess.Popen([sys.executable, "-c", WORKS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+    main = subprocess.Popen(
+        [sys.executable, "-c", WORKS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+    )
     worker = Path(f"/proc/{main.stdout.readline().strip()}")
     assert worker.exists()
     main.kill()
@@ -195,7 +239,9 @@ def test_a_worker_ends_with_the_process_that_is_killed():
 
 def test_workers_leave_signals_to_the_main_process():
     with worker_pool(1) as pool:
-        assert [pool.submit(signal.getsignal, n).result() for n in (signal.SIGINT, signal.SIGUSR1)] == [signal.SIG_IGN] * 2
+        assert [pool.submit(signal.getsignal, n).result() for n in (signal.SIGINT, signal.SIGUSR1)] == [
+            signal.SIG_IGN
+        ] * 2
 
 
 def test_a_file_that_the_system_refuses_is_one_line(tmp_path, capsys):
@@ -217,16 +263,31 @@ def test_a_folder_is_locked_though_its_disk_is_full(tmp_path, monkeypatch):
             assert (tmp_path / ".lock").read_text() == ""
 
 
-def test_a_checkpoint_that_lists_no_files_is_passed_over_for_an_older_one(run_copy, finished, capsys):  # noqa: F811
+def test_a_checkpoint_that_lists_no_files_is_passed_over_for_an_older_one(run_copy, finished, capsys):
     (Run(run_copy).at(8) / "checkpoint.json").write_text('{"step": 8, "files": {}}')
-    assert train.main(["--stage", "clip1", "--out", str(run_copy), "--resume", "--log-every", "1", "--device", "cpu"]) == 0
+    assert (
+        train.main(
+            ["--stage", "clip1", "--out", str(run_copy), "--resume", "--log-every", "1", "--device", "cpu"]
+        )
+        == 0
+    )
     assert "step-000008/checkpoint.json: is damaged; continuing from step-000006" in capsys.readouterr().out
     assert same_weights(run_copy, finished)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_fp16_where_it_was_in_fp32(run_copy):  # noqa: F811
+def test_a_run_goes_on_in_fp16_where_it_was_in_fp32(run_copy):
     """Its checkpoint has no loss scale."""
     (run_copy / "checkpoints/last").write_text("step-000006\n")
-    resumed = ["--stage", "clip1", "--out", str(run_copy), "--resume", "--device", "cpu", "--precision", "fp16"]
+    resumed = [
+        "--stage",
+        "clip1",
+        "--out",
+        str(run_copy),
+        "--resume",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp16",
+    ]
     assert train.main(resumed) == 0 and Run(run_copy).pointer("last") == Run(run_copy).at(8)

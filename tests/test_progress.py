@@ -24,7 +24,11 @@ def test_the_log_of_a_run_has_lines_and_no_carriage_returns(prepared, tmp_path, 
     out, err = capsys.readouterr()
     assert "\r" not in out + err and "\x1b" not in out + err
     (line,) = [line for line in err.splitlines() if line.startswith("train: ")]
-    assert re.fullmatch(r"train: step 3 of 3, .*(step/s|s/step), \d\d:\d\d gone, 00:00 left, loss .* samples/s, waiting .* GB", line)
+    assert re.fullmatch(
+        r"train: step 3 of 3, .*(step/s|s/step), \d\d:\d\d gone, 00:00 left, loss .* samples/s, waiting .* "
+        r"GB",
+        line,
+    )
 
 
 def test_a_line_comes_every_thirty_seconds_and_at_the_end(monkeypatch, capsys):
@@ -68,7 +72,7 @@ def test_a_terminal_has_a_bar(monkeypatch):
 
 
 @pytest.mark.slow
-def test_phantoms_volumes_and_embeddings_have_lines(tmp_path, run_copy, capsys):  # noqa: F811
+def test_phantoms_volumes_and_embeddings_have_lines(tmp_path, run_copy, capsys):
     write_phantom_dataset(tmp_path / "raw", 2, 1, shape=(16, 32, 32), progress=True)
     prepare(read_ct_rate(tmp_path / "raw"), tmp_path / "data", Options(TINY_RECIPES["hsenet"]))
     assert evaluate.main(["--task", "retrieval", "--run", str(run_copy), "--device", "cpu"]) == 0

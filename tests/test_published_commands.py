@@ -46,15 +46,22 @@ def test_every_train_command_of_the_documents_is_accepted(document):
 
 
 @pytest.mark.slow
-def test_stage_2s_command_starts_the_student_from_m3d_clip_as_published(data, tmp_path, capsys):  # noqa: F811
+def test_stage_2s_command_starts_the_student_from_m3d_clip_as_published(data, tmp_path, capsys):
     arguments = next(c for c in commands(README) if "--teacher" in c)
     m3d_clip = published.write_m3d_clip(tmp_path / "M3D-CLIP").parent
     bert = published.write_vocabulary(tmp_path / "bert", 200, BERT["config"])
     published.write(bert / "model.safetensors", {n: 2 * t for n, t in published.bert().items()})
-    stage_1 = published.write_m3d_clip(tmp_path / "stage1", {n: t + 0.01 for n, t in published.m3d_clip().items()})
+    stage_1 = published.write_m3d_clip(
+        tmp_path / "stage1", {n: t + 0.01 for n, t in published.m3d_clip().items()}
+    )
     assert convert(["convert", str(stage_1), str(tmp_path / "teacher"), "--text-model", str(bert)]) == 0
-    files = {"runs/ct-rate": tmp_path / "teacher", "GoodBaiBai88/M3D-CLIP": m3d_clip, "google-bert/bert-base-uncased": bert,
-             "data/ct-rate": data, "runs/ct-rate-2": tmp_path / "run"}  # fmt: skip
+    files = {
+        "runs/ct-rate": tmp_path / "teacher",
+        "GoodBaiBai88/M3D-CLIP": m3d_clip,
+        "google-bert/bert-base-uncased": bert,
+        "data/ct-rate": data,
+        "runs/ct-rate-2": tmp_path / "run",
+    }
     assert set(files) <= set(arguments)
     arguments = [str(files.get(word, word)) for word in arguments]
     assert train.main([*arguments, "--batch-size", "4", "--max-steps", "1", "--device", "cpu"]) == 0
@@ -69,7 +76,10 @@ def test_stage_2s_command_starts_the_student_from_m3d_clip_as_published(data, tm
 
 def test_reafs_second_command_is_its_train_script():
     readme, script = (train_flags.parse(c, "") for c in commands(README) if "reaf" in c and "--init" in c)
-    settings = [changed_settings(args, STAGES["clip1", "reaf"], Ranks(0, 1, torch.device("cuda"))) for args in (readme, script)]
+    settings = [
+        changed_settings(args, STAGES["clip1", "reaf"], Ranks(0, 1, torch.device("cuda")))
+        for args in (readme, script)
+    ]
     assert [(s.lr, s.batch_size, s.epochs) for s in settings] == [(5e-4, 16, 50), (2e-4, 148, 2)]
     assert settings[1].grad_cache == 16 and settings[0].grad_cache is None
     steps = len(GlobalBatches(46_400, 148, 0, 1, 0))  # CT-RATE's training volumes, about

@@ -1,4 +1,6 @@
-"""What weights start from when nothing is loaded: at base size as published, in the tiny presets as what trains them."""
+"""What weights start from when nothing is loaded: at base size as published, in the tiny presets as what
+trains them.
+"""
 
 import json
 from dataclasses import replace
@@ -17,7 +19,11 @@ from test_train import same_weights, tiny
 def started(preset: str, **vision) -> dict[str, torch.Tensor]:
     """The state of a base-width model of one block a tower."""
     config = PRESETS[preset]
-    encoder = replace(config.vision, depth=1, **({"scan_layers": (0,), "size": (24, 72, 72)} if preset.startswith("reaf") else {}))
+    encoder = replace(
+        config.vision,
+        depth=1,
+        **({"scan_layers": (0,), "size": (24, 72, 72)} if preset.startswith("reaf") else {}),
+    )
     if vision:
         encoder = GuidedVisionConfig(**vars(encoder), **vision)
     torch.manual_seed(0)
@@ -55,8 +61,13 @@ def test_hsenets_vit_starts_as_monai_starts_it():
 def test_reafs_vit_starts_as_timm_starts_it():
     state = started("reaf-base")
     for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-        assert normal(state[f"vision.blocks.0.{name}.weight"]) and not state[f"vision.blocks.0.{name}.bias"].any()
-    assert uniform(state["vision.patch_embed.proj.weight"], 4608) and uniform(state["vision.patch_embed.proj.bias"], 4608)
+        assert (
+            normal(state[f"vision.blocks.0.{name}.weight"])
+            and not state[f"vision.blocks.0.{name}.bias"].any()
+        )
+    assert uniform(state["vision.patch_embed.proj.weight"], 4608) and uniform(
+        state["vision.patch_embed.proj.bias"], 4608
+    )
     assert uniform(state["vision.fusion_layer.weight"], 768) and uniform(state["vision_proj.weight"], 768)
     assert state["vision.cls_token"].std().item() == pytest.approx(1e-6, rel=0.1)
 
@@ -80,10 +91,15 @@ def test_base_presets_start_as_published_and_tiny_ones_do_not():
 
 def test_a_run_starts_as_its_recipe_says_and_what_is_loaded_stays(prepared, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(contrastive, "start_as_published", lambda model: seen.append(start_as_published(model)))
+    monkeypatch.setattr(
+        contrastive, "start_as_published", lambda model: seen.append(start_as_published(model))
+    )
     assert train.main(tiny(prepared, tmp_path / "tiny", "--max-steps", 1)) == 0
     assert not seen and json.loads((tmp_path / "tiny/config.json").read_text())["train"]["start"] == "xavier"
-    monkeypatch.setattr("reaf_hsenet.train.run_setup.stage_config", lambda *names: replace(stage_config(*names), start="published"))
+    monkeypatch.setattr(
+        "reaf_hsenet.train.run_setup.stage_config",
+        lambda *names: replace(stage_config(*names), start="published"),
+    )
     assert train.main(tiny(prepared, tmp_path / "two", "--max-steps", 1, "--init", tmp_path / "tiny")) == 0
     assert seen and same_weights(tmp_path / "tiny", tmp_path / "two")  # the first step's rate is 0
 

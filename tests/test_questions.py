@@ -45,7 +45,12 @@ def test_a_report_prompt_is_drawn_uniformly_from_the_list():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_template_has_the_slots_of_its_kind_and_no_other(kind):
-    slots = {"location": "abnormality", "abnormality": "anatomy", "presence": "abnormality", "size": "abnormality"}
+    slots = {
+        "location": "abnormality",
+        "abnormality": "anatomy",
+        "presence": "abnormality",
+        "size": "abnormality",
+    }
     for template in templates(kind):
         assert template.count(f"{{{slots[kind]}}}") == 1
         filled = template.format(abnormality="A", anatomy="B")  # KeyError for any other slot
@@ -54,7 +59,10 @@ def test_every_template_has_the_slots_of_its_kind_and_no_other(kind):
 
 
 def test_the_first_location_template_is_the_published_one():
-    assert templates("location")[0] == "Where is the {abnormality} located in the image?" and len(templates("location")) == 25
+    assert (
+        templates("location")[0] == "Where is the {abnormality} located in the image?"
+        and len(templates("location")) == 25
+    )
     assert all("{anatomy}" not in t for t in templates("location"))  # that would give the answer away
 
 
@@ -65,7 +73,12 @@ def test_the_same_seed_asks_the_same_question_and_others_vary():
 
 
 def test_a_row_without_a_question_gets_a_template_and_keeps_its_answer():
-    row = {"kind": "location", "anatomy": "lung/left lung", "abnormality": "cyst {x}", "answer": "lung/left lung"}
+    row = {
+        "kind": "location",
+        "anatomy": "lung/left lung",
+        "abnormality": "cyst {x}",
+        "answer": "lung/left lung",
+    }
     question, answer = question_answer(row, rng())
     assert answer == "lung/left lung" and "cyst {x}" in question
 
@@ -77,7 +90,11 @@ def test_a_rows_own_question_is_asked_as_it_is():
 
 @pytest.mark.parametrize(
     ("anatomy", "named"),
-    [("lung/right lung/right upper lobe", "right upper lobe"), ("", "whole scan"), ("Others", "other regions")],
+    [
+        ("lung/right lung/right upper lobe", "right upper lobe"),
+        ("", "whole scan"),
+        ("Others", "other regions"),
+    ],
 )
 def test_a_question_names_the_last_part_of_an_anatomy(anatomy, named):
     asked = {question_text("abnormality", "", anatomy, rng(seed)) for seed in range(60)}
@@ -99,19 +116,30 @@ def test_prepared_phantoms_carry_the_questions_of_their_tables(prepared, phantom
 
 def test_questions_are_in_the_manifests_order_and_of_one_kind():
     row = {"anatomy": "lung", "abnormality": "cyst", "answer": "x"}
-    entries = [{"qa": [{"kind": "size", **row}, {"kind": "location", **row, "answer": "a"}]}, {},
-               {"qa": [{"kind": "location", **row, "answer": "b"}, {"kind": "location", **row, "answer": "c"}]}]  # fmt: skip
+    entries = [
+        {"qa": [{"kind": "size", **row}, {"kind": "location", **row, "answer": "a"}]},
+        {},
+        {"qa": [{"kind": "location", **row, "answer": "b"}, {"kind": "location", **row, "answer": "c"}]},
+    ]
     manifest = Manifest(None, "ct-rate", RECIPES["hsenet"], "float16", "", [], {"train": entries})
-    assert [(i, r["answer"]) for i, r in questions(manifest, "train", "location")] == [(0, "a"), (2, "b"), (2, "c")]
+    assert [(i, r["answer"]) for i, r in questions(manifest, "train", "location")] == [
+        (0, "a"),
+        (2, "b"),
+        (2, "c"),
+    ]
 
 
 def test_a_manifest_without_questions_says_what_to_run(phantom_root, tmp_path):
     source = read_ct_rate(phantom_root)
-    source.splits.update({s: [replace(c, questions=None) for c in cases] for s, cases in source.splits.items()})
+    source.splits.update(
+        {s: [replace(c, questions=None) for c in cases] for s, cases in source.splits.items()}
+    )
     list_as_is(source, tmp_path, Options(RECIPES["hsenet"]))
     manifest = load_manifest(tmp_path)  # as phantoms were prepared before there were questions
     assert not any("qa" in e for e in manifest.entries("train"))
-    with pytest.raises(InputError, match=f"no questions of kind location.*--dataset radgenome .* --out {tmp_path}"):
+    with pytest.raises(
+        InputError, match=f"no questions of kind location.*--dataset radgenome .* --out {tmp_path}"
+    ):
         questions(manifest, "train", "location")
     done = script("preprocess.py", "--dataset", "radgenome", "--root", phantom_root, "--out", tmp_path)
     assert done.returncode == 0 and "questions of location: " in done.stdout, done.stderr
@@ -119,7 +147,9 @@ def test_a_manifest_without_questions_says_what_to_run(phantom_root, tmp_path):
 
 
 def test_an_unknown_kind_is_named(prepared):
-    with pytest.raises(InputError, match="kind 'colour': expected one of location, abnormality, presence, size"):
+    with pytest.raises(
+        InputError, match="kind 'colour': expected one of location, abnormality, presence, size"
+    ):
         questions(load_manifest(prepared), "train", "colour")
 
 

@@ -45,11 +45,19 @@ def tables(tmp_path):
 
 
 def qa(folder) -> dict[str, list[dict]]:
-    return {e["id"]: e["qa"] for entries in load_manifest(folder).splits.values() for e in entries if "qa" in e}
+    return {
+        e["id"]: e["qa"] for entries in load_manifest(folder).splits.values() for e in entries if "qa" in e
+    }
 
 
 def nodule(**more) -> dict:
-    return {"kind": "location", "anatomy": "lung/right lung", "abnormality": "nodule", "answer": "lung/right lung", **more}
+    return {
+        "kind": "location",
+        "anatomy": "lung/right lung",
+        "abnormality": "nodule",
+        "answer": "lung/right lung",
+        **more,
+    }
 
 
 def test_rows_are_joined_to_their_volumes_in_the_tables_order(volumes, tables):
@@ -61,8 +69,11 @@ def test_rows_are_joined_to_their_volumes_in_the_tables_order(volumes, tables):
 
 
 def test_a_location_is_answered_by_the_anatomy_whatever_the_table_answers(tmp_path, volumes):
-    rows = [["Volumename", "Anatomy", "Abnormality", "Question", "Answer"], ["train_1_a_1", "lung", "cyst", "Where?", "left"],
-            ["train_1_a_1", "", "pacemaker", "Where?", "left"]]  # fmt: skip
+    rows = [
+        ["Volumename", "Anatomy", "Abnormality", "Question", "Answer"],
+        ["train_1_a_1", "lung", "cyst", "Where?", "left"],
+        ["train_1_a_1", "", "pacemaker", "Where?", "left"],
+    ]
     add_questions(volumes, write(tmp_path / "t", "train_vqa_location.csv", rows))
     first, second = qa(volumes)["train_1_a_1"]
     assert (first["answer"], first["question"]) == ("lung", "Where?")
@@ -71,9 +82,21 @@ def test_a_location_is_answered_by_the_anatomy_whatever_the_table_answers(tmp_pa
 
 def test_answers_of_the_other_kinds(tmp_path, volumes):
     tables = tmp_path / "t"
-    write(tables, "train_vqa_abnormality.csv", [["Volumename", "Anatomy", "Abnormality"], ["train_1_a_1", "lung", "cyst"]])
-    write(tables, "train_vqa_presence.csv", [["Volumename", "Anatomy", "Finding", "Presence"], ["train_1_a_1", "", "cyst", "No"]])
-    write(tables, "train_vqa_size.csv", [["Volumename", "Anatomy", "Abnormality", "Size"], ["train_1_a_1", "lung", "cyst", "9 mm"]])
+    write(
+        tables,
+        "train_vqa_abnormality.csv",
+        [["Volumename", "Anatomy", "Abnormality"], ["train_1_a_1", "lung", "cyst"]],
+    )
+    write(
+        tables,
+        "train_vqa_presence.csv",
+        [["Volumename", "Anatomy", "Finding", "Presence"], ["train_1_a_1", "", "cyst", "No"]],
+    )
+    write(
+        tables,
+        "train_vqa_size.csv",
+        [["Volumename", "Anatomy", "Abnormality", "Size"], ["train_1_a_1", "lung", "cyst", "9 mm"]],
+    )
     add_questions(volumes, tables)
     assert qa(volumes)["train_1_a_1"] == [
         {"kind": "abnormality", "anatomy": "lung", "abnormality": "cyst", "answer": "cyst"},
@@ -83,7 +106,11 @@ def test_answers_of_the_other_kinds(tmp_path, volumes):
 
 
 def test_names_in_any_case_and_with_or_without_ending(tmp_path, volumes):
-    for header, name in (("VOLUMENAME", "train_1_a_1"), ("VolumeName", "Train_1_a_1.nii.gz"), (" volumename ", "train_1_a_1.nii")):
+    for header, name in (
+        ("VOLUMENAME", "train_1_a_1"),
+        ("VolumeName", "Train_1_a_1.nii.gz"),
+        (" volumename ", "train_1_a_1.nii"),
+    ):
         rows = [[header, "ANATOMY", "abnormality"], [name, "lung/right lung", "nodule"]]
         add_questions(volumes, write(tmp_path / "t", "train_vqa_location.csv", rows))
         assert qa(volumes) == {"train_1_a_1": [nodule()]}
@@ -119,7 +146,11 @@ def test_a_train_table_joins_no_validation_volume(tmp_path, volumes):
     with pytest.raises(InputError, match="train_vqa_location.csv: valid_1_a_1: not among the train volumes"):
         add_questions(volumes, tables)
     write(tables, "train_vqa_location.csv", LOCATION)
-    write(tables, "validation_vqa_location.csv", [LOCATION[0], ["valid_1_a_1.nii.gz", "lung/right lung", "nodule"]])
+    write(
+        tables,
+        "validation_vqa_location.csv",
+        [LOCATION[0], ["valid_1_a_1.nii.gz", "lung/right lung", "nodule"]],
+    )
     add_questions(volumes, tables)
     assert qa(volumes)["valid_1_a_1"] == [nodule()]
 
@@ -130,7 +161,10 @@ def test_unknown_volumes_are_an_error_that_names_the_first_and_changes_nothing(v
     before = {p.name: p.read_bytes() for p in volumes.glob("[!.]*.*")}
     done = script("preprocess.py", "--dataset", "radgenome", "--root", tables, "--out", volumes)
     line = error_line(done)
-    assert "train_vqa_location.csv: train_901_a_1, train_902_a_1, train_903_a_1 and 2 more" in line and "--allow-refused" in line
+    assert (
+        "train_vqa_location.csv: train_901_a_1, train_902_a_1, train_903_a_1 and 2 more" in line
+        and "--allow-refused" in line
+    )
     assert {p.name: p.read_bytes() for p in volumes.glob("[!.]*.*")} == before
 
 
@@ -145,21 +179,39 @@ def test_allowed_refusals_are_left_out_and_listed_beside_the_volumes(volumes, ta
     with open(volumes / "refused.csv", "a", newline="") as file:
         csv.writer(file).writerow(["scan.nii.gz", "is truncated"])
     unknown = [["train_99_a_1", "lung", "nodule"], ["train_99_a_1", "heart", "cyst"]]
-    write(tables, "train_vqa_location.csv", [*LOCATION, *unknown, ["train_3_a_1", "", "cyst"], ["train_3_a_1", "lung", ""]])
-    command = ("preprocess.py", "--dataset", "radgenome", "--root", tables, "--out", volumes, "--allow-refused")
+    write(
+        tables,
+        "train_vqa_location.csv",
+        [*LOCATION, *unknown, ["train_3_a_1", "", "cyst"], ["train_3_a_1", "lung", ""]],
+    )
+    command = (
+        "preprocess.py",
+        "--dataset",
+        "radgenome",
+        "--root",
+        tables,
+        "--out",
+        volumes,
+        "--allow-refused",
+    )
     for _ in range(2):  # a second run lists nothing twice
         done = script(*command)
-        assert done.returncode == 0 and "questions of location: 3 train, 0 validation" in done.stdout, done.stderr
+        assert done.returncode == 0 and "questions of location: 3 train, 0 validation" in done.stdout, (
+            done.stderr
+        )
         with open(volumes / "refused.csv", newline="") as file:
             rows = list(csv.reader(file))[1:]
         assert rows == [
             ["scan.nii.gz", "is truncated"],
-            *([str(tables / "train_vqa_location.csv"), f"questions: {reason}"] for reason in (
-                "train_3_a_1 line 7 has no answer",
-                "train_3_a_1 line 8 has no abnormality",
-                "train_99_a_1 not among the train volumes, 2 rows",
-            )),
-        ]  # fmt: skip
+            *(
+                [str(tables / "train_vqa_location.csv"), f"questions: {reason}"]
+                for reason in (
+                    "train_3_a_1 line 7 has no answer",
+                    "train_3_a_1 line 8 has no abnormality",
+                    "train_99_a_1 not among the train volumes, 2 rows",
+                )
+            ),
+        ]
     assert set(qa(volumes)) == {"train_1_a_1", "train_2_a_1"}
 
 
@@ -168,12 +220,24 @@ def test_tables_of_a_split_that_was_not_prepared_are_not_passed_over(volumes, ta
     del manifest.splits["validation"]
     manifest.save()
     write(tables, "validation_vqa_location.csv", [LOCATION[0], ["valid_1_a_1", "lung", "nodule"]])
-    with pytest.raises(InputError, match="validation_vqa_location.csv: valid_1_a_1: not among the validation volumes"):
+    with pytest.raises(
+        InputError, match="validation_vqa_location.csv: valid_1_a_1: not among the validation volumes"
+    ):
         add_questions(volumes, tables)
 
 
 def test_questions_of_chosen_kinds_alone(volumes, phantom_root):
-    done = script("preprocess.py", "--dataset", "radgenome", "--root", phantom_root, "--out", volumes, "--questions", "location")
+    done = script(
+        "preprocess.py",
+        "--dataset",
+        "radgenome",
+        "--root",
+        phantom_root,
+        "--out",
+        volumes,
+        "--questions",
+        "location",
+    )
     assert done.returncode == 0, done.stderr
     assert {r["kind"] for rows in qa(volumes).values() for r in rows} == {"location"}
 
@@ -183,7 +247,9 @@ def without_abnormality():
 
 
 def two_columns_of_one_name():
-    return [[*row, row[1]] for row in [[*LOCATION[0][:3]], *LOCATION[1:]]], "has two columns anatomy; keep one"
+    return [
+        [*row, row[1]] for row in [[*LOCATION[0][:3]], *LOCATION[1:]]
+    ], "has two columns anatomy; keep one"
 
 
 def short_row():
@@ -202,7 +268,9 @@ def nothing():
     return [], "has no column volumename, anatomy, abnormality; its columns are none"
 
 
-@pytest.mark.parametrize("spoil", [without_abnormality, two_columns_of_one_name, short_row, long_row, header_alone, nothing])
+@pytest.mark.parametrize(
+    "spoil", [without_abnormality, two_columns_of_one_name, short_row, long_row, header_alone, nothing]
+)
 def test_a_wrong_table_is_one_line_that_names_it(spoil, volumes, tables):
     rows, words = spoil()
     write(tables, "train_vqa_location.csv", rows)
@@ -243,7 +311,9 @@ def test_a_question_about_no_volume_of_ct_rate_stops_the_reader(phantom_root, tm
     tree = shutil.copytree(phantom_root, tmp_path / "tree")
     with open(tree / "dataset/radgenome_files/train_vqa_size.csv", "a") as file:
         file.write("train_99_a_1.nii.gz,lung,cyst,9 mm,,\n")
-    with pytest.raises(InputError, match="train_vqa_size.csv: train_99_a_1: not among the train volumes.*radgenome_files"):
+    with pytest.raises(
+        InputError, match="train_vqa_size.csv: train_99_a_1: not among the train volumes.*radgenome_files"
+    ):
         read_ct_rate(tree)
 
 
@@ -254,8 +324,21 @@ def test_a_phantoms_anatomies_are_classes_of_the_published_report(phantom_root):
 
 
 def test_radgenomes_regions_are_the_published_classes(tmp_path):
-    regions = ["lung/left lung/left lower lobe", "trachea and bronchie", "mediastinum/mediastinal lymph node", "heart", "esophagus",
-               "pleura", "bone/rib", "thyroid", "breast", "abdomen/liver", "others"]  # fmt: skip
+    regions = [
+        "lung/left lung/left lower lobe",
+        "trachea and bronchie",
+        "mediastinum/mediastinal lymph node",
+        "heart",
+        "esophagus",
+        "pleura",
+        "bone/rib",
+        "thyroid",
+        "breast",
+        "abdomen/liver",
+        "others",
+    ]
     rows = [LOCATION[0], *(["train_1_a_1", region, "cyst"] for region in regions)]
-    found, refused = read_questions(write(tmp_path / "t", "train_vqa_location.csv", rows), "train", ["train_1_a_1"])
+    found, refused = read_questions(
+        write(tmp_path / "t", "train_vqa_location.csv", rows), "train", ["train_1_a_1"]
+    )
     assert [anatomy_of(row["answer"]) for row in found["train_1_a_1"]] == list(ANATOMIES) and refused == []

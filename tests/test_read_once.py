@@ -1,4 +1,6 @@
-"""A new run of a language stage reads and hashes each file of weights once, by one rank for all where it only compares."""
+"""A new run of a language stage reads and hashes each file of weights once, by one rank for all where it
+only compares.
+"""
 
 import json
 from collections import Counter
@@ -14,7 +16,9 @@ from test_language_runs import decoder_folder, language, stages  # noqa: F401
 
 
 def counted(folder: Path, rank: int) -> None:
-    """From now on every hash of a whole file and every reading of weights of this process is a line of a file."""
+    """From now on every hash of a whole file and every reading of weights of this process is a line of a
+    file.
+    """
     hash_whole, read = files._sha256, checkpoint.read_weights_file
 
     def note(kind: str, path: str | Path) -> None:
@@ -39,31 +43,47 @@ def counting_rank(rank: int, world: int, port: int, argv: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_new_run_reads_and_hashes_every_file_once(stages, decoder_folder, tmp_path, world):  # noqa: F811
-    argv = language(stages, tmp_path / "run", "--decoder", decoder_folder, "--max-steps", 1, "--batch-size", 2)
-    argv = [part for part in argv if part != "--out" and part != str(tmp_path / "run")] + ["--out", str(tmp_path / "run")]
+def test_a_new_run_reads_and_hashes_every_file_once(stages, decoder_folder, tmp_path, world):
+    argv = language(
+        stages, tmp_path / "run", "--decoder", decoder_folder, "--max-steps", 1, "--batch-size", 2
+    )
+    argv = [part for part in argv if part != "--out" and part != str(tmp_path / "run")] + [
+        "--out",
+        str(tmp_path / "run"),
+    ]
     for rank in start(argv, world, counting_rank):
         rank.join(240)
         assert rank.exitcode == 0
-    encoders = {str((stages / name / "checkpoints/step-000002/model.safetensors").resolve()) for name in ("clip1", "clip2")}
+    encoders = {
+        str((stages / name / "checkpoints/step-000002/model.safetensors").resolve())
+        for name in ("clip1", "clip2")
+    }
     bases = {str(path.resolve()) for path in decoder_folder.glob("*.safetensors")}
     for rank in range(world):
-        lines = [tuple(json.loads(line)) for line in (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()]
+        lines = [
+            tuple(json.loads(line)) for line in (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()
+        ]
         count = Counter(line for line in lines if str(tmp_path / "run") not in line[1])
         assert {path for kind, path in count if kind == "read"} == encoders
-        assert {path for kind, path in count if kind == "hashed"} == (encoders | bases if rank == 0 else set())
+        assert {path for kind, path in count if kind == "hashed"} == (
+            encoders | bases if rank == 0 else set()
+        )
         assert set(count.values()) == {1}
 
 
 @pytest.mark.slow
-def test_a_run_that_is_read_again_hashes_its_own_checkpoint_and_no_decoder(stages, decoder_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_that_is_read_again_hashes_its_own_checkpoint_and_no_decoder(
+    stages, decoder_folder, tmp_path, monkeypatch
+):
     argv = language(stages, tmp_path / "run", "--decoder", decoder_folder, "--max-steps", 1)
     (rank,) = start(argv)
     rank.join(240)
     hashed = []
     files._sha256.cache_clear()
     whole = files._sha256
-    monkeypatch.setattr(files, "_sha256", lambda path, *unchanged: (hashed.append(path), whole(path, *unchanged))[1])
+    monkeypatch.setattr(
+        files, "_sha256", lambda path, *unchanged: (hashed.append(path), whole(path, *unchanged))[1]
+    )
     run = load_mllm(tmp_path / "run")
     run.sha256(), run.base_sha256()
     assert not any("decoder" in path for path in hashed)

@@ -1,4 +1,6 @@
-"""REAF's encoder: hierarchy, fusion and saliency against plain loops, for grids and settings no golden number covers."""
+"""REAF's encoder: hierarchy, fusion and saliency against plain loops, for grids and settings no golden
+number covers.
+"""
 
 from dataclasses import replace
 from itertools import product
@@ -16,8 +18,18 @@ from reaf_hsenet.models.saliency import RegionalSaliency
 from reaf_hsenet.presets import PRESETS
 
 # 3 x 4 x 2 patches, so that no two axes are alike and regions of 2 x 3 x 1 leave a remainder on two of them.
-SMALL = ReafVisionConfig((6, 16, 8), (2, 4, 4), width=24, depth=4, heads=2, mlp=48, scan_layers=(1, 3), regions=1,
-                         region_size=(2, 3, 1), drop_path=0.0)
+SMALL = ReafVisionConfig(
+    (6, 16, 8),
+    (2, 4, 4),
+    width=24,
+    depth=4,
+    heads=2,
+    mlp=48,
+    scan_layers=(1, 3),
+    regions=1,
+    region_size=(2, 3, 1),
+    drop_path=0.0,
+)
 
 
 def encoder(**changes):
@@ -38,14 +50,18 @@ def masks_by_loops(norms, size, regions, suppression, partial):
     factors = torch.full_like(norms, suppression)
     starts = [range(0, n if partial else n - r + 1, r) for n, r in zip(norms.shape[1:], size, strict=True)]
     for sample, factor in zip(norms, factors, strict=True):
-        boxes = [tuple(slice(s, s + r) for s, r in zip(corner, size, strict=True)) for corner in product(*starts)]
+        boxes = [
+            tuple(slice(s, s + r) for s, r in zip(corner, size, strict=True)) for corner in product(*starts)
+        ]
         for box in sorted(boxes, key=lambda b: -sample[b].sum())[:regions]:
             factor[box] = 1
     return factors
 
 
 def by_loops(model, volume, config):
-    """Encode one sample at a time, slices in a list, as the method reads. Returns the feature and both maps."""
+    """Encode one sample at a time, slices in a list, as the method reads. Returns the feature and both
+    maps.
+    """
     features, maps = [], {"scan": [], "slice": []}
     d = config.grid[0]
     for sample in volume:
@@ -61,7 +77,9 @@ def by_loops(model, volume, config):
             else:
                 slices = [block(s[None])[0] for s in slices]
                 class_tokens = torch.stack([s[0] for s in slices])
-                first = class_tokens[:1] if config.slice_class == "first" else class_tokens.mean(0, keepdim=True)
+                first = (
+                    class_tokens[:1] if config.slice_class == "first" else class_tokens.mean(0, keepdim=True)
+                )
                 collected["slice"].append(torch.cat([first, *(s[1:] for s in slices)]))
         pooled = []
         for name in ("scan", "slice"):
@@ -69,8 +87,13 @@ def by_loops(model, volume, config):
             weights = layer_weights(config.fusion, len(outputs), config.fusion_seed).double()
             fused = sum(w * x for w, x in zip(weights, outputs, strict=True))
             norms = fused.norm(dim=-1)
-            factors = masks_by_loops(norms[1:].view(1, *config.grid), config.region_size, config.regions,
-                                     config.suppression, config.remainder == "regions").flatten()
+            factors = masks_by_loops(
+                norms[1:].view(1, *config.grid),
+                config.region_size,
+                config.regions,
+                config.suppression,
+                config.remainder == "regions",
+            ).flatten()
             score = norms[1] if config.class_score == "first_patch" else norms[0]
             maps[name].append(torch.cat((score[None], norms[1:] * factors)))
             pooled.append(maps[name][-1].softmax(0) @ outputs[-1])
@@ -79,9 +102,15 @@ def by_loops(model, volume, config):
     return torch.stack(features), {name: torch.stack(m) for name, m in maps.items()}
 
 
-VARIANTS = [{}, {"class_score": "class_token"}, {"remainder": "regions", "regions": 3}, {"slice_class": "mean"},
-            {"fusion": "inverse_weighted_mean", "suppression": 0.5}, {"regions": 100},
-            {"fusion": "random_weighted_mean", "fusion_seed": 7}]
+VARIANTS = [
+    {},
+    {"class_score": "class_token"},
+    {"remainder": "regions", "regions": 3},
+    {"slice_class": "mean"},
+    {"fusion": "inverse_weighted_mean", "suppression": 0.5},
+    {"regions": 100},
+    {"fusion": "random_weighted_mean", "fusion_seed": 7},
+]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
@@ -146,7 +175,10 @@ def test_fusion_weights_are_the_named_ones():
 
 
 def test_fusion_weights_are_stored_with_the_model():
-    model, other = encoder(fusion="random_weighted_mean"), encoder(fusion="random_weighted_mean", fusion_seed=1)
+    model, other = (
+        encoder(fusion="random_weighted_mean"),
+        encoder(fusion="random_weighted_mean", fusion_seed=1),
+    )
     state = model.state_dict()
     other.load_state_dict(state)
     assert torch.equal(other.fusion["slice"].weights, state["fusion.slice.weights"])
@@ -237,8 +269,14 @@ def test_base_preset_has_the_published_sizes():
 class NoHostReads(TorchDispatchMode):
     """Fails on every operation whose result the host must wait for, on any device."""
 
-    READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
-             torch.ops.aten.masked_select, torch.ops.aten.unique_dim, torch.ops.aten._unique2}
+    READS = {
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.equal,
+        torch.ops.aten.masked_select,
+        torch.ops.aten.unique_dim,
+        torch.ops.aten._unique2,
+    }
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function.overloadpacket not in self.READS, f"{function} reads a value on the host"

@@ -31,7 +31,9 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 
 SMALL = ("--size", 24, 48, 64)
-RECIPE = replace(RECIPES["reaf"], size=(24, 48, 64))  # pads depth and width of a small_ct and crops its height
+RECIPE = replace(
+    RECIPES["reaf"], size=(24, 48, 64)
+)  # pads depth and width of a small_ct and crops its height
 
 
 def small_ct(phantom: Path, path: Path) -> Path:
@@ -68,8 +70,11 @@ def published(phantom_root, tmp_path_factory) -> Path:
     """Nine phantoms in REAF's layout: per split one .pt, one .pt.gz and one .nii.gz."""
     root = tmp_path_factory.mktemp("reaf") / "ct_rate"
     source = read_ct_rate(phantom_root)
-    picked = {"train": source.splits["train"][:3], "val": source.splits["validation"][:3],
-              "test": source.splits["validation"][3:6]}
+    picked = {
+        "train": source.splits["train"][:3],
+        "val": source.splits["validation"][:3],
+        "test": source.splits["validation"][3:6],
+    }
     for split, cases in picked.items():
         volumes = root / split / "volumes"
         (volumes / "inner").mkdir(parents=True)
@@ -77,8 +82,10 @@ def published(phantom_root, tmp_path_factory) -> Path:
         torch.save(resampled_hu(small[0]), volumes / f"{cases[0].id}.pt")
         save_gz(resampled_hu(small[1])[None], volumes / "inner" / f"{cases[1].id}.pt.gz")
         small[2].rename(volumes / small[2].name)
-        write_reports(root / split / "reports/conversations.json",
-                      [talk(f"{c.id}.nii.gz", "What is seen?", c.text) for c in cases])
+        write_reports(
+            root / split / "reports/conversations.json",
+            [talk(f"{c.id}.nii.gz", "What is seen?", c.text) for c in cases],
+        )
     return root
 
 
@@ -125,16 +132,21 @@ def test_the_validation_folder_may_be_called_valid(tree):
 
 def test_of_several_conversations_the_marked_one_is_the_report(tree):
     ids = [c.id for c in read_reaf(tree).splits["train"]]
-    write_reports(tree / "train/reports/conversations.json", [
-        talk(ids[0], "Is there a nodule?", "No.", "Describe. <report_generation>", "The first report."),
-        talk(f"{ids[0]}.nii.gz", "Where?", "Left lobe."),
-        {**talk(ids[1], "Write it.", "The second report."), "type": "report_generation"},
-        talk(ids[1], "Size?", "8 mm"),
-        talk(ids[2], "<report_generation>", "The third report."),
-        talk(ids[2], "Again <report_generation>", "The third report."),
-    ])
+    write_reports(
+        tree / "train/reports/conversations.json",
+        [
+            talk(ids[0], "Is there a nodule?", "No.", "Describe. <report_generation>", "The first report."),
+            talk(f"{ids[0]}.nii.gz", "Where?", "Left lobe."),
+            {**talk(ids[1], "Write it.", "The second report."), "type": "report_generation"},
+            talk(ids[1], "Size?", "8 mm"),
+            talk(ids[2], "<report_generation>", "The third report."),
+            talk(ids[2], "Again <report_generation>", "The third report."),
+        ],
+    )
     assert [c.text for c in read_reaf(tree).splits["train"]] == [
-        "The first report.", "The second report.", "The third report."
+        "The first report.",
+        "The second report.",
+        "The third report.",
     ]
 
 
@@ -142,11 +154,16 @@ def test_of_several_conversations_the_marked_one_is_the_report(tree):
     ("entries", "words"),
     [
         ([talk("{id}", "a", "one"), talk("{id}", "b", "two")], "image {id} has 2 answers, none .*marked"),
-        ([talk("{id}", "<report_generation>", "one"), talk("{id}", "<report_generation>", "two")],
-         "image {id} has 2 answers; expected one report"),
+        (
+            [talk("{id}", "<report_generation>", "one"), talk("{id}", "<report_generation>", "two")],
+            "image {id} has 2 answers; expected one report",
+        ),
         ([talk("{id}", "a")], "image {id} has no answers"),
         ([{"conversations": []}], "entry 0: has no image"),
-        ([{"image": "{id}", "conversations": [{"from": "doctor", "value": "x"}]}], "entry 0 .{id}.: its conversations"),
+        (
+            [{"image": "{id}", "conversations": [{"from": "doctor", "value": "x"}]}],
+            "entry 0 .{id}.: its conversations",
+        ),
         ([{"image": "{id}"}], "its conversations are no list"),
         ({"image": "{id}"}, "holds no list"),
     ],
@@ -215,15 +232,22 @@ def test_a_volume_without_report_and_a_report_without_volume_are_refused_cases(t
     problems = {name: c.problem for name, c in train_cases(tree).items()}
     assert "has no report in" in problems[first["image"].removesuffix(".nii.gz")]
     assert "absent" in problems["train_99_a_1"] and problems[third["image"].removesuffix(".nii.gz")] is None
-    assert "empty report in conversations.json" in problems["inner/" + second["image"].removesuffix(".nii.gz")]
+    assert (
+        "empty report in conversations.json" in problems["inner/" + second["image"].removesuffix(".nii.gz")]
+    )
 
 
 @pytest.mark.parametrize("place", ["train/labels.csv", "train_predicted_labels.csv"])
 def test_labels_beside_the_data_are_read(tree, place):
     names = [c.id.removeprefix("inner/") for c in read_reaf(tree).splits["train"]]
     with open(tree / place, "w", newline="") as file:
-        csv.writer(file).writerows([("VolumeName", "Effusion", "Nodule"), (f"{names[0]}.nii.gz", 1, 0),
-                                    (f"{names[1]}.nii.gz", "0.0", "1.0")])
+        csv.writer(file).writerows(
+            [
+                ("VolumeName", "Effusion", "Nodule"),
+                (f"{names[0]}.nii.gz", 1, 0),
+                (f"{names[1]}.nii.gz", "0.0", "1.0"),
+            ]
+        )
     source = read_reaf(tree)
     assert source.label_names == ("Effusion", "Nodule")
     assert [c.labels for c in source.splits["train"]] == [(1, 0), (0, 1), None]
@@ -235,7 +259,9 @@ def test_labels_beside_the_data_are_read(tree, place):
 
 @pytest.fixture(scope="session")
 def nifti(phantom_root, tmp_path_factory) -> Path:
-    return small_ct(next(phantom_root.rglob("train_1_a_1.nii.gz")), tmp_path_factory.mktemp("ct") / "a.nii.gz")
+    return small_ct(
+        next(phantom_root.rglob("train_1_a_1.nii.gz")), tmp_path_factory.mktemp("ct") / "a.nii.gz"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -298,13 +324,19 @@ def with_nan(hu):
         (lambda hu: hu.numpy(), "holds more than tensors .*, which is not loaded"),
         (lambda hu: Payload(), "holds more than tensors .print., which is not loaded"),
         (lambda hu: hu[0], "holds a tensor of shape"),
-        (lambda hu: hu[None].repeat(2, 1, 1, 1), "holds a tensor of shape .*2, 20, 57, 57.*expected one volume"),
+        (
+            lambda hu: hu[None].repeat(2, 1, 1, 1),
+            "holds a tensor of shape .*2, 20, 57, 57.*expected one volume",
+        ),
         (lambda hu: hu[:0], "holds a tensor of shape"),
         (lambda hu: hu > 0, "holds a torch.bool tensor; expected real numbers"),
         (lambda hu: hu.to_sparse(), "it is a sparse, quantised, nested or empty tensor"),
         (with_nan, "voxels are NaN or infinite"),
         (lambda hu: hu.clamp(0, 0), "every voxel is 0; .*values run from 0 to 0"),
-        (lambda hu: (hu + 1150) / 1500, "not HU.*its values run from .*a finished input is 24x48x64 from -1.987 to"),
+        (
+            lambda hu: (hu + 1150) / 1500,
+            "not HU.*its values run from .*a finished input is 24x48x64 from -1.987 to",
+        ),
         (lambda hu: (hu > 0).to(torch.int16), "like a mask"),
         (lambda hu: hu + 1024, "not HU"),
     ],
@@ -329,9 +361,16 @@ def test_a_damaged_file_is_refused_in_one_line_with_its_name(nifti, tmp_path):
     save_gz(resampled_hu(nifti), zipped)
     flipped = bytearray(zipped.read_bytes())
     flipped[-6] ^= 1  # within the CRC: only reading to the end finds it
-    for name, content in (("t.pt", whole.read_bytes()[:3000]), ("t.pt.gz", zipped.read_bytes()[:3000]),
-                          ("e.pt", b""), ("e.pt.gz", b""), ("c.pt.gz", bytes(flipped)), ("n.pt.gz", whole.read_bytes()),
-                          ("g.pt", b"not a tensor"), ("absent.pt", None)):
+    for name, content in (
+        ("t.pt", whole.read_bytes()[:3000]),
+        ("t.pt.gz", zipped.read_bytes()[:3000]),
+        ("e.pt", b""),
+        ("e.pt.gz", b""),
+        ("c.pt.gz", bytes(flipped)),
+        ("n.pt.gz", whole.read_bytes()),
+        ("g.pt", b"not a tensor"),
+        ("absent.pt", None),
+    ):
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
@@ -339,7 +378,9 @@ def test_a_damaged_file_is_refused_in_one_line_with_its_name(nifti, tmp_path):
             read_input(path, RECIPE)
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
         assert len(str(caught.value)) < 300
-    with pytest.raises(InputError, match="x.mha: expected a file that ends in .npy, .pt, .pt.gz, .nii.gz, .nii"):
+    with pytest.raises(
+        InputError, match="x.mha: expected a file that ends in .npy, .pt, .pt.gz, .nii.gz, .nii"
+    ):
         read_input(tmp_path / "x.mha", RECIPE)
 
 
@@ -358,7 +399,9 @@ def test_preprocess_writes_reafs_volumes_once(published, tmp_path):
     manifest.check(["train", "validation", "test"])
     for entry in entries(manifest):
         expected = read_input(Path(entry["source"]["file"]), RECIPE)[0]
-        assert np.load(out / entry["volume"]).dtype == np.float16 and entry["source"]["rescale"].startswith("auto: HU")
+        assert np.load(out / entry["volume"]).dtype == np.float16 and entry["source"]["rescale"].startswith(
+            "auto: HU"
+        )
         assert np.abs(read_prepared(manifest, entry).numpy() - expected).max() < 2e-3
     times = {p: p.stat().st_mtime_ns for p in out.rglob("*.npy")}
     assert len(times) == 9
@@ -411,7 +454,9 @@ def test_an_as_is_manifest_is_not_written_over_prepared_volumes(published, tmp_p
 
 
 def raw_copy(phantom_root: Path, folder: Path) -> Path:
-    """The tree with one volume as CT-RATE's first version stores it: raw values, blank header, spacing in the table."""
+    """The tree with one volume as CT-RATE's first version stores it: raw values, blank header, spacing in
+    the table.
+    """
     tree = shutil.copytree(phantom_root, folder)
     path = next(tree.rglob("train_1_a_1.nii.gz"))
     image = nib.load(path)
@@ -439,7 +484,12 @@ def test_ct_rate_as_is_keeps_the_table_and_the_orientation_of_blank_headers(phan
         made[name] = load_manifest(tmp_path / name)
     assert made["as-is"].reading == Reading(assume_orientation="LPS")
     for one, two in zip(*(m.splits["train"][:3] for m in made.values()), strict=True):
-        assert (one["id"], one["scan"], one["text"], one["labels"]) == (two["id"], two["scan"], two["text"], two["labels"])
+        assert (one["id"], one["scan"], one["text"], one["labels"]) == (
+            two["id"],
+            two["scan"],
+            two["text"],
+            two["labels"],
+        )
         difference = read_prepared(made["prepared"], one) - read_prepared(made["as-is"], two)
         assert difference.abs().max() < 2e-3
     assert made["prepared"].splits["train"][0]["source"]["rescale"].startswith("auto: raw values")
@@ -465,7 +515,9 @@ def mixed_manifest(published: Path, folder: Path) -> Path:
     """A prepared folder's manifest whose train split has .npy, .pt, .pt.gz and .nii.gz entries."""
     prepare(read_reaf(published), folder, Options(RECIPE), progress=False)
     listed(published, folder.with_name("as-is"))
-    values, other = (json.loads((f / "manifest.json").read_text()) for f in (folder, folder.with_name("as-is")))
+    values, other = (
+        json.loads((f / "manifest.json").read_text()) for f in (folder, folder.with_name("as-is"))
+    )
     values["splits"]["train"][1:] = [*other["splits"]["train"][1:], *other["splits"]["test"][:1]]
     values["splits"].pop("test")
     (folder / "manifest.json").write_text(json.dumps(values))
@@ -479,7 +531,7 @@ def test_formats_may_stand_side_by_side_in_one_manifest(published, tmp_path):
     manifest.check(["train", "validation"])
     dataset = dataset_of(manifest)
     for workers in (0, 2):
-        batch, = batches(make_loader(dataset, GlobalBatches(4, 4, 0, 1, 0), workers), torch.device("cpu"))
+        (batch,) = batches(make_loader(dataset, GlobalBatches(4, 4, 0, 1, 0), workers), torch.device("cpu"))
         assert batch.volume.shape == (4, 1, 24, 48, 64) and batch.volume.dtype == torch.float32
         for row, volume in zip(batch.index, batch.volume, strict=True):
             expected = read_input(Path(manifest.entries("train")[row]["source"]["file"]), RECIPE)[0]
@@ -545,7 +597,13 @@ def test_a_table_row_that_is_not_of_numbers_is_refused(published, tmp_path):
     listed(published, tmp_path / "out")
     values = json.loads((tmp_path / "out/manifest.json").read_text())
     row = {"spacing": [1, 1, 3], "slope": 1, "intercept": None}
-    for table in (row | {"slope": "steep"}, row | {"spacing": [1, 2]}, row | {"spacing": 3}, {"slope": 1}, [1]):
+    for table in (
+        row | {"slope": "steep"},
+        row | {"spacing": [1, 2]},
+        row | {"spacing": 3},
+        {"slope": 1},
+        [1],
+    ):
         values["splits"]["train"][0]["table"] = table
         (tmp_path / "out/manifest.json").write_text(json.dumps(values))
         with pytest.raises(InputError, match="manifest.json: "):

@@ -1,4 +1,6 @@
-"""REAF, HLIP and MAE checkpoints load under their published names, from every file they come in, and start a run."""
+"""REAF, HLIP and MAE checkpoints load under their published names, from every file they come in, and
+start a run.
+"""
 
 import json
 import os
@@ -24,51 +26,112 @@ from reaf_hsenet.weights import initial_state, load_matching, load_strictly, rea
 
 CONFIG = ClipConfig(
     "reaf",
-    ReafVisionConfig((8, 16, 16), (4, 8, 8), width=24, depth=3, heads=2, mlp=48, scan_layers=(2,),
-                     region_size=(1, 1, 1), drop_path=0.0),
+    ReafVisionConfig(
+        (8, 16, 16),
+        (4, 8, 8),
+        width=24,
+        depth=3,
+        heads=2,
+        mlp=48,
+        scan_layers=(2,),
+        region_size=(1, 1, 1),
+        drop_path=0.0,
+    ),
     TextConfig(vocab=40, width=16, depth=1, heads=2, mlp=32, positions=20),
-    embed=12, projection_bias=False, logit_scale="exp",
+    embed=12,
+    projection_bias=False,
+    logit_scale="exp",
 )
 GRID = CONFIG.vision.grid
 
 
 def published_shapes(fusion=True) -> dict[str, list[int]]:
-    """Names and shapes as REAF's and HLIP's checkpoints have them (open_clip's TimmModel and HFTextEncoder)."""
+    """Names and shapes as REAF's and HLIP's checkpoints have them (open_clip's TimmModel and
+    HFTextEncoder).
+    """
     c, t = CONFIG.vision.width, CONFIG.text.width
-    block = {"norm1.weight": [c], "norm1.bias": [c], "attn.qkv.weight": [3 * c, c], "attn.qkv.bias": [3 * c],
-             "attn.proj.weight": [c, c], "attn.proj.bias": [c], "norm2.weight": [c], "norm2.bias": [c],
-             "mlp.fc1.weight": [48, c], "mlp.fc1.bias": [48], "mlp.fc2.weight": [c, 48], "mlp.fc2.bias": [c]}
-    trunk = {"cls_token": [1, 1, c], "spatial_posemb": [1, *GRID, c], "patch_embed.proj.weight": [c, 1, 4, 8, 8],
-             "patch_embed.proj.bias": [c], "norm.weight": [c], "norm.bias": [c],
-             **{f"blocks.{i}.{n}": s for i in range(3) for n, s in block.items()}}
+    block = {
+        "norm1.weight": [c],
+        "norm1.bias": [c],
+        "attn.qkv.weight": [3 * c, c],
+        "attn.qkv.bias": [3 * c],
+        "attn.proj.weight": [c, c],
+        "attn.proj.bias": [c],
+        "norm2.weight": [c],
+        "norm2.bias": [c],
+        "mlp.fc1.weight": [48, c],
+        "mlp.fc1.bias": [48],
+        "mlp.fc2.weight": [c, 48],
+        "mlp.fc2.bias": [c],
+    }
+    trunk = {
+        "cls_token": [1, 1, c],
+        "spatial_posemb": [1, *GRID, c],
+        "patch_embed.proj.weight": [c, 1, 4, 8, 8],
+        "patch_embed.proj.bias": [c],
+        "norm.weight": [c],
+        "norm.bias": [c],
+        **{f"blocks.{i}.{n}": s for i in range(3) for n, s in block.items()},
+    }
     if fusion:
         trunk |= {"fusion_layer.weight": [c, 2 * c], "fusion_layer.bias": [c]}
-    layer = {**{f"attention.self.{p}.{k}": [t, t] if k == "weight" else [t] for p in ("query", "key", "value")
-                for k in ("weight", "bias")},
-             "attention.output.dense.weight": [t, t], "attention.output.dense.bias": [t],
-             "attention.output.LayerNorm.weight": [t], "attention.output.LayerNorm.bias": [t],
-             "intermediate.dense.weight": [32, t], "intermediate.dense.bias": [32],
-             "output.dense.weight": [t, 32], "output.dense.bias": [t],
-             "output.LayerNorm.weight": [t], "output.LayerNorm.bias": [t]}
-    bert = {"embeddings.word_embeddings.weight": [40, t], "embeddings.position_embeddings.weight": [20, t],
-            "embeddings.token_type_embeddings.weight": [2, t], "embeddings.LayerNorm.weight": [t],
-            "embeddings.LayerNorm.bias": [t], "pooler.dense.weight": [t, t],
-            **{f"encoder.layer.0.{n}": s for n, s in layer.items()}}
-    return {"logit_scale": [], "visual.head.proj.weight": [12, c], "text.proj.weight": [12, t],
-            **{f"visual.trunk.{n}": s for n, s in trunk.items()},
-            **{f"text.transformer.{n}": s for n, s in bert.items()}}
+    layer = {
+        **{
+            f"attention.self.{p}.{k}": [t, t] if k == "weight" else [t]
+            for p in ("query", "key", "value")
+            for k in ("weight", "bias")
+        },
+        "attention.output.dense.weight": [t, t],
+        "attention.output.dense.bias": [t],
+        "attention.output.LayerNorm.weight": [t],
+        "attention.output.LayerNorm.bias": [t],
+        "intermediate.dense.weight": [32, t],
+        "intermediate.dense.bias": [32],
+        "output.dense.weight": [t, 32],
+        "output.dense.bias": [t],
+        "output.LayerNorm.weight": [t],
+        "output.LayerNorm.bias": [t],
+    }
+    bert = {
+        "embeddings.word_embeddings.weight": [40, t],
+        "embeddings.position_embeddings.weight": [20, t],
+        "embeddings.token_type_embeddings.weight": [2, t],
+        "embeddings.LayerNorm.weight": [t],
+        "embeddings.LayerNorm.bias": [t],
+        "pooler.dense.weight": [t, t],
+        **{f"encoder.layer.0.{n}": s for n, s in layer.items()},
+    }
+    return {
+        "logit_scale": [],
+        "visual.head.proj.weight": [12, c],
+        "text.proj.weight": [12, t],
+        **{f"visual.trunk.{n}": s for n, s in trunk.items()},
+        **{f"text.transformer.{n}": s for n, s in bert.items()},
+    }
 
 
 def published(fusion=True, prefix="") -> dict[str, torch.Tensor]:
-    return {prefix + n: torch.from_numpy(np.array(fill.fill(n, s, 0))) for n, s in published_shapes(fusion).items()}
+    return {
+        prefix + n: torch.from_numpy(np.array(fill.fill(n, s, 0)))
+        for n, s in published_shapes(fusion).items()
+    }
 
 
 def published_mae(width=24, side=4) -> dict[str, torch.Tensor]:
-    shapes = {n.removeprefix("visual.trunk."): s for n, s in published_shapes().items() if ".blocks." in n or "norm" in n}
+    shapes = {
+        n.removeprefix("visual.trunk."): s
+        for n, s in published_shapes().items()
+        if ".blocks." in n or "norm" in n
+    }
     shapes = {n: s for n, s in shapes.items() if not n.startswith("text.")}
-    shapes |= {"cls_token": [1, 1, width], "pos_embed": [1, side * side + 1, width],
-               "patch_embed.proj.weight": [width, 3, 16, 16], "patch_embed.proj.bias": [width],
-               "mask_token": [1, 1, 8], "decoder_embed.weight": [8, width]}
+    shapes |= {
+        "cls_token": [1, 1, width],
+        "pos_embed": [1, side * side + 1, width],
+        "patch_embed.proj.weight": [width, 3, 16, 16],
+        "patch_embed.proj.bias": [width],
+        "mask_token": [1, 1, 8],
+        "decoder_embed.weight": [8, width],
+    }
     return {n: torch.from_numpy(np.array(fill.fill(n, s, 0))) for n, s in shapes.items()}
 
 
@@ -121,10 +184,14 @@ def test_a_position_table_of_another_grid_is_resampled():
 def test_hlip_starts_all_but_the_fusion_and_says_so():
     model = build_dual_encoder(CONFIG)
     before = model.vision.fusion_layer.weight.clone()
-    account = load_matching(model, initial_state(published(fusion=False), "hlip.pt", "reaf", (4, 8, 8), GRID), "hlip.pt")
+    account = load_matching(
+        model, initial_state(published(fusion=False), "hlip.pt", "reaf", (4, 8, 8), GRID), "hlip.pt"
+    )
     assert torch.equal(model.vision.fusion_layer.weight, before)
     assert "fusion_layer" in account and "left at their start" in account and "hlip.pt" in account
-    assert torch.equal(model.vision.blocks[2].mlp.fc1.weight, published()["visual.trunk.blocks.2.mlp.fc1.weight"])
+    assert torch.equal(
+        model.vision.blocks[2].mlp.fc1.weight, published()["visual.trunk.blocks.2.mlp.fc1.weight"]
+    )
 
 
 def test_a_mae_checkpoint_is_inflated_and_its_decoder_not_used():
@@ -134,7 +201,9 @@ def test_a_mae_checkpoint_is_inflated_and_its_decoder_not_used():
     assert "decoder_embed" in account and "mask_token" in account and "text.blocks.* (" in account
     assert torch.equal(model.vision.cls_token, source["cls_token"] + source["pos_embed"][:, :1])
     # A volume that is constant over depth sees the sum of the kernel's colours, once.
-    plane = torch.nn.functional.interpolate(source["patch_embed.proj.weight"], size=(8, 8), mode="bicubic").sum(1)
+    plane = torch.nn.functional.interpolate(
+        source["patch_embed.proj.weight"], size=(8, 8), mode="bicubic"
+    ).sum(1)
     ones = model.vision.patch_embed(torch.ones(1, 1, 8, 16, 16))[0, 0] - model.vision.patch_embed.proj.bias
     assert torch.allclose(ones, plane.sum((1, 2)), atol=1e-4)
 
@@ -165,13 +234,21 @@ def test_checkpoint_files_of_every_kind_are_read(tmp_path, name):
     assert found.keys() == state.keys() and all(torch.equal(found[n], state[n]) for n in state)
 
 
-@pytest.mark.parametrize(("state", "words"), [
-    ({"layer1.0.conv1.weight": torch.zeros(2)}, "is not a checkpoint of REAF, HLIP, M3D-CLIP, HSENet or a MAE ViT.*layer1"),
-    (published_mae(width=12), r"does not fit this model: vision\.\S+ is"),
-])
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (
+            {"layer1.0.conv1.weight": torch.zeros(2)},
+            "is not a checkpoint of REAF, HLIP, M3D-CLIP, HSENet or a MAE ViT.*layer1",
+        ),
+        (published_mae(width=12), r"does not fit this model: vision\.\S+ is"),
+    ],
+)
 def test_other_checkpoints_are_refused_by_name(state, words):
     with pytest.raises(InputError, match=words):
-        load_matching(build_dual_encoder(CONFIG), initial_state(state, "x.pt", "reaf", (4, 8, 8), GRID), "x.pt")
+        load_matching(
+            build_dual_encoder(CONFIG), initial_state(state, "x.pt", "reaf", (4, 8, 8), GRID), "x.pt"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +264,33 @@ def prepared_reaf(phantom_root, tmp_path_factory) -> Path:
 
 
 def tiny(data, out, *more) -> list[str]:
-    return ["--stage", "clip1", "--model", "reaf", "--size", "16", "32", "32", "--batch-size", "4", "--log-every", "1",
-            "--region-size", "1", "1", "1", "--device", "cpu", "--data", str(data), "--out", str(out),
-            "--preset", "reaf-tiny", *map(str, more)]
+    return [
+        "--stage",
+        "clip1",
+        "--model",
+        "reaf",
+        "--size",
+        "16",
+        "32",
+        "32",
+        "--batch-size",
+        "4",
+        "--log-every",
+        "1",
+        "--region-size",
+        "1",
+        "1",
+        "1",
+        "--device",
+        "cpu",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--preset",
+        "reaf-tiny",
+        *map(str, more),
+    ]
 
 
 @pytest.mark.slow
@@ -199,13 +300,18 @@ def test_reaf_trains_resumes_and_starts_another_run(prepared_reaf, tmp_path, cap
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = ("--drop-path", 0.3, "--fusion", "random_weighted_mean", "--class-score", "class_token")
     assert train.main(tiny(prepared_reaf, whole, "--max-steps", 4, *settings)) == 0
-    assert train.main(tiny(prepared_reaf, parts, "--max-steps", 4, "--save-every", 2, "--keep", 9, *settings)) == 0
+    assert (
+        train.main(tiny(prepared_reaf, parts, "--max-steps", 4, "--save-every", 2, "--keep", 9, *settings))
+        == 0
+    )
     (parts / "checkpoints/last").write_text("step-000002\n")
     assert train.main(tiny(prepared_reaf, parts, "--resume", *settings)) == 0
     assert same_weights(whole, parts)
     vision = json.loads((whole / "config.json").read_text())["model"]["vision"]
     assert vision["fusion"] == "random_weighted_mean" and vision["class_score"] == "class_token"
-    weights = whole / "checkpoints/step-000004/model.safetensors"  # weights alone, without the run's vocabulary
+    weights = (
+        whole / "checkpoints/step-000004/model.safetensors"
+    )  # weights alone, without the run's vocabulary
     assert train.main(tiny(prepared_reaf, tmp_path / "next", "--max-steps", 1, "--init", weights)) == 0
     assert "text.blocks.* (" in capsys.readouterr().out  # so left at its start
 
@@ -236,7 +342,9 @@ def test_the_frozen_text_encoder_trains_its_layer_norms_only(prepared_reaf, tmp_
     for name in start:
         if name.startswith("text.") and "norm" not in name:
             assert torch.equal(start[name], end[name]), name
-        elif "fusion.weights" not in name and not name.endswith(("fusion.scan.weights", "fusion.slice.weights", "pos_embed")):
+        elif "fusion.weights" not in name and not name.endswith(
+            ("fusion.scan.weights", "fusion.slice.weights", "pos_embed")
+        ):
             assert not torch.equal(start[name], end[name]), name
 
 
@@ -250,7 +358,9 @@ def started(prepared_reaf, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [(), ("--unfreeze-text", 0)])
-def test_lora_trains_the_adapters_of_both_towers_and_leaves_their_matrices(prepared_reaf, started, tmp_path, frozen):
+def test_lora_trains_the_adapters_of_both_towers_and_leaves_their_matrices(
+    prepared_reaf, started, tmp_path, frozen
+):
     import evaluate
     from test_train import weights
 
@@ -264,7 +374,10 @@ def test_lora_trains_the_adapters_of_both_towers_and_leaves_their_matrices(prepa
         assert torch.equal(found[f"{name}.base.weight"], base[f"{name}.weight"])
     assert evaluate.main(["--task", "retrieval", "--run", str(out), "--device", "cpu"]) == 0
     # A run that starts from it has the adapters in its matrices.
-    assert train.main(tiny(prepared_reaf, tmp_path / "next", "--max-steps", 1, "--init", out, "--lr", "1e-9")) == 0
+    assert (
+        train.main(tiny(prepared_reaf, tmp_path / "next", "--max-steps", 1, "--init", out, "--lr", "1e-9"))
+        == 0
+    )
     merged = weights(tmp_path / "next")["vision.blocks.0.attn.qkv.weight"]
     a, b = (weights(out)[f"vision.blocks.0.attn.qkv.lora_{x}"] for x in "ab")
     query = base["vision.blocks.0.attn.qkv.weight"][:144] + 4 * b[:144] @ a[:2]  # alpha 8, r 2
@@ -293,9 +406,14 @@ def test_two_processes_with_grad_cache_train_as_one_process_does(prepared_reaf, 
     from test_train import weights
 
     runs = {}
-    for port, (name, batch, more) in enumerate((("one", 4, ()), ("two", 2, ("--grad-cache", "1")),
-                                                ("accumulate", 2, ("--grad-cache", "1", "--accumulate", "2")),
-                                                ("accumulate-one", 4, ("--accumulate", "2")))):
+    for port, (name, batch, more) in enumerate(
+        (
+            ("one", 4, ()),
+            ("two", 2, ("--grad-cache", "1")),
+            ("accumulate", 2, ("--grad-cache", "1", "--accumulate", "2")),
+            ("accumulate-one", 4, ("--accumulate", "2")),
+        )
+    ):
         flags = ["--max-steps", "2", "--batch-size", str(batch), *more]
         command = tiny(prepared_reaf, tmp_path / name)
         command[command.index("--batch-size") : command.index("--batch-size") + 2] = []
@@ -303,8 +421,13 @@ def test_two_processes_with_grad_cache_train_as_one_process_does(prepared_reaf, 
             assert train.main([*command, *flags]) == 0
         else:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run([*TORCHRUN, str(29611 + port), str(ROOT / "train.py"), *command, *flags],
-                                  capture_output=True, text=True, timeout=240, env=environment)
+            done = subprocess.run(
+                [*TORCHRUN, str(29611 + port), str(ROOT / "train.py"), *command, *flags],
+                capture_output=True,
+                text=True,
+                timeout=240,
+                env=environment,
+            )
             assert done.returncode == 0, done.stderr
         runs[name] = weights(tmp_path / name)
     for name, alone in (("two", "one"), ("accumulate", "accumulate-one")):

@@ -169,8 +169,15 @@ def test_collapsed_embeddings_score_chance():
     one = torch.ones(200, 8)
     found = cross_retrieval(one, one)
     for table in found.tables.values():
-        assert table == {"R@1": 1 / 200, "R@5": 5 / 200, "R@10": 10 / 200, "R@50": 50 / 200, "R@100": 0.5,
-                         "mean_rank": 100.5, "median_rank": 100}  # fmt: skip
+        assert table == {
+            "R@1": 1 / 200,
+            "R@5": 5 / 200,
+            "R@10": 10 / 200,
+            "R@50": 50 / 200,
+            "R@100": 0.5,
+            "mean_rank": 100.5,
+            "median_rank": 100,
+        }
     per_scan = cross_retrieval_per_scan(one, one, torch.arange(200) // 2)
     assert all(table["R@1"] == 1 / 100 for table in per_scan.tables.values())
 

@@ -51,7 +51,15 @@ class Outer:
     __post_init__ = Inner.__post_init__
 
 
-WHOLE = {"name": "x", "sizes": [3, 4], "kind": 1, "inner": {"share": 1}, "several": [{"share": 0.1}, {}], "words": {"a": 2}, "low": 3}
+WHOLE = {
+    "name": "x",
+    "sizes": [3, 4],
+    "kind": 1,
+    "inner": {"share": 1},
+    "several": [{"share": 0.1}, {}],
+    "words": {"a": 2},
+    "low": 3,
+}
 
 
 def test_what_was_written_is_read_again():
@@ -94,7 +102,16 @@ def test_what_is_absent_is_named():
 
 
 SETTINGS = (
-    *(Augmentation, ClipConfig, DecoderOrigin, GuidedVisionConfig, LoraConfig, MllmConfig, Progress, ReafVisionConfig),
+    *(
+        Augmentation,
+        ClipConfig,
+        DecoderOrigin,
+        GuidedVisionConfig,
+        LoraConfig,
+        MllmConfig,
+        Progress,
+        ReafVisionConfig,
+    ),
     *(RunSettings, Saved, Stability, TextConfig, TrainConfig, VisionConfig, DecoderConfig, RopeConfig),
 )
 
@@ -116,7 +133,9 @@ def test_every_range_is_held_to(cls):
 
 def test_every_number_of_a_recipe_has_a_range():
     for cls in (TrainConfig, Augmentation, ReafVisionConfig, TextConfig, LoraConfig, MllmConfig):
-        free = {f.name for f in dataclasses.fields(cls) if "int" in str(f.type) or "float" in str(f.type)} - ranges(cls).keys()
+        free = {
+            f.name for f in dataclasses.fields(cls) if "int" in str(f.type) or "float" in str(f.type)
+        } - ranges(cls).keys()
         assert free <= {"scan_layers"}, cls
 
 

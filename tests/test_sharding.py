@@ -1,4 +1,6 @@
-"""--shard: two processes that hold half of the weights each train as one that holds all, and their checkpoints are the same."""
+"""--shard: two processes that hold half of the weights each train as one that holds all, and their
+checkpoints are the same.
+"""
 
 import shutil
 from pathlib import Path
@@ -88,17 +90,31 @@ def test_sharded_gradients_are_those_of_one_process(tmp_path, tied, checkpointin
 
 def sharded(root: Path, out: Path, folder: Path, *more) -> list[str]:
     """A full fine-tuning of a published decoder without dropout, with a batch of 4 on two processes."""
-    flags = ("--decoder", folder, "--full", "--vision", "stage1", "--projector", "average_pool", "--keep", 9, "--no-augment")
+    flags = (
+        "--decoder",
+        folder,
+        "--full",
+        "--vision",
+        "stage1",
+        "--projector",
+        "average_pool",
+        "--keep",
+        9,
+        "--no-augment",
+    )
     arguments = language(root, out, *flags, *more, start="clip1")
     arguments[arguments.index("--batch-size") + 1] = "2"
     return arguments
 
 
 @pytest.fixture(scope="module")
-def pair(stages, decoder_folder, tmp_path_factory):  # noqa: F811
+def pair(stages, decoder_folder, tmp_path_factory):
     """The same run of 4 steps by one process, and by two sharded ones."""
     root = tmp_path_factory.mktemp("pair")
-    one, two = (sharded(stages, root / name, decoder_folder, "--max-steps", 4, "--save-every", 2) for name in ("one", "two"))
+    one, two = (
+        sharded(stages, root / name, decoder_folder, "--max-steps", 4, "--save-every", 2)
+        for name in ("one", "two")
+    )
     one[one.index("--batch-size") + 1] = "4"
     assert train.main(one) == 0
     done = torchrun(2, *two, "--shard", "--grad-checkpoint", cwd=root)
@@ -120,19 +136,23 @@ def assert_alike(one: Path, two: Path, tolerance: float = 1e-5) -> None:
 @pytest.mark.slow
 def test_two_sharded_processes_reach_the_weights_of_one(pair):
     assert_alike(pair / "one", pair / "two")
-    values = [r["validation"]["loss"] for run in ("one", "two") for r in numbers(pair / run) if "validation" in r]
+    values = [
+        r["validation"]["loss"] for run in ("one", "two") for r in numbers(pair / run) if "validation" in r
+    ]
     half = len(values) // 2
     assert values[:half] == pytest.approx(values[half:], rel=1e-5) and half > 1
     one, two = (load_mllm(pair / name, "last") for name in ("one", "two"))  # as evaluate.py and infer.py do
     assert torch.allclose(one.model.decoder.norm.weight, two.model.decoder.norm.weight, atol=1e-5)
 
 
-def test_full_training_starts_from_the_decoders_weights(stages, decoder_folder, tmp_path):  # noqa: F811
+def test_full_training_starts_from_the_decoders_weights(stages, decoder_folder, tmp_path):
     flags = ("--decoder", decoder_folder, "--full", "--vision", "stage1", "--max-steps", 1, "--lr", 1e-12)
     assert train.main(language(stages, tmp_path / "run", *flags, start="clip1")) == 0
     base, own = load_file(decoder_folder / "model.safetensors"), weights(tmp_path / "run")
     assert torch.allclose(own["decoder.norm.weight"], base["model.norm.weight"], atol=1e-9)
-    assert torch.allclose(own["decoder.layers.1.mlp.down_proj.weight"], base["model.layers.1.mlp.down_proj.weight"], atol=1e-9)
+    assert torch.allclose(
+        own["decoder.layers.1.mlp.down_proj.weight"], base["model.layers.1.mlp.down_proj.weight"], atol=1e-9
+    )
 
 
 @pytest.mark.slow
@@ -153,14 +173,18 @@ def test_checkpoints_go_from_sharded_to_unsharded_runs_and_back(pair, tmp_path, 
 
 @pytest.mark.slow
 def test_sharded_ranks_compute_in_bf16_accumulate_and_go_on_when_one_is_left_without_samples(
-    pair, stages, decoder_folder, tmp_path  # noqa: F811
+    pair, stages, decoder_folder, tmp_path
 ):
     root = shutil.copytree(stages, tmp_path / "stages")
     bad = {spoil(volume(root / "data", row)) for row in (1, 5, 6)}
     bad.add(spoil(volume(root / "data", 0, "validation")))
-    arguments = sharded(root, tmp_path / "half", decoder_folder, "--max-steps", 4, "--accumulate", 2, "--max-bad", 4)
+    arguments = sharded(
+        root, tmp_path / "half", decoder_folder, "--max-steps", 4, "--accumulate", 2, "--max-bad", 4
+    )
     arguments[arguments.index("--batch-size") + 1] = "1"
-    done = torchrun(2, *arguments, "--shard", "--precision", "bf16", "--data", str(root / "data"), cwd=tmp_path)
+    done = torchrun(
+        2, *arguments, "--shard", "--precision", "bf16", "--data", str(root / "data"), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert {name for _, name in bad_records(tmp_path / "half")} == bad
     arguments[arguments.index("--batch-size") + 1] = "2"
@@ -171,14 +195,24 @@ def test_sharded_ranks_compute_in_bf16_accumulate_and_go_on_when_one_is_left_wit
     assert all(t.dtype == torch.float32 for t in weights(tmp_path / "half").values())
 
 
-def test_where_sharding_makes_no_sense_it_is_refused_in_one_line(stages, decoder_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_where_sharding_makes_no_sense_it_is_refused_in_one_line(
+    stages, decoder_folder, tmp_path, monkeypatch
+):
     wrong(["--stage", "clip1", "--shard"], "--shard: is an option of --stage mrg and vqa; leave it out")
     wrong(["--stage", "clip2", "--shard"], "--shard: is an option of --stage mrg and vqa; leave it out")
-    wrong(sharded(stages, tmp_path / "r", decoder_folder, "--shard"), "--shard: one process has nobody to share with")
-    adapters = language(stages, tmp_path / "r", "--decoder", decoder_folder, "--vision", "stage1", "--shard", start="clip1")
+    wrong(
+        sharded(stages, tmp_path / "r", decoder_folder, "--shard"),
+        "--shard: one process has nobody to share with",
+    )
+    adapters = language(
+        stages, tmp_path / "r", "--decoder", decoder_folder, "--vision", "stage1", "--shard", start="clip1"
+    )
     wrong(adapters, "--shard: adapters and their states are small.*add --full")
     two = Ranks(0, 2, torch.device("cpu"))
-    for arguments, words in (((True, "fp16", False), "say --precision bf16"), ((True, "bf16", True), "--compile: has not")):
+    for arguments, words in (
+        ((True, "fp16", False), "say --precision bf16"),
+        ((True, "bf16", True), "--compile: has not"),
+    ):
         with pytest.raises(InputError, match=words):
             require_shardable(two, *arguments)
     monkeypatch.delattr(torch.distributed.fsdp, "fully_shard")

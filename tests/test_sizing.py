@@ -1,4 +1,6 @@
-"""benchmarks/sizing.py: the bytes that it predicts are those that two ranks send, and the tensors those that are kept."""
+"""benchmarks/sizing.py: the bytes that it predicts are those that two ranks send, and the tensors those
+that are kept.
+"""
 
 import argparse
 import os
@@ -23,12 +25,20 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import sizing  # noqa: E402
 
 # A collective's argument that this rank hands over, by its place.
-GIVEN = {"all_reduce": 0, "all_gather": 1, "all_gather_into_tensor": 1, "all_gather_single": 1,
-         "reduce_scatter_tensor": 1, "reduce_scatter_single": 1}  # fmt: skip
+GIVEN = {
+    "all_reduce": 0,
+    "all_gather": 1,
+    "all_gather_into_tensor": 1,
+    "all_gather_single": 1,
+    "reduce_scatter_tensor": 1,
+    "reduce_scatter_single": 1,
+}
 
 
 def counting_rank(rank: int, port: int, argv: list[str], path: Path) -> None:
-    """train.main as one of two ranks; what it hands to collectives between the second step's end and the third's."""
+    """train.main as one of two ranks; what it hands to collectives between the second step's end and the
+    third's.
+    """
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
 
@@ -41,7 +51,11 @@ def counting_rank(rank: int, port: int, argv: list[str], path: Path) -> None:
         collective = getattr(dist, name)
 
         def call(*args, **kwargs):
-            given = args[GIVEN[name]] if len(args) > GIVEN[name] else kwargs.get("input", kwargs.get("input_tensor"))
+            given = (
+                args[GIVEN[name]]
+                if len(args) > GIVEN[name]
+                else kwargs.get("input", kwargs.get("input_tensor"))
+            )
             sums[name] += given.nbytes
             return collective(*args, **kwargs)
 
@@ -55,7 +69,9 @@ def counting_rank(rank: int, port: int, argv: list[str], path: Path) -> None:
     def hooked(self, *args):
         begin(self, *args)
         if isinstance(self.ddp, DistributedDataParallel):
-            self.ddp.register_comm_hook(None, allreduce_hook)  # DDP's own reducer, which calls dist.all_reduce in Python
+            self.ddp.register_comm_hook(
+                None, allreduce_hook
+            )  # DDP's own reducer, which calls dist.all_reduce in Python
 
     def noted(*args):
         done = step(*args)
@@ -79,7 +95,12 @@ def sent(argv: list[str], path: Path) -> dict[str, int]:
     assert one == two
     gathered = one["all_gather_into_tensor"] + one["all_gather_single"]
     scattered = one["reduce_scatter_tensor"] + one["reduce_scatter_single"]
-    return {"all_reduce": one["all_reduce"], "all_gather": one["all_gather"], "gathered": gathered, "scattered": scattered}
+    return {
+        "all_reduce": one["all_reduce"],
+        "all_gather": one["all_gather"],
+        "gathered": gathered,
+        "scattered": scattered,
+    }
 
 
 @pytest.mark.slow
@@ -97,7 +118,7 @@ def test_a_contrastive_step_sends_the_predicted_bytes(prepared, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
-def test_a_step_of_a_language_stage_sends_the_predicted_bytes(stages, decoder_folder, tmp_path, shard):  # noqa: F811
+def test_a_step_of_a_language_stage_sends_the_predicted_bytes(stages, decoder_folder, tmp_path, shard):
     flags = ("--decoder", decoder_folder, "--full", "--vision", "stage1", "--no-augment", "--accumulate", 2)
     argv = language(stages, tmp_path / "run", *flags, *(["--shard"] if shard else []), start="clip1")
     argv[argv.index("--batch-size") + 1] = "2"
@@ -107,7 +128,9 @@ def test_a_step_of_a_language_stage_sends_the_predicted_bytes(stages, decoder_fo
     if shard:
         expected = sizing.sharded_traffic(model, 2, half=False, accumulate=2)
     else:
-        expected = sizing.traffic(sum(p.numel() for p in model.parameters() if p.requires_grad), 2, 0, accumulate=2)
+        expected = sizing.traffic(
+            sum(p.numel() for p in model.parameters() if p.requires_grad), 2, 0, accumulate=2
+        )
     assert found["gathered"] == expected.parameters and found["scattered"] == expected.reduced
     assert (expected.parameters > 0) == (expected.reduced > 0) == (expected.gradients == 0) == shard
     assert found["all_reduce"] + found["all_gather"] == expected.gradients + expected.numbers
@@ -125,7 +148,10 @@ def test_the_tensors_that_autograd_keeps_are_counted_without_data(precision):
             kept = sizing.kept_bytes(model, lambda m=model, c=case: c.forward(m, 3), precision)
             common, each = counted.kept[precision, checkpointed]
             assert kept == pytest.approx(common + 3 * each, rel=0.01), (name, checkpointed)
-        assert counted.parameters == sum(p.numel() for p in model.parameters()) and 2 < counted.flops / counted.again < 3
+        assert (
+            counted.parameters == sum(p.numel() for p in model.parameters())
+            and 2 < counted.flops / counted.again < 3
+        )
 
 
 def test_adamw_and_gradients_take_what_the_formula_says():
@@ -137,7 +163,11 @@ def test_adamw_and_gradients_take_what_the_formula_says():
     fixed = sizing.count(case).fixed(world=1)
     states = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
     assert fixed["AdamW"] == sum(t.nbytes for t in states) and fixed["buckets"] == 0
-    assert fixed["gradients"] == fixed["weights"] == sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
+    assert (
+        fixed["gradients"]
+        == fixed["weights"]
+        == sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
+    )
 
 
 def test_the_step_time_follows_from_counts_and_assumptions_and_the_document_has_the_tables():

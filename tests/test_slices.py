@@ -122,7 +122,9 @@ def test_pictures_are_normalised_with_clips_statistics():
 
 def test_jpeg_changes_slices_a_little():
     pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    smooth = (128 + 100 * np.sin(np.multiply.outer(np.arange(64), np.arange(48)) / 300)).astype(np.uint8)[None]
+    smooth = (128 + 100 * np.sin(np.multiply.outer(np.arange(64), np.arange(48)) / 300)).astype(np.uint8)[
+        None
+    ]
     difference = np.abs(through_jpeg(smooth).astype(int) - smooth)
     assert 0 < difference.max() <= 4
     volume = ct((16, 16, 40), (2, 2, 2))
@@ -189,7 +191,11 @@ def test_features_are_the_encoders_of_the_source_files_slices(complete, encoder,
     manifest.check(["train", "validation"], slices=True)
     for entry in manifest.entries("train")[:3]:
         stored = np.load(complete / f"slices/{entry['id']}.npy")
-        assert entry["slices"] == f"slices/{entry['id']}.npy" and stored.shape == (32, 24) and stored.dtype == np.float16
+        assert (
+            entry["slices"] == f"slices/{entry['id']}.npy"
+            and stored.shape == (32, 24)
+            and stored.dtype == np.float16
+        )
         images = slice_images(read_volume(Path(entry["source"]["file"])), SLICE_RECIPES["phantom"], 32)
         with torch.no_grad():
             expected = encoder(normalise(torch.from_numpy(images)))
@@ -265,12 +271,18 @@ def interrupt(monkeypatch, folder: Path, encoder, provenance, after: int, **flag
 
 def test_another_encoder_is_refused_while_features_are_half_made(data, encoder, provenance, monkeypatch):
     interrupt(monkeypatch, data, encoder, provenance, after=1)
-    with pytest.raises(InputError, match="holds slice features with another sha256; choose another --out, or .*--replace"):
-        add_slice_features(data, tiny_encoder(1), describe(tiny_encoder(1), "x", recipe="phantom"), progress=False)
+    with pytest.raises(
+        InputError, match="holds slice features with another sha256; choose another --out, or .*--replace"
+    ):
+        add_slice_features(
+            data, tiny_encoder(1), describe(tiny_encoder(1), "x", recipe="phantom"), progress=False
+        )
 
 
 @pytest.mark.parametrize("failure", ["interrupt", "NaN"])
-def test_an_encoder_that_made_no_features_does_not_bind_the_folder(data, encoder, provenance, monkeypatch, failure):
+def test_an_encoder_that_made_no_features_does_not_bind_the_folder(
+    data, encoder, provenance, monkeypatch, failure
+):
     other = tiny_encoder(1)
     if failure == "interrupt":
         interrupt(monkeypatch, data, other, describe(other, "x", recipe="phantom"), after=0)
@@ -285,7 +297,7 @@ def test_an_encoder_that_made_no_features_does_not_bind_the_folder(data, encoder
 def test_features_are_replaced_when_that_is_asked_for(done, encoder, provenance, monkeypatch):
     other = tiny_encoder(1)
     record, old = describe(other, "x", recipe="phantom"), np.load(done / entries(done)[0]["slices"])
-    replace = lambda: add_slice_features(done, other, record, progress=False, replace=True)  # noqa: E731
+    replace = lambda: add_slice_features(done, other, record, progress=False, replace=True)
     interrupt(monkeypatch, done, other, record, after=1, replace=True)
     manifest = load_manifest(done)  # no mixture of two encoders is ever listed as one's
     assert manifest.slices is None and not any("slices" in e for e in entries(done))
@@ -303,7 +315,10 @@ def test_features_are_replaced_when_that_is_asked_for(done, encoder, provenance,
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda v: v["slices"].pop("sha256"), "sha256 of its slice features is None; .*preprocess.py --slices"),
+        (
+            lambda v: v["slices"].pop("sha256"),
+            "sha256 of its slice features is None; .*preprocess.py --slices",
+        ),
         (lambda v: v["slices"].update(width="24"), "width of its slice features is '24'"),
         (lambda v: v["slices"].pop("slices"), "slices of its slice features is None"),
         (lambda v: v.update(slices=3), "sha256 of its slice features is None"),
@@ -356,7 +371,9 @@ def test_missing_and_short_features_are_named_before_training(done, data):
     with pytest.raises(InputError, match=rf"{entry['id']}.npy: has 1616 bytes, expected 1664 for \(32, 24\)"):
         manifest.check(["train"], slices=True)
     path.unlink()
-    with pytest.raises(InputError, match=f"{entry['id']}.npy: is in the manifest but absent; .*--slices ENCODER"):
+    with pytest.raises(
+        InputError, match=f"{entry['id']}.npy: is in the manifest but absent; .*--slices ENCODER"
+    ):
         manifest.check(["train"], slices=True)
     del entry["slices"]
     with pytest.raises(InputError, match=f"{entry['id']} has no slice features; .*--slices ENCODER --out"):
@@ -376,7 +393,9 @@ def test_a_source_that_is_gone_or_damaged_is_refused_by_name(phantom_root, tmp_p
     gone.unlink()
     damaged.write_bytes(damaged.read_bytes()[:4000])
     found = add_slice_features(out, encoder, provenance, progress=False)
-    assert {Path(p).name for p, _ in found} == {gone.name, damaged.name} == set(refused(out)) - {no_volume.name}
+    assert (
+        {Path(p).name for p, _ in found} == {gone.name, damaged.name} == set(refused(out)) - {no_volume.name}
+    )
     assert "no such file" in refused(out)[gone.name] and "truncated" in refused(out)[damaged.name]
     listed = {e["id"]: "slices" in e for e in entries(out)}
     assert [i for i, has in listed.items() if not has] == ["train_1_a_1", "train_2_a_1"]
@@ -390,7 +409,9 @@ def test_a_source_that_is_gone_or_damaged_is_refused_by_name(phantom_root, tmp_p
 def test_slices_read_a_file_as_its_volume_was_read(phantom_root, tmp_path, encoder, provenance):
     tree, out = shutil.copytree(phantom_root, tmp_path / "tree"), tmp_path / "out"
     blank = next(tree.rglob("train_1_a_1.nii.gz"))
-    nib.save(nib.Nifti1Image(np.asarray(nib.load(blank).dataobj), None), blank)  # its spacing is the table's alone
+    nib.save(
+        nib.Nifti1Image(np.asarray(nib.load(blank).dataobj), None), blank
+    )  # its spacing is the table's alone
     prepare(read_ct_rate(tree), out, Options(RECIPE), progress=False)
     assert add_slice_features(out, encoder, provenance, progress=False) == []
     shutil.rmtree(out / "slices")
@@ -401,7 +422,9 @@ def test_slices_read_a_file_as_its_volume_was_read(phantom_root, tmp_path, encod
 
 def test_volumes_from_pt_files_have_no_slices(data, encoder, provenance):
     change_manifest(data, lambda v: v["splits"]["train"][2]["source"].update(file="/x/scan.pt.gz"))
-    with pytest.raises(InputError, match="/x/scan.pt.gz: --slices needs the CT itself.*1 volumes come from .pt"):
+    with pytest.raises(
+        InputError, match="/x/scan.pt.gz: --slices needs the CT itself.*1 volumes come from .pt"
+    ):
         add_slice_features(data, encoder, provenance, progress=False)
     assert not (data / "slices").exists()
 
@@ -417,7 +440,7 @@ def test_an_encoder_that_gives_nan_is_named(data, provenance):
 @pytest.mark.slow
 def test_volumes_prepared_again_keep_their_features(phantom_root, tmp_path, encoder, provenance):
     tree, out = shutil.copytree(phantom_root, tmp_path / "tree"), tmp_path / "out"
-    again = lambda: prepare(read_ct_rate(tree), out, Options(RECIPE), progress=False)  # noqa: E731
+    again = lambda: prepare(read_ct_rate(tree), out, Options(RECIPE), progress=False)
     again()
     add_slice_features(out, encoder, provenance, progress=False)
     before = (out / "manifest.json").read_bytes()
@@ -460,18 +483,27 @@ def test_a_published_vit_is_recognised_by_its_shapes(tmp_path, prefix):
     torch.manual_seed(3)
     model = SliceEncoder(size=64, patch=16, width=128, depth=2, heads=2, mlp=96).eval()
     state = {n.replace("patch_embed.", "patch_embed.proj."): t for n, t in model.state_dict().items()}
-    state = {prefix + n: t for n, t in state.items()} | {"visual.head.proj.weight" if prefix else "head.weight": torch.ones(2)}
+    state = {prefix + n: t for n, t in state.items()} | {
+        "visual.head.proj.weight" if prefix else "head.weight": torch.ones(2)
+    }
     save_file(state, tmp_path / "model.safetensors")
     found, record = load_slice_encoder(str(tmp_path / "model.safetensors"))
     assert {k: record[k] for k in ("size", "patch", "width", "depth", "heads", "mlp")} == {
-        "size": 64, "patch": 16, "width": 128, "depth": 2, "heads": 2, "mlp": 96
-    }  # fmt: skip
+        "size": 64,
+        "patch": 16,
+        "width": 128,
+        "depth": 2,
+        "heads": 2,
+        "mlp": 96,
+    }
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(found(images), model(images))
 
 
-@pytest.mark.parametrize("known", ["head.bias", "fc_norm.weight", "decoder_blocks.0.norm1.weight", "mask_token"])
+@pytest.mark.parametrize(
+    "known", ["head.bias", "fc_norm.weight", "decoder_blocks.0.norm1.weight", "mask_token"]
+)
 def test_heads_of_a_vit_are_left_out_and_other_tensors_refused(tmp_path, encoder, known):
     state = {n.replace("patch_embed.", "patch_embed.proj."): t for n, t in encoder.state_dict().items()}
     assert slice_encoder_state(state | {known: torch.ones(24)}).keys() == encoder.state_dict().keys()
@@ -485,7 +517,11 @@ def test_what_is_no_slice_encoder_is_refused(tmp_path, encoder):
     with pytest.raises(InputError, match="is not a 2D ViT such as BiomedCLIP's"):
         load_slice_encoder(str(tmp_path))
     save_slice_encoder(tmp_path, encoder)
-    for change, words in (({"heads": 5}, "whole heads"), ({"depth": 0}, "above 0"), ({"depth": 2}, "blocks.1.*is missing")):
+    for change, words in (
+        ({"heads": 5}, "whole heads"),
+        ({"depth": 0}, "above 0"),
+        ({"depth": 2}, "blocks.1.*is missing"),
+    ):
         settings = {"size": 32, "patch": 16, "width": 24, "depth": 1, "heads": 2, "mlp": 48} | change
         (tmp_path / "slice_encoder.json").write_text(json.dumps(settings))
         with pytest.raises(InputError, match=words):
@@ -499,20 +535,38 @@ def test_the_command_adds_features_to_prepared_volumes(data, tmp_path, encoder):
     done = script("preprocess.py", *flags, data)
     assert done.returncode == 0, done.stderr
     manifest = load_manifest(data)
-    assert f"(32, 24) slice features of {tmp_path / 'encoder'}, sha256 {manifest.slices['sha256'][:12]}" in done.stdout
+    assert (
+        f"(32, 24) slice features of {tmp_path / 'encoder'}, sha256 {manifest.slices['sha256'][:12]}"
+        in done.stdout
+    )
     manifest.check(["train", "validation"], slices=True)
     name = entries(data)[0]["slices"]
     (data / name).unlink()
-    change_manifest(data, lambda v: v["splits"]["train"][0]["source"].update(file=str(tmp_path / "gone.nii.gz")))
+    change_manifest(
+        data, lambda v: v["splits"]["train"][0]["source"].update(file=str(tmp_path / "gone.nii.gz"))
+    )
     done = script("preprocess.py", *flags, data)
-    assert done.returncode == 3 and f"refused: {tmp_path / 'gone.nii.gz'}: slices: no such file" in done.stderr
+    assert (
+        done.returncode == 3 and f"refused: {tmp_path / 'gone.nii.gz'}: slices: no such file" in done.stderr
+    )
     assert script("preprocess.py", *flags, data, "--allow-refused").returncode == 0
 
 
 @pytest.mark.slow
 def test_an_interrupt_between_processes_is_clean_and_the_same_command_continues(data, tmp_path, encoder):
     save_slice_encoder(tmp_path / "encoder", encoder)
-    flags = ["--slices", tmp_path / "encoder", "--device", "cpu", "--out", data, "--workers", 2, "--slice-batch", 32]
+    flags = [
+        "--slices",
+        tmp_path / "encoder",
+        "--device",
+        "cpu",
+        "--out",
+        data,
+        "--workers",
+        2,
+        "--slice-batch",
+        32,
+    ]
     command = [sys.executable, ROOT / "preprocess.py", *flags]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -532,8 +586,29 @@ def test_an_interrupt_between_processes_is_clean_and_the_same_command_continues(
 @pytest.mark.slow
 def test_one_command_makes_phantoms_volumes_and_features(tmp_path, encoder):
     save_slice_encoder(tmp_path / "encoder", encoder)
-    done = script("preprocess.py", "--dataset", "phantom", "--out", tmp_path / "out", "--train-size", 2, "--valid-size", 1,
-                  "--shape", 24, 48, 48, "--size", 16, 32, 32, "--slices", tmp_path / "encoder", "--device", "cpu")  # fmt: skip
+    done = script(
+        "preprocess.py",
+        "--dataset",
+        "phantom",
+        "--out",
+        tmp_path / "out",
+        "--train-size",
+        2,
+        "--valid-size",
+        1,
+        "--shape",
+        24,
+        48,
+        48,
+        "--size",
+        16,
+        32,
+        32,
+        "--slices",
+        tmp_path / "encoder",
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0, done.stderr
     manifest = load_manifest(tmp_path / "out")
     manifest.check(["train", "validation"], slices=True)
@@ -550,7 +625,16 @@ def test_flags_of_slices_need_slices(tmp_path, flag):
 
 def test_the_command_replaces_features_with_a_flag(done, tmp_path):
     save_slice_encoder(tmp_path / "encoder", tiny_encoder(1))
-    command = ["--slices", str(tmp_path / "encoder"), "--slice-recipe", "phantom", "--device", "cpu", "--out", str(done)]
+    command = [
+        "--slices",
+        str(tmp_path / "encoder"),
+        "--slice-recipe",
+        "phantom",
+        "--device",
+        "cpu",
+        "--out",
+        str(done),
+    ]
     with pytest.raises(InputError, match="another sha256.*--replace-slices"):
         preprocess.main(command)
     assert preprocess.main([*command, "--replace-slices"]) == 0
@@ -562,11 +646,14 @@ def test_wrong_slice_flags_are_one_line(data, tmp_path, encoder):
     save_slice_encoder(tmp_path / "encoder", encoder)
     lines = {
         "--dataset is missing": script("preprocess.py", "--out", data),
-        "--slice-batch 0": script("preprocess.py", "--out", data, "--slices", tmp_path / "encoder", "--slice-batch", 0),
+        "--slice-batch 0": script(
+            "preprocess.py", "--out", data, "--slices", tmp_path / "encoder", "--slice-batch", 0
+        ),
         "none: no such folder": script("preprocess.py", "--out", data, "--slices", tmp_path / "none"),
-        "prepare volumes first": script("preprocess.py", "--out", tmp_path / "x", "--slices", tmp_path / "encoder",
-                                        "--device", "cpu"),
-    }  # fmt: skip
+        "prepare volumes first": script(
+            "preprocess.py", "--out", tmp_path / "x", "--slices", tmp_path / "encoder", "--device", "cpu"
+        ),
+    }
     for words, process in lines.items():
         assert words in error_line(process)
 
@@ -588,7 +675,9 @@ def published(tmp_path) -> dict:
         text = f"Report {i}."
         (tmp_path / f"{name}.txt").write_text(text + "\n")
         entry = {"image": f"{name}.npy", "text": text if i else f"{name}.txt"}
-        values[split].append({**entry, "biomedclip_features": f"{name}.pt" if i else str(tmp_path / f"{name}_2d.npy")})
+        values[split].append(
+            {**entry, "biomedclip_features": f"{name}.pt" if i else str(tmp_path / f"{name}_2d.npy")}
+        )
     return values
 
 
@@ -601,7 +690,11 @@ def test_hsenets_json_is_read_as_it_is(published, tmp_path):
     path = write_json(tmp_path, published)
     manifest = load_manifest(path)
     manifest.check(["train", "validation"], slices=True)
-    assert manifest.location == path and manifest.recipe.size == (32, 256, 256) and manifest.slices["width"] == 768
+    assert (
+        manifest.location == path
+        and manifest.recipe.size == (32, 256, 256)
+        and manifest.slices["width"] == 768
+    )
     assert [e["text"] for e in manifest.entries("train")] == ["Report 0.", "Report 1."]
     assert [e["scan"] for e in manifest.entries("train")] == ["train_0_a", "train_1_a"]
     assert load_manifest(manifest.location).splits == manifest.splits
@@ -624,7 +717,9 @@ def test_hsenets_json_needs_no_features_for_stage_1(published, tmp_path):
     manifest = load_manifest(write_json(tmp_path, published))
     manifest.check(["train", "validation"])
     assert manifest.slices is None
-    with pytest.raises(InputError, match="train_0_a_1 has no slice features; give its entries biomedclip_features"):
+    with pytest.raises(
+        InputError, match="train_0_a_1 has no slice features; give its entries biomedclip_features"
+    ):
         manifest.check(["train"], slices=True)
 
 
@@ -632,7 +727,9 @@ def test_files_of_hsenets_json_are_checked_when_read(published, tmp_path):
     manifest = load_manifest(write_json(tmp_path, published))
     entry = manifest.entries("train")[1]
     torch.save(torch.zeros(16, 768), tmp_path / "train_1_a_1.pt")
-    with pytest.raises(InputError, match=r"train_1_a_1.pt: holds torch.float32 \(16, 768\); expected .* \(32, 768\)"):
+    with pytest.raises(
+        InputError, match=r"train_1_a_1.pt: holds torch.float32 \(16, 768\); expected .* \(32, 768\)"
+    ):
         read_slices(manifest, entry)
     torch.save({"features": torch.zeros(32, 768)}, tmp_path / "train_1_a_1.pt")
     with pytest.raises(InputError, match="train_1_a_1.pt: holds a dict; expected one tensor"):
@@ -670,7 +767,10 @@ def test_hsenets_file_names_give_the_volumes_names_and_scans(tmp_path):
 
 def test_reconstructions_in_folders_of_their_own_are_of_one_scan(tmp_path):
     found = published_names(tmp_path, [f"train_1_a_{k}/train_1_a_{k}.npy" for k in (1, 2)])
-    assert [e["scan"] for e in found] == ["train_1_a"] * 2 and [e["id"] for e in found] == ["train_1_a_1", "train_1_a_2"]
+    assert [e["scan"] for e in found] == ["train_1_a"] * 2 and [e["id"] for e in found] == [
+        "train_1_a_1",
+        "train_1_a_2",
+    ]
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
@@ -683,7 +783,10 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     [
         (lambda v: v.update(val=v.pop("validation")), "has train, val; expected HSENet's lists"),
         (lambda v: v["train"][0].pop("image"), "train entry 0: image is None"),
-        (lambda v: v["train"][0].update(image="a.nii.gz"), "train entry 0: image is 'a.nii.gz'; expected .*.npy"),
+        (
+            lambda v: v["train"][0].update(image="a.nii.gz"),
+            "train entry 0: image is 'a.nii.gz'; expected .*.npy",
+        ),
         (lambda v: v["train"][1].pop("text"), "train entry 1 .train_1_a_1.npy.: has no text"),
         (lambda v: v["train"][0].update(text="none.txt"), "none.txt: no such file"),
         (lambda v: v["train"][0].update(biomedclip_features=3), "biomedclip_features is 3"),

@@ -69,7 +69,9 @@ def names_of(data: Path, step: int) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_logged_with_its_samples(prepared, tmp_path, spoil, gradient):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_logged_with_its_samples(
+    prepared, tmp_path, spoil, gradient
+):
     out = tmp_path / "run"
     argv = tiny(prepared, out, "--max-steps", 4, "--save-every", 1, "--keep", 9)
     spoil(3, 0, argv, gradient)
@@ -97,17 +99,25 @@ def test_all_ranks_skip_what_one_of_them_finds(prepared, tmp_path):
         rank.join(120)
         assert rank.exitcode == 0
     (record,) = [r for r in Run(out).read_log() if "skipped" in r]
-    assert record["skipped"].startswith("the loss is nan on rank 1; gradients") and set(record["samples"]) == names_of(prepared, 3)
+    assert record["skipped"].startswith("the loss is nan on rank 1; gradients") and set(
+        record["samples"]
+    ) == names_of(prepared, 3)
     files = [(Run(out).at(step) / "model.safetensors").read_bytes() for step in (2, 3, 4)]
     assert files[0] == files[1] != files[2]
 
 
 @pytest.mark.slow
-def test_too_many_skipped_steps_stop_the_run_with_the_reason_and_weights_from_before(prepared, finished, tmp_path, spoil):  # noqa: F811
+def test_too_many_skipped_steps_stop_the_run_with_the_reason_and_weights_from_before(
+    prepared, finished, tmp_path, spoil
+):
     out = tmp_path / "run"
     argv = tiny(prepared, out, "--max-steps", 8, "--save-every", 100, "--max-skipped", 1)
     spoil(4, 0, argv, times=99)
-    wrong(argv, "step 5: the loss is nan on rank 0; gradients with NaN .* and .* more; more than --max-skipped 1 steps")
+    wrong(
+        argv,
+        "step 5: the loss is nan on rank 0; gradients with NaN .* and .* more; more than --max-skipped 1 "
+        "steps",
+    )
     before = Run(finished).at(3) / "model.safetensors"
     assert (Run(out).pointer("last") / "model.safetensors").read_bytes() == before.read_bytes()
     assert all(t.isfinite().all() for t in weights(out).values())
@@ -117,21 +127,47 @@ def test_too_many_skipped_steps_stop_the_run_with_the_reason_and_weights_from_be
 
 
 @pytest.mark.slow
-def test_fp16_scaling_is_part_of_the_checkpoint_and_its_overflows_are_no_trouble(prepared, tmp_path, monkeypatch):
+def test_fp16_scaling_is_part_of_the_checkpoint_and_its_overflows_are_no_trouble(
+    prepared, tmp_path, monkeypatch
+):
     """The scale starts far too large: the first steps overflow, and are counted apart."""
-    large = partial(torch.amp.GradScaler, init_scale=2.0**60, backoff_factor=2.0**-12, growth_factor=4, growth_interval=2)
+    large = partial(
+        torch.amp.GradScaler, init_scale=2.0**60, backoff_factor=2.0**-12, growth_factor=4, growth_interval=2
+    )
     monkeypatch.setattr(torch.amp, "GradScaler", large)
-    arguments = ("--max-steps", 10, "--precision", "fp16", "--max-skipped", 0, "--save-every", 5, "--validate-every", 1, "--keep", 9)
+    arguments = (
+        "--max-steps",
+        10,
+        "--precision",
+        "fp16",
+        "--max-skipped",
+        0,
+        "--save-every",
+        5,
+        "--validate-every",
+        1,
+        "--keep",
+        9,
+    )
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert train.main(tiny(prepared, whole, *arguments)) == 0
     steps = [r for r in numbers(whole) if "loss" in r]
     assert not any("skipped" in r for r in numbers(whole)) and steps[0]["overflows"] == 1
-    assert 2 < steps[-1]["overflows"] < 8 and "grad_norm" not in steps[0] and any("grad_norm" in r for r in steps[5:])
+    assert (
+        2 < steps[-1]["overflows"] < 8
+        and "grad_norm" not in steps[0]
+        and any("grad_norm" in r for r in steps[5:])
+    )
     state = torch.load(Run(whole).at(5) / "trainer.pt", weights_only=True)
     assert 1 < state["scaler"]["scale"] < 2.0**60 and state["stability"]["overflows"] == steps[4]["overflows"]
     shutil.copytree(whole, again)
     (again / "checkpoints/last").write_text("step-000005\n")
-    assert train.main(["--stage", "clip1", "--out", str(again), "--resume", "--log-every", "1", "--device", "cpu"]) == 0
+    assert (
+        train.main(
+            ["--stage", "clip1", "--out", str(again), "--resume", "--log-every", "1", "--device", "cpu"]
+        )
+        == 0
+    )
     assert same_weights(whole, again) and numbers(whole) == numbers(again)
 
 
@@ -150,10 +186,16 @@ def test_gradients_are_clipped_as_torch_does_and_keep_what_is_not_finite():
         for p, q in zip(layer.parameters(), one.parameters(), strict=True):
             p.grad = torch.randn_like(p) if layer is one else q.grad.clone()
     assert torch.allclose(clip_gradients(one, 0.5), nn.utils.clip_grad_norm_(two.parameters(), 0.5))
-    assert all(torch.allclose(p.grad, q.grad) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+    assert all(
+        torch.allclose(p.grad, q.grad) for p, q in zip(one.parameters(), two.parameters(), strict=True)
+    )
     one.bias.grad[1] = math.nan
     kept = one.weight.grad.clone()
-    assert clip_gradients(one, 0.5).isnan() and torch.equal(one.weight.grad, kept) and not_finite(one) == ["bias"]
+    assert (
+        clip_gradients(one, 0.5).isnan()
+        and torch.equal(one.weight.grad, kept)
+        and not_finite(one) == ["bias"]
+    )
 
 
 def test_a_step_reads_from_the_device_once(prepared, tmp_path, monkeypatch):
@@ -171,18 +213,26 @@ def test_a_step_reads_from_the_device_once(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(tuple(t.shape)) or tolist(t))
     for name in ("item", "__float__", "__bool__", "__int__"):
         read = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda t, *a, read=read, name=name: reads.append(name) or read(t, *a))
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda t, *a, read=read, name=name: reads.append(name) or read(t, *a)
+        )
     assert train.main(tiny(prepared, tmp_path / "r", "--max-steps", 3, "--clip-norm", 0.1)) == 0
     assert [[read for read in step if read != "item"] for step in seen] == [[(1, 3)]] * 3
 
 
 @pytest.mark.slow
-def test_utilisation_is_flops_per_second_over_the_devices_peak_and_counting_changes_nothing(prepared, finished, tmp_path, monkeypatch):  # noqa: F811
-    assert count_flops(lambda: (nn.Linear(8, 4)(torch.zeros(2, 8)),)) == 2 * (2 * 2 * 8 * 4)  # forward; the weight's gradient
+def test_utilisation_is_flops_per_second_over_the_devices_peak_and_counting_changes_nothing(
+    prepared, finished, tmp_path, monkeypatch
+):
+    assert count_flops(lambda: (nn.Linear(8, 4)(torch.zeros(2, 8)),)) == 2 * (
+        2 * 2 * 8 * 4
+    )  # forward; the weight's gradient
     monkeypatch.setattr("reaf_hsenet.train.training.peak_flops", lambda device, dtype: 1e12)
     counted = []
     flops = TrainingState.flops
-    monkeypatch.setattr(TrainingState, "flops", lambda self, batch: counted.append(flops(self, batch)) or counted[-1])
+    monkeypatch.setattr(
+        TrainingState, "flops", lambda self, batch: counted.append(flops(self, batch)) or counted[-1]
+    )
     for name, more in (("mfu", ()), ("hfu", ("--grad-checkpoint",))):
         out = tmp_path / name
         assert train.main(tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9, *more)) == 0
@@ -193,10 +243,19 @@ def test_utilisation_is_flops_per_second_over_the_devices_peak_and_counting_chan
 
 
 def test_a_gpus_peak_is_that_of_its_whole_name(monkeypatch):
-    names = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA L4": 121e12,
-             "NVIDIA L40": 181e12, "NVIDIA RTX A4000": None, "Tesla V100-SXM2-16GB": 125e12,
-             "Tesla V100-PCIE-32GB": 112e12, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
-             "AMD Instinct MI250X/MI250": 191.5e12}  # fmt: skip
+    names = {
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA L40": 181e12,
+        "NVIDIA RTX A4000": None,
+        "Tesla V100-SXM2-16GB": 125e12,
+        "Tesla V100-PCIE-32GB": 112e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA H200 NVL": 835e12,
+        "AMD Instinct MI250X/MI250": 191.5e12,
+    }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
@@ -224,7 +283,9 @@ def test_the_share_of_waiting_is_the_time_until_a_batch_is_there(monkeypatch):
 
 @pytest.mark.slow
 def test_profile_writes_a_trace_of_steps_5_to_10(prepared, tmp_path):
-    assert train.main(tiny(prepared, tmp_path / "r", "--max-steps", 11, "--validate-every", 1, "--profile")) == 0
+    assert (
+        train.main(tiny(prepared, tmp_path / "r", "--max-steps", 11, "--validate-every", 1, "--profile")) == 0
+    )
     with gzip.open(tmp_path / "r/profile/steps-5-10.json.gz") as file:
         events = json.load(file)["traceEvents"]
     steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep#")}
@@ -234,16 +295,22 @@ def test_profile_writes_a_trace_of_steps_5_to_10(prepared, tmp_path):
 def test_a_trace_that_cannot_be_written_ends_no_run(prepared, tmp_path, capsys):
     (tmp_path / "r").mkdir()
     (tmp_path / "r/profile").touch()
-    assert train.main(tiny(prepared, tmp_path / "r", "--max-steps", 11, "--validate-every", 1, "--profile")) == 0
+    assert (
+        train.main(tiny(prepared, tmp_path / "r", "--max-steps", 11, "--validate-every", 1, "--profile")) == 0
+    )
     assert "r/profile: the trace cannot be written (File exists); training goes on" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_signal_to_every_process_stops_the_run_with_a_checkpoint_though_its_loaders_get_it_too(prepared, tmp_path):
+def test_a_signal_to_every_process_stops_the_run_with_a_checkpoint_though_its_loaders_get_it_too(
+    prepared, tmp_path
+):
     """As a scheduler sends it: SIGUSR1 before the end of time, then SIGTERM."""
     for number, code in ((signal.SIGUSR1, 138), (signal.SIGTERM, 143)):
         out = tmp_path / str(number)
-        argv = tiny(prepared, out, "--max-steps", 500, "--save-every", 2, "--workers", 2, "--validate-every", 1)
+        argv = tiny(
+            prepared, out, "--max-steps", 500, "--save-every", 2, "--workers", 2, "--validate-every", 1
+        )
         run = subprocess.Popen([sys.executable, ROOT / "train.py", *argv])
         while not Run(out).at(2).is_dir() and run.poll() is None:
             time.sleep(0.01)
@@ -258,7 +325,9 @@ def test_a_signal_to_every_process_stops_the_run_with_a_checkpoint_though_its_lo
 def explode(monkeypatch, step: int) -> None:
     """From this step's update on the weights are so large that what is computed with them is not finite."""
     usual = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda done, *rest: 1e30 if done == step - 1 else usual(done, *rest))
+    monkeypatch.setattr(
+        train, "learning_rate", lambda done, *rest: 1e30 if done == step - 1 else usual(done, *rest)
+    )
 
 
 def refused(argv: list[str]) -> str:
@@ -270,24 +339,52 @@ def refused(argv: list[str]) -> str:
 def strict_log(run: Path) -> list[dict]:
     """Its records, in which NaN is no JSON."""
     lines = (run / "log.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
+    return [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines
+    ]
 
 
 @pytest.mark.slow
-def test_a_diverged_run_is_diagnosed_and_keeps_its_best_and_its_last_good_checkpoint(prepared, tmp_path, monkeypatch, capsys):
+def test_a_diverged_run_is_diagnosed_and_keeps_its_best_and_its_last_good_checkpoint(
+    prepared, tmp_path, monkeypatch, capsys
+):
     """Validations at steps 3, 6, 9; the weights break in step 6, which is itself finite."""
-    out, argv = tmp_path / "run", tiny(prepared, tmp_path / "run", "--max-steps", 9, "--save-every", 1, "--keep", 1, "--validate-every", 0.33)
+    out, argv = (
+        tmp_path / "run",
+        tiny(
+            prepared,
+            tmp_path / "run",
+            "--max-steps",
+            9,
+            "--save-every",
+            1,
+            "--keep",
+            1,
+            "--validate-every",
+            0.33,
+        ),
+    )
     with monkeypatch.context() as patch:
         explode(patch, 6)
         said = refused(argv)
-    assert said.startswith("step 9: the last validation is not finite, embeddings of 7 volumes and 7 reports are NaN or infinite; ")
-    assert f"the last good checkpoint is {Run(out).at(5)}: write step-000005 into {out}/checkpoints/last and --resume" in said
+    assert said.startswith(
+        "step 9: the last validation is not finite, embeddings of 7 volumes and 7 reports are NaN or "
+        "infinite; "
+    )
+    assert (
+        f"the last good checkpoint is {Run(out).at(5)}: write step-000005 into {out}/checkpoints/last and "
+        f"--resume" in said
+    )
     assert [Run(out).pointer("best"), Run(out).pointer("last")] == [Run(out).at(3), Run(out).at(9)]
     assert Run(out).all() == [Run(out).at(step) for step in (3, 5, 9)]
     log = strict_log(out)
-    assert [r["step"] for r in log if "validation" in r] == [3] and [r["step"] for r in log if "not_finite" in r] == [6, 9]
+    assert [r["step"] for r in log if "validation" in r] == [3] and [
+        r["step"] for r in log if "not_finite" in r
+    ] == [6, 9]
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert [line.split(", ")[0] for line in warnings] == [f"warning: step {n}: the validation is not finite" for n in (6, 9)]
+    assert [line.split(", ")[0] for line in warnings] == [
+        f"warning: step {n}: the validation is not finite" for n in (6, 9)
+    ]
     assert refused([*argv, "--resume"]) == said
     assert "holds a run already" in refused(argv)  # it is not finished
     (out / "checkpoints/last").write_text("step-000005\n")
@@ -300,7 +397,10 @@ def test_skipped_steps_of_a_diverged_run_name_the_last_good_checkpoint(prepared,
     explode(monkeypatch, 4)
     flags = ("--max-steps", 9, "--save-every", 1, "--keep", 1, "--validate-every", 1, "--max-skipped", 2)
     said = refused(tiny(prepared, out, *flags))
-    assert said.startswith("step 7: the loss is nan on rank 0; ") and f"the last good checkpoint is {Run(out).at(3)}: " in said
+    assert (
+        said.startswith("step 7: the loss is nan on rank 0; ")
+        and f"the last good checkpoint is {Run(out).at(3)}: " in said
+    )
     assert Run(out).all() == [Run(out).at(3), Run(out).at(7)]
 
 
@@ -316,16 +416,23 @@ def test_one_validation_that_is_not_finite_ends_no_run(prepared, tmp_path, monke
 
     monkeypatch.setattr(contrastive, "retrieval_score", spoiled)
     assert train.main(tiny(prepared, tmp_path / "run", "--max-steps", 3, "--validate-every", 0.33)) == 0
-    assert [sorted(r.keys() & {"validation", "not_finite"}) for r in strict_log(tmp_path / "run") if r.keys() & {"validation", "not_finite"}] == [
-        ["not_finite"], ["validation"], ["validation"]]  # fmt: skip
+    assert [
+        sorted(r.keys() & {"validation", "not_finite"})
+        for r in strict_log(tmp_path / "run")
+        if r.keys() & {"validation", "not_finite"}
+    ] == [["not_finite"], ["validation"], ["validation"]]
 
 
 @pytest.mark.slow
-def test_a_diverged_language_run_is_diagnosed_and_its_log_is_json(stages, tmp_path, monkeypatch):  # noqa: F811
+def test_a_diverged_language_run_is_diagnosed_and_its_log_is_json(stages, tmp_path, monkeypatch):
     out = tmp_path / "run"
     explode(monkeypatch, 3)
     flags = ("--vision", "stage1", "--max-steps", 4, "--save-every", 1, "--keep", 1, "--validate-every", 0.5)
     said = refused(language(stages, out, *flags, start="clip1"))
-    assert said.startswith("step 4: the last validation is not finite, the loss is nan; the last good checkpoint is ")
+    assert said.startswith(
+        "step 4: the last validation is not finite, the loss is nan; the last good checkpoint is "
+    )
     assert f"{Run(out).at(2)}: " in said and Run(out).pointer("best") == Run(out).at(2)
-    assert [r["step"] for r in strict_log(out) if "validation" in r] == [2] and strict_log(out)[-1]["not_finite"] == "the loss is nan"
+    assert [r["step"] for r in strict_log(out) if "validation" in r] == [2] and strict_log(out)[-1][
+        "not_finite"
+    ] == "the loss is nan"

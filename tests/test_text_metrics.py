@@ -1,4 +1,6 @@
-"""Scores of generated text: BLEU and its precisions, ROUGE, METEOR, BERTScore. Stems and METEOR: test_parity.py."""
+"""Scores of generated text: BLEU and its precisions, ROUGE, METEOR, BERTScore. Stems and METEOR:
+test_parity.py.
+"""
 
 import json
 import math
@@ -34,7 +36,9 @@ GENERATED, REFERENCE = "the heart is large", "the heart is not so large"
 
 
 def bert_folder(folder: Path, kind: str = "bert", extra: dict | None = None, rename=lambda n: n) -> Path:
-    """A made BERT or RoBERTa with a tokenizer; `extra` are more weights, `rename` gives the names in the file."""
+    """A made BERT or RoBERTa with a tokenizer; `extra` are more weights, `rename` gives the names in the
+    file.
+    """
     case = json.loads((GOLDEN / f"{kind}_tiny.json").read_text())
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**case["config"], "vocab_size": 400}))
@@ -62,13 +66,18 @@ def test_an_ngram_counts_no_more_often_than_in_the_reference():
 
 
 def test_corpus_bleu_sums_counts_and_punishes_short_texts():
-    pairs = [(GENERATED.split(), REFERENCE.split()), ("no effusion is seen".split(), "no effusion is seen".split())]
+    pairs = [
+        (GENERATED.split(), REFERENCE.split()),
+        ("no effusion is seen".split(), "no effusion is seen".split()),
+    ]
     found = corpus_bleu(pairs)
     penalty = math.exp(1 - 10 / 8)
     precisions = [8 / 8, 5 / 6, 3 / 4, 1 / 2]
     for n in (1, 2, 3, 4):
         assert found[f"corpus_precision_{n}"] == precisions[n - 1]
-        assert found[f"corpus_bleu_{n}"] == pytest.approx(penalty * math.prod(precisions[:n]) ** (1 / n), abs=1e-15)
+        assert found[f"corpus_bleu_{n}"] == pytest.approx(
+            penalty * math.prod(precisions[:n]) ** (1 / n), abs=1e-15
+        )
     assert found["brevity_penalty"] == penalty and found["generated_tokens"] == 8
 
 
@@ -79,8 +88,9 @@ def test_long_texts_get_no_reward_and_an_order_without_match_gives_no_bleu():
 
 def test_13a_keeps_numbers_whole_and_case_as_it_is():
     text = "Ground-glass opacity (12.5 mm, 3-4 cm) is seen; no effusion, size 1,5 cm."
-    assert tokens_13a(text) == ("Ground-glass opacity ( 12.5 mm , 3 - 4 cm ) is seen ; no effusion , size 1,5 cm ."
-                                .split())
+    assert tokens_13a(text) == (
+        "Ground-glass opacity ( 12.5 mm , 3 - 4 cm ) is seen ; no effusion , size 1,5 cm .".split()
+    )
     assert tokens_13a("a &amp; b-\nc<skipped>\nd") == ["a", "&", "bc", "d"]
     assert tokens_rouge("Ground-glass, 12.5 mm") == ["ground", "glass", "12", "5", "mm"]
 
@@ -117,7 +127,15 @@ def test_meteor_pairs_words_from_the_last_one_back():
 
 
 def test_stems_leave_short_and_irregular_words():
-    words = {"is": "is", "skies": "sky", "lying": "lie", "ties": "tie", "opacities": "opac", "": "", "Éàü": "éàü"}
+    words = {
+        "is": "is",
+        "skies": "sky",
+        "lying": "lie",
+        "ties": "tie",
+        "opacities": "opac",
+        "": "",
+        "Éàü": "éàü",
+    }
     assert {word: porter_stem(word) for word in words} == words
 
 
@@ -125,7 +143,9 @@ def test_empty_texts_score_zero_and_are_counted():
     for prediction, reference in (("", "a b"), ("a b", ""), ("", "")):
         assert set(sample_scores(prediction, reference).values()) == {0.0}
     report = text_report(["", "no effusion"], ["no effusion", "no effusion"])
-    assert report["empty_reports"] == 1 and report["rouge1"] == 0.5 and report["corpus_bleu_1"] == math.exp(-1)
+    assert (
+        report["empty_reports"] == 1 and report["rouge1"] == 0.5 and report["corpus_bleu_1"] == math.exp(-1)
+    )
     assert text_report(["", ""], ["a", "b"])["corpus_bleu_1"] == 0
 
 
@@ -140,11 +160,14 @@ def test_other_scripts_have_words_for_bleu_and_meteor_but_none_for_rouge():
     assert sample_scores("心脏", "心脏")["rougeL"] == 0
 
 
-@pytest.mark.parametrize("predictions, references, problem", [
-    ([], [], "expected one or more generated texts"),
-    (["a"], ["a", "b"], "one for each of the 2 reference texts, found 1"),
-    (["a", None], ["a", "b"], "generated text 1: expected a string, found None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "predictions, references, problem",
+    [
+        ([], [], "expected one or more generated texts"),
+        (["a"], ["a", "b"], "one for each of the 2 reference texts, found 1"),
+        (["a", None], ["a", "b"], "generated text 1: expected a string, found None"),
+    ],
+)
 def test_texts_that_cannot_be_paired_are_refused(predictions, references, problem):
     with pytest.raises(InputError, match=problem) as caught:
         text_report(predictions, references)
@@ -159,7 +182,9 @@ def test_meteor_with_synonyms_is_not_computed_without_nltk(monkeypatch):
 @pytest.fixture
 def stand_in_nltk(monkeypatch):
     """Modules of nltk's names, whose score tells the two sides apart."""
-    nltk, translate, score = (types.ModuleType(n) for n in ("nltk", "nltk.translate", "nltk.translate.meteor_score"))
+    nltk, translate, score = (
+        types.ModuleType(n) for n in ("nltk", "nltk.translate", "nltk.translate.meteor_score")
+    )
     nltk.word_tokenize = str.split
     score.single_meteor_score = lambda reference, hypothesis: len(reference) + 10 * len(hypothesis)
     for module in (nltk, translate, score):
@@ -189,7 +214,10 @@ def test_bertscore_is_greedy_matching_token_by_token(tmp_path, kind, layer):
         for text in pair:
             ids = torch.tensor([bert.reader.ids(text if kind == "bert" else " " + text)])
             states = []
-            hooks = [b.register_forward_hook(lambda _, __, out, s=states: s.append(out[0])) for b in bert.model.blocks]
+            hooks = [
+                b.register_forward_hook(lambda _, __, out, s=states: s.append(out[0]))
+                for b in bert.model.blocks
+            ]
             with torch.no_grad():
                 bert.model(ids)
             for hook in hooks:
@@ -197,7 +225,10 @@ def test_bertscore_is_greedy_matching_token_by_token(tmp_path, kind, layer):
             units.append([state / state.norm() for state in states[-1]])
         assert len(states) == (layer or 3)
         sums = []
-        for one, other in (units, units[::-1]):  # the first and the last token carry no weight, but can be matched
+        for one, other in (
+            units,
+            units[::-1],
+        ):  # the first and the last token carry no weight, but can be matched
             sums.append(np.mean([max(float(x @ y) for y in other) for x in one[1:-1]]))
         assert found["precision"][i] == pytest.approx(sums[0], abs=1e-5)
         assert found["recall"][i] == pytest.approx(sums[1], abs=1e-5)
@@ -207,7 +238,9 @@ def test_bertscore_is_greedy_matching_token_by_token(tmp_path, kind, layer):
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_bertscore_of_the_same_text_is_one_of_an_empty_one_zero_and_long_texts_are_cut(tmp_path, kind):
     bert = load_bert(bert_folder(tmp_path / "made", kind))
-    found = bert_score(["no effusion", "", "lung " * 300], ["no effusion", "no effusion", "lung " * 400], bert)
+    found = bert_score(
+        ["no effusion", "", "lung " * 300], ["no effusion", "no effusion", "lung " * 400], bert
+    )
     assert found["f1"] == pytest.approx([1, 0, 1], abs=1e-5)
     assert len(bert.reader.ids("lung " * 300)) == 64
 

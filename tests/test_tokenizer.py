@@ -1,4 +1,6 @@
-"""Tokenizers of every family: rules that the golden cases do not show, saving, and what a wrong folder is told."""
+"""Tokenizers of every family: rules that the golden cases do not show, saving, and what a wrong folder is
+told.
+"""
 
 import json
 import pickle
@@ -37,11 +39,15 @@ def gpt2_folder(source: str, folder: Path) -> Path:
 
 
 def llama3_folder(folder: Path) -> Path:
-    """A tokenizer.json that puts <|begin_of_text|> first; its eos is the end of a turn, its pad is not named."""
+    """A tokenizer.json that puts <|begin_of_text|> first; its eos is the end of a turn, its pad is not
+    named.
+    """
     backend = Backend.from_file(str(FOLDERS / "bytebpe_split/tokenizer.json"))
     backend.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
     bos = "<|begin_of_text|>"
-    backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
+    backend.post_processor = processors.TemplateProcessing(
+        f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     names = {"bos_token": {"content": bos, "lstrip": False}, "eos_token": "<|eot_id|>", "unk_token": None}
@@ -63,7 +69,12 @@ def same(one: Tokenizer, other: Tokenizer) -> bool:
         assert other.encode(text, 9, special_tokens=False) == one.encode(text, 9, special_tokens=False)
         assert other.decode(ids) == one.decode(ids)
         assert other.decode(ids, skip_special_tokens=True) == one.decode(ids, skip_special_tokens=True)
-    return [len(one), one.bos_id, one.eos_id, one.pad_id] == [len(other), other.bos_id, other.eos_id, other.pad_id]
+    return [len(one), one.bos_id, one.eos_id, one.pad_id] == [
+        len(other),
+        other.bos_id,
+        other.eos_id,
+        other.pad_id,
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,7 +99,9 @@ def test_a_pickled_tokenizer_is_the_same(family):
 
 def test_sentencepiece_models_are_saved_byte_for_byte(tmp_path):
     load_tokenizer(FOLDERS / "sentencepiece").save(tmp_path)
-    assert (tmp_path / "tokenizer.model").read_bytes() == (FOLDERS / "sentencepiece/tokenizer.model").read_bytes()
+    assert (tmp_path / "tokenizer.model").read_bytes() == (
+        FOLDERS / "sentencepiece/tokenizer.model"
+    ).read_bytes()
 
 
 def test_wordpiece_without_added_tokens_writes_the_files_of_a_bert_folder(tmp_path):
@@ -126,7 +139,7 @@ def test_added_tokens_come_back_in_the_decoded_text(family):
 def test_a_sentencepiece_text_begins_with_a_word_unless_a_special_token_comes_first():
     tokenizer = load_tokenizer(FOLDERS / "sentencepiece")
     tokenizer.add_tokens(["[three]"], special=False)
-    spelled = lambda text: tokenizer.tokens(tokenizer.encode(text, special_tokens=False))  # noqa: E731
+    spelled = lambda text: tokenizer.tokens(tokenizer.encode(text, special_tokens=False))
     assert spelled("The") == ["\u2581The"] and spelled("<s>The")[:2] == ["<s>", "T"]
     assert spelled("<s> The") == ["<s>", "\u2581The"]
     assert spelled("[three]") == ["\u2581", "[three]"] and spelled("") == []
@@ -177,8 +190,16 @@ def test_a_folder_is_searched_from_tokenizer_json_to_vocab_txt(tmp_path):
 def test_pad_is_unk_where_none_is_named(tmp_path):
     shutil.copy(FOLDERS / "sentencepiece/tokenizer.model", tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == ("<s>", "</s>", 1, 2, 0)
-    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "</s>", "eos_token": {"content": "<unk>"}}')
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
+        "<s>",
+        "</s>",
+        1,
+        2,
+        0,
+    )
+    (tmp_path / "special_tokens_map.json").write_text(
+        '{"pad_token": "</s>", "eos_token": {"content": "<unk>"}}'
+    )
     assert [load_tokenizer(tmp_path).pad_id, load_tokenizer(tmp_path).eos_id] == [2, 0]
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": "<s>"}, "eos_token": null}')
     assert [load_tokenizer(tmp_path).pad_id, load_tokenizer(tmp_path).eos_id] == [1, 0]
@@ -187,7 +208,9 @@ def test_pad_is_unk_where_none_is_named(tmp_path):
 def test_llama_3_ends_and_pads_with_end_of_text(tmp_path):
     tokenizer = load_tokenizer(llama3_folder(tmp_path))
     end = tokenizer.id_of("<|end_of_text|>")
-    assert tokenizer.eos == "<|end_of_text|>" and tokenizer.eos_id == tokenizer.pad_id == end != tokenizer.bos_id
+    assert (
+        tokenizer.eos == "<|end_of_text|>" and tokenizer.eos_id == tokenizer.pad_id == end != tokenizer.bos_id
+    )
     tokenizer.save(tmp_path / "saved")
     assert same(tokenizer, load_tokenizer(tmp_path / "saved"))
 
@@ -303,7 +326,9 @@ def test_a_tokenizer_of_another_family_is_refused():
     assert "models/phi/config.json" in message and "399" in message and "400" in message
     message = error_of(check_fits, sentencepiece, 500, {"bos": 1, "eos": [0, 7]}, "models/phi/config.json")
     assert "models/phi/config.json: eos has id [0, 7], but [2]" in message
-    assert "bos has id [0], but [1]" in error_of(check_fits, sentencepiece, 500, {"bos_token_id": 0}, "config.json")
+    assert "bos has id [0], but [1]" in error_of(
+        check_fits, sentencepiece, 500, {"bos_token_id": 0}, "config.json"
+    )
 
 
 def test_a_known_piece_becomes_whole_once_it_is_added():
@@ -325,7 +350,9 @@ def test_ids_in_a_tensor_are_decoded_as_those_in_a_list(family):
 
 
 def flagged_folder(family: str, folder: Path, **flags: bool) -> Path:
-    """A golden tokenizer whose tokenizer_config.json gives its next id to <t>, with these flags, unlike its own file."""
+    """A golden tokenizer whose tokenizer_config.json gives its next id to <t>, with these flags, unlike
+    its own file.
+    """
     shutil.copytree(FOLDERS / family, folder)
     number = len(load_tokenizer(folder))
     if (folder / "tokenizer.json").is_file():
@@ -389,30 +416,41 @@ def test_eos_of_sentencepiece_follows_the_folder(tmp_path):
 def test_an_eos_to_add_that_a_sentencepiece_model_does_not_have_is_refused(tmp_path):
     with open(tmp_path / "tokenizer.model", "wb") as file:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(["no nodule"] * 9), model_writer=file, vocab_size=12, hard_vocab_limit=False,
-            eos_id=-1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(["no nodule"] * 9),
+            model_writer=file,
+            vocab_size=12,
+            hard_vocab_limit=False,
+            eos_id=-1,
+            minloglevel=2,
+        )
     assert load_tokenizer(tmp_path).eos is None
     (tmp_path / "tokenizer_config.json").write_text('{"add_eos_token": true}')
     assert "no eos" in error_of(load_tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("form", ("bytebpe", "sentencepiece"))
-@pytest.mark.parametrize("file, content, problem", (
-    ("tokenizer_config", {"added_tokens_decoder": []}, "added_tokens_decoder is []"),
-    ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "<a>"}}}, "has 'x'"),
-    ("tokenizer_config", {"added_tokens_decoder": {"0": "<unk>"}}, "is '<unk>'"),
-    ("tokenizer_config", {"added_tokens_decoder": {"0": {"content": "<unk>", "lstrip": "no"}}}, "'lstrip': 'no'"),
-    ("tokenizer_config", {"bos_token": {"lstrip": False}}, "bos_token is {'lstrip': False}"),
-    ("tokenizer_config", {"bos_token": 5}, "bos_token is 5"),
-    ("tokenizer_config", {"bos_token": ""}, "bos_token is ''"),
-    ("tokenizer_config", {"add_eos_token": "no"}, "add_eos_token is 'no'"),
-    ("special_tokens_map", {"pad_token": []}, "pad_token is []"),
-    ("special_tokens_map", {"additional_special_tokens": "<a>"}, "additional_special_tokens is '<a>'"),
-    ("added_tokens", {"<a>": "400"}, "'<a>' is '400'"),
-    ("added_tokens", {"<a>": [1]}, "'<a>' is [1]"),
-    ("added_tokens", {"": 400}, "token 400"),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "file, content, problem",
+    (
+        ("tokenizer_config", {"added_tokens_decoder": []}, "added_tokens_decoder is []"),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "<a>"}}}, "has 'x'"),
+        ("tokenizer_config", {"added_tokens_decoder": {"0": "<unk>"}}, "is '<unk>'"),
+        (
+            "tokenizer_config",
+            {"added_tokens_decoder": {"0": {"content": "<unk>", "lstrip": "no"}}},
+            "'lstrip': 'no'",
+        ),
+        ("tokenizer_config", {"bos_token": {"lstrip": False}}, "bos_token is {'lstrip': False}"),
+        ("tokenizer_config", {"bos_token": 5}, "bos_token is 5"),
+        ("tokenizer_config", {"bos_token": ""}, "bos_token is ''"),
+        ("tokenizer_config", {"add_eos_token": "no"}, "add_eos_token is 'no'"),
+        ("special_tokens_map", {"pad_token": []}, "pad_token is []"),
+        ("special_tokens_map", {"additional_special_tokens": "<a>"}, "additional_special_tokens is '<a>'"),
+        ("added_tokens", {"<a>": "400"}, "'<a>' is '400'"),
+        ("added_tokens", {"<a>": [1]}, "'<a>' is [1]"),
+        ("added_tokens", {"": 400}, "token 400"),
+    ),
+)
 def test_settings_that_mean_nothing_are_refused_by_file_and_name(form, file, content, problem, tmp_path):
     shutil.copytree(FOLDERS / form, tmp_path, dirs_exist_ok=True)
     (tmp_path / f"{file}.json").write_text(json.dumps(content))
@@ -453,12 +491,17 @@ def test_a_hub_id_is_fetched_with_every_file_of_a_tokenizer(tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     assert len(load_tokenizer("lab/phantom-llama@v1")) == 400 and asked[0][:2] == ("lab/phantom-llama", "v1")
-    files = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json"
+    files = (
+        "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+        "tokenizer.model vocab.json"
+    )
     for file in (*files.split(), "vocab.txt", "merges.txt"):
         assert any(Path(file).match(pattern) for pattern in asked[0][2]), file
     assert not any(Path("model.safetensors").match(pattern) for pattern in asked[0][2])
     for absent in ("models/tokenizer.json", "models/vocab.txt", tmp_path / "absent"):
-        assert "absent" in error_of(load_tokenizer, absent) or "looked for" in error_of(load_tokenizer, absent)
+        assert "absent" in error_of(load_tokenizer, absent) or "looked for" in error_of(
+            load_tokenizer, absent
+        )
     assert len(asked) == 1  # an absent file is no hub id
 
 
@@ -466,7 +509,9 @@ def test_a_vocabulary_with_gaps_takes_image_tokens_and_is_read_again(tmp_path):
     # Phi-4-mini's ids have gaps before its special tokens.
     words = {character: number for number, character in enumerate("abcdefghi")} | {"<unk>": 9, "<s>": 15}
     Backend(models.WordLevel(words, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "<s>", "unk_token": "<unk>"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"bos_token": "<s>", "eos_token": "<s>", "unk_token": "<unk>"}'
+    )
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.bos_id == 15 and add_image_tokens(tokenizer) == [16, 17, 18, 19]
     tokenizer.save(tmp_path / "again")
@@ -494,26 +539,44 @@ def bert_folder(folder: Path, config: dict, whole: dict | None = None, vocab: bo
     if vocab:
         (folder / "vocab.txt").write_text("\n".join(BERT_WORDS) + "\n")
     if whole is not None:
-        model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+        model = {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+        }
         model["vocab"] = {word: i for i, word in enumerate(BERT_WORDS)}
-        normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+        normalizer = {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        }
         split = {"type": "BertPreTokenizer"}
-        (folder / "tokenizer.json").write_text(json.dumps({"model": model, "normalizer": normalizer | whole, "pre_tokenizer": split}))
+        (folder / "tokenizer.json").write_text(
+            json.dumps({"model": model, "normalizer": normalizer | whole, "pre_tokenizer": split})
+        )
     return folder
 
 
-@pytest.mark.parametrize(("config", "whole", "tokens"), [
-    ({}, None, ["hacia", "pulmon", "胸", "水"]),
-    ({"do_lower_case": True, "strip_accents": False}, None, ["hacía", "pulmón", "胸", "水"]),
-    ({"do_lower_case": False}, None, ["Hacía", "pulmón", "胸", "水"]),
-    ({"do_lower_case": False, "strip_accents": True}, None, ["[UNK]", "pulmon", "胸", "水"]),
-    ({"tokenize_chinese_chars": False}, None, ["hacia", "pulmon", "胸水"]),
-    ({}, {"lowercase": False}, ["Hacía", "pulmón", "胸", "水"]),
-    ({}, {"strip_accents": False, "handle_chinese_chars": False}, ["hacía", "pulmón", "胸水"]),
-    ({"do_lower_case": True}, {"lowercase": False}, ["hacia", "pulmon", "胸", "水"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "whole", "tokens"),
+    [
+        ({}, None, ["hacia", "pulmon", "胸", "水"]),
+        ({"do_lower_case": True, "strip_accents": False}, None, ["hacía", "pulmón", "胸", "水"]),
+        ({"do_lower_case": False}, None, ["Hacía", "pulmón", "胸", "水"]),
+        ({"do_lower_case": False, "strip_accents": True}, None, ["[UNK]", "pulmon", "胸", "水"]),
+        ({"tokenize_chinese_chars": False}, None, ["hacia", "pulmon", "胸水"]),
+        ({}, {"lowercase": False}, ["Hacía", "pulmón", "胸", "水"]),
+        ({}, {"strip_accents": False, "handle_chinese_chars": False}, ["hacía", "pulmón", "胸水"]),
+        ({"do_lower_case": True}, {"lowercase": False}, ["hacia", "pulmon", "胸", "水"]),
+    ],
+)
 def test_a_berts_own_rules_are_kept_with_the_run(tmp_path, config, whole, tokens):
-    """The tokens are those of the library's BertNormalizer with these rules, which transformers' BertTokenizer uses."""
+    """The tokens are those of the library's BertNormalizer with these rules, which transformers'
+    BertTokenizer uses.
+    """
     folder = bert_folder(tmp_path / "bert", config, whole)
     load_wordpiece(folder).save(tmp_path / "run")
     for place in (folder, tmp_path / "run"):
@@ -527,22 +590,29 @@ def test_a_folder_with_only_a_tokenizer_json_has_a_berts_vocabulary(tmp_path):
     assert not has_wordpiece(tmp_path)
 
 
-@pytest.mark.parametrize(("config", "whole", "words"), [
-    ({"word_tokenizer_type": "mecab"}, None, "word_tokenizer_type is 'mecab', which is not supported"),
-    ({"do_basic_tokenize": False}, None, "do_basic_tokenize is False, which is not supported"),
-    ({"strip_accents": 3}, None, "strip_accents is 3; expected true or false"),
-    ({}, {"type": "NFC"}, "its normalizer is 'NFC'; expected a BERT's"),
-    ({}, {"lowercase": "no"}, "lowercase of its normalizer is 'no'"),
-    ({}, {"clean_text": False}, "clean_text of its normalizer is False; expected a BERT's, True"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "whole", "words"),
+    [
+        ({"word_tokenizer_type": "mecab"}, None, "word_tokenizer_type is 'mecab', which is not supported"),
+        ({"do_basic_tokenize": False}, None, "do_basic_tokenize is False, which is not supported"),
+        ({"strip_accents": 3}, None, "strip_accents is 3; expected true or false"),
+        ({}, {"type": "NFC"}, "its normalizer is 'NFC'; expected a BERT's"),
+        ({}, {"lowercase": "no"}, "lowercase of its normalizer is 'no'"),
+        ({}, {"clean_text": False}, "clean_text of its normalizer is False; expected a BERT's, True"),
+    ],
+)
 def test_rules_that_are_not_berts_are_refused_by_name(tmp_path, config, whole, words):
     with pytest.raises(InputError, match=words):
         load_wordpiece(bert_folder(tmp_path / "bert", config, whole))
 
 
-@pytest.mark.parametrize("normalizer", [
-    {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Replace", "pattern": {"String": ""}, "content": "x"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+        {"type": "Replace", "pattern": {"String": ""}, "content": "x"},
+    ],
+)
 def test_a_tokenizer_json_that_makes_the_library_panic_is_one_error(tmp_path, normalizer):
     values = json.loads((GOLDEN / "tokenizers/bytebpe/tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(values | {"normalizer": normalizer}))
@@ -550,12 +620,19 @@ def test_a_tokenizer_json_that_makes_the_library_panic_is_one_error(tmp_path, no
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("part", "values", "words"), [
-    ("pre_tokenizer", None, "type of its pre_tokenizer is None; expected a BERT's"),
-    ("pre_tokenizer", {"type": "Whitespace"}, "type of its pre_tokenizer is 'Whitespace'"),
-    ("model", {"continuing_subword_prefix": "@@"}, "continuing_subword_prefix of its model is '@@'"),
-    ("model", {"vocab": {word: i for i, word in enumerate(reversed(BERT_WORDS))}}, "has another id than in the vocab.txt beside it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "values", "words"),
+    [
+        ("pre_tokenizer", None, "type of its pre_tokenizer is None; expected a BERT's"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "type of its pre_tokenizer is 'Whitespace'"),
+        ("model", {"continuing_subword_prefix": "@@"}, "continuing_subword_prefix of its model is '@@'"),
+        (
+            "model",
+            {"vocab": {word: i for i, word in enumerate(reversed(BERT_WORDS))}},
+            "has another id than in the vocab.txt beside it",
+        ),
+    ],
+)
 def test_a_tokenizer_json_that_splits_as_no_bert_is_refused(tmp_path, part, values, words):
     path = bert_folder(tmp_path / "bert", {}, {}) / "tokenizer.json"
     whole = json.loads(path.read_text())
@@ -568,7 +645,12 @@ def test_a_tokenizer_json_that_splits_as_no_bert_is_refused(tmp_path, part, valu
 def test_added_tokens_of_a_tokenizer_json_are_kept_with_the_run(tmp_path):
     path = bert_folder(tmp_path / "bert", {}, {}) / "tokenizer.json"
     added = {"id": len(BERT_WORDS), "content": "GGO", "special": False, "normalized": False}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens": [{"id": 0, "content": "[PAD]", "special": True}, added]}))
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text())
+            | {"added_tokens": [{"id": 0, "content": "[PAD]", "special": True}, added]}
+        )
+    )
     load_wordpiece(path.parent).save(tmp_path / "run")
     for folder in (path.parent, tmp_path / "run"):
         tokenizer = load_wordpiece(folder)

@@ -18,8 +18,26 @@ from conftest import ROOT, error_line, script
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.checkpoint import Run
 
-TINY = ["--stage", "clip1", "--preset", "hsenet-tiny", "--size", "16", "32", "32", "--patch", "8", "16", "16",
-        "--batch-size", "4", "--log-every", "1", "--device", "cpu"]
+TINY = [
+    "--stage",
+    "clip1",
+    "--preset",
+    "hsenet-tiny",
+    "--size",
+    "16",
+    "32",
+    "32",
+    "--patch",
+    "8",
+    "16",
+    "16",
+    "--batch-size",
+    "4",
+    "--log-every",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def tiny(data: Path, out: Path, *more) -> list[str]:
@@ -59,7 +77,8 @@ def same_weights(a: Path, b: Path) -> bool:
 def assert_close_weights(a: Path, b: Path) -> None:
     """The last weights of two runs agree but for rounding.
 
-    A bias of keys moves all scores of a row alike: its gradient is rounding, which Adam makes steps of, so it is left out.
+    A bias of keys moves all scores of a row alike: its gradient is rounding, which Adam makes steps of, so it
+    is left out.
     """
     one, two = weights(a), weights(b)
     for name, tensor in one.items():
@@ -72,13 +91,18 @@ def assert_close_weights(a: Path, b: Path) -> None:
 
 def numbers(run: Path) -> list[dict]:
     """The log without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in ("samples_per_s", "memory_gb", "waiting")} for r in Run(run).read_log()]
+    return [
+        {k: v for k, v in r.items() if k not in ("samples_per_s", "memory_gb", "waiting")}
+        for r in Run(run).read_log()
+    ]
 
 
 @pytest.mark.slow
 def test_run_folder_holds_what_the_design_says(finished):
     config = json.loads((finished / "config.json").read_text())
-    assert config["stage"] == "clip1" and config["total_steps"] == 8 and config["recipe"]["size"] == [16, 32, 32]
+    assert (
+        config["stage"] == "clip1" and config["total_steps"] == 8 and config["recipe"]["size"] == [16, 32, 32]
+    )
     assert (finished / "checkpoints/last").read_text().strip() == "step-000008"
     assert (finished / "checkpoints" / (finished / "checkpoints/best").read_text().strip()).is_dir()
     steps = [r for r in Run(finished).read_log() if "loss" in r]
@@ -123,13 +147,18 @@ def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
 @pytest.mark.parametrize(
     ("step", "number", "code"), [(2, signal.SIGTERM, 143), (5, signal.SIGINT, 130), (3, signal.SIGUSR1, 138)]
 )
-def test_an_interrupted_run_resumes_bit_for_bit(prepared, finished, tmp_path, monkeypatch, step, number, code):
+def test_an_interrupted_run_resumes_bit_for_bit(
+    prepared, finished, tmp_path, monkeypatch, step, number, code
+):
     out, arguments = tmp_path / "run", ("--save-every", 3, "--keep", 9)
     with monkeypatch.context() as patch:
         stop_at(patch, step, number)
         assert train.main(tiny(prepared, out, "--max-steps", 8, *arguments)) == code
     assert Run(out).pointer("last").name == f"step-{step:06d}"
-    assert train.main(["--stage", "clip1", "--out", str(out), "--resume", "--log-every", "1", "--device", "cpu"]) == 0
+    assert (
+        train.main(["--stage", "clip1", "--out", str(out), "--resume", "--log-every", "1", "--device", "cpu"])
+        == 0
+    )
     assert same_weights(out, finished)
     assert numbers(out) == numbers(finished)
 
@@ -147,7 +176,10 @@ def test_a_second_ctrl_c_ends_within_the_step(prepared, tmp_path, monkeypatch, c
 def test_resuming_forgets_what_was_logged_after_the_checkpoint(prepared, finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
     (out / "checkpoints/last").write_text("step-000003\n")
-    assert train.main(["--stage", "clip1", "--out", str(out), "--resume", "--log-every", "1", "--device", "cpu"]) == 0
+    assert (
+        train.main(["--stage", "clip1", "--out", str(out), "--resume", "--log-every", "1", "--device", "cpu"])
+        == 0
+    )
     assert same_weights(out, finished) and numbers(out) == numbers(finished)
 
 
@@ -155,7 +187,9 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(run_copy, prep
     before = {p: p.stat().st_mtime_ns for p in run_copy.rglob("*") if p.is_file() and p.name != ".lock"}
     assert train.main(tiny(prepared, run_copy, "--max-steps", 8, "--save-every", 3, "--keep", 9)) == 0
     assert "finished already" in capsys.readouterr().out
-    assert before == {p: p.stat().st_mtime_ns for p in run_copy.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert before == {
+        p: p.stat().st_mtime_ns for p in run_copy.rglob("*") if p.is_file() and p.name != ".lock"
+    }
 
 
 def test_a_short_trial_is_not_taken_for_the_whole_run(prepared, run_copy):
@@ -180,14 +214,24 @@ def test_accumulation_equals_its_parts(prepared, tmp_path):
 def test_mixed_precision_and_gradient_checkpointing_train(prepared, tmp_path, finished, precision):
     more = ("--max-steps", 8, "--precision", precision, "--grad-checkpoint")
     assert train.main(tiny(prepared, tmp_path / "r", *more)) == 0
-    losses, reference = ([r["loss"] for r in numbers(run) if "loss" in r] for run in (tmp_path / "r", finished))
+    losses, reference = (
+        [r["loss"] for r in numbers(run) if "loss" in r] for run in (tmp_path / "r", finished)
+    )
     assert losses != reference and losses[0] == pytest.approx(reference[0], rel=0.02)
     assert all(t.dtype == torch.float32 for t in weights(tmp_path / "r").values())
 
 
 def torchrun(processes: int, *arguments, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               str(ROOT / "train.py"), *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        str(ROOT / "train.py"),
+        *map(str, arguments),
+    ]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -201,7 +245,9 @@ def test_two_processes_train_as_one_with_the_same_global_batch(prepared, finishe
     assert [r["step"] for r in one] == [r["step"] for r in two]
     for a, b in zip(one, two, strict=True):
         if "loss" in a:
-            assert b["loss"] == pytest.approx(a["loss"], abs=2e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+            assert b["loss"] == pytest.approx(a["loss"], abs=2e-5) and b["grad_norm"] == pytest.approx(
+                a["grad_norm"], rel=1e-3
+            )
     assert "train: step 8 of 8, " in done.stderr and "step 8: validation" in done.stderr + done.stdout
     assert all(shown in done.stderr for shown in (" samples/s", "gradient ", "waiting ", " GB"))
 
@@ -214,7 +260,9 @@ def test_more_processes_than_samples_is_one_line(prepared, tmp_path):
     (data / "manifest.json").write_text(json.dumps(values))
     arguments = [a for a in tiny(data, tmp_path / "r") if a not in ("--batch-size", "4")]
     done = torchrun(3, *arguments, cwd=tmp_path)
-    assert done.returncode != 0 and done.stderr.count("2 training volumes for 3 processes") == 1  # not once a process
+    assert (
+        done.returncode != 0 and done.stderr.count("2 training volumes for 3 processes") == 1
+    )  # not once a process
     assert done.stderr.count("error: ") == 1
 
 
@@ -232,7 +280,9 @@ def test_evaluation_writes_the_table_the_json_the_ranks_and_the_embeddings(run_c
     rows = (run_copy / "eval/retrieval_queries.csv").read_text().splitlines()
     assert len(rows) == results["n"] + 1
     printed = capsys.readouterr().out
-    assert "report to volume" in printed and "label overlap, without its scan" in printed and "R@100" in printed
+    assert (
+        "report to volume" in printed and "label overlap, without its scan" in printed and "R@100" in printed
+    )
 
 
 def test_the_tables_ranks_are_those_of_the_embeddings(run_copy):
@@ -251,7 +301,9 @@ def test_the_tables_ranks_are_those_of_the_embeddings(run_copy):
 def test_evaluation_does_not_depend_on_the_batch_size(run_copy):
     found = []
     for size in (1, 5):
-        evaluate.main(["--task", "retrieval", "--run", str(run_copy), "--batch-size", str(size), "--device", "cpu"])
+        evaluate.main(
+            ["--task", "retrieval", "--run", str(run_copy), "--batch-size", str(size), "--device", "cpu"]
+        )
         found.append(load_file(run_copy / "eval/embeddings.safetensors"))
     assert all(torch.allclose(found[0][k], found[1][k], atol=1e-5) for k in ("image", "text"))
 
@@ -264,8 +316,16 @@ def wrong(argv: list[str], words: str) -> None:
 
 def test_wrong_flags_are_named(prepared, tmp_path):
     out = tmp_path / "r"
-    for flag, value in (("--batch-size", 0), ("--batch-size", -1), ("--epochs", 0), ("--lr", 0), ("--max-steps", 0),
-                        ("--accumulate", 0), ("--workers", -1), ("--clip-norm", "nan")):
+    for flag, value in (
+        ("--batch-size", 0),
+        ("--batch-size", -1),
+        ("--epochs", 0),
+        ("--lr", 0),
+        ("--max-steps", 0),
+        ("--accumulate", 0),
+        ("--workers", -1),
+        ("--clip-norm", "nan"),
+    ):
         wrong(tiny(prepared, out, flag, value), flag)
     wrong(["--stage", "clip9"], "--stage.*clip9.*clip1")
     wrong(["--stage", "clip1", "--model", "m3d"], "--model.*m3d")
@@ -283,19 +343,27 @@ def test_wrong_flags_are_named(prepared, tmp_path):
     if not torch.cuda.is_available():
         wrong(tiny(prepared, out, "--device", "cuda"), "--device cuda.*no GPU")
     wrong(tiny(prepared, out, "--log", "wandb"), "--log wandb.*not installed")
-    wrong(tiny(prepared, out, "--best-by", "loss"), "--best-by loss: the validation measures report_to_volume/R@1, .*R@10$")
+    wrong(
+        tiny(prepared, out, "--best-by", "loss"),
+        "--best-by loss: the validation measures report_to_volume/R@1, .*R@10$",
+    )
 
 
 @pytest.mark.slow
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     line = error_line(script("train.py", "--stage", "clip1", "--batch-size", 0, cwd=tmp_path))
     assert line == "error: --batch-size 0: expected more than 0"
-    assert "Traceback" in script("train.py", "--stage", "clip1", "--batch-size", 0, "--debug", cwd=tmp_path).stderr
+    assert (
+        "Traceback"
+        in script("train.py", "--stage", "clip1", "--batch-size", 0, "--debug", cwd=tmp_path).stderr
+    )
 
 
 def test_a_manifest_of_another_size_or_recipe_is_refused(prepared, tmp_path, run_copy):
-    wrong(["--stage", "clip1", "--data", str(prepared), "--out", str(tmp_path / "r")],
-          "have size 16x32x32, but preset hsenet-base needs size 32x256x256.*preprocess.py")
+    wrong(
+        ["--stage", "clip1", "--data", str(prepared), "--out", str(tmp_path / "r")],
+        "have size 16x32x32, but preset hsenet-base needs size 32x256x256.*preprocess.py",
+    )
     other = shutil.copytree(prepared, tmp_path / "other")
     values = json.loads((other / "manifest.json").read_text())
     values["recipe"]["name"] = "reaf"
@@ -316,9 +384,16 @@ def test_a_window_that_the_run_was_not_trained_with_is_refused(prepared, tmp_pat
 
 def test_two_runs_into_one_folder_are_refused(prepared, run_copy):
     wrong(tiny(prepared, run_copy, "--max-steps", 9), "holds a run already.*--resume")
-    held = subprocess.Popen([sys.executable, "-c", "import sys, time; from reaf_hsenet.files import folder_lock\n"
-                             f"with folder_lock({str(run_copy)!r}): print(flush=True), time.sleep(60)"],
-                            stdout=subprocess.PIPE, cwd=ROOT)
+    held = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from reaf_hsenet.files import folder_lock\n"
+            f"with folder_lock({str(run_copy)!r}): print(flush=True), time.sleep(60)",
+        ],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
     try:
         held.stdout.readline()
         wrong(tiny(prepared, run_copy, "--max-steps", 8), f"process {held.pid} .*is writing into it")
@@ -330,11 +405,20 @@ def test_resume_keeps_the_runs_settings(run_copy, tmp_path):
     wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--lr", "1"], "--lr: with --resume")
     wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--seed", "0"], "--seed: with --resume")
     wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--max-steps", "9"], "--max-steps.*has 8")
-    wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--epochs", "9"], "--epochs 9: .* started with --max-steps 8")
-    wrong(["--stage", "clip1", "--out", str(run_copy), "--resume", "--best-by", "loss"], "--best-by: with --resume")
+    wrong(
+        ["--stage", "clip1", "--out", str(run_copy), "--resume", "--epochs", "9"],
+        "--epochs 9: .* started with --max-steps 8",
+    )
+    wrong(
+        ["--stage", "clip1", "--out", str(run_copy), "--resume", "--best-by", "loss"],
+        "--best-by: with --resume",
+    )
     wrong(["--stage", "clip1", "--out", str(tmp_path / "none"), "--resume"], "holds no run")
     repeated = ["--seed", "42", "--size", "16", "32", "32", "--max-steps", "8", "--batch-size", "4"]
-    assert train.main(["--stage", "clip1", "--out", str(run_copy), "--resume", "--device", "cpu", *repeated]) == 0
+    assert (
+        train.main(["--stage", "clip1", "--out", str(run_copy), "--resume", "--device", "cpu", *repeated])
+        == 0
+    )
 
 
 def test_a_volume_that_cannot_be_read_ends_training_with_its_name(prepared, tmp_path):

@@ -91,7 +91,9 @@ def test_metadata_policy_applies_the_intercept_always_and_header_never(tmp_path)
     table = TableRow((3, 3, 4), 1, -24)
     assert np.array_equal(read_volume(path, table, "metadata").hu, chest() - 24)
     assert np.array_equal(read_volume(path, table, "header").hu, chest())
-    twice = read_volume(path, TableRow((3, 3, 4), 1, -1024), "metadata")  # as published, of CT-RATE's second version
+    twice = read_volume(
+        path, TableRow((3, 3, 4), 1, -1024), "metadata"
+    )  # as published, of CT-RATE's second version
     assert np.array_equal(twice.hu, chest() - 1024)
     with pytest.raises(InputError, match="no table"):
         read_volume(path, rescale="metadata")

@@ -1,4 +1,6 @@
-"""Published checkpoints become runs that give the published outputs, and go back under their names bit for bit."""
+"""Published checkpoints become runs that give the published outputs, and go back under their names bit
+for bit.
+"""
 
 import json
 from dataclasses import replace
@@ -58,9 +60,15 @@ def text_model(tmp_path_factory):
 
 
 def write_reaf(folder, fusion=True, prefix=""):
-    config = OWN if fusion else {"reaf_hsenet": {"model": to_dict(replace(REAF, vision=replace(REAF.vision, fusion=None)))}}
+    config = (
+        OWN
+        if fusion
+        else {"reaf_hsenet": {"model": to_dict(replace(REAF, vision=replace(REAF.vision, fusion=None)))}}
+    )
     published.write_vocabulary(folder, REAF.text.vocab, config)
-    return published.write(folder / "epoch_1.pt", {"epoch": 1, "name": "reaf", "state_dict": published.reaf(fusion, prefix)})
+    return published.write(
+        folder / "epoch_1.pt", {"epoch": 1, "name": "reaf", "state_dict": published.reaf(fusion, prefix)}
+    )
 
 
 def golden_tokens(vision, name: str) -> float:
@@ -109,7 +117,9 @@ def test_a_slice_encoder_that_is_named_is_described_and_one_of_another_width_ref
     assert cli("convert", file, tmp_path / "run", *flags, fits) == 0
     slices = json.loads((tmp_path / "run/config.json").read_text())["slices"]
     assert slices["width"] == 48 and len(slices["sha256"]) == 64
-    assert "gives 32 features of 24 channels; this encoder takes 32 of 48" in line("convert", file, tmp_path / "no", *flags, other)
+    assert "gives 32 features of 24 channels; this encoder takes 32 of 48" in line(
+        "convert", file, tmp_path / "no", *flags, other
+    )
     assert not (tmp_path / "no").exists()
 
 
@@ -119,11 +129,17 @@ def test_reaf_and_hlip_become_runs_with_the_outputs_of_the_model_built_directly(
     run = load_dual_encoder(tmp_path / "run")
     config = replace(REAF, vision=replace(REAF.vision, fusion="weighted_mean" if fusion else None))
     model = build_dual_encoder(config).eval()
-    load_strictly(model, reaf_state(published.reaf(fusion), REAF.vision.grid) | fusion_constants(config.vision), "REAF")
+    load_strictly(
+        model, reaf_state(published.reaf(fusion), REAF.vision.grid) | fusion_constants(config.vision), "REAF"
+    )
     volume = torch.from_numpy(fill.volume("volume", (2, 1, 8, 16, 16), 0))
     ids = torch.from_numpy(fill.token_ids("ids", (2, 9), 40, 0))
     with torch.no_grad():
-        for found, expected in zip(run.model(volume, ids, torch.ones_like(ids)), model(volume, ids, torch.ones_like(ids)), strict=True):
+        for found, expected in zip(
+            run.model(volume, ids, torch.ones_like(ids)),
+            model(volume, ids, torch.ones_like(ids)),
+            strict=True,
+        ):
             assert torch.equal(found, expected)
     assert run.recipe == replace(RECIPES["reaf"], size=(8, 16, 16)) and run.model.scale_kind == "exp"
 
@@ -138,7 +154,9 @@ def test_another_input_size_resamples_the_position_table_and_says_so(tmp_path, t
         assert "the position table is resampled from the grid" in capsys.readouterr().out
         run = load_dual_encoder(tmp_path / kind)
         assert run.config.vision.size == run.recipe.size == size and run.config.vision.grid == grid
-        table = published.m3d_clip()["vision_encoder.patch_embedding.position_embeddings"].unflatten(1, (4, 4, 4))
+        table = published.m3d_clip()["vision_encoder.patch_embedding.position_embeddings"].unflatten(
+            1, (4, 4, 4)
+        )
         if kind == "reaf":
             table = published.reaf()["visual.trunk.spatial_posemb"]
         assert torch.equal(run.model.vision.pos_embed, resample_3d(table, grid).flatten(1, 3))
@@ -166,7 +184,9 @@ def test_published_converted_exported_is_published_bit_for_bit(tmp_path, text_mo
 
 
 def new_run(folder, config, recipe, stage="clip1", lora=False):
-    """A run with random weights, as training leaves it, with heads and settings that no published rule gives."""
+    """A run with random weights, as training leaves it, with heads and settings that no published rule
+    gives.
+    """
     torch.manual_seed(0)
     model = build_dual_encoder(config)
     if lora:
@@ -177,8 +197,19 @@ def new_run(folder, config, recipe, stage="clip1", lora=False):
     run = Run(folder)
     run.save(3, model.state_dict(), {}, keep=1, best=True)
     published.write_vocabulary(folder, config.text.vocab)
-    run.write_config({"version": "0", "stage": stage, "preset": "", "model": to_dict(config), "recipe": to_dict(recipe), "train": {},
-                      "origin": {}, "slices": {"slices": 32, "width": 16} if stage == "clip2" else None, "data": str(folder)})  # fmt: skip
+    run.write_config(
+        {
+            "version": "0",
+            "stage": stage,
+            "preset": "",
+            "model": to_dict(config),
+            "recipe": to_dict(recipe),
+            "train": {},
+            "origin": {},
+            "slices": {"slices": 32, "width": 16} if stage == "clip2" else None,
+            "data": str(folder),
+        }
+    )
     return folder
 
 
@@ -189,7 +220,9 @@ def test_a_run_that_is_exported_and_converted_computes_the_same(tmp_path, kind):
     if kind == "2e3":
         vision = GuidedVisionConfig(**vars(vision), slice_width=16)
     if kind == "reaf":
-        config = replace(REAF, vision=replace(REAF.vision, fusion="mean", slice_class="mean", heads=3, scan_layers=(0, 2)))
+        config = replace(
+            REAF, vision=replace(REAF.vision, fusion="mean", slice_class="mean", heads=3, scan_layers=(0, 2))
+        )
     else:
         lora = LoraConfig(("vision", "text"), 2) if kind == "lora" else None
         config = ClipConfig(vision=vision, text=text, embed=12, logit_scale="exp", max_text=17, lora=lora)
@@ -198,11 +231,15 @@ def test_a_run_that_is_exported_and_converted_computes_the_same(tmp_path, kind):
     assert cli("export", folder, tmp_path / "out", "--format", "reaf" if kind == "reaf" else "m3d-clip") == 0
     assert cli("convert", tmp_path / "out", tmp_path / "again") == 0
     first, second = load_dual_encoder(folder), load_dual_encoder(tmp_path / "again")
-    assert (second.recipe, second.slices) == (first.recipe, first.slices) and second.config == replace(first.config, lora=None)
+    assert (second.recipe, second.slices) == (first.recipe, first.slices) and second.config == replace(
+        first.config, lora=None
+    )
     volume, ids = torch.rand(2, 1, *config.vision.size), torch.randint(5, 40, (2, 9))
     slices = torch.randn(2, 32, 16) if kind == "2e3" else None
     with torch.no_grad():
-        pairs = zip(first.model(volume, ids, ids > 0, slices), second.model(volume, ids, ids > 0, slices), strict=True)
+        pairs = zip(
+            first.model(volume, ids, ids > 0, slices), second.model(volume, ids, ids > 0, slices), strict=True
+        )
         assert all(torch.allclose(a, b, atol=1e-5 if kind == "lora" else 0, rtol=0) for a, b in pairs)
 
 
@@ -212,7 +249,10 @@ def test_a_runs_text_encoder_is_exported_as_the_bert_folder_it_came_from(tmp_pat
     assert cli("export", tmp_path / "run", tmp_path / "bert", "--format", "transformers") == 0
     same(load_file(tmp_path / "bert/model.safetensors"), BERT.weights())
     assert bert_config(tmp_path / "bert") == bert_config(text_model)
-    assert load_published_dual(str(file), str(tmp_path / "bert")).config.text.heads == BERT["config"]["num_attention_heads"]
+    assert (
+        load_published_dual(str(file), str(tmp_path / "bert")).config.text.heads
+        == BERT["config"]["num_attention_heads"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -221,13 +261,31 @@ def language_run(tmp_path_factory, text_model):
     encoders = published.write_m3d_clip(folder / "2e3", published.hsenet_2e3())
     decoder = published.write_decoder(folder / "decoder")
     packers = published.write(folder / "packers/mm_projector_and_lora.bin", published.language())
-    assert cli("convert", packers, folder / "run", "--decoder", decoder, "--encoders", encoders, "--text-model", text_model) == 0
+    assert (
+        cli(
+            "convert",
+            packers,
+            folder / "run",
+            "--decoder",
+            decoder,
+            "--encoders",
+            encoders,
+            "--text-model",
+            text_model,
+        )
+        == 0
+    )
     return folder
 
 
 def test_hsenets_packers_and_adapters_become_a_run_with_the_golden_logits(language_run):
     run, case = load_mllm(language_run / "run"), CASES["lora_phi3_tiny"]
-    assert (run.stage, run.config.vision, run.config.kernel, run.config.alpha) == ("mrg", "dual", (1, 4, 4), 8)
+    assert (run.stage, run.config.vision, run.config.kernel, run.config.alpha) == (
+        "mrg",
+        "dual",
+        (1, 4, 4),
+        8,
+    )
     with torch.no_grad():
         logits = run.model.decoder(case.stored["input.ids"], mask=case.stored["input.mask"])[..., :320]
     assert ((logits - case.stored["logits"]).abs() * case.stored["input.mask"][..., None]).max() < 2e-4
@@ -246,20 +304,31 @@ def test_the_language_run_goes_back_to_its_published_files_bit_for_bit(language_
     assert cli("export", language_run / "run", tmp_path / "out", "--format", "transformers") == 0
     same(torch.load(tmp_path / "out/mm_projector_and_lora.bin", weights_only=True), published.language())
     adapter = {n: t for n, t in published.language().items() if "lora_" in n}
-    same(load_file(tmp_path / "out/adapter/adapter_model.safetensors"), {n.replace(".default", ""): t for n, t in adapter.items()})
+    same(
+        load_file(tmp_path / "out/adapter/adapter_model.safetensors"),
+        {n.replace(".default", ""): t for n, t in adapter.items()},
+    )
     base, found = (load_file(f / "model.safetensors") for f in (language_run / "decoder", tmp_path / "out"))
     grown = found.pop("model.embed_tokens.weight")
     assert torch.equal(grown[:320], base.pop("model.embed_tokens.weight")) and len(grown) == 324
     same(found, base)
     # What was exported is taken again, on the run that it was made with.
-    again = ("convert", tmp_path / "out/mm_projector_and_lora.bin", tmp_path / "again", "--decoder", language_run / "decoder")
+    again = (
+        "convert",
+        tmp_path / "out/mm_projector_and_lora.bin",
+        tmp_path / "again",
+        "--decoder",
+        language_run / "decoder",
+    )
     assert cli(*again, "--encoders", language_run / "run/encoder", "--stage", "vqa") == 0
     run, first = load_mllm(tmp_path / "again"), load_mllm(language_run / "run")
     assert run.stage == "vqa" and run.config.max_text == 8 + 330 - 256
     same(run.model.state_dict(), first.model.state_dict())
 
 
-def test_a_decoders_text_is_split_as_gpt_2_does_where_its_folder_has_that_vocabulary(language_run, tmp_path, capsys):
+def test_a_decoders_text_is_split_as_gpt_2_does_where_its_folder_has_that_vocabulary(
+    language_run, tmp_path, capsys
+):
     decoder = published.write_decoder(tmp_path / "decoder")
     letters = dict(zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(256), strict=True))
     rest = {f"r{i}": i for i in range(256, 320) if i != 313} | {"<|endoftext|>": 313}
@@ -268,7 +337,9 @@ def test_a_decoders_text_is_split_as_gpt_2_does_where_its_folder_has_that_vocabu
     packers, encoders = language_run / "packers/mm_projector_and_lora.bin", language_run / "run/encoder"
     assert cli("convert", packers, tmp_path / "run", "--decoder", decoder, "--encoders", encoders) == 0
     assert "GPT-2's split of vocab.json" in capsys.readouterr().out
-    tokenizer = load_tokenizer(tmp_path / "run")  # tokenizer.json of the decoder's own folder knows t0, t1, ... alone
+    tokenizer = load_tokenizer(
+        tmp_path / "run"
+    )  # tokenizer.json of the decoder's own folder knows t0, t1, ... alone
     assert tokenizer.tokens(tokenizer.encode("t1 b")) == ["t", "1", "Ġ", "b"]
 
 
@@ -278,14 +349,20 @@ def test_what_packers_stand_on_must_be_named_and_fit(language_run, tmp_path, tex
     assert "--encoders: " in line("convert", packers, tmp_path / "r", "--decoder", decoder)
     m3d = published.write_m3d_clip(tmp_path / "m3d")
     words = ("--text-model", text_model)
-    assert "without a stage-1 model" in line("convert", packers, tmp_path / "r", "--decoder", decoder, "--encoders", m3d, *words)
+    assert "without a stage-1 model" in line(
+        "convert", packers, tmp_path / "r", "--decoder", decoder, "--encoders", m3d, *words
+    )
     on = ("--decoder", decoder, "--encoders", language_run / "run/encoder")
     state = published.language()
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.default.weight"
     changed = published.write(tmp_path / "changed.bin", {**state, name: state[name][:-1]})
-    assert "down_proj.lora_B.default.weight is (95, 4), expected (96, 4)" in line("convert", changed, tmp_path / "r", *on)
+    assert "down_proj.lora_B.default.weight is (95, 4), expected (96, 4)" in line(
+        "convert", changed, tmp_path / "r", *on
+    )
     one = {n: t for n, t in state.items() if "mm_projector2" not in n}
-    assert "has no mm_projector2" in line("convert", published.write(tmp_path / "one.bin", one), tmp_path / "r", *on)
+    assert "has no mm_projector2" in line(
+        "convert", published.write(tmp_path / "one.bin", one), tmp_path / "r", *on
+    )
     assert "--decoder: is of HSENet's packers" in line("convert", m3d, tmp_path / "r", "--decoder", decoder)
     assert not (tmp_path / "r").exists()
 
@@ -293,9 +370,14 @@ def test_what_packers_stand_on_must_be_named_and_fit(language_run, tmp_path, tex
 def test_a_vocabulary_is_asked_for_and_must_be_the_text_encoders(tmp_path, text_model):
     file = published.write_m3d_clip(tmp_path / "m3d")
     (file.parent / "vocab.txt").unlink()
-    assert "has no vocab.txt, by which the text encoder reads reports; name the text encoder's folder" in line("convert", file, tmp_path / "r")
+    assert (
+        "has no vocab.txt, by which the text encoder reads reports; name the text encoder's folder"
+        in line("convert", file, tmp_path / "r")
+    )
     short = published.write_vocabulary(tmp_path / "short", 150)
-    assert "has 150 tokens, the text encoder 200" in line("convert", file, tmp_path / "r", "--text-model", short)
+    assert "has 150 tokens, the text encoder 200" in line(
+        "convert", file, tmp_path / "r", "--text-model", short
+    )
     assert not (tmp_path / "r").exists()
 
 
@@ -312,9 +394,13 @@ def test_settings_that_contradict_the_shapes_are_refused(tmp_path, text_model):
         assert words in line("convert", file, tmp_path / "r", "--text-model", text_model), settings
     text = published.write_vocabulary(tmp_path / "text", 200, {**BERT["config"], "num_hidden_layers": 9})
     file = published.write_m3d_clip(tmp_path / "m3d")
-    assert "num_hidden_layers is 9, the tensors have 3" in line("convert", file, tmp_path / "r", "--text-model", text)
+    assert "num_hidden_layers is 9, the tensors have 3" in line(
+        "convert", file, tmp_path / "r", "--text-model", text
+    )
     (file.parent / "config.json").unlink()
-    assert "tell no sizes and are not the published ones; put a config.json" in line("convert", file, tmp_path / "r")
+    assert "tell no sizes and are not the published ones; put a config.json" in line(
+        "convert", file, tmp_path / "r"
+    )
     assert not (tmp_path / "r").exists()
 
 
@@ -328,18 +414,36 @@ def test_nothing_is_written_over_and_nothing_half_written(tmp_path, text_model):
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["kept.txt"]
     state = published.m3d_clip()
     for name, change, words in (
-        ("vision_encoder.blocks.1.attn.qkv.weight", lambda t: t[:-1], "vision.blocks.1.attn.qkv.weight is (143, 48), expected (144, 48)"),
-        ("vision_encoder.norm.bias", lambda t: t * float("nan"), "NaN or infinite values in vision_encoder.norm.bias"),
-        ("vision_encoder.norm.weight", lambda t: t.long(), "vision.norm.weight is int64, expected floating point"),
+        (
+            "vision_encoder.blocks.1.attn.qkv.weight",
+            lambda t: t[:-1],
+            "vision.blocks.1.attn.qkv.weight is (143, 48), expected (144, 48)",
+        ),
+        (
+            "vision_encoder.norm.bias",
+            lambda t: t * float("nan"),
+            "NaN or infinite values in vision_encoder.norm.bias",
+        ),
+        (
+            "vision_encoder.norm.weight",
+            lambda t: t.long(),
+            "vision.norm.weight is int64, expected floating point",
+        ),
         ("logit_scale", lambda t: t / 0, "NaN or infinite values in logit_scale"),
-        ("vision_encoder.blocks.2.extra.weight", lambda t: torch.ones(3), "vision.blocks.2.extra.weight is not known"),
+        (
+            "vision_encoder.blocks.2.extra.weight",
+            lambda t: torch.ones(3),
+            "vision.blocks.2.extra.weight is not known",
+        ),
     ):
         published.write(file, {**state, name: change(state.get(name))})
         assert words in line("convert", file, tmp_path / "r", "--text-model", text_model)
         assert not (tmp_path / "r").exists()
     gone = {n: t for n, t in state.items() if ".blocks.1." not in n}
     published.write(file, gone)
-    assert "has 2 blocks of vision., numbered up to 2" in line("convert", file, tmp_path / "r", "--text-model", text_model)
+    assert "has 2 blocks of vision., numbered up to 2" in line(
+        "convert", file, tmp_path / "r", "--text-model", text_model
+    )
 
 
 def test_a_run_that_cannot_be_written_to_its_end_is_removed(tmp_path, text_model, monkeypatch):
@@ -354,18 +458,23 @@ def test_a_run_that_cannot_be_written_to_its_end_is_removed(tmp_path, text_model
 
 def test_a_text_encoder_alone_is_no_run_and_the_line_says_what_it_is_for(tmp_path):
     file = published.write(tmp_path / "bert/model.safetensors", published.bert())
-    assert "which is not converted; use it with: train.py --stage clip1 --text-model" in line("convert", file, tmp_path / "r")
+    assert "which is not converted; use it with: train.py --stage clip1 --text-model" in line(
+        "convert", file, tmp_path / "r"
+    )
     assert "no such folder" in line("convert", "./nothing.pt", tmp_path / "r")
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("[]", "expected an object of settings, found list"),
-    ("null", "expected an object of settings, found NoneType"),
-    ('{"peft_type": "LORA", "r": 4, "lora_alpha": "x"}', "lora_alpha is 'x'; expected a number"),
-    ('{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}', "lora_alpha is nan; expected a number"),
-    ('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}', "r is 8, the adapters have rank 4"),
-    ("[" * 100_000, "is not valid JSON"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "expected an object of settings, found list"),
+        ("null", "expected an object of settings, found NoneType"),
+        ('{"peft_type": "LORA", "r": 4, "lora_alpha": "x"}', "lora_alpha is 'x'; expected a number"),
+        ('{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}', "lora_alpha is nan; expected a number"),
+        ('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}', "r is 8, the adapters have rank 4"),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+)
 def test_settings_of_adapters_that_are_none_are_refused(language_run, tmp_path, text, words):
     packers = published.write(tmp_path / "packers.bin", published.language())
     (tmp_path / "adapter_config.json").write_text(text)
@@ -373,25 +482,45 @@ def test_settings_of_adapters_that_are_none_are_refused(language_run, tmp_path, 
     assert words in line("convert", packers, tmp_path / "r", *on)
 
 
-@pytest.mark.parametrize("settings", [
-    {"num_slices": "x"}, {"num_slices": -1}, {"num_slices": 1.5}, {"reaf_hsenet": 3}, {"reaf_hsenet": {"model": 3}},
-    {"reaf_hsenet": {"model": {"vision": {"size": "a"}}}}, {"reaf_hsenet": {"model": {"vision": {"size": [1, 2]}}}},
-    {"reaf_hsenet": {"model": {"vision": {"width": 10**9}}}}, {"reaf_hsenet": {"model": {"text": {"depth": 10**6}}}},
-    {"reaf_hsenet": {"model": {"vision": {"heads": 0}}}},
-])  # fmt: skip
-def test_settings_beside_the_weights_that_make_no_sense_are_refused_with_their_file(tmp_path, text_model, settings):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_slices": "x"},
+        {"num_slices": -1},
+        {"num_slices": 1.5},
+        {"reaf_hsenet": 3},
+        {"reaf_hsenet": {"model": 3}},
+        {"reaf_hsenet": {"model": {"vision": {"size": "a"}}}},
+        {"reaf_hsenet": {"model": {"vision": {"size": [1, 2]}}}},
+        {"reaf_hsenet": {"model": {"vision": {"width": 10**9}}}},
+        {"reaf_hsenet": {"model": {"text": {"depth": 10**6}}}},
+        {"reaf_hsenet": {"model": {"vision": {"heads": 0}}}},
+    ],
+)
+def test_settings_beside_the_weights_that_make_no_sense_are_refused_with_their_file(
+    tmp_path, text_model, settings
+):
     file = published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3(), **settings)
     assert "2e3/config.json: " in line("convert", file, tmp_path / "r", "--text-model", text_model)
-    for key, value in (("num_attention_heads", 7), ("num_attention_heads", "4"), ("layer_norm_eps", "a"), ("pad_token_id", -1)):
+    for key, value in (
+        ("num_attention_heads", 7),
+        ("num_attention_heads", "4"),
+        ("layer_norm_eps", "a"),
+        ("pad_token_id", -1),
+    ):
         words = published.write_vocabulary(tmp_path / "words", 200, {**BERT["config"], key: value})
-        assert "words/config.json: " in line("convert", published.write_m3d_clip(tmp_path / "m3d"), tmp_path / "r", "--text-model", words)
+        assert "words/config.json: " in line(
+            "convert", published.write_m3d_clip(tmp_path / "m3d"), tmp_path / "r", "--text-model", words
+        )
 
 
 def test_hlip_of_several_scans_is_told_from_that_of_one(tmp_path):
     state = published.reaf(False) | {"visual.trunk.sequential_posemb": torch.ones(1, 40, 24)}
     published.write_vocabulary(tmp_path / "mri", REAF.text.vocab)
     file = published.write(tmp_path / "mri/brain.pt", {"state_dict": state})
-    assert "has sequential_posemb, HLIP's positions of several scans a study" in line("convert", file, tmp_path / "r")
+    assert "has sequential_posemb, HLIP's positions of several scans a study" in line(
+        "convert", file, tmp_path / "r"
+    )
 
 
 def test_the_frozen_slice_encoder_inside_a_2e3_file_is_kept_and_not_used(tmp_path, text_model):

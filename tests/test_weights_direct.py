@@ -46,16 +46,23 @@ def m3d_clip(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_its_folder_is_evaluated_as_its_converted_run_is(m3d_clip, words, data, tmp_path, monkeypatch, capsys):
+def test_its_folder_is_evaluated_as_its_converted_run_is(
+    m3d_clip, words, data, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(words)]) == 0
     common = ["--task", "retrieval", "--data", str(data), "--device", "cpu"]
     assert evaluate.main([*common, "--run", str(run)]) == 0
     assert evaluate.main([*common, "--run", str(m3d_clip), "--text-model", str(words)]) == 0
-    results = [json.loads((folder / "retrieval.json").read_text()) for folder in (run / "eval", tmp_path / "eval/M3D-CLIP")]
+    results = [
+        json.loads((folder / "retrieval.json").read_text())
+        for folder in (run / "eval", tmp_path / "eval/M3D-CLIP")
+    ]
     assert results[0]["report_to_volume"] == results[1]["report_to_volume"]
-    vectors = [load_file(folder / "embeddings.safetensors") for folder in (run / "eval", tmp_path / "eval/M3D-CLIP")]
+    vectors = [
+        load_file(folder / "embeddings.safetensors") for folder in (run / "eval", tmp_path / "eval/M3D-CLIP")
+    ]
     assert all(torch.equal(vectors[0][name], vectors[1][name]) for name in ("image", "text"))
     assert not (m3d_clip / "eval").exists()
 
@@ -87,7 +94,11 @@ def test_what_it_does_not_have_is_asked_for(m3d_clip, words, phantom_root, data,
     wrong(evaluate.main, bare_run, "bare: has no vocab.txt.*--text-model")
     damaged = tmp_path / "weights.pt"
     damaged.write_bytes(b"PK\x03\x04 nothing")
-    wrong(evaluate.main, ["--task", "retrieval", "--run", damaged, "--data", data, "--device", "cpu"], re.escape(str(damaged)))
+    wrong(
+        evaluate.main,
+        ["--task", "retrieval", "--run", damaged, "--data", data, "--device", "cpu"],
+        re.escape(str(damaged)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +107,29 @@ def language(tmp_path_factory, words):
     folder = tmp_path_factory.mktemp("language")
     parameters = {n: torch.nn.Parameter(t.bfloat16()) for n, t in published.language().items()}
     packers = published.write(folder / "mrg/mm_projector_and_lora.bin", parameters)
-    encoders, decoder = published.write_m3d_clip(folder / "2e3", published.hsenet_2e3()), published.write_decoder(folder / "decoder")
+    encoders, decoder = (
+        published.write_m3d_clip(folder / "2e3", published.hsenet_2e3()),
+        published.write_decoder(folder / "decoder"),
+    )
     return packers, ["--decoder", str(decoder), "--encoders", str(encoders), "--text-model", str(words)]
 
 
 @pytest.mark.slow
-def test_packers_and_adapters_write_the_report_that_their_converted_run_writes(language, phantom_root, tmp_path, capsys):
+def test_packers_and_adapters_write_the_report_that_their_converted_run_writes(
+    language, phantom_root, tmp_path, capsys
+):
     packers, flags = language
     assert convert(["convert", str(packers), str(tmp_path / "run"), *flags]) == 0
     model, run = load_mllm(packers, None, None, *flags[1::2]), load_mllm(tmp_path / "run")
-    assert all(torch.equal(tensor, run.model.state_dict()[name]) for name, tensor in model.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, run.model.state_dict()[name]) for name, tensor in model.model.state_dict().items()
+    )
     assert (model.config, model.recipe, model.stage) == (run.config, run.recipe, run.stage)
     capsys.readouterr()
-    scan, encoder = next(phantom_root.rglob("*.nii.gz")), published.write(tmp_path / "slices.bin", published.mae(48))
+    scan, encoder = (
+        next(phantom_root.rglob("*.nii.gz")),
+        published.write(tmp_path / "slices.bin", published.mae(48)),
+    )
     common = [str(scan), "--slice-encoder", str(encoder), "--device", "cpu", "--new-tokens", "5", "--json"]
     assert infer.main(["report", *common, "--run", str(packers), *flags]) == 0
     assert infer.main(["report", *common, "--run", str(tmp_path / "run")]) == 0
@@ -123,25 +144,65 @@ def test_packers_and_adapters_are_evaluated_as_they_are(language, data, words, t
     sliced = shutil.copytree(data, tmp_path / "sliced")
     encoder = published.write(tmp_path / "slices.bin", published.mae(48))
     assert preprocess.main(["--slices", str(encoder), "--out", str(sliced), "--device", "cpu"]) == 0
-    common = ["--task", "mrg", "--data", sliced, "--limit", 2, "--new-tokens", 4, "--device", "cpu", "--run", packers]
+    common = [
+        "--task",
+        "mrg",
+        "--data",
+        sliced,
+        "--limit",
+        2,
+        "--new-tokens",
+        4,
+        "--device",
+        "cpu",
+        "--run",
+        packers,
+    ]
     assert evaluate.main(list(map(str, [*common, *flags]))) == 0
     assert json.loads((tmp_path / "eval/mm_projector_and_lora/mrg.json").read_text())["n"] == 2
     assert not (packers.parent / "eval").exists()
 
 
 @pytest.mark.slow
-def test_answers_of_packers_that_stood_on_something_else_are_not_used(language, data, tmp_path, monkeypatch, capsys):
+def test_answers_of_packers_that_stood_on_something_else_are_not_used(
+    language, data, tmp_path, monkeypatch, capsys
+):
     packers, flags = language
-    sliced, encoder = shutil.copytree(data, tmp_path / "sliced"), published.write(tmp_path / "slices.bin", published.mae(48))
+    sliced, encoder = (
+        shutil.copytree(data, tmp_path / "sliced"),
+        published.write(tmp_path / "slices.bin", published.mae(48)),
+    )
     assert preprocess.main(["--slices", str(encoder), "--out", str(sliced), "--device", "cpu"]) == 0
     decoder = shutil.copytree(flags[1], tmp_path / "decoder")
-    save_file({n: -t for n, t in load_file(decoder / "model.safetensors").items()}, decoder / "model.safetensors")
+    save_file(
+        {n: -t for n, t in load_file(decoder / "model.safetensors").items()}, decoder / "model.safetensors"
+    )
     other = published.hsenet_2e3()
     other["logit_scale"] += 1
     encoders = published.write_m3d_clip(tmp_path / "2e3", other)
-    monkeypatch.setattr(AnsweredRows, "finish", lambda *given: None)  # as if it were interrupted at the last moment
-    common = ["--task", "mrg", "--data", sliced, "--limit", 2, "--new-tokens", 4, "--device", "cpu", "--run", packers]
-    for change, said in ({}, ""), ({}, "2 of 2 answers are there"), ({1: decoder}, "2 answers of before are not"), ({1: decoder, 3: encoders}, "2 answers of before are not"):
+    monkeypatch.setattr(
+        AnsweredRows, "finish", lambda *given: None
+    )  # as if it were interrupted at the last moment
+    common = [
+        "--task",
+        "mrg",
+        "--data",
+        sliced,
+        "--limit",
+        2,
+        "--new-tokens",
+        4,
+        "--device",
+        "cpu",
+        "--run",
+        packers,
+    ]
+    for change, said in (
+        ({}, ""),
+        ({}, "2 of 2 answers are there"),
+        ({1: decoder}, "2 answers of before are not"),
+        ({1: decoder, 3: encoders}, "2 answers of before are not"),
+    ):
         capsys.readouterr()
         more = [change.get(i, value) for i, value in enumerate(flags)]
         assert evaluate.main(list(map(str, [*common, *more, "--out", tmp_path / "out"]))) == 0
@@ -151,20 +212,36 @@ def test_answers_of_packers_that_stood_on_something_else_are_not_used(language, 
 def test_what_packers_stand_on_is_asked_for_in_one_line(language, m3d_clip, words, data, tmp_path):
     packers, flags = language
     common = ["--task", "mrg", "--data", data, "--device", "cpu"]
-    wrong(evaluate.main, [*common, "--run", packers], "holds packers and adapters only; name what they stand on: --decoder")
+    wrong(
+        evaluate.main,
+        [*common, "--run", packers],
+        "holds packers and adapters only; name what they stand on: --decoder",
+    )
     retrieval = ["--task", "retrieval", "--data", data, "--device", "cpu"]
     wrong(evaluate.main, [*retrieval, "--run", packers], "holds packers and adapters only")
-    wrong(evaluate.main, [*common, "--run", m3d_clip, "--text-model", words], "M3D-CLIP: is a dual encoder, which has no decoder")
+    wrong(
+        evaluate.main,
+        [*common, "--run", m3d_clip, "--text-model", words],
+        "M3D-CLIP: is a dual encoder, which has no decoder",
+    )
     wrong(evaluate.main, [*common, "--run", m3d_clip, *flags], "--decoder: is of HSENet's packers")
     run = tmp_path / "run"
     assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(words)]) == 0
-    wrong(evaluate.main, [*retrieval, "--run", run, "--text-model", words], "--text-model: is of published weights; the run")
+    wrong(
+        evaluate.main,
+        [*retrieval, "--run", run, "--text-model", words],
+        "--text-model: is of published weights; the run",
+    )
 
 
 def test_a_missing_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    wrong(evaluate.main, ["--task", "retrieval", "--run", "runs/clip1-hsenet", "--device", "cpu"], "runs/clip1-hsenet: holds no run")
+    wrong(
+        evaluate.main,
+        ["--task", "retrieval", "--run", "runs/clip1-hsenet", "--device", "cpu"],
+        "runs/clip1-hsenet: holds no run",
+    )
     wrong(evaluate.main, ["--task", "retrieval", "--device", "cpu"], "runs/clip1-hsenet: holds no run")
 
 
@@ -176,4 +253,8 @@ def test_its_hash_is_that_of_its_file(m3d_clip, words):
 def test_a_converted_run_is_not_resumed(m3d_clip, words, tmp_path):
     run = tmp_path / "run"
     assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(words)]) == 0
-    wrong(train.main, ["--stage", "clip1", "--out", run, "--resume"], "is converted, not trained.*start from it with --init")
+    wrong(
+        train.main,
+        ["--stage", "clip1", "--out", run, "--resume"],
+        "is converted, not trained.*start from it with --init",
+    )

@@ -28,7 +28,12 @@ from reaf_hsenet.weights.names import TEACHER, m3d_clip_state
 def data(phantom_root, tmp_path_factory) -> Path:
     """Phantoms at the published encoder's input size, with slice features of its width."""
     folder = tmp_path_factory.mktemp("data")
-    prepare(read_ct_rate(phantom_root), folder / "data", Options(replace(RECIPES["hsenet"], size=tuple(HEADS["img_size"]))), progress=False)
+    prepare(
+        read_ct_rate(phantom_root),
+        folder / "data",
+        Options(replace(RECIPES["hsenet"], size=tuple(HEADS["img_size"]))),
+        progress=False,
+    )
     encoder = published.write(folder / "encoder.bin", published.mae(48))
     assert preprocess.main(["--slices", str(encoder), "--out", str(folder / "data"), "--device", "cpu"]) == 0
     return folder / "data"
@@ -41,7 +46,21 @@ def words(tmp_path_factory) -> Path:
 
 
 def clip2(data, out, *more) -> list[str]:
-    flags = ("--stage", "clip2", "--data", data, "--out", out, "--batch-size", 4, "--max-steps", 1, "--device", "cpu", *more)
+    flags = (
+        "--stage",
+        "clip2",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--batch-size",
+        4,
+        "--max-steps",
+        1,
+        "--device",
+        "cpu",
+        *more,
+    )
     return list(map(str, flags))
 
 
@@ -53,45 +72,83 @@ def line(arguments) -> str:
 
 
 @pytest.mark.slow
-def test_stage_2_learns_from_a_published_stage_1_file_whose_vocabulary_lies_elsewhere(data, words, tmp_path, capsys):
+def test_stage_2_learns_from_a_published_stage_1_file_whose_vocabulary_lies_elsewhere(
+    data, words, tmp_path, capsys
+):
     file = published.write_m3d_clip(tmp_path / "M3D-CLIP")
     (file.parent / "vocab.txt").unlink()
     assert "M3D-CLIP: has no vocab.txt" in line(clip2(data, tmp_path / "run", "--teacher", file))
-    assert train.main(clip2(data, tmp_path / "run", "--teacher", file, "--text-model", words, "--lr", "1e-9")) == 0
+    assert (
+        train.main(clip2(data, tmp_path / "run", "--teacher", file, "--text-model", words, "--lr", "1e-9"))
+        == 0
+    )
     assert "text encoder: of the teacher" in capsys.readouterr().out
     run, teacher = load_dual_encoder(tmp_path / "run"), load_dual_encoder(file, text_model=str(words))
-    assert run.guided and run.origin["teacher"] == str(file) and run.origin["teacher_sha256"] == teacher.sha256()
+    assert (
+        run.guided and run.origin["teacher"] == str(file) and run.origin["teacher_sha256"] == teacher.sha256()
+    )
     assert torch.allclose(run.model.text.word_embed.weight, teacher.model.text.word_embed.weight, atol=1e-6)
     assert train.main([*clip2(data, tmp_path / "run"), "--resume"]) == 0
     assert convert(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--format", "m3d-clip"]) == 0
     exported = read_checkpoint(str(tmp_path / "out"))
     assert all(torch.equal(exported[f"{TEACHER}{n}"], t) for n, t in published.m3d_clip().items())
-    wrong = clip2(data, tmp_path / "x", "--teacher", published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3()), "--text-model", words)
+    wrong = clip2(
+        data,
+        tmp_path / "x",
+        "--teacher",
+        published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3()),
+        "--text-model",
+        words,
+    )
     assert "is a clip2 run of hsenet; the teacher is hsenet's clip1" in line(wrong)
 
 
 @pytest.mark.slow
-def test_stage_2_from_a_2e3_file_asks_for_its_teacher_and_takes_that_of_its_converted_run(data, words, tmp_path, monkeypatch):
+def test_stage_2_from_a_2e3_file_asks_for_its_teacher_and_takes_that_of_its_converted_run(
+    data, words, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     whole = published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3())
     outer = {n: t for n, t in published.hsenet_2e3().items() if not n.startswith("stage1_")}
     for file in (whole, published.write_m3d_clip(tmp_path / "outer", outer)):
         message = line(clip2(data, tmp_path / "run", "--init", file, "--text-model", words))
-        assert f"--init {file}: does not come with its stage-1 model as a run" in message and "--teacher" in message
+        assert (
+            f"--init {file}: does not come with its stage-1 model as a run" in message
+            and "--teacher" in message
+        )
     assert convert(["convert", str(whole), str(tmp_path / "2e3-run"), "--text-model", str(words)]) == 0
     assert train.main(clip2(data, tmp_path / "run", "--init", tmp_path / "2e3-run")) == 0
     teacher = json.loads((tmp_path / "run/config.json").read_text())["origin"]["teacher"]
     assert teacher == str(tmp_path / "2e3-run/stage1")
-    assert "2e3-run/stage1 has no data set of its own" in line(["--stage", "clip2", "--init", tmp_path / "2e3-run", "--device", "cpu"])
+    assert "2e3-run/stage1 has no data set of its own" in line(
+        ["--stage", "clip2", "--init", tmp_path / "2e3-run", "--device", "cpu"]
+    )
 
 
 @pytest.mark.slow
-def test_a_published_folder_without_vocabulary_starts_a_run_with_that_of_text_model(data, words, tmp_path, monkeypatch):
+def test_a_published_folder_without_vocabulary_starts_a_run_with_that_of_text_model(
+    data, words, tmp_path, monkeypatch
+):
     folder = published.write_m3d_clip(tmp_path / "M3D-CLIP").parent
     (folder / "vocab.txt").unlink()
-    small = replace(PRESETS["hsenet-tiny"], vision=VisionConfig((16, 64, 64), (4, 16, 16), 48, 3, 4, 96), embed=20)
+    small = replace(
+        PRESETS["hsenet-tiny"], vision=VisionConfig((16, 64, 64), (4, 16, 16), 48, 3, 4, 96), embed=20
+    )
     monkeypatch.setitem(PRESETS, "hsenet-base", small)
-    flags = ["--stage", "clip1", "--data", data, "--batch-size", 4, "--max-steps", 1, "--device", "cpu", "--lr", "1e-9"]
+    flags = [
+        "--stage",
+        "clip1",
+        "--data",
+        data,
+        "--batch-size",
+        4,
+        "--max-steps",
+        1,
+        "--device",
+        "cpu",
+        "--lr",
+        "1e-9",
+    ]
     flags += ["--init", folder, "--text-model", words, "--out", tmp_path / "run"]
     assert train.main(list(map(str, flags))) == 0
     found = load_dual_encoder(tmp_path / "run").model.state_dict()
@@ -104,7 +161,12 @@ def test_another_input_size_than_the_published_one_is_resampled_for_reaf_and_ref
     state = initial_state(source, file, "reaf", (4, 8, 8), (3, 2, 2))
     table = source["visual.trunk.spatial_posemb"]
     assert torch.equal(state["vision.pos_embed"], resample_3d(table, (3, 2, 2)).flatten(1, 3))
-    assert resampled(source, (3, 2, 2)) == "; its position table is resampled from the grid (2, 2, 2) to (3, 2, 2)"
+    assert (
+        resampled(source, (3, 2, 2))
+        == "; its position table is resampled from the grid (2, 2, 2) to (3, 2, 2)"
+    )
     assert resampled(source, (2, 2, 2)) == ""
-    with pytest.raises(InputError, match=r"not those of a grid of \(8, 4, 4\); convert it to that --size first"):
+    with pytest.raises(
+        InputError, match=r"not those of a grid of \(8, 4, 4\); convert it to that --size first"
+    ):
         initial_state(published.m3d_clip(), "m3d.bin", "hsenet", (4, 16, 16), (8, 4, 4))

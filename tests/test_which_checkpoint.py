@@ -1,4 +1,6 @@
-"""Which checkpoint of a run is evaluated and handed on: the last, as published, unless another one is named."""
+"""Which checkpoint of a run is evaluated and handed on: the last, as published, unless another one is
+named.
+"""
 
 import csv
 import json
@@ -23,14 +25,17 @@ from test_train import finished, run_copy, same_weights, tiny, weights  # noqa: 
 
 
 @pytest.fixture
-def run(run_copy) -> Path:  # noqa: F811
+def run(run_copy) -> Path:
     """A run of 8 steps whose best is step 3."""
     Run(run_copy).point("best", 3)
     return run_copy
 
 
 def evaluated(run: Path, out: Path, *more) -> dict:
-    assert evaluate.main(["--task", "retrieval", "--run", str(run), "--out", str(out), "--device", "cpu", *more]) == 0
+    assert (
+        evaluate.main(["--task", "retrieval", "--run", str(run), "--out", str(out), "--device", "cpu", *more])
+        == 0
+    )
     return json.loads((out / "retrieval.json").read_text())
 
 
@@ -43,7 +48,11 @@ def wrong(words: str, call, *arguments) -> None:
 @pytest.mark.slow
 def test_the_last_checkpoint_is_evaluated_and_the_results_say_so(run, tmp_path, capsys):
     found = evaluated(run, tmp_path / "eval")
-    assert (found["checkpoint_name"], found["checkpoint_step"], found["checkpoint_chosen_on"]) == ("last", 8, None)
+    assert (found["checkpoint_name"], found["checkpoint_step"], found["checkpoint_chosen_on"]) == (
+        "last",
+        8,
+        None,
+    )
     assert found["checkpoint"] == str(Run(run).at(8))
     assert f"{run}: checkpoint last, step 8\n" in capsys.readouterr().out
     with open(tmp_path / "eval/retrieval_queries.csv", newline="") as file:
@@ -52,8 +61,15 @@ def test_the_last_checkpoint_is_evaluated_and_the_results_say_so(run, tmp_path, 
 
 def test_the_best_is_taken_by_name_and_called_optimistic_on_the_split_that_chose_it(run, tmp_path, capsys):
     found = evaluated(run, tmp_path / "eval", "--checkpoint", "best")
-    assert (found["checkpoint_name"], found["checkpoint_step"], found["checkpoint_chosen_on"]) == ("best", 3, "validation")
-    assert "checkpoint best, step 3, chosen on this very split: its scores are optimistic\n" in capsys.readouterr().out
+    assert (found["checkpoint_name"], found["checkpoint_step"], found["checkpoint_chosen_on"]) == (
+        "best",
+        3,
+        "validation",
+    )
+    assert (
+        "checkpoint best, step 3, chosen on this very split: its scores are optimistic\n"
+        in capsys.readouterr().out
+    )
     evaluated(run, tmp_path / "train", "--checkpoint", "best", "--split", "train")
     assert "optimistic" not in capsys.readouterr().out
 
@@ -72,7 +88,9 @@ def test_a_flag_and_a_path_name_a_checkpoint_alike(run, name, step):
     path = run / "checkpoints" / name
     for loaded in (load_dual_encoder(run, name), load_dual_encoder(path)):
         assert (loaded.checkpoint.name, loaded.checkpoint.step) == (name, step)
-        assert torch.equal(loaded.model.state_dict()["logit_scale"], weights(run)["logit_scale"]) == (step == 8)
+        assert torch.equal(loaded.model.state_dict()["logit_scale"], weights(run)["logit_scale"]) == (
+            step == 8
+        )
     assert not is_published(path) and open_source(str(path)).file == Run(run).at(step) / "model.safetensors"
     assert ScanModel(path).checkpoint == ScanModel(run, checkpoint=name).checkpoint == Run(path).choose()
 
@@ -86,27 +104,51 @@ def test_the_best_is_the_default_where_a_development_split_chose_it(run):
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line(run):
-    wrong("run: has no checkpoint step-000007; there are step-000001, step-000002", load_dual_encoder, run, "step-000007")
-    wrong("--checkpoint newest: expected last, best or a step such as step-000100", load_dual_encoder, run, "newest")
-    wrong("--checkpoint best: the path names another, last; leave one of them out",
-          load_dual_encoder, run / "checkpoints/last", "best")
+    wrong(
+        "run: has no checkpoint step-000007; there are step-000001, step-000002",
+        load_dual_encoder,
+        run,
+        "step-000007",
+    )
+    wrong(
+        "--checkpoint newest: expected last, best or a step such as step-000100",
+        load_dual_encoder,
+        run,
+        "newest",
+    )
+    wrong(
+        "--checkpoint best: the path names another, last; leave one of them out",
+        load_dual_encoder,
+        run / "checkpoints/last",
+        "best",
+    )
     (run / "checkpoints/best").unlink()
     wrong("run: has no checkpoint best; there are step-000001", load_dual_encoder, run, "best")
-    wrong("--out .*checkpoints/last: is a checkpoint of a run; name the run's folder, .*run",
-          train.main, ["--stage", "clip1", "--out", str(run / "checkpoints/last"), "--resume", "--device", "cpu"])
+    wrong(
+        "--out .*checkpoints/last: is a checkpoint of a run; name the run's folder, .*run",
+        train.main,
+        ["--stage", "clip1", "--out", str(run / "checkpoints/last"), "--resume", "--device", "cpu"],
+    )
 
 
 def test_a_folder_named_checkpoints_is_no_run(tmp_path):
-    assert Run(tmp_path / "checkpoints/last").named is None and Run(tmp_path / "checkpoints/a").folder.name == "a"
+    assert (
+        Run(tmp_path / "checkpoints/last").named is None
+        and Run(tmp_path / "checkpoints/a").folder.name == "a"
+    )
 
 
-def test_a_run_starts_from_the_checkpoint_that_its_path_names_and_resumes_with_the_same_command(run, prepared, tmp_path):
+def test_a_run_starts_from_the_checkpoint_that_its_path_names_and_resumes_with_the_same_command(
+    run, prepared, tmp_path
+):
     for name in ("last", "best"):
         start = tiny(prepared, tmp_path / name, "--init", run / "checkpoints" / name, "--max-steps", 1)
         assert train.main(start) == 0  # the first step's rate is 0
         assert same_weights(tmp_path / name, run) == (name == "last")
         assert train.main([*start, "--resume", "auto"]) == 0
-    assert torch.equal(weights(tmp_path / "best")["vision.pos_embed"], weights(run, "best")["vision.pos_embed"])
+    assert torch.equal(
+        weights(tmp_path / "best")["vision.pos_embed"], weights(run, "best")["vision.pos_embed"]
+    )
 
 
 @pytest.mark.slow
@@ -116,7 +158,10 @@ def test_what_a_run_was_made_from_is_found_by_its_hash_whichever_checkpoint_that
     add_slice_features(data, encoder(), describe(encoder(), "tiny", recipe="phantom"), progress=False)
     second, third = tmp_path / "second", tmp_path / "third"
     best = run / "checkpoints/best"
-    assert train.main(stage2(best, second, "--max-steps", 2, "--save-every", 1, "--keep", 9, "--data", data)) == 0
+    assert (
+        train.main(stage2(best, second, "--max-steps", 2, "--save-every", 1, "--keep", 9, "--data", data))
+        == 0
+    )
     kept = weights(second)
     config = json.loads((second / "config.json").read_text())
     config["origin"] |= {"teacher": str(run), "init": str(run)}  # as before paths named checkpoints
@@ -127,8 +172,15 @@ def test_what_a_run_was_made_from_is_found_by_its_hash_whichever_checkpoint_that
     flags = ("--data", data, "--max-steps", 1, "--no-train-vision")
     assert train.main(language(tmp_path, third, *flags, start="second")) == 0
     origin = json.loads((third / "config.json").read_text())["origin"]
-    assert origin["encoders"][0]["sha256"] == config["origin"]["teacher_sha256"] == load_dual_encoder(best).sha256()
+    assert (
+        origin["encoders"][0]["sha256"]
+        == config["origin"]["teacher_sha256"]
+        == load_dual_encoder(best).sha256()
+    )
     assert torch.equal(load_mllm(third).model.encoders[0].pos_embed, weights(run, "best")["vision.pos_embed"])
     shutil.rmtree(Run(run).at(3))
-    wrong("none of its checkpoints is the teacher that the run had", train.main,
-          ["--stage", "clip2", "--out", str(second), "--resume", "--device", "cpu"])
+    wrong(
+        "none of its checkpoints is the teacher that the run had",
+        train.main,
+        ["--stage", "clip2", "--out", str(second), "--resume", "--device", "cpu"],
+    )

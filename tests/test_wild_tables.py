@@ -1,4 +1,6 @@
-"""Tables and names as people have them: no row is swallowed, no label or report goes to another volume, none leaves its folder."""
+"""Tables and names as people have them: no row is swallowed, no label or report goes to another volume,
+none leaves its folder.
+"""
 
 import csv
 import json
@@ -37,18 +39,46 @@ def ct_rate(root: Path, split: str, names: list[str], header: str = "", labels: 
         parts = name.split("_")
         touch(base / split / "_".join(parts[:2]) / "_".join(parts[:3]) / f"{name}.nii.gz")
     rows = [f"{name}.nii.gz,Findings of {name}.,None." for name in names]
-    table(base / "radiology_text_reports" / f"{long}_reports.csv", "VolumeName,Findings_EN,Impressions_EN", *rows)
+    table(
+        base / "radiology_text_reports" / f"{long}_reports.csv",
+        "VolumeName,Findings_EN,Impressions_EN",
+        *rows,
+    )
     if header:
         lines = [f"{name}.nii.gz,{row}" for name, row in zip(names, labels, strict=True)]
-        table(base / "multi_abnormality_labels" / f"{split}_predicted_labels.csv", f"VolumeName,{header}", *lines)
+        table(
+            base / "multi_abnormality_labels" / f"{split}_predicted_labels.csv",
+            f"VolumeName,{header}",
+            *lines,
+        )
     return base
 
 
 UNBALANCED = {
-    "a closing quote is missing": ['a,"Clear lungs.”,train', "b,Large effusion.,train", 'c,"Fracture.",train', "d,Normal.,train"],
-    "it is missing to the end": ['a,"Clear lungs.,train', "b,Large effusion.,train", "c,Fracture.,train", "d,Normal.,train"],
-    "an inch mark closes it": ['a,"Clear lungs.,train', 'b,A nodule of 6",train', "c,Fracture.,train", "d,Normal.,train"],
-    "a quote stands inside": ['a,"A 6" nodule.",train', "b,Large effusion.,train", "c,Fracture.,train", "d,Normal.,train"],
+    "a closing quote is missing": [
+        'a,"Clear lungs.”,train',
+        "b,Large effusion.,train",
+        'c,"Fracture.",train',
+        "d,Normal.,train",
+    ],
+    "it is missing to the end": [
+        'a,"Clear lungs.,train',
+        "b,Large effusion.,train",
+        "c,Fracture.,train",
+        "d,Normal.,train",
+    ],
+    "an inch mark closes it": [
+        'a,"Clear lungs.,train',
+        'b,A nodule of 6",train',
+        "c,Fracture.,train",
+        "d,Normal.,train",
+    ],
+    "a quote stands inside": [
+        'a,"A 6" nodule.",train',
+        "b,Large effusion.,train",
+        "c,Fracture.,train",
+        "d,Normal.,train",
+    ],
 }
 
 
@@ -60,7 +90,16 @@ def test_a_table_whose_quotes_do_not_balance_is_refused_with_its_lines(tmp_path,
         read_nifti_folder(tmp_path, path)
 
 
-@pytest.mark.parametrize("text", ['"Two lines:\nlungs, clear"', '"A ""6 mm"" nodule,\nunchanged"', '6" nodule', "'quoted'", '"Findings:\n' + 300 * "x" + ', end."'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"Two lines:\nlungs, clear"',
+        '"A ""6 mm"" nodule,\nunchanged"',
+        '6" nodule',
+        "'quoted'",
+        '"Findings:\n' + 300 * "x" + ', end."',
+    ],
+)
 def test_texts_of_several_lines_and_with_quotes_are_read_whole(tmp_path, text):
     touch(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
     path = table(tmp_path / "r.csv", "id,text,split", f"a,{text},train", "b,Normal.,train")
@@ -77,9 +116,14 @@ def test_every_reader_of_tables_refuses_an_open_quote(tmp_path):
     with pytest.raises(InputError, match="train_reports.csv: lines 2 to"):
         read_ct_rate(tmp_path / "ct")
     # This one balances: the second row's inch mark closes the first row's text.
-    swallowed = good.replace(",Findings of train_1", ',"Findings of train_1').replace("train_2_a_1.,None", 'train_2_a_1, 6",None')
+    swallowed = good.replace(",Findings of train_1", ',"Findings of train_1').replace(
+        "train_2_a_1.,None", 'train_2_a_1, 6",None'
+    )
     reports.write_text(swallowed)
-    with pytest.raises(InputError, match="train_reports.csv: lines 2 to 3: a quoted text runs over the row of train_2_a_1.nii.gz"):
+    with pytest.raises(
+        InputError,
+        match="train_reports.csv: lines 2 to 3: a quoted text runs over the row of train_2_a_1.nii.gz",
+    ):
         read_ct_rate(tmp_path / "ct")
     reports.write_text(good)
     labels = base / "multi_abnormality_labels" / "train_predicted_labels.csv"
@@ -88,7 +132,12 @@ def test_every_reader_of_tables_refuses_an_open_quote(tmp_path):
         with pytest.raises(InputError, match="train_predicted_labels.csv: lines 2 to"):
             read()
     touch(tmp_path / "b/CT1/ct/sub-S1_ses-E1_x.nii.gz", tmp_path / "b/CT1/ct/sub-S2_ses-E1_x.nii.gz")
-    table(tmp_path / "b/r.csv", "path,Report_en", '/a/sub-S1/ses-E1/mod-rx,"Clear.', '/a/sub-S2/ses-E1/mod-rx,A nodule of 6"')
+    table(
+        tmp_path / "b/r.csv",
+        "path,Report_en",
+        '/a/sub-S1/ses-E1/mod-rx,"Clear.',
+        '/a/sub-S2/ses-E1/mod-rx,A nodule of 6"',
+    )
     with pytest.raises(InputError, match="r.csv: lines 2 to 3: a quoted text runs over the row of /a/sub-S2"):
         read_bimcv(tmp_path / "b", None)
 
@@ -98,22 +147,37 @@ def test_ct_rates_labels_are_taken_by_name_in_whichever_order_a_table_has_them(t
     ct_rate(tmp_path, "valid", ["valid_1_a_1"], "Effusion,Cyst,Nodule", ("0,0,1",))
     source = read_ct_rate(tmp_path)
     named = {i: dict(zip(source.label_names, c.labels, strict=True)) for i, c in source.by_id().items()}
-    assert named == {"train_1_a_1": {"Cyst": 1, "Nodule": 0, "Effusion": 0}, "valid_1_a_1": {"Cyst": 0, "Nodule": 1, "Effusion": 0}}
+    assert named == {
+        "train_1_a_1": {"Cyst": 1, "Nodule": 0, "Effusion": 0},
+        "valid_1_a_1": {"Cyst": 0, "Nodule": 1, "Effusion": 0},
+    }
 
 
 def test_ct_rates_tables_of_other_labels_are_refused_with_both_names(tmp_path):
     ct_rate(tmp_path, "train", ["train_1_a_1"], "Cyst,Nodule", ("1,0",))
     ct_rate(tmp_path, "valid", ["valid_1_a_1"], "Cyst,Mass", ("0,0",))
-    with pytest.raises(InputError, match="valid_predicted_labels.csv: its columns differ from those of .*train_predicted_labels.csv"):
+    with pytest.raises(
+        InputError,
+        match="valid_predicted_labels.csv: its columns differ from those of .*train_predicted_labels.csv",
+    ):
         read_ct_rate(tmp_path)
 
 
 def test_a_path_means_the_volume_that_it_ends_in():
     volumes = Volumes(["s1/ct", "s2/ct", "deep/s3/ct", "flat", "x/twin", "y/twin"])
     for path, volume in {
-        "s1/ct": "s1/ct", "./s1//ct": "s1/ct", "/data/x/s2/ct": "s2/ct", "s3/ct": "deep/s3/ct", "flat": "flat",
-        "/any/where/flat": None, "s9/ct": None, "s1/other": None, "1/ct": None, "z/twin": None, "": None,
-    }.items():  # fmt: skip
+        "s1/ct": "s1/ct",
+        "./s1//ct": "s1/ct",
+        "/data/x/s2/ct": "s2/ct",
+        "s3/ct": "deep/s3/ct",
+        "flat": "flat",
+        "/any/where/flat": None,
+        "s9/ct": None,
+        "s1/other": None,
+        "1/ct": None,
+        "z/twin": None,
+        "": None,
+    }.items():
         assert volumes.find(path, "x") == volume, path
     for path in ("ct", "twin"):
         with pytest.raises(InputError, match=f"r.json: image {path} may be"):
@@ -122,8 +186,16 @@ def test_a_path_means_the_volume_that_it_ends_in():
 
 def reaf(root: Path, volumes: list[str], reports: dict[str, str]) -> Path:
     touch(*(root / "train/volumes" / name for name in volumes))
-    turns = [{"image": image, "conversations": [{"from": "human", "value": "<report_generation>"}, {"from": "gpt", "value": text}]}
-             for image, text in reports.items()]  # fmt: skip
+    turns = [
+        {
+            "image": image,
+            "conversations": [
+                {"from": "human", "value": "<report_generation>"},
+                {"from": "gpt", "value": text},
+            ],
+        }
+        for image, text in reports.items()
+    ]
     table(root / "train/reports/r.json", json.dumps(turns))
     return root
 
@@ -132,13 +204,16 @@ def test_a_report_never_goes_to_another_patients_file_of_the_same_name(tmp_path)
     root = reaf(tmp_path, ["s0001/ct.nii.gz"], {"s0002/ct.nii.gz": "Of s0002."})
     cases = read_reaf(root).by_id()
     assert {i: (c.text, c.problem and c.problem.split(" in ")[0]) for i, c in cases.items()} == {
-        "s0002/ct": ("Of s0002.", "is listed"), "s0001/ct": ("", "has no report"),
-    }  # fmt: skip
+        "s0002/ct": ("Of s0002.", "is listed"),
+        "s0001/ct": ("", "has no report"),
+    }
 
 
 def test_labels_never_go_to_another_patients_file_of_the_same_name(tmp_path):
     root = reaf(tmp_path, ["s1/ct.nii.gz", "s2/ct.nii.gz"], {"s1/ct.nii.gz": "One.", "s2/ct.nii.gz": "Two."})
-    table(root / "train/labels.csv", "VolumeName,Cyst", "s3/ct.nii.gz,1", "/data/train/volumes/s2/ct.nii.gz,0")
+    table(
+        root / "train/labels.csv", "VolumeName,Cyst", "s3/ct.nii.gz,1", "/data/train/volumes/s2/ct.nii.gz,0"
+    )
     assert {i: c.labels for i, c in read_reaf(root).by_id().items()} == {"s1/ct": None, "s2/ct": (0,)}
     table(root / "train/labels.csv", "VolumeName,Cyst", "ct.nii.gz,1")
     with pytest.raises(InputError, match="labels.csv: the row of ct.nii.gz may be s1/ct or s2/ct"):
@@ -159,11 +234,19 @@ NO_REPORT = ["nan", "NaN", "None", "N/A", "null", "-", " ", "Not given.", "not g
 
 def test_a_text_that_only_says_that_there_is_none_is_an_empty_report(tmp_path):
     assert [given(text) for text in NO_REPORT] == [""] * len(NO_REPORT)
-    assert [given(text) for text in ("Clear lungs. ", "No nodule.", "None seen.", "Nanosized nodule")] == \
-        ["Clear lungs.", "No nodule.", "None seen.", "Nanosized nodule"]  # fmt: skip
+    assert [given(text) for text in ("Clear lungs. ", "No nodule.", "None seen.", "Nanosized nodule")] == [
+        "Clear lungs.",
+        "No nodule.",
+        "None seen.",
+        "Nanosized nodule",
+    ]
     touch(*(tmp_path / f"v{i}.nii.gz" for i in range(len(NO_REPORT))))
-    path = table(tmp_path / "r.csv", "id,text,split", *(f"v{i},{text},train" for i, text in enumerate(NO_REPORT)))
-    assert {c.problem for c in read_nifti_folder(tmp_path, path).by_id().values()} == {"has an empty text in r.csv"}
+    path = table(
+        tmp_path / "r.csv", "id,text,split", *(f"v{i},{text},train" for i, text in enumerate(NO_REPORT))
+    )
+    assert {c.problem for c in read_nifti_folder(tmp_path, path).by_id().values()} == {
+        "has an empty text in r.csv"
+    }
     root = reaf(tmp_path / "reaf", ["a.nii.gz"], {"a.nii.gz": "nan"})
     assert [c.problem for c in read_reaf(root).by_id().values()] == ["has an empty report in r.json"]
 
@@ -173,7 +256,9 @@ def test_one_file_under_two_ids_is_refused(tmp_path, other):
     touch(tmp_path / "s1/ct.nii.gz")
     (tmp_path / "link.nii.gz").symlink_to(tmp_path / "s1/ct.nii.gz")
     path = table(tmp_path / "r.csv", "id,text,split", "s1/ct,One.,train", f"{other},Two.,validation")
-    with pytest.raises(InputError, match="are the same volume; keep one|is the file of id s1/ct and of id link"):
+    with pytest.raises(
+        InputError, match="are the same volume; keep one|is the file of id s1/ct and of id link"
+    ):
         read_nifti_folder(tmp_path, path).by_id()
 
 
@@ -192,7 +277,9 @@ def test_an_id_that_leaves_its_folder_or_cannot_be_printed_is_refused(tmp_path, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["../../x_1_a_1.nii.gz", "/etc/x_1_a_1.nii.gz", "train_1_a.nii.gz", "train_1_a_1.nii"])
+@pytest.mark.parametrize(
+    "name", ["../../x_1_a_1.nii.gz", "/etc/x_1_a_1.nii.gz", "train_1_a.nii.gz", "train_1_a_1.nii"]
+)
 def test_a_volume_name_that_is_not_ct_rates_is_refused(tmp_path, name):
     base = ct_rate(tmp_path, "train", ["train_1_a_1"])
     reports = base / "radiology_text_reports" / "train_reports.csv"
@@ -212,7 +299,11 @@ def test_appledouble_files_are_no_data_in_any_data_set(tmp_path):
     touch(tmp_path / "n/a.nii.gz", tmp_path / "n/._a.nii.gz", tmp_path / "n/._r.csv")
     table(tmp_path / "n/r.csv", "id,text", "a,Clear.")
     assert list(read_nifti_folder(tmp_path / "n", None).by_id()) == ["a"]
-    touch(tmp_path / "b/CT1/ct/sub-S1_ses-E1_x.nii.gz", tmp_path / "b/CT1/ct/._sub-S1_ses-E1_x.nii.gz", tmp_path / "b/._r.csv")
+    touch(
+        tmp_path / "b/CT1/ct/sub-S1_ses-E1_x.nii.gz",
+        tmp_path / "b/CT1/ct/._sub-S1_ses-E1_x.nii.gz",
+        tmp_path / "b/._r.csv",
+    )
     table(tmp_path / "b/r.csv", "path,Report_en", "/a/sub-S1/ses-E1/mod-rx,Clear.")
     assert list(read_bimcv(tmp_path / "b", None).by_id()) == ["CT1/ct/sub-S1_ses-E1_x"]
 
@@ -220,7 +311,10 @@ def test_appledouble_files_are_no_data_in_any_data_set(tmp_path):
 def test_volumes_of_ct_rates_no_chest_lists_are_kept_and_marked(tmp_path):
     base = ct_rate(tmp_path, "train", ["train_1_a_1", "train_2_a_1"])
     table(base / "metadata/no_chest_train.txt", "train/train_2/train_2_a/train_2_a_1.nii.gz")
-    assert {i: c.chest for i, c in read_ct_rate(tmp_path).by_id().items()} == {"train_1_a_1": True, "train_2_a_1": False}
+    assert {i: c.chest for i, c in read_ct_rate(tmp_path).by_id().items()} == {
+        "train_1_a_1": True,
+        "train_2_a_1": False,
+    }
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
@@ -242,20 +336,34 @@ def test_a_row_is_missed_wherever_its_name_stands_in_it(tmp_path):
 
 def test_tables_of_labels_numbers_and_questions_miss_a_swallowed_row(tmp_path):
     base = ct_rate(tmp_path / "ct", "train", ["train_1_a_1", "train_2_a_1"], "Note,Cyst", ('"open,0', '5",1'))
-    with pytest.raises(InputError, match="train_predicted_labels.csv: lines 2 to 3: a quoted text runs over the row of train_2"):
+    with pytest.raises(
+        InputError,
+        match="train_predicted_labels.csv: lines 2 to 3: a quoted text runs over the row of train_2",
+    ):
         read_ct_rate(tmp_path / "ct")
     (base / "multi_abnormality_labels/train_predicted_labels.csv").unlink()
-    table(base / "metadata/train_metadata.csv", "VolumeName,Note,XYSpacing,ZSpacing,RescaleSlope,RescaleIntercept",
-          'train_1_a_1.nii.gz,"open,"', 'train_2_a_1.nii.gz,5","[1, 1]",1,1,-1024')  # fmt: skip
+    table(
+        base / "metadata/train_metadata.csv",
+        "VolumeName,Note,XYSpacing,ZSpacing,RescaleSlope,RescaleIntercept",
+        'train_1_a_1.nii.gz,"open,"',
+        'train_2_a_1.nii.gz,5","[1, 1]",1,1,-1024',
+    )
     with pytest.raises(InputError, match="train_metadata.csv: lines? 2"):
         read_ct_rate(tmp_path / "ct")
     labels = read_label_table(table(tmp_path / "l.csv", "VolumeName,note,A", 'x,"open,1', 'y,5",0'))
     with pytest.raises(InputError, match="l.csv: a quoted text of the row of x runs over that of y"):
         labels.values(["x", "y"], [["A"]])
     folder = tmp_path / "q"
-    table(folder / "train_vqa_location.csv", "Volumename,Anatomy,Abnormality,Question",
-          'train_1_a_1,lung,nodule,"Where is it', 'train_2_a_1,heart,cyst,Where?"')  # fmt: skip
-    with pytest.raises(InputError, match="train_vqa_location.csv: lines 2 to 3: a quoted text runs over the row of train_2_a_1"):
+    table(
+        folder / "train_vqa_location.csv",
+        "Volumename,Anatomy,Abnormality,Question",
+        'train_1_a_1,lung,nodule,"Where is it',
+        'train_2_a_1,heart,cyst,Where?"',
+    )
+    with pytest.raises(
+        InputError,
+        match="train_vqa_location.csv: lines 2 to 3: a quoted text runs over the row of train_2_a_1",
+    ):
         read_questions(folder, "train", ["train_1_a_1", "train_2_a_1"], ["location"])
 
 
@@ -300,11 +408,22 @@ def test_labels_that_contradict_each_other_are_refused(tmp_path):
 
 def test_ct_rates_names_are_found_with_and_without_their_ending(tmp_path):
     base = ct_rate(tmp_path, "train", ["train_1_a_1", "train_2_a_1"])
-    table(base / "multi_abnormality_labels/train_predicted_labels.csv", "VolumeName,Cyst", "train_1_a_1,1", "train_2_a_1.nii.gz,0")
+    table(
+        base / "multi_abnormality_labels/train_predicted_labels.csv",
+        "VolumeName,Cyst",
+        "train_1_a_1,1",
+        "train_2_a_1.nii.gz,0",
+    )
     (base / "metadata").mkdir()
-    (base / "metadata/no_chest_train.txt").write_text('\ufeff"train_1_a_1",\ntrain\\train_2\\train_2_a\\train_2_a_1.nii.gz\n\n')
-    assert {i: (c.labels, c.chest) for i, c in read_ct_rate(tmp_path).by_id().items()} == \
-        {"train_1_a_1": ((1,), False), "train_2_a_1": ((0,), False)}  # fmt: skip
+    (base / "metadata/no_chest_train.txt").write_text(
+        '\ufeff"train_1_a_1",\ntrain\\train_2\\train_2_a\\train_2_a_1.nii.gz\n\n'
+    )
+    assert {i: (c.labels, c.chest) for i, c in read_ct_rate(tmp_path).by_id().items()} == {
+        "train_1_a_1": ((1,), False),
+        "train_2_a_1": ((0,), False),
+    }
     (base / "metadata/no_chest_train.txt").write_text("some words\n")
-    with pytest.raises(InputError, match="no_chest_train.txt: 'some words' is not a volume of CT-RATE's form"):
+    with pytest.raises(
+        InputError, match="no_chest_train.txt: 'some words' is not a volume of CT-RATE's form"
+    ):
         read_ct_rate(tmp_path)

@@ -4,7 +4,11 @@ from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.tokenizer.word_tokenizer import train_words
 
-TEXTS = ["A nodule of 12 mm is seen in the right lung.", "No nodule. The heart is normal (CTR 0.48).", "The lung is clear."]
+TEXTS = [
+    "A nodule of 12 mm is seen in the right lung.",
+    "No nodule. The heart is normal (CTR 0.48).",
+    "The lung is clear.",
+]
 
 
 def test_decoding_gives_the_text_back():
@@ -29,9 +33,20 @@ def test_it_has_bos_eos_pad_and_takes_image_tokens_and_survives_saving(tmp_path)
     patch, *_ = add_image_tokens(tokenizer)
     text = "<s><im_patch><im_patch>The lung"
     ids = tokenizer.encode(text, special_tokens=False)
-    assert ids[:3] == [tokenizer.bos_id, patch, patch] and len({tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}) == 3
+    assert (
+        ids[:3] == [tokenizer.bos_id, patch, patch]
+        and len({tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}) == 3
+    )
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
-    assert again.encode(text, special_tokens=False) == ids and again.decode(ids) == text and len(again) == len(tokenizer)
-    assert (again.bos_id, again.eos_id, again.pad_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    assert (
+        again.encode(text, special_tokens=False) == ids
+        and again.decode(ids) == text
+        and len(again) == len(tokenizer)
+    )
+    assert (again.bos_id, again.eos_id, again.pad_id) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+    )
     assert again.decode(ids, skip_special_tokens=True) == "The lung"

@@ -1,4 +1,6 @@
-"""evaluate.py --task zeroshot: prompts and labels as data, the table it writes, and what a user can get wrong."""
+"""evaluate.py --task zeroshot: prompts and labels as data, the table it writes, and what a user can get
+wrong.
+"""
 
 import csv
 import json
@@ -53,7 +55,19 @@ def run(prepared, tmp_path_factory) -> Path:
 
 
 def evaluated(run: Path, out: Path, *more) -> dict:
-    arguments = ["--task", "zeroshot", "--run", run, "--out", out, "--device", "cpu", "--bootstrap", 20, *more]
+    arguments = [
+        "--task",
+        "zeroshot",
+        "--run",
+        run,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--bootstrap",
+        20,
+        *more,
+    ]
     assert evaluate.main(list(map(str, arguments))) == 0
     return json.loads((out / "zeroshot.json").read_text())
 
@@ -74,9 +88,14 @@ def entries(prepared: Path) -> tuple[list[str], list[dict]]:
     return values["labels"], values["splits"]["validation"]
 
 
-def write_table(path: Path, prepared: Path, names: list[str], key: str = "VolumeName", ending: str = ".nii.gz") -> Path:
+def write_table(
+    path: Path, prepared: Path, names: list[str], key: str = "VolumeName", ending: str = ".nii.gz"
+) -> Path:
     """A label table of the validation volumes, in reverse; label j of volume i is (i + j) % 2."""
-    rows = [[e["id"] + ending, *((i + j) % 2 for j in range(len(names)))] for i, e in enumerate(entries(prepared)[1])]
+    rows = [
+        [e["id"] + ending, *((i + j) % 2 for j in range(len(names)))]
+        for i, e in enumerate(entries(prepared)[1])
+    ]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([[key, *names], *reversed(rows)])
     return path
@@ -84,7 +103,11 @@ def write_table(path: Path, prepared: Path, names: list[str], key: str = "Volume
 
 def user_prompts(path: Path, **classes) -> Path:
     texts = {name: {"positive": name, "negative": f"No {name}"} for name in classes}
-    path.write_text(json.dumps({"template": "Chest CT: {}.", "classes": {n: {**texts[n], **c} for n, c in classes.items()}}))
+    path.write_text(
+        json.dumps(
+            {"template": "Chest CT: {}.", "classes": {n: {**texts[n], **c} for n, c in classes.items()}}
+        )
+    )
     return path
 
 
@@ -133,7 +156,11 @@ def test_a_score_is_the_softmax_of_the_two_prompts_encoded_one_by_one(run, prepa
         for name, negative, positive in (
             ("Lung nodule", "The lung shows: Not nodule.", "The lung shows: Nodule."),
             ("Atelectasis", "The lung shows: Not atelectatic.", "The lung shows: Atelectasis."),
-            ("Medical material", "The volume shows: Not medical material.", "The volume shows: Medical material."),
+            (
+                "Medical material",
+                "The volume shows: Not medical material.",
+                "The volume shows: Medical material.",
+            ),
         ):
             pair = torch.stack([image @ vector(text) for text in (negative, positive)])
             expected = (model.logit_scale * pair).softmax(0)[1].item()
@@ -144,7 +171,9 @@ def test_text_is_encoded_once_for_all_volumes(run, tmp_path, monkeypatch):
     from reaf_hsenet.models.clip import DualEncoder
 
     calls, encode = [], DualEncoder.encode_text
-    monkeypatch.setattr(DualEncoder, "encode_text", lambda s, ids, mask: (calls.append(len(ids)), encode(s, ids, mask))[1])
+    monkeypatch.setattr(
+        DualEncoder, "encode_text", lambda s, ids, mask: (calls.append(len(ids)), encode(s, ids, mask))[1]
+    )
     evaluated(run, tmp_path, "--batch-size", 2)
     assert calls == [36]
 
@@ -154,11 +183,17 @@ def test_the_built_in_prompts_are_the_published_ones():
     golden = json.loads((ROOT / "tests/golden/metrics_zeroshot.json").read_text())["class_names"]
     volume, organ = load_prompts("volume").texts, load_prompts("organ").texts
     assert list(volume) == list(organ) == golden
-    assert volume["Lung opacity"] == ("The volume shows: Not lung opacity.", "The volume shows: Lung opacity.")
+    assert volume["Lung opacity"] == (
+        "The volume shows: Not lung opacity.",
+        "The volume shows: Lung opacity.",
+    )
     assert organ["Lung opacity"] == ("The lung shows: Not opacity.", "The lung shows: Opacity.")
     assert organ["Hiatal hernia"][1] == "The esophagus shows: Hiatal hernia."
     assert organ["Arterial wall calcification"][1] == "The aorta shows: Arterial wall calcification."
-    assert organ["Coronary artery wall calcification"][1] == "The heart shows: Coronary artery wall calcification."
+    assert (
+        organ["Coronary artery wall calcification"][1]
+        == "The heart shows: Coronary artery wall calcification."
+    )
     assert organ["Lymphadenopathy"][0] == "The mediastinum shows: Not lymphadenopathy."
     assert all(text.startswith("The volume shows: ") for pair in volume.values() for text in pair)
 
@@ -178,10 +213,15 @@ def test_the_class_order_is_the_prompts_not_the_label_tables(run, prepared, tmp_
 
 def test_a_users_prompts_and_labels_may_be_of_other_classes(run, prepared, tmp_path):
     table = write_table(tmp_path / "labels.csv", prepared, ["Pneumothorax", "Rib fracture", "Emphysema"])
-    prompts = user_prompts(tmp_path / "p.json", **{"Rib fracture": {"positive": "Broken rib"}, "Pneumothorax": {}})
+    prompts = user_prompts(
+        tmp_path / "p.json", **{"Rib fracture": {"positive": "Broken rib"}, "Pneumothorax": {}}
+    )
     results = evaluated(run, tmp_path / "a", "--labels", table, "--prompts", prompts)
     assert list(results["classes"]) == ["Rib fracture", "Pneumothorax"] and list(results["means"]) == ["mean"]
-    assert results["prompts"]["texts"]["Rib fracture"] == ["Chest CT: No Rib fracture.", "Chest CT: Broken rib."]
+    assert results["prompts"]["texts"]["Rib fracture"] == [
+        "Chest CT: No Rib fracture.",
+        "Chest CT: Broken rib.",
+    ]
     assert [row["label: Pneumothorax"] for row in scores_csv(tmp_path / "a")][:3] == ["0", "1", "0"]
 
 
@@ -192,15 +232,42 @@ def test_built_in_classes_that_the_labels_do_not_have_are_noted(run, prepared, t
     assert "labels.csv has no labels of Lung nodule, Lung opacity" in capsys.readouterr().out
 
 
-RAW = ["emphysema", "atelectasis", "nodule", "opacity", "fibrosis", "pleural_effusion", "bronchial_wall_thickening",
-       "consolidation", "bronchiectasis", "septal_thickening", "cardiomegaly", "pericardial_effusion", "calcification",
-       "hernia", "lymphadenopathy", "hardware", "catheter_or_port", "chest_tube", "clip", "gi_tube",
-       "heart_valve_replacement", "pacemaker_or_defib", "staple", "stent", "suture", "tracheal_tube", "breast_implant",
-       "scattered_calc"]  # fmt: skip
+RAW = [
+    "emphysema",
+    "atelectasis",
+    "nodule",
+    "opacity",
+    "fibrosis",
+    "pleural_effusion",
+    "bronchial_wall_thickening",
+    "consolidation",
+    "bronchiectasis",
+    "septal_thickening",
+    "cardiomegaly",
+    "pericardial_effusion",
+    "calcification",
+    "hernia",
+    "lymphadenopathy",
+    "hardware",
+    "catheter_or_port",
+    "chest_tube",
+    "clip",
+    "gi_tube",
+    "heart_valve_replacement",
+    "pacemaker_or_defib",
+    "staple",
+    "stent",
+    "suture",
+    "tracheal_tube",
+    "breast_implant",
+    "scattered_calc",
+]
 
 
 def rad_task(names: list[str], rows: dict[str, dict], prompts: str = "volume"):
-    return define_task(load_prompts(prompts), load_label_set("rad-chestct"), LabelTable(Path("t"), names, rows), list(rows))
+    return define_task(
+        load_prompts(prompts), load_label_set("rad-chestct"), LabelTable(Path("t"), names, rows), list(rows)
+    )
 
 
 def test_rad_chestct_has_16_classes_and_a_mean_of_the_published_14(run, prepared, tmp_path):
@@ -210,16 +277,25 @@ def test_rad_chestct_has_16_classes_and_a_mean_of_the_published_14(run, prepared
     # Some of the columns of Medical material are 1 in every row here, so that it has one label value.
     assert results["means"]["mean"]["classes"] == 15 and results["means"]["mean_14"]["classes"] == 14
     assert results["classes"]["Medical material"]["auroc"] is None
-    assert set(load_prompts("volume").texts) - set(results["prompts"]["texts"]) == {"Mosaic attenuation pattern"}
+    assert set(load_prompts("volume").texts) - set(results["prompts"]["texts"]) == {
+        "Mosaic attenuation pattern"
+    }
 
 
 def test_rad_chestct_columns_become_classes():
     empty = dict.fromkeys(RAW, "0")
     rows = {"a": empty, "b": {**empty, "fibrosis": "1", "stent": "1.0"}, "c": {**empty, "hernia": "1"}}
     task = rad_task(RAW, rows)
-    found = {name: [i for i, row in zip(rows, task.labels[:, j], strict=True) if row] for j, name in enumerate(task.names)}
+    found = {
+        name: [i for i, row in zip(rows, task.labels[:, j], strict=True) if row]
+        for j, name in enumerate(task.names)
+    }
     positive = {name: ids for name, ids in found.items() if ids}
-    assert positive == {"Pulmonary fibrotic sequela": ["b"], "Medical material": ["b"], "Hiatal hernia": ["c"]}
+    assert positive == {
+        "Pulmonary fibrotic sequela": ["b"],
+        "Medical material": ["b"],
+        "Hiatal hernia": ["c"],
+    }
 
 
 def test_rad_chestct_loads_as_an_already_mapped_table_too():
@@ -230,7 +306,9 @@ def test_rad_chestct_loads_as_an_already_mapped_table_too():
     assert "no labels of Mosaic attenuation pattern, Medical material, Lymphadenopathy" in task.notes[0]
 
 
-def test_calcification_takes_the_larger_score_if_either_is_positive_and_else_the_smaller(run, prepared, tmp_path):
+def test_calcification_takes_the_larger_score_if_either_is_positive_and_else_the_smaller(
+    run, prepared, tmp_path
+):
     scores = torch.tensor([[0.6, 0.2], [0.2, 0.6], [0.7, 0.9], [0.4, 0.1], [0.5, 0.3]])
     assert torch.equal(combine(scores), torch.tensor([0.6, 0.6, 0.9, 0.1, 0.3]))
     assert torch.equal(combine(scores[:, :1]), scores[:, 0])
@@ -248,35 +326,71 @@ def test_a_prompt_of_its_own_or_both_of_its_parts_score_calcification(tmp_path):
     own = user_prompts(tmp_path / "own.json", Calcification={})
     assert rad_task(RAW, rows, str(own)).scored_from == {"Calcification": ["Calcification"]}
     half = user_prompts(tmp_path / "half.json", **{"Arterial wall calcification": {}})
-    with pytest.raises(InputError, match="half.json: Calcification is scored from .*add Coronary artery wall calc"):
+    with pytest.raises(
+        InputError, match="half.json: Calcification is scored from .*add Coronary artery wall calc"
+    ):
         rad_task(RAW, rows, str(half))
 
 
 def test_an_unknown_class_names_class_file_and_known_classes(run, prepared, tmp_path):
     prompts = user_prompts(tmp_path / "p.json", Emphysema={}, Pneumonia={})
-    wrong(r"p.json: the labels of .*manifest.json have no class Pneumonia .*they have .*Emphysema, Atelectasis",
-          "--run", run, "--prompts", prompts)
+    wrong(
+        r"p.json: the labels of .*manifest.json have no class Pneumonia .*they have .*Emphysema, Atelectasis",
+        "--run",
+        run,
+        "--prompts",
+        prompts,
+    )
     rad = write_table(tmp_path / "rad.csv", prepared, RAW, key="NoteAcc_DEID", ending="")
-    wrong(r"--prompts volume: the labels of .*rad.csv have no class Emphysema \(--label-set ct-rate\); they have emphys",
-          "--run", run, "--labels", rad)
+    wrong(
+        r"--prompts volume: the labels of .*rad.csv have no class Emphysema \(--label-set ct-rate\); they "
+        r"have emphys",
+        "--run",
+        run,
+        "--labels",
+        rad,
+    )
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("{", "p.json: is not valid JSON"),
-    ("[]", "p.json: expected the keys classes, template; found list"),
-    ({"classes": {}}, "p.json: expected the keys classes, template; found classes"),
-    ({"template": "x {}", "classes": {}}, "p.json: classes is dict; expected at least one class"),
-    ({"template": "x {}", "classes": ["Emphysema"]}, "p.json: classes is list"),
-    ({"template": "x", "classes": {"E": {"positive": "a", "negative": "b"}}}, "template is 'x'; expected .*one {}"),
-    ({"template": 3, "classes": {}}, "template is 3"),
-    ({"template": {"lung": "x"}, "classes": {}}, "the template of lung is 'x'"),
-    ({"template": "{}", "classes": {"E": {"positive": "a"}}}, "class E: expected the keys negative, positive; found pos"),
-    ({"template": "{}", "classes": {"E": "a"}}, "class E: expected the keys negative, positive; found str"),
-    ({"template": "{}", "classes": {"E": {"positive": "a", "negative": " "}}}, "class E: negative is ' '"),
-    ({"template": "{}", "classes": {"E": {"positive": "a", "negative": "b", "organ": "lung"}}}, "class E: expected"),
-    ({"template": {"lung": "{}"}, "classes": {"E": {"positive": "a", "negative": "b", "organ": "leg"}}},
-     "class E: no template of organ 'leg'; there are lung"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "p.json: is not valid JSON"),
+        ("[]", "p.json: expected the keys classes, template; found list"),
+        ({"classes": {}}, "p.json: expected the keys classes, template; found classes"),
+        ({"template": "x {}", "classes": {}}, "p.json: classes is dict; expected at least one class"),
+        ({"template": "x {}", "classes": ["Emphysema"]}, "p.json: classes is list"),
+        (
+            {"template": "x", "classes": {"E": {"positive": "a", "negative": "b"}}},
+            "template is 'x'; expected .*one {}",
+        ),
+        ({"template": 3, "classes": {}}, "template is 3"),
+        ({"template": {"lung": "x"}, "classes": {}}, "the template of lung is 'x'"),
+        (
+            {"template": "{}", "classes": {"E": {"positive": "a"}}},
+            "class E: expected the keys negative, positive; found pos",
+        ),
+        (
+            {"template": "{}", "classes": {"E": "a"}},
+            "class E: expected the keys negative, positive; found str",
+        ),
+        (
+            {"template": "{}", "classes": {"E": {"positive": "a", "negative": " "}}},
+            "class E: negative is ' '",
+        ),
+        (
+            {"template": "{}", "classes": {"E": {"positive": "a", "negative": "b", "organ": "lung"}}},
+            "class E: expected",
+        ),
+        (
+            {
+                "template": {"lung": "{}"},
+                "classes": {"E": {"positive": "a", "negative": "b", "organ": "leg"}},
+            },
+            "class E: no template of organ 'leg'; there are lung",
+        ),
+    ],
+)
 def test_a_malformed_prompt_file_is_one_line(tmp_path, content, words):
     path = tmp_path / "p.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -286,23 +400,34 @@ def test_a_malformed_prompt_file_is_one_line(tmp_path, content, words):
 
 
 def test_no_such_prompt_file_names_the_choices(run):
-    wrong("--prompts lungs: no such file; expected volume, organ or a json file", "--run", run, "--prompts", "lungs")
+    wrong(
+        "--prompts lungs: no such file; expected volume, organ or a json file",
+        "--run",
+        run,
+        "--prompts",
+        "lungs",
+    )
 
 
 def test_a_label_table_that_lacks_a_volume_is_refused(run, prepared, tmp_path):
     table = write_table(tmp_path / "labels.csv", prepared, ["Emphysema"])
     victim = entries(prepared)[1][1]["id"]
-    table.write_text("".join(x for x in table.read_text().splitlines(keepends=True) if not x.startswith(victim)))
+    table.write_text(
+        "".join(x for x in table.read_text().splitlines(keepends=True) if not x.startswith(victim))
+    )
     wrong(f"labels.csv: has no labels of volume {victim};", "--run", run, "--labels", table)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("scan,Emphysema\na,1\n", "has no column of volume ids; expected VolumeName or NoteAcc_DEID"),
-    ("VolumeName,Emphysema\na,1\na.nii.gz,1\n", "volume a is listed twice"),
-    ("VolumeName,Emphysema\na.nii.gz,2\n", "Emphysema of a is '2'; expected 0 or 1"),
-    ("VolumeName,Emphysema\na.nii.gz,\n", "Emphysema of a is ''; expected 0 or 1"),
-    (b"\xff\xfe\x00", "is not a UTF-8 csv file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("scan,Emphysema\na,1\n", "has no column of volume ids; expected VolumeName or NoteAcc_DEID"),
+        ("VolumeName,Emphysema\na,1\na.nii.gz,1\n", "volume a is listed twice"),
+        ("VolumeName,Emphysema\na.nii.gz,2\n", "Emphysema of a is '2'; expected 0 or 1"),
+        ("VolumeName,Emphysema\na.nii.gz,\n", "Emphysema of a is ''; expected 0 or 1"),
+        (b"\xff\xfe\x00", "is not a UTF-8 csv file"),
+    ],
+)
 def test_a_damaged_label_table_is_one_line(tmp_path, content, words):
     path = tmp_path / "labels.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -320,7 +445,13 @@ def test_volumes_without_labels_ask_for_a_table(run, prepared, tmp_path):
     for entry in values["splits"]["train"] + values["splits"]["validation"]:
         entry["labels"] = None
     (data / "manifest.json").write_text(json.dumps({**values, "labels": []}))
-    wrong("manifest.json: its volumes have no labels; name a table of them with --labels", "--run", run, "--data", data)
+    wrong(
+        "manifest.json: its volumes have no labels; name a table of them with --labels",
+        "--run",
+        run,
+        "--data",
+        data,
+    )
     wrong("no such file|cannot be read", "--run", run, "--labels", tmp_path / "none.csv")
 
 
@@ -355,30 +486,76 @@ def test_the_bootstrap_is_switched_off_and_seeded(run, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_score_as_one(run, tmp_path):
     # Without the -- torchrun takes --run for an abbreviation of a flag of its own.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
-               ROOT / "evaluate.py", "--task", "zeroshot", "--run", run, "--out", tmp_path / "two", "--device", "cpu",
-               "--bootstrap", "20", "--batch-size", "2"]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--",
+        ROOT / "evaluate.py",
+        "--task",
+        "zeroshot",
+        "--run",
+        run,
+        "--out",
+        tmp_path / "two",
+        "--device",
+        "cpu",
+        "--bootstrap",
+        "20",
+        "--batch-size",
+        "2",
+    ]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     evaluated(run, tmp_path / "one")
     one, two = scores_csv(tmp_path / "one"), scores_csv(tmp_path / "two")
     assert [row["id"] for row in one] == [row["id"] for row in two]
     for a, b in zip(one, two, strict=True):
-        assert all(float(a[k]) == pytest.approx(float(b[k]), abs=1e-6) for k in a if k not in ("id", "checkpoint"))
+        assert all(
+            float(a[k]) == pytest.approx(float(b[k]), abs=1e-6) for k in a if k not in ("id", "checkpoint")
+        )
 
 
 def test_figures_of_a_model_without_regions_are_the_curves_alone(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     evaluated(run, tmp_path, "--figures", tmp_path / "pictures")
-    assert evaluate.main(["--task", "retrieval", "--run", str(run), "--out", str(tmp_path), "--device", "cpu",
-                          "--figures", str(tmp_path / "pictures")]) == 0
+    assert (
+        evaluate.main(
+            [
+                "--task",
+                "retrieval",
+                "--run",
+                str(run),
+                "--out",
+                str(tmp_path),
+                "--device",
+                "cpu",
+                "--figures",
+                str(tmp_path / "pictures"),
+            ]
+        )
+        == 0
+    )
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["recall.png", "roc.png"]
     assert "saliency: this encoder chooses no regions" in capsys.readouterr().out
 
 
-def test_saliency_is_drawn_of_the_first_volumes_of_an_encoder_that_has_it(prepared, tmp_path, monkeypatch, capsys):
-    """The regions handed to the picture are the map inside the mask, of the volume that the file is named after."""
+def test_saliency_is_drawn_of_the_first_volumes_of_an_encoder_that_has_it(
+    prepared, tmp_path, monkeypatch, capsys
+):
+    """The regions handed to the picture are the map inside the mask, of the volume that the file is named
+    after.
+    """
     pytest.importorskip("matplotlib")
     from reaf_hsenet.evaluate import figures
 
@@ -386,7 +563,9 @@ def test_saliency_is_drawn_of_the_first_volumes_of_an_encoder_that_has_it(prepar
         return torch.nn.functional.avg_pool3d(volume, (8, 16, 16))[:, 0] + 1
 
     vision = SimpleNamespace(
-        salient_regions=lambda volume: {"scan": mean_map(volume) * (mean_map(volume) >= mean_map(volume).max())},
+        salient_regions=lambda volume: {
+            "scan": mean_map(volume) * (mean_map(volume) >= mean_map(volume).max())
+        },
     )
     handed, draw = [], figures.saliency_figure
     monkeypatch.setattr(figures, "saliency_figure", lambda *a: (handed.append(a), draw(*a)))
@@ -398,7 +577,9 @@ def test_saliency_is_drawn_of_the_first_volumes_of_an_encoder_that_has_it(prepar
     for volume_id, (path, volume, regions, title, axes, spacing) in zip(ids, handed, strict=True):
         stored = torch.from_numpy(np.load(prepared / f"volumes/{volume_id}.npy").astype(np.float32))
         assert path.name == f"saliency_{title}.png" and title == volume_id and torch.equal(volume, stored)
-        assert (regions["scan"] > 0).sum() == 1 and regions["scan"].max() == mean_map(stored[None, None]).max()
+        assert (regions["scan"] > 0).sum() == 1 and regions["scan"].max() == mean_map(
+            stored[None, None]
+        ).max()
         assert (axes, spacing) == ("SLP", None)
 
     vision.salient_regions = lambda volume: {}

@@ -1,8 +1,10 @@
-"""HSENet's training augmentations of a volume (1, D, H, W) in [0, 1] and its slice features, as tensor operations.
+"""HSENet's training augmentations of a volume (1, D, H, W) in [0, 1] and its slice features, as tensor
+operations.
 
-In order: rotation by a multiple of 90 degrees in the (H, W) plane, flips of D, H and W, intensity scale, intensity
-shift; and a translation by whole voxels, which is not published. Nothing is clipped, as published: values may leave [0, 1]. Slice features follow a flip of D alone: they are one
-vector a slice, encoded once, so that turns in the plane and intensities leave them as they are.
+In order: rotation by a multiple of 90 degrees in the (H, W) plane, flips of D, H and W, intensity scale,
+intensity shift; and a translation by whole voxels, which is not published. Nothing is clipped, as published:
+values may leave [0, 1]. Slice features follow a flip of D alone: they are one vector a slice, encoded once,
+so that turns in the plane and intensities leave them as they are.
 """
 
 import numpy as np
@@ -42,6 +44,9 @@ def augment_with_slices(
 def translate(volume: Tensor, voxels: list[int]) -> Tensor:
     """(1, D, H, W) moved by `voxels` along D, H, W; the lowest value moves in."""
     moved = torch.full_like(volume, float(volume.min()))
-    ends = [(slice(max(0, v), n + min(0, v)), slice(max(0, -v), n + min(0, -v))) for v, n in zip(voxels, volume.shape[1:], strict=True)]
+    ends = [
+        (slice(max(0, v), n + min(0, v)), slice(max(0, -v), n + min(0, -v)))
+        for v, n in zip(voxels, volume.shape[1:], strict=True)
+    ]
     moved[(slice(None), *(to for to, _ in ends))] = volume[(slice(None), *(source for _, source in ends))]
     return moved

@@ -1,7 +1,8 @@
 """Volumes that cannot be read while a run trains: named, counted, left out, the same on every rank.
 
-A data set gives an Unreadable in place of such an item, and its batch is smaller: the order of samples and what is drawn
-for the others stay as they are. A rank that is left with nothing computes one stand-in row, whose outputs count for nothing.
+A data set gives an Unreadable in place of such an item, and its batch is smaller: the order of samples and
+what is drawn for the others stay as they are. A rank that is left with nothing computes one stand-in row,
+whose outputs count for nothing.
 """
 
 from collections.abc import Iterable
@@ -36,7 +37,9 @@ class BadVolumes:
         self.new: list[Unreadable] = []
 
     def agree(self, met: Iterable[Unreadable]) -> None:
-        """Called by all ranks together, each with what it met. Raises InputError on all of them beyond the limit."""
+        """Called by all ranks together, each with what it met. Raises InputError on all of them beyond
+        the limit.
+        """
         for one in (one for part in distributed.gather_objects(list(met)) for one in part):
             if one.id in self.found:
                 continue
@@ -49,7 +52,9 @@ class BadVolumes:
                 say(f"left out, {len(self.found)} of --max-bad {self.limit}: {one.id}: {one.reason}")
 
     def check(self, manifest: Manifest, splits: list[str], slices: bool) -> None:
-        """Manifest.check, its looking shared by the ranks: volumes and slice features that are absent or cut are bad."""
+        """Manifest.check, its looking shared by the ranks: volumes and slice features that are absent or
+        cut are bad.
+        """
         met = []
         for split in splits:
             manifest.check_reports(split)
@@ -61,8 +66,9 @@ class BadVolumes:
         self.agree(met)
 
     def count(self, batches: list, expected: int) -> None:
-        """Called by all ranks with a step's batches, of `expected` rows each: tells each how many rows every rank has of it,
-        and agrees on what is missing."""
+        """Called by all ranks with a step's batches, of `expected` rows each: tells each how many rows
+        every rank has of it, and agrees on what is missing.
+        """
         # One process alone has nothing to send: on its GPU, the rows would be waited for at every step.
         device = self.ranks.device if self.ranks.world > 1 else "cpu"
         rows = torch.tensor([len(batch.index) for batch in batches], device=device)

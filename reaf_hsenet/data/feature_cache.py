@@ -1,7 +1,8 @@
 """Patch tokens of frozen encoders, stored once: FOLDER/<key>/<id>.safetensors, one tensor (N, C) an encoder.
 
-The key is of the encoders, the recipe and the type, so that several runs share a folder, and no run reads another's
-features. A file also says what its volume was made of, so that features of a volume that was prepared anew are not used.
+The key is of the encoders, the recipe and the type, so that several runs share a folder, and no run reads
+another's features. A file also says what its volume was made of, so that features of a volume that was
+prepared anew are not used.
 """
 
 import hashlib
@@ -28,7 +29,12 @@ class FeatureCache:
     """dtype: of the stored tokens, the one that the run computes in. shapes: (N, C) of every encoder."""
 
     def __init__(
-        self, folder: Path, encoders: list[dict], manifest: Manifest, dtype: torch.dtype, shapes: list[tuple[int, int]]
+        self,
+        folder: Path,
+        encoders: list[dict],
+        manifest: Manifest,
+        dtype: torch.dtype,
+        shapes: list[tuple[int, int]],
     ):
         hashes = [encoder["sha256"] for encoder in encoders]
         slices = manifest.slices and {k: v for k, v in manifest.slices.items() if k != "encoder"}
@@ -52,7 +58,10 @@ class FeatureCache:
             with safe_open(self.path(entry), "pt") as file:
                 return [file.get_tensor(name) for name in sorted(file.keys(), key=int)]
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.path(entry)}: cannot be read ({error}); start again with --resume, which makes it anew") from error
+            raise InputError(
+                f"{self.path(entry)}: cannot be read ({error}); start again with --resume, which makes it "
+                f"anew"
+            ) from error
 
     def empty(self) -> list[Tensor]:
         """What read gives, of zeros."""
@@ -86,7 +95,9 @@ def fill_cache(
                 unreadable.append(sample)
                 continue
             volume, given = (x if x is None else x[None].to(ranks.device) for x in sample)
-            with torch.autocast(ranks.device.type, cache.dtype if enabled else torch.bfloat16, enabled=enabled):
+            with torch.autocast(
+                ranks.device.type, cache.dtype if enabled else torch.bfloat16, enabled=enabled
+            ):
                 features = model.features(volume, given)
             cache.write(entry, [x[0] for x in features])
     bad.agree(unreadable)  # and wait for the others' files

@@ -1,7 +1,8 @@
-"""A NIfTI header: where the voxels begin, which way their axes run, how far apart they lie, and whether all of it agrees.
+"""A NIfTI header: where the voxels begin, which way their axes run, how far apart they lie, and whether all
+of it agrees.
 
-A header can say where voxels lie three times: in the sform, in the qform, and (distances only) in pixdim. A header that
-says two different things is refused with both values, until `--header` names the one to believe.
+A header can say where voxels lie three times: in the sform, in the qform, and (distances only) in pixdim. A
+header that says two different things is refused with both values, until `--header` names the one to believe.
 Source of the fields: nifti1.h, https://nifti.nimh.nih.gov.
 """
 
@@ -34,7 +35,9 @@ NOT_READABLE = (
 
 @dataclass(frozen=True)
 class Geometry:
-    """axes: codes such as ("L", "P", "S"), the side that each stored axis runs to. spacing: mm along each of them."""
+    """axes: codes such as ("L", "P", "S"), the side that each stored axis runs to. spacing: mm along each
+    of them.
+    """
 
     axes: tuple[str, str, str]
     spacing: tuple[float, float, float]
@@ -52,7 +55,9 @@ def read_header(data: bytes, path: Path) -> nib.Nifti1Header:
         # nibabel mends some headers, a negative spacing among them; this one is as it stands in the file.
         declared = header["pixdim"][1:4]
         if not all(0 < s < np.inf for s in declared):
-            raise InputError(f"{path}: the header's spacing is {_mm(declared)}; expected three positive distances")
+            raise InputError(
+                f"{path}: the header's spacing is {_mm(declared)}; expected three positive distances"
+            )
         _place_voxels(header, data)
         _round_quaternion(header)
         header.check_fix()
@@ -63,7 +68,9 @@ def read_header(data: bytes, path: Path) -> nib.Nifti1Header:
 
 
 def _place_voxels(header: nib.Nifti1Header, data: bytes) -> None:
-    """Let vox_offset 0 of a single file mean the end of the header. Raises ValueError for an offset inside of it."""
+    """Let vox_offset 0 of a single file mean the end of the header. Raises ValueError for an offset
+    inside of it.
+    """
     start, first, at = int(header["vox_offset"]), header.single_vox_offset, header.sizeof_hdr
     integers, end = header.endianness + "ii", first
     # Behind the header, where its flag says so, extensions follow one another: size, code, content.
@@ -98,9 +105,11 @@ def geometry(
 
     table_spacing: (x, y, z) in mm of a metadata table, for a header without orientation.
     assume_orientation: axis codes for a header without orientation.
-    believe: `check` refuses a header that contradicts itself; `sform`, `qform` and `pixdim` take the one named, and
-        pixdim the axes of the sform or else the qform; `none` takes the header for one without orientation.
-    Raises InputError, with both values, for a contradiction; for sheared or parallel axes; for what is no body's size.
+    believe: `check` refuses a header that contradicts itself; `sform`, `qform` and `pixdim` take the one
+        named, and pixdim the axes of the sform or else the qform; `none` takes the header for one without
+        orientation.
+    Raises InputError, with both values, for a contradiction; for sheared or parallel axes; for what is no
+    body's size.
     """
     unit = int(header["xyzt_units"]) % 8
     scale, pixdim = MM_PER_UNIT.get(unit, 1.0), np.array(header.get_zooms()[:3], dtype=float)
@@ -110,8 +119,8 @@ def geometry(
     if not affines:
         if assume_orientation is None:
             raise InputError(
-                f"{path}: the header has no orientation (sform and qform codes are 0); "
-                "say which with --assume-orientation, for example LPS"
+                f"{path}: the header has no orientation (sform and qform codes are 0); say which with "
+                "--assume-orientation, for example LPS"
             )
         axes, spacing = tuple(assume_orientation), table_spacing or pixdim * scale
     else:
@@ -130,7 +139,8 @@ def geometry(
         # Another unit than mm holds whatever is believed of the rest.
         otherwise = ", or take it as it is with --header sform, qform or pixdim" if scale == 1 else "'s unit"
         raise InputError(
-            f"{path}: by its header the scan is {_mm(sides)} (the unit is {unit_name}), which no chest is; mend the header{otherwise}"
+            f"{path}: by its header the scan is {_mm(sides)} (the unit is {unit_name}), which no chest is; "
+            f"mend the header{otherwise}"
         )
     return Geometry(axes, tuple(float(s) for s in spacing))
 
@@ -158,18 +168,21 @@ def _axes(affine: np.ndarray, name: str, path: Path) -> tuple[str, str, str]:
     spacing = _spacing(affine)
     if not min(spacing) > 0:
         raise InputError(
-            f"{path}: the {name}'s spacing is {_mm(spacing)}; expected three positive distances in mm, or say what else holds "
-            "with --header qform or pixdim"
+            f"{path}: the {name}'s spacing is {_mm(spacing)}; expected three positive distances in mm, or "
+            "say what else holds with --header qform or pixdim"
         )
     unit = affine[:3, :3] / spacing
     if abs(np.linalg.det(unit)) < 1e-3:
-        raise InputError(f"{path}: the header's affine is degenerate, two axes run the same way; mend the header")
+        raise InputError(
+            f"{path}: the header's affine is degenerate, two axes run the same way; mend the header"
+        )
     cosines = np.abs(unit.T @ unit - np.eye(3))
     if cosines.max() > MOST_SHEAR:
         tilt = np.degrees(np.arcsin(min(1.0, cosines.max())))
         raise InputError(
-            f"{path}: two axes of the {name} are {tilt:.1f} degrees off a right angle (gantry tilt, or a shear); resample "
-            "the scan onto a right-angled grid first, such as the _Tilt file that dcm2niix writes"
+            f"{path}: two axes of the {name} are {tilt:.1f} degrees off a right angle (gantry tilt, or a "
+            "shear); resample the scan onto a right-angled grid first, such as the _Tilt file that dcm2niix "
+            "writes"
         )
     return ornt2axcodes(io_orientation(affine))
 
@@ -180,20 +193,25 @@ def _agree(affines: dict[str, np.ndarray], pixdim: np.ndarray, scale: float, pat
     spacing, columns = _spacing(affine), affine[:3, :3]
     believe = f"say which one holds with --header {', '.join(affines)} or pixdim, or mend the header"
     if np.abs(pixdim / spacing - 1).max() > SPACING_TOLERANCE:
-        raise InputError(f"{path}: the header's pixdim says {_mm(pixdim)}, its {name} {_mm(spacing)}; {believe}")
+        raise InputError(
+            f"{path}: the header's pixdim says {_mm(pixdim)}, its {name} {_mm(spacing)}; {believe}"
+        )
     if len(affines) == 2:
         other = affines["qform"]
         codes = ["".join(_axes(a, n, path)) for n, a in affines.items()]
         # The turn from one to the other; up to 45 degrees it leaves every axis on its side.
         turn = np.linalg.inv(other[:3, :3] / _spacing(other)) @ (columns / spacing)
         if not np.array_equal(io_orientation(np.pad(turn, (0, 1))), io_orientation(np.eye(4))):
-            raise InputError(f"{path}: the header's sform says axes to {codes[0]}, its qform to {codes[1]}; {believe}")
+            raise InputError(
+                f"{path}: the header's sform says axes to {codes[0]}, its qform to {codes[1]}; {believe}"
+            )
     # Ones in any order and with any signs, but for rounding.
     ones = np.allclose(np.sort(np.abs(columns * scale), axis=0), [[0] * 3, [0] * 3, [1] * 3], atol=1e-4)
     if ones and np.abs(affine[:3, 3] * scale).max() < 1e-3:
         raise InputError(
-            f"{path}: the header's {name} is the identity, 1 mm voxels from the origin, as is written for an array without "
-            f"geometry; give the file its own, say it with --header none --assume-orientation, or take it with --header {name}"
+            f"{path}: the header's {name} is the identity, 1 mm voxels from the origin, as is written for an "
+            "array without geometry; give the file its own, say it with --header none --assume-orientation, "
+            f"or take it with --header {name}"
         )
 
 

@@ -1,8 +1,9 @@
 """Which volumes show which class: label tables, and how a data set's columns become classes.
 
-A label set is data, label_sets/<name>.json: `columns` (class -> columns of the raw table; 1 when any of them is 1),
-`scored_from` (class -> the prompts that score it, where it has none of its own) and `means` (the classes that a mean
-of the published results leaves out). A table that has a column of the class's own name needs no mapping.
+A label set is data, label_sets/<name>.json: `columns` (class -> columns of the raw table; 1 when any of them
+is 1), `scored_from` (class -> the prompts that score it, where it has none of its own) and `means` (the
+classes that a mean of the published results leaves out). A table that has a column of the class's own name
+needs no mapping.
 """
 
 from collections.abc import Iterable
@@ -38,7 +39,8 @@ def load_label_set(name: str) -> LabelSet:
 class LabelTable:
     """source: the file. names: its columns. rows: volume id -> {column: 0 or 1, as written there}.
 
-    known: ids of all volumes of the data set, among which a row's name must mean one; by default those asked for.
+    known: ids of all volumes of the data set, among which a row's name must mean one; by default those asked
+    for.
     """
 
     source: Path
@@ -49,27 +51,43 @@ class LabelTable:
     def classes(self, label_set: LabelSet) -> dict[str, list[str]]:
         """The classes that the table can tell, each with its columns."""
         mapped = {c: raw for c, raw in label_set.columns.items() if set(raw) <= set(self.names)}
-        return {name: [name] for name in self.names} | {c: r for c, r in mapped.items() if c not in self.names}
+        return {name: [name] for name in self.names} | {
+            c: r for c, r in mapped.items() if c not in self.names
+        }
 
     def values(self, ids: list[str], columns: list[list[str]]) -> np.ndarray:
-        """(N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume, and values not 0 or 1."""
+        """(N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume, and values
+        not 0 or 1.
+        """
         rows = self._rows(ids)
-        found = [[any([self._value(i, row, c) for c in group]) for group in columns] for i, row in zip(ids, rows, strict=True)]
+        found = [
+            [any([self._value(i, row, c) for c in group]) for group in columns]
+            for i, row in zip(ids, rows, strict=True)
+        ]
         return np.array(found, dtype=bool)
 
     def _rows(self, ids: list[str]) -> list[dict]:
-        """Return the volumes' rows: tables may know nothing of the folders that volumes lie in, or more of them."""
+        """Return the volumes' rows: tables may know nothing of the folders that volumes lie in, or more
+        of them.
+        """
         volumes, found = Volumes(self.known or ids), {}
         for name, row in self.rows.items():
-            if lost := next(filter(None, (swallowed(str(cell), lambda c: stem(c) in volumes) for cell in row.values())), None):
-                raise InputError(f"{self.source}: a quoted text of the row of {name} runs over that of {lost}; close its quotes")
+            if lost := next(
+                filter(None, (swallowed(str(cell), lambda c: stem(c) in volumes) for cell in row.values())),
+                None,
+            ):
+                raise InputError(
+                    f"{self.source}: a quoted text of the row of {name} runs over that of {lost}; close "
+                    f"its quotes"
+                )
             volume = volumes.find(name, f"{self.source}: the row of {name}")
             if volume is not None and found.setdefault(volume, row) != row:
                 raise InputError(f"{self.source}: two rows are of volume {volume}; keep one")
         for volume in ids:
             if volume not in found:
                 raise InputError(
-                    f"{self.source}: has no labels of volume {volume}; add its row, or name another table with --labels"
+                    f"{self.source}: has no labels of volume {volume}; add its row, or name another table "
+                    f"with --labels"
                 )
         return [found[volume] for volume in ids]
 
@@ -95,7 +113,9 @@ def manifest_labels(manifest: Manifest, split: str) -> LabelTable:
 
 
 def read_label_table(path: Path, known: Iterable[str] = ()) -> LabelTable:
-    """A csv with an id column of KEYS (volume names with or without ending) and a column a label. known: as of LabelTable."""
+    """A csv with an id column of KEYS (volume names with or without ending) and a column a label. known:
+    as of LabelTable.
+    """
     path = Path(path)
     rows: dict[str, dict] = {}
     key, header = None, []
@@ -106,7 +126,9 @@ def read_label_table(path: Path, known: Iterable[str] = ()) -> LabelTable:
             raise InputError(f"--labels {path}: has no column of volume ids; expected {' or '.join(KEYS)}")
         volume = stem(row[key] or "")
         if volume in rows:
-            raise InputError(f"--labels {path}: volume {volume} is listed twice, also as {row[key]}; keep one")
+            raise InputError(
+                f"--labels {path}: volume {volume} is listed twice, also as {row[key]}; keep one"
+            )
         rows[volume] = row
     if key is None:
         raise InputError(f"--labels {path}: has no rows; expected one of labels a volume")

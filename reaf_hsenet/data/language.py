@@ -1,4 +1,5 @@
-"""Layout of the language model's inputs, as HSENet publishes it: bos, image tokens, prompt, space, answer, stop token.
+"""Layout of the language model's inputs, as HSENet publishes it: bos, image tokens, prompt, space, answer,
+stop token.
 
 Visual features replace the embeddings of the image tokens, columns 1 .. n after bos at column 0.
 """
@@ -19,7 +20,9 @@ LIST_END = "<list_end>"  # in vocabularies of models that name the labels before
 
 
 class LanguageExample(NamedTuple):
-    """Token ids, attention mask and labels of one question with its answer, unpadded lists of equal length."""
+    """Token ids, attention mask and labels of one question with its answer, unpadded lists of equal
+    length.
+    """
 
     ids: list[int]
     mask: list[int]
@@ -27,8 +30,12 @@ class LanguageExample(NamedTuple):
 
 
 def add_image_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Ids of ADDED_TOKENS, after the tokenizer's own. [SEG] alone is an ordinary token, which decoded text keeps."""
-    return tokenizer.add_tokens(list(ADDED_TOKENS[:-1])) + tokenizer.add_tokens([ADDED_TOKENS[-1]], special=False)
+    """Ids of ADDED_TOKENS, after the tokenizer's own. [SEG] alone is an ordinary token, which decoded
+    text keeps.
+    """
+    return tokenizer.add_tokens(list(ADDED_TOKENS[:-1])) + tokenizer.add_tokens(
+        [ADDED_TOKENS[-1]], special=False
+    )
 
 
 def label_token(name: str) -> str:
@@ -40,7 +47,8 @@ def question_text(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> str:
     """bos as text, one <im_patch> per visual token, the prompt. To be encoded with special_tokens=False."""
     if image_tokens and tokenizer.bos is None:
         raise InputError(
-            "the tokenizer has no bos token, after which the image tokens stand: name one in its tokenizer_config.json"
+            "the tokenizer has no bos token, after which the image tokens stand: name one in its "
+            "tokenizer_config.json"
         )
     return (tokenizer.bos or "") + IMAGE_TOKEN * image_tokens + prompt
 
@@ -48,18 +56,22 @@ def question_text(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> str:
 def language_example(tokenizer: Tokenizer, question: str, answer: str, max_length: int) -> LanguageExample:
     """question: as question_text makes it. answer: a report after clean_report, or an answer as it is.
 
-    At most max_length tokens. Learned are the answer, with the space before it, and the stop token; one that pads
-    (unk, or bos and eos of GPT-2's family) is not learned inside an answer. The stop token has mask 0, since it is
-    predicted from the answer's last token and nothing follows it; a text that fills max_length has none.
+    At most max_length tokens. Learned are the answer, with the space before it, and the stop token; one that
+    pads (unk, or bos and eos of GPT-2's family) is not learned inside an answer. The stop token has mask 0,
+    since it is predicted from the answer's last token and nothing follows it; a text that fills max_length
+    has none.
     Raises InputError when the question leaves no room for an answer.
     """
     if tokenizer.eos_id is None:
-        raise InputError("the tokenizer has no eos token to end an answer: name one in its tokenizer_config.json")
+        raise InputError(
+            "the tokenizer has no eos token to end an answer: name one in its tokenizer_config.json"
+        )
     asked = len(tokenizer.encode(question, special_tokens=False))
     if asked >= max_length:
         raise InputError(
-            f"a question of {asked} tokens, image tokens included, leaves no room for an answer in a text of at most "
-            f"{max_length}: raise the text length (--max-text) or shorten the question ({question[-40:]!r})"
+            f"a question of {asked} tokens, image tokens included, leaves no room for an answer in a text of "
+            f"at most {max_length}: raise the text length (--max-text) or shorten the question "
+            f"({question[-40:]!r})"
         )
     ids = tokenizer.encode(f"{question} {answer}", max_length, special_tokens=False)
     labels = [IGNORED if i < asked or token == tokenizer.pad_id else token for i, token in enumerate(ids)]

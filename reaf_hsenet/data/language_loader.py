@@ -1,6 +1,8 @@
-"""Prepared volumes with a question and its answer -> batches for the language model: of reports, or of questions.
+"""Prepared volumes with a question and its answer -> batches for the language model: of reports, or of
+questions.
 
-As in loader.py an item is asked for as (epoch, row), and its randomness (prompt, augmentation) depends on seed and both.
+As in loader.py an item is asked for as (epoch, row), and its randomness (prompt, augmentation) depends on
+seed and both.
 """
 
 from dataclasses import dataclass, field
@@ -33,9 +35,12 @@ from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 @dataclass
 class LanguageBatch:
-    """ids, mask, labels: (B, T), labels -100 where nothing is learned. volume: (B, 1, D, H, W), or in its place
-    features: (B, N, C) of every encoder. slices: (B, S, C) or None. index: rows of the data set; empty when the one row is a
-    stand-in, of whose tokens none is learned. bad: what could not be read. counts: rows of every rank's batch."""
+    """ids, mask, labels: (B, T), labels -100 where nothing is learned. volume: (B, 1, D, H, W), or in its
+    place
+    features: (B, N, C) of every encoder. slices: (B, S, C) or None. index: rows of the data set; empty when
+    the one row is a stand-in, of whose tokens none is learned. bad: what could not be read. counts: rows of
+    every rank's batch.
+    """
 
     ids: Tensor
     mask: Tensor
@@ -55,12 +60,15 @@ class LanguageBatch:
 
 
 class LanguageDataset(Dataset):
-    """task `mrg`: every volume with its report. Otherwise a kind of questions: every question with its volume.
+    """task `mrg`: every volume with its report. Otherwise a kind of questions: every question with its
+    volume.
 
-    image_tokens: visual tokens that the model makes of a volume. max_text: tokens, image tokens included. prompt: one for
-    all reports, in place of the published ones that are drawn. cache: of the encoders' features, read in place of volumes.
-    templates: of questions, in place of the tables' own. list_epochs: in these first epochs every row asks for the list of
-    its scan's labels. Where the tokenizer has tokens for labels, a report to be learned begins with that list.
+    image_tokens: visual tokens that the model makes of a volume. max_text: tokens, image tokens included.
+    prompt: one for all reports, in place of the published ones that are drawn. cache: of the encoders'
+    features, read in place of volumes.
+    templates: of questions, in place of the tables' own. list_epochs: in these first epochs every row asks
+    for the list of its scan's labels. Where the tokenizer has tokens for labels, a report to be learned
+    begins with that list.
     """
 
     def __init__(
@@ -81,7 +89,11 @@ class LanguageDataset(Dataset):
         templates: tuple[str, ...] | None = None,
     ):
         self.manifest, self.entries, self.task = manifest, manifest.entries(split), task
-        self.rows = [(i, None) for i in range(len(self.entries))] if task == "mrg" else questions(manifest, split, task)
+        self.rows = (
+            [(i, None) for i in range(len(self.entries))]
+            if task == "mrg"
+            else questions(manifest, split, task)
+        )
         self.tokenizer, self.image_tokens, self.max_text = tokenizer, image_tokens, max_text
         self.augmentation, self.seed, self.prompt, self.cache = augmentation, seed, prompt, cache
         self.slices, self.slices_follow, self.list_epochs = slices, slices_follow, list_epochs
@@ -95,9 +107,13 @@ class LanguageDataset(Dataset):
         return self.entries[self.rows[row][0]]["id"]
 
     def check_questions(self) -> None:
-        """Raises InputError for a question of the tables that leaves no room for an answer: now, not when its row is reached."""
+        """Raises InputError for a question of the tables that leaves no room for an answer: now, not when
+        its row is reached.
+        """
         rows = enumerate(self.rows) if self.templates is None else ()
-        own = {asked["question"]: self.name(row) for row, (_, asked) in rows if asked and asked.get("question")}
+        own = {
+            asked["question"]: self.name(row) for row, (_, asked) in rows if asked and asked.get("question")
+        }
         for question, name in own.items():
             try:
                 text = question_text(self.tokenizer, question, self.image_tokens)
@@ -106,10 +122,14 @@ class LanguageDataset(Dataset):
                 raise InputError(f"{self.manifest.name}: {name}: {error}") from error
 
     def text(self, row: int, rng: np.random.Generator, epoch: int | None = None) -> tuple[str, str]:
-        """(question, answer) of a row, in an epoch of training; a report without quotes and brackets, as published."""
+        """(question, answer) of a row, in an epoch of training; a report without quotes and brackets, as
+        published.
+        """
         entry, asked = self.entries[self.rows[row][0]], self.rows[row][1]
         if epoch is not None and epoch < self.list_epochs:
-            return LIST_QUESTION, self.label_tokens(entry) if self.listed else label_list(self.manifest, entry)
+            return LIST_QUESTION, self.label_tokens(entry) if self.listed else label_list(
+                self.manifest, entry
+            )
         if asked is None:
             named = self.label_tokens(entry) if self.listed and epoch is not None else ""
             return self.prompt or report_prompt(rng), named + clean_report(entry["text"])

@@ -1,4 +1,6 @@
-"""Prepared volumes and reports -> batches. What a step sees depends on (seed, epoch, step), not on ranks or workers."""
+"""Prepared volumes and reports -> batches. What a step sees depends on (seed, epoch, step), not on ranks
+or workers.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -22,9 +24,11 @@ from reaf_hsenet.tokenizer.tokenizer import WordPiece
 
 @dataclass
 class Batch:
-    """volume: (B, 1, D, H, W) float32. ids, mask: (B, T). index: rows of the split; empty when the one row is a stand-in.
+    """volume: (B, 1, D, H, W) float32. ids, mask: (B, T). index: rows of the split; empty when the one row is
+    a stand-in.
 
-    slices: (B, S, C) or None. bad: what could not be read. counts: rows of every rank's batch, where that is known.
+    slices: (B, S, C) or None. bad: what could not be read. counts: rows of every rank's batch, where that is
+    known.
     """
 
     volume: Tensor
@@ -39,7 +43,9 @@ class Batch:
         return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by torch's loader, which knows no dataclass. A copy from unpinned memory would wait for the GPU."""
+        """Called by torch's loader, which knows no dataclass. A copy from unpinned memory would wait for
+        the GPU.
+        """
         return with_tensors(self, Tensor.pin_memory)
 
     def split(self, rows: int) -> list["Batch"]:
@@ -62,9 +68,11 @@ def with_tensors(batch, change: Callable[[Tensor], Tensor]):
 
 
 class CTReportDataset(Dataset):
-    """A split of a manifest. Items are asked for as (epoch, row): their randomness is a function of seed and both.
+    """A split of a manifest. Items are asked for as (epoch, row): their randomness is a function of seed and
+    both.
 
-    slices: items carry slice features. slices_follow: a flip of the volume's depth reverses them (published: not).
+    slices: items carry slice features. slices_follow: a flip of the volume's depth reverses them (published:
+    not).
     """
 
     def __init__(
@@ -125,8 +133,9 @@ class CTReportDataset(Dataset):
 
 
 def read_sample(manifest: Manifest, entry: dict, slices: bool) -> tuple[Tensor, Tensor | None] | Unreadable:
-    """(volume, slice features or None) of an entry. What cannot be read is returned, not raised: an exception of a loader
-    process would carry its traceback."""
+    """(volume, slice features or None) of an entry. What cannot be read is returned, not raised: an
+    exception of a loader process would carry its traceback.
+    """
     try:
         return read_prepared(manifest, entry), read_slices(manifest, entry) if slices else None
     except InputError as error:
@@ -161,8 +170,8 @@ def read_prepared(manifest: Manifest, entry: dict) -> Tensor:
     if manifest.published:
         if voxels.dtype.kind != "f" or voxels.min() < -1e-3 or voxels.max() > 1.001:
             raise InputError(
-                f"{path}: holds {voxels.dtype} from {voxels.min()} to {voxels.max()}; expected a prepared volume of "
-                "floats in [0, 1]"
+                f"{path}: holds {voxels.dtype} from {voxels.min()} to {voxels.max()}; expected a prepared "
+                "volume of floats in [0, 1]"
             )
     elif voxels.dtype != manifest.dtype:
         raise InputError(f"{path}: holds {voxels.dtype}, the manifest says {manifest.dtype}")
@@ -184,7 +193,9 @@ def read_slices(manifest: Manifest, entry: dict) -> Tensor:
     features = load_tensor(path) if path.suffix == ".pt" else torch.from_numpy(_load(path, again))
     expected = manifest.slices["slices"], manifest.slices["width"]
     if tuple(features.shape) != expected or not features.is_floating_point():
-        raise InputError(f"{path}: holds {features.dtype} {tuple(features.shape)}; expected slice features {expected}")
+        raise InputError(
+            f"{path}: holds {features.dtype} {tuple(features.shape)}; expected slice features {expected}"
+        )
     features = features.float()
     if not torch.isfinite(features).all():
         raise InputError(f"{path}: holds NaN or infinite values; delete it and {again}")

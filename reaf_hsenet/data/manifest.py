@@ -1,14 +1,16 @@
 """The manifest of a data set: manifest.json, beside volumes/*.npy or of source files as they are.
 
-{"schema": 1, "dataset": ..., "recipe": {...}, "dtype": "float16" (of the .npy files), "text": ..., "labels": [names],
+{"schema": 1, "dataset": ..., "recipe": {...}, "dtype": "float16" (of the .npy files), "text": ..., "labels":
+[names],
  "reading": {rescale, orientation, assume_orientation, header} (of the source files; optional),
  "slices": {encoder, sha256 of its weights, width, slices, ...} (of slices/*.npy; optional),
  "splits": {"train": [entry, ...], "validation": [...], "test": [...]}}
-entry: {"id", "scan", "volume" (path, absolute or below the folder), "text", "labels" (or null), "source": {file,
-sha256, shape, spacing, orientation, rescale, hu_range}, "table": {spacing, slope, intercept} (of a source file;
-optional), "slices" (path; optional), "qa": [{"kind", "anatomy", "abnormality", "size"?, "question"?, "answer"}, ...]
-(optional; see questions.py), "chest": false (optional: by the data set's own list it is another part of the body)}. Volumes that end in .npy are prepared, others are source files; both may stand
-side by side.
+entry: {"id", "scan", "volume" (path, absolute or below the folder), "text", "labels" (or null), "source":
+{file, sha256, shape, spacing, orientation, rescale, hu_range}, "table": {spacing, slope, intercept} (of a
+source file; optional), "slices" (path; optional), "qa": [{"kind", "anatomy", "abnormality", "size"?,
+"question"?, "answer"}, ...] (optional; see questions.py), "chest": false (optional: by the data set's own
+list it is another part of the body)}. Volumes that end in .npy are prepared, others are source files; both
+may stand side by side.
 """
 
 import math
@@ -35,7 +37,9 @@ SCHEMA = 1
 
 @dataclass
 class Manifest:
-    """published: HSENet's own json, where the data set is that: its arrays are of any float type, checked when read."""
+    """published: HSENet's own json, where the data set is that: its arrays are of any float type, checked
+    when read.
+    """
 
     folder: Path
     dataset: str
@@ -92,13 +96,12 @@ class Manifest:
         """The entries of a split. Raises InputError when there are none."""
         entries = self.splits.get(split, [])
         if not entries:
-            raise InputError(
-                f"{self.name}: the {split} split is empty; prepare some volumes for it"
-            )
+            raise InputError(f"{self.name}: the {split} split is empty; prepare some volumes for it")
         return entries
 
     def check(self, splits: list[str], slices: bool = False, reports: bool = True) -> None:
-        """See that every volume is there, a prepared one whole; with `slices`, its slice features too; and its report.
+        """See that every volume is there, a prepared one whole; with `slices`, its slice features too; and
+        its report.
 
         Raises InputError with the first that is not.
         """
@@ -119,8 +122,8 @@ class Manifest:
         size = self._bytes(path, "correct its path" if self.published else "run preprocess.py again")
         if path.suffix == ".npy" and not self.published and size != self.file_size:
             raise InputError(
-                f"{path}: has {size} bytes, expected {self.file_size} for {self.recipe.size} {self.dtype}; delete it "
-                "and run preprocess.py again"
+                f"{path}: has {size} bytes, expected {self.file_size} for {self.recipe.size} {self.dtype}; "
+                "delete it and run preprocess.py again"
             )
         if slices:
             path = self.slices_path(entry)
@@ -128,7 +131,8 @@ class Manifest:
             if not self.published and size != self.slices_size:
                 shape = self.slices["slices"], self.slices["width"]
                 raise InputError(
-                    f"{path}: has {size} bytes, expected {self.slices_size} for {shape} float16; {self._make_slices}"
+                    f"{path}: has {size} bytes, expected {self.slices_size} for {shape} float16; "
+                    f"{self._make_slices}"
                 )
 
     def _bytes(self, path: Path, advice: str) -> int:
@@ -160,7 +164,8 @@ class Manifest:
         if other := different_slices(self.slices, provenance):
             replace = "" if self.published else " --replace-slices"
             raise InputError(
-                f"{self.name}: its slice features have another {other} than {wanted_by}; {self._make_slices}{replace}"
+                f"{self.name}: its slice features have another {other} than {wanted_by}; "
+                f"{self._make_slices}{replace}"
             )
 
     def require(self, recipe: Recipe, wanted_by: str) -> None:
@@ -183,7 +188,9 @@ def _settings(recipe: dict, keys: list[str]) -> str:
 
 
 def different_slices(have: dict, want: dict) -> str:
-    """The settings in which two provenances of slice features differ, as text; the encoder's name says nothing."""
+    """The settings in which two provenances of slice features differ, as text; the encoder's name says
+    nothing.
+    """
     return ", ".join(k for k in want if k != "encoder" and k in have and have[k] != want[k])
 
 
@@ -228,7 +235,9 @@ def as_is_manifest(
     refused = [(str(case.path), case.problem) for case in source.by_id().values() if case.problem]
     for split, cases in source.splits.items():
         manifest.splits[split] = [
-            make_entry(case, folder, case.path, {"file": str(case.path.absolute())}) for case in cases if not case.problem
+            make_entry(case, folder, case.path, {"file": str(case.path.absolute())})
+            for case in cases
+            if not case.problem
         ]
     return manifest, refused
 
@@ -239,7 +248,9 @@ def _json_number(value: float | None) -> float | str | None:
 
 
 def table_row(entry: dict) -> TableRow:
-    """The metadata table's row of a source file. Raises ValueError or TypeError where it is not of numbers."""
+    """The metadata table's row of a source file. Raises ValueError or TypeError where it is not of
+    numbers.
+    """
     if "table" not in entry:
         return TableRow()
     spacing, slope, intercept = (entry["table"][key] for key in ("spacing", "slope", "intercept"))
@@ -250,7 +261,8 @@ def table_row(entry: dict) -> TableRow:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read a folder's manifest; a folder in REAF's published layout and HSENet's json file are read as they are.
+    """Read a folder's manifest; a folder in REAF's published layout and HSENet's json file are read as they
+    are.
 
     Raises InputError when there is neither, and for a manifest that is damaged or of another schema.
     """
@@ -287,7 +299,9 @@ def load_manifest(folder: Path) -> Manifest:
                 entry["scan"], entry["volume"], entry["text"], entry["labels"]  # KeyError if absent
                 table_row(entry)
                 if not isinstance(entry.get("slices", ""), str):
-                    raise InputError(f"{path}: slices of {entry['id']} is {entry['slices']!r}; expected a path")
+                    raise InputError(
+                        f"{path}: slices of {entry['id']} is {entry['slices']!r}; expected a path"
+                    )
                 for row in entry.get("qa", ()):
                     row["kind"], row["anatomy"], row["abnormality"], row["answer"]
     except (KeyError, TypeError) as error:
@@ -333,34 +347,48 @@ def _check_kinds(path: Path, values: dict) -> None:
             require("\0" not in entry["volume"], "volume", entry["volume"])
             require(isinstance(entry.get("source", {}), dict), "source", entry.get("source"))
             for name in ("file", "rescale"):
-                require(isinstance(entry.get("source", {}).get(name, ""), str), f"{name} of source", entry.get("source"))
+                require(
+                    isinstance(entry.get("source", {}).get(name, ""), str),
+                    f"{name} of source",
+                    entry.get("source"),
+                )
             require(is_text(entry["text"]), "text", entry["text"])
             table = entry.get("table", {"spacing": None})
             require(isinstance(table, dict) and isinstance(table.get("spacing"), list | None), "table", table)
             require(all(label in (0, 1) for label in entry["labels"] or ()), "labels", entry["labels"])
-            require(entry["labels"] is None or len(entry["labels"]) == len(values["labels"]), "labels", entry["labels"])
+            require(
+                entry["labels"] is None or len(entry["labels"]) == len(values["labels"]),
+                "labels",
+                entry["labels"],
+            )
             plain_path(entry["id"], f"{where}: id")
             asked = entry.get("qa", [])
-            texts = isinstance(asked, list) and all(isinstance(row, dict) and all(isinstance(v, str) for v in row.values()) for row in asked)
+            texts = isinstance(asked, list) and all(
+                isinstance(row, dict) and all(isinstance(v, str) for v in row.values()) for row in asked
+            )
             require(texts, "qa", asked)
         where = str(path)
 
 
 def _check_slices(path: Path, slices) -> None:
-    """Raises InputError unless what a manifest says of its slice features tells their shape and their encoder."""
+    """Raises InputError unless what a manifest says of its slice features tells their shape and their
+    encoder.
+    """
     known = slices if isinstance(slices, dict) else {}
     for key, kind in (("sha256", str), ("slices", int), ("width", int)):
         if type(value := known.get(key)) is not kind or value in ("", 0):
             raise InputError(
-                f"{path}: {key} of its slice features is {value!r}; remove its slices and run preprocess.py --slices "
-                f"ENCODER --out {path.parent}"
+                f"{path}: {key} of its slice features is {value!r}; remove its slices and run preprocess.py "
+                f"--slices ENCODER --out {path.parent}"
             )
 
 
 def _published_hsenet(path: Path) -> Manifest:
     splits, features = read_hsenet_json(path)
     text, recipe = "report", RECIPES["hsenet"]
-    return Manifest(path.parent, "hsenet", recipe, "float32", text, [], splits, slices=features, published=path)
+    return Manifest(
+        path.parent, "hsenet", recipe, "float32", text, [], splits, slices=features, published=path
+    )
 
 
 def _published_reaf(folder: Path) -> Manifest:
@@ -368,7 +396,7 @@ def _published_reaf(folder: Path) -> Manifest:
     if refused:
         path, reason = refused[0]
         raise InputError(
-            f"{path}: {reason}; {len(refused)} volumes of {folder} cannot be used: make a manifest of the others "
-            f"with preprocess.py --dataset reaf --root {folder} --as-is --out FOLDER"
+            f"{path}: {reason}; {len(refused)} volumes of {folder} cannot be used: make a manifest of the "
+            f"others with preprocess.py --dataset reaf --root {folder} --as-is --out FOLDER"
         )
     return manifest

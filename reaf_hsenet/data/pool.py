@@ -14,14 +14,15 @@ from reaf_hsenet.errors import InputError
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that leave signals to this one. After an error what is in work is finished, the rest is not begun.
+    """Processes that leave signals to this one. After an error what is in work is finished, the rest is not
+    begun.
 
     Raises InputError when one of them is killed.
     """
     # spawn: a forked child of a process with threads can hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
-    # One thread each, where nothing else is asked for: as many workers as cores, each with as many threads, would wait
-    # for one another. They read this as they start; here the libraries are loaded already.
+    # One thread each, where nothing else is asked for: as many workers as cores, each with as many threads,
+    # would wait for one another. They read this as they start; here the libraries are loaded already.
     threads = [name for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if name not in os.environ]
     os.environ.update(dict.fromkeys(threads, "1"))
     try:

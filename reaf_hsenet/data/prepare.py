@@ -1,4 +1,5 @@
-"""A data set's CTs -> volumes/*.npy and a manifest, restartable: what is done is in progress.jsonl and on disk.
+"""A data set's CTs -> volumes/*.npy and a manifest, restartable: what is done is in progress.jsonl and on
+disk.
 
 Or only a manifest of the CTs as they are, which training reads and processes itself.
 """
@@ -67,8 +68,8 @@ def prepare(
 ) -> tuple[Manifest, list[tuple[str, str]]]:
     """Prepare what is missing below `out`, then write manifest.json and refused.csv.
 
-    Returns the manifest and the refused (file, reason) pairs. Only whole files ever appear under their names; after
-    an interrupt the same call continues.
+    Returns the manifest and the refused (file, reason) pairs. Only whole files ever appear under their names;
+    after an interrupt the same call continues.
     """
     out = Path(out)
     options = options.for_source(source)
@@ -76,7 +77,14 @@ def prepare(
     with folder_lock(out):
         remove_half_written(out)
         manifest = Manifest(
-            out, source.kind, options.recipe, options.dtype, text, list(source.label_names), {}, options.reading
+            out,
+            source.kind,
+            options.recipe,
+            options.dtype,
+            text,
+            list(source.label_names),
+            {},
+            options.reading,
         )
         journal = Journal(out / "progress.jsonl", options.to_json(), "volumes prepared")
 
@@ -118,7 +126,9 @@ def prepare(
 def list_as_is(
     source: Source, out: Path, options: Options, text: str = "findings"
 ) -> tuple[Manifest, list[tuple[str, str]]]:
-    """Write a manifest.json of the source files themselves, and refused.csv; returns both. No volume is opened."""
+    """Write a manifest.json of the source files themselves, and refused.csv; returns both. No volume is
+    opened.
+    """
     out = Path(out)
     with folder_lock(out):
         if (out / "progress.jsonl").exists():
@@ -143,11 +153,16 @@ def write_refused(folder: Path, refused: list[tuple[str, str]]) -> None:
 def read_refused(folder: Path) -> list[tuple[str, str]]:
     """The (file, reason) pairs of refused.csv, none where there is no such file."""
     path = folder / "refused.csv"
-    return [(row["file"], row["reason"]) for _, row in csv_rows(path, ("file", "reason"))] if path.is_file() else []
+    return (
+        [(row["file"], row["reason"]) for _, row in csv_rows(path, ("file", "reason"))]
+        if path.is_file()
+        else []
+    )
 
 
 def _keep_added(manifest: Manifest) -> None:
-    """What was added to the folder's manifest: questions where the data set itself has none, and slice features.
+    """What was added to the folder's manifest: questions where the data set itself has none, and slice
+    features.
 
     Features are kept of the volumes that are still made of the same source.
     """
@@ -184,24 +199,34 @@ class Journal:
             wanted = {k: v for k, v in self.head.items() if k not in self.ignored}
             if changed := [k for k in {**wanted, **known} if known.get(k) != wanted.get(k)]:
                 raise InputError(
-                    f"{self.path.parent}: holds {self.holds} with another {', '.join(changed)}; choose another --out"
+                    f"{self.path.parent}: holds {self.holds} with another {', '.join(changed)}; choose "
+                    f"another --out"
                 )
-        done = {record["id"]: record for record in records if isinstance(record.get("id"), str) and whole(record)}
+        done = {
+            record["id"]: record for record in records if isinstance(record.get("id"), str) and whole(record)
+        }
         with atomic_write(self.path) as file:
             for line in (self.head, *done.values()):
                 file.write(json.dumps(line) + "\n")
         return done
 
     def lines(self) -> list[dict]:
-        """Return the first line and the records, without those that are damaged. Raises InputError for a first line that is."""
+        """Return the first line and the records, without those that are damaged. Raises InputError for a
+        first line that is.
+        """
         if not self.path.exists():
             return []
         with named(self.path):
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         found = [_object(line) for line in lines]
         if found and found[0] is None:
-            raise InputError(f"{self.path}: its first line is damaged, which says how {self.holds} were made; choose another --out")
-        return [record for record in found if record is not None]  # the last line may be half, of a run that was killed
+            raise InputError(
+                f"{self.path}: its first line is damaged, which says how {self.holds} were made; choose "
+                f"another --out"
+            )
+        return [
+            record for record in found if record is not None
+        ]  # the last line may be half, of a run that was killed
 
     def add(self, record: dict) -> None:
         try:
@@ -252,7 +277,9 @@ def prepare_case(case: Case, out: Path, options: Options) -> tuple[Case, dict | 
 def entry_slices(
     entry: dict, reading: Reading, wanted: SlicesWanted
 ) -> tuple[dict, np.ndarray | None, str | None]:
-    """(entry, (32, size, size) uint8 pictures of its source file, None) or (entry, None, reason it was refused)."""
+    """(entry, (32, size, size) uint8 pictures of its source file, None) or (entry, None, reason it was
+    refused).
+    """
     path = Path(entry["source"]["file"])
     try:
         images, record = read_slice_images(path, wanted, reading, table_row(entry))
@@ -261,7 +288,9 @@ def entry_slices(
     except MemoryError:
         return entry, None, "needs more memory than there is; use fewer --workers"
     if other := differs(entry["source"], record):
-        reason = f"its {', '.join(other)} differs from the prepared volume's; run preprocess.py --dataset again"
+        reason = (
+            f"its {', '.join(other)} differs from the prepared volume's; run preprocess.py --dataset again"
+        )
         return entry, None, reason
     return entry, images, None
 
@@ -300,7 +329,9 @@ def _run(todo: list[Case], out: Path, options: Options, workers: int, keep: Call
 
 
 def _stamp(case: Case) -> str | None:
-    """What a prepared volume came from: another file, or another row of the table, asks for it to be prepared again."""
+    """What a prepared volume came from: another file, or another row of the table, asks for it to be
+    prepared again.
+    """
     try:
         stat = case.path.stat()
     except OSError:

@@ -1,9 +1,9 @@
 """CT in HU -> network input, both recipes, as pure functions of arrays (no files).
 
-The published pipelines resample the whole CT and keep a small part: HSENet's 32 x 256 x 256 output reads at most
-64 of some 400 resampled planes, REAF crops. Trilinear interpolation (align_corners False, no antialiasing) is one
-pair of neighbours and one weight per axis, so here the resampled grid is a function that is evaluated only at the
-planes, rows and columns which the result needs. The numbers are the published ones.
+The published pipelines resample the whole CT and keep a small part: HSENet's 32 x 256 x 256 output reads at
+most 64 of some 400 resampled planes, REAF crops. Trilinear interpolation (align_corners False, no
+antialiasing) is one pair of neighbours and one weight per axis, so here the resampled grid is a function that
+is evaluated only at the planes, rows and columns which the result needs. The numbers are the published ones.
 """
 
 import math
@@ -26,7 +26,8 @@ def linear_neighbours(source: int, target: int) -> tuple[np.ndarray, np.ndarray,
 def _lerp(array: np.ndarray, axis: int, low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
     shape = [1, 1, 1]
     shape[axis] = -1
-    # a + w (b - a) is exact where a equals b, so that air stays air. Sums are made in place: volumes are large.
+    # a + w (b - a) is exact where a equals b, so that air stays air. Sums are made in place: volumes are
+    # large.
     start = np.take(array, low, axis).astype(np.float32, copy=False)
     step = np.take(array, high, axis).astype(np.float32, copy=False)
     step -= start
@@ -47,8 +48,8 @@ def _pick(array: np.ndarray, indices: list[np.ndarray]) -> np.ndarray:
 class ResampledGrid:
     """The CT resampled to a spacing: (D, H, W) voxels, computed only where they are asked for.
 
-    voxels: (d, h, w) HU in the recipe's axes, clamped on the fly to `window` when it is given. The size of an axis is
-    int(n * spacing / target), as published.
+    voxels: (d, h, w) HU in the recipe's axes, clamped on the fly to `window` when it is given. The size of an
+    axis is int(n * spacing / target), as published.
     """
 
     def __init__(self, voxels: np.ndarray, spacing, target, window: tuple[float, float] | None):
@@ -96,8 +97,8 @@ class ResampledGrid:
     def range(self) -> tuple[float, float]:
         """Minimum and maximum of the resampled voxels.
 
-        Interpolation cannot leave the clamped source's range, so the search stops when both ends are reached, which
-        a CT does within a few planes: outside air, and bone.
+        Interpolation cannot leave the clamped source's range, so the search stops when both ends are reached,
+        which a CT does within a few planes: outside air, and bone.
         """
         bounds = float(self.voxels.min()), float(self.voxels.max())
         if self.window is not None:
@@ -112,7 +113,9 @@ class ResampledGrid:
         return low, high
 
     def foreground(self, level: float) -> list[tuple[int, int]]:
-        """(start, end) per axis of the box of voxels above `level`; each search ends at the first such plane."""
+        """(start, end) per axis of the box of voxels above `level`; each search ends at the first such
+        plane.
+        """
         box = []
         for axis, n in enumerate(self.shape):
             above = (i for i in range(n) if self.plane(axis, i).max() > level)
@@ -148,7 +151,9 @@ def preprocess(volume: Volume, recipe: Recipe) -> np.ndarray:
 
 
 def resampled_grid(volume: Volume, recipe: Recipe) -> ResampledGrid:
-    """The volume in the recipe's axis order and spacing; a recipe that clamps afterwards keeps the full HU range."""
+    """The volume in the recipe's axis order and spacing; a recipe that clamps afterwards keeps the full
+    HU range.
+    """
     order = ["LPS".index(letter) for letter in recipe.axes]
     voxels = volume.hu.transpose(order)
     spacing = [volume.spacing[i] for i in order]
@@ -156,8 +161,8 @@ def resampled_grid(volume: Volume, recipe: Recipe) -> ResampledGrid:
     extents = [n * s / t for n, s, t in zip(voxels.shape, spacing, target, strict=True)]
     if max(extents) > 2**14 or math.prod(extents) > 2**32:  # a human at 0.5 mm has a quarter of that
         raise InputError(
-            f"its {_x(voxels.shape)} voxels of {_x(spacing)} mm would be {_x(extents)} at the spacing of {_x(target)} mm; mend "
-            "the header's spacing, or choose a larger --spacing"
+            f"its {_x(voxels.shape)} voxels of {_x(spacing)} mm would be {_x(extents)} at the spacing of "
+            f"{_x(target)} mm; mend the header's spacing, or choose a larger --spacing"
         )
     return ResampledGrid(voxels, spacing, recipe.spacing, recipe.window if recipe.clamp == "before" else None)
 

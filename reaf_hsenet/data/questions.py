@@ -1,7 +1,8 @@
-"""What a language model is asked: prompts for a report, and a manifest's questions, listed, put into words, added.
+"""What a language model is asked: prompts for a report, and a manifest's questions, listed, put into words,
+added.
 
-An entry's `qa` is a list of {"kind": one of KINDS, "anatomy", "abnormality", "answer"}, with "size" and "question" where
-the table has them. Templates are data: prompts/report.json and prompts/questions.json.
+An entry's `qa` is a list of {"kind": one of KINDS, "anatomy", "abnormality", "answer"}, with "size" and
+"question" where the table has them. Templates are data: prompts/report.json and prompts/questions.json.
 """
 
 import ast
@@ -36,25 +37,38 @@ def templates(kind: str) -> tuple[str, ...]:
 
 
 def read_templates(path: Path, kind: str) -> tuple[str, ...]:
-    """Questions of a kind from a file of the user: JSON as prompts/questions.json is, or HSENet's prompt_templates.py.
+    """Questions of a kind from a file of the user: JSON as prompts/questions.json is, or HSENet's
+    prompt_templates.py.
 
-    Of a Python file nothing is run: the dictionary that has a list of texts under the kind is read as a literal. Raises
-    InputError, naming the file, for one that has no such list, and for a question without a slot.
+    Of a Python file nothing is run: the dictionary that has a list of texts under the kind is read as a
+    literal. Raises InputError, naming the file, for one that has no such list, and for a question without a
+    slot.
     """
     if path.suffix == ".py":
         try:
             statements = ast.parse(path.read_text(encoding="utf-8")).body
-            values = [_literal(s.value) for s in statements if isinstance(s, ast.Assign | ast.AnnAssign) and isinstance(s.value, ast.Dict)]
+            values = [
+                _literal(s.value)
+                for s in statements
+                if isinstance(s, ast.Assign | ast.AnnAssign) and isinstance(s.value, ast.Dict)
+            ]
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise InputError(f"--templates {path}: cannot be read ({error})") from error
     else:
         values = [read_json(path)]
-    found = next((v[kind] for v in values if isinstance(v, dict) and isinstance(v.get(kind), list) and v[kind]), None)
+    found = next(
+        (v[kind] for v in values if isinstance(v, dict) and isinstance(v.get(kind), list) and v[kind]), None
+    )
     if found is None:
-        raise InputError(f'--templates {path}: has no list of questions of this kind; expected {{"{kind}": ["Where is the {{abnormality}}?", ...]}}')
+        raise InputError(
+            f'--templates {path}: has no list of questions of this kind; expected {{"{kind}": ["Where is '
+            f'the {{abnormality}}?", ...]}}'
+        )
     for text in found:
         if not isinstance(text, str) or not any(slot in text for slot in SLOTS):
-            raise InputError(f"--templates {path}: {text!r:.80} is no question with {' or '.join(SLOTS)} in it")
+            raise InputError(
+                f"--templates {path}: {text!r:.80} is no question with {' or '.join(SLOTS)} in it"
+            )
     return tuple(found)
 
 
@@ -78,7 +92,9 @@ def report_prompt(rng: np.random.Generator) -> str:
     return _draw(report_prompts(), rng)
 
 
-def question_answer(row: dict, rng: np.random.Generator, own: tuple[str, ...] | None = None) -> tuple[str, str]:
+def question_answer(
+    row: dict, rng: np.random.Generator, own: tuple[str, ...] | None = None
+) -> tuple[str, str]:
     """The question of a qa row and its answer. The question is the row's, or else a template drawn uniformly.
 
     own: templates of the user, which take the place of both.
@@ -90,7 +106,9 @@ def question_answer(row: dict, rng: np.random.Generator, own: tuple[str, ...] | 
 def question_text(
     kind: str, abnormality: str, anatomy: str, rng: np.random.Generator, own: tuple[str, ...] | None = None
 ) -> str:
-    """A template of the kind, or one of `own`, filled. Of an anatomy such as "lung/right lung" the last part is named."""
+    """A template of the kind, or one of `own`, filled. Of an anatomy such as "lung/right lung" the last
+    part is named.
+    """
     anatomy = anatomy.split("/")[-1].strip()
     words = abnormality, SPOKEN.get(anatomy.lower(), anatomy)
     text = _draw(own or templates(kind), rng)
@@ -118,8 +136,9 @@ def questions(manifest: Manifest, split: str, kind: str) -> list[tuple[int, dict
     found = [(i, row) for i, row in rows if row["kind"] == kind]
     if not found:
         raise InputError(
-            f"{manifest.name}: its {split} split has no questions of kind {kind}; add those of {split}_vqa_{kind}.csv with "
-            f"preprocess.py --dataset radgenome --root TABLES --out {manifest.folder} (of phantoms, TABLES is their raw folder)"
+            f"{manifest.name}: its {split} split has no questions of kind {kind}; add those of "
+            f"{split}_vqa_{kind}.csv with preprocess.py --dataset radgenome --root TABLES --out "
+            f"{manifest.folder} (of phantoms, TABLES is their raw folder)"
         )
     return found
 
@@ -127,14 +146,19 @@ def questions(manifest: Manifest, split: str, kind: str) -> list[tuple[int, dict
 def add_questions(
     folder: Path, root: Path, kinds: tuple[str, ...] = KINDS, allow_refused: bool = False
 ) -> tuple[Manifest, list[tuple[str, str]]]:
-    """Give the volumes of a prepared folder the questions of RadGenome's tables at `root`, in place of any they had.
+    """Give the volumes of a prepared folder the questions of RadGenome's tables at `root`, in place of any
+    they had.
 
-    Returns the manifest, written anew, and the refused (table, reason) pairs, which refused.csv has too. Raises
-    InputError, and changes nothing, when there are any, unless they are allowed, and when no question is left.
+    Returns the manifest, written anew, and the refused (table, reason) pairs, which refused.csv has too.
+    Raises InputError, and changes nothing, when there are any, unless they are allowed, and when no question
+    is left.
     """
     folder, tables = Path(folder), find_tables(root)
     if not (folder / "manifest.json").is_file():
-        raise InputError(f"{folder / 'manifest.json'}: no such file; prepare CT-RATE's volumes first, with --dataset ct-rate")
+        raise InputError(
+            f"{folder / 'manifest.json'}: no such file; prepare CT-RATE's volumes first, with --dataset "
+            f"ct-rate"
+        )
     with folder_lock(folder):
         manifest = load_manifest(folder)
         refused = []
@@ -147,9 +171,15 @@ def add_questions(
                 if entry["id"] in found:
                     entry["qa"] = found[entry["id"]]
         if refused and not allow_refused:
-            raise refusal(refused, "prepare these volumes, correct the table, or leave its rows out with --allow-refused")
+            raise refusal(
+                refused,
+                "prepare these volumes, correct the table, or leave its rows out with --allow-refused",
+            )
         if not any("qa" in e for entries in manifest.splits.values() for e in entries):
-            raise InputError(f"{tables}: no row of its tables of {', '.join(kinds)} is of a volume of {folder}; expected some")
+            raise InputError(
+                f"{tables}: no row of its tables of {', '.join(kinds)} is of a volume of {folder}; "
+                f"expected some"
+            )
         lines = [(str(table), f"{REFUSED}{volume} {reason}") for table, volume, reason in refused]
         others = [line for line in read_refused(folder) if not line[1].startswith(REFUSED)]
         write_refused(folder, [*others, *lines])

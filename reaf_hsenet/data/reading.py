@@ -1,8 +1,8 @@
 """One source file -> the network input of a recipe: .nii and .nii.gz, and REAF's .pt and .pt.gz volumes.
 
-A .pt file holds one tensor (D, H, W), leading axes of 1 allowed: HU on REAF's published grid (3 x 1 x 1 mm, axes to
-superior, posterior, left), or the finished input. Which of the two is decided per volume. Nothing is unpickled but
-a tensor.
+A .pt file holds one tensor (D, H, W), leading axes of 1 allowed: HU on REAF's published grid (3 x 1 x 1 mm,
+axes to superior, posterior, left), or the finished input. Which of the two is decided per volume. Nothing is
+unpickled but a tensor.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,9 @@ class Reading:
             if value not in known:
                 raise InputError(f"{name} {value!r}: expected one of {', '.join(known)}")
         if self.assume_orientation is not None and not is_orientation(self.assume_orientation):
-            raise InputError(f"assume_orientation {self.assume_orientation!r}: expected axis codes such as LPS or RAS")
+            raise InputError(
+                f"assume_orientation {self.assume_orientation!r}: expected axis codes such as LPS or RAS"
+            )
 
 
 def ending(name: str) -> str | None:
@@ -77,7 +79,9 @@ class SlicesWanted:
 def read_input(
     path: Path, recipe: Recipe, reading: Reading = Reading(), table: TableRow = NO_TABLE
 ) -> tuple[np.ndarray, dict]:
-    """((1, D, H, W) float32 of recipe.size, record of what the file held). Raises InputError, naming the file."""
+    """((1, D, H, W) float32 of recipe.size, record of what the file held). Raises InputError, naming the
+    file.
+    """
     volume, _, record = read_source(path, recipe, None, reading, table)
     return volume, record
 
@@ -97,15 +101,17 @@ def read_source(
     reading: Reading = Reading(),
     table: TableRow = NO_TABLE,
 ) -> tuple[np.ndarray | None, np.ndarray | None, dict]:
-    """Return the network input of a recipe and the 2D slices, whichever are wanted, of one reading of a source file.
+    """Return the network input of a recipe and the 2D slices, whichever are wanted, of one reading of a
+    source file.
 
-    The input is (1, D, H, W) float32 of recipe.size, the slices (32, size, size) uint8; then a record of what the file
-    held. Raises InputError, naming the file.
+    The input is (1, D, H, W) float32 of recipe.size, the slices (32, size, size) uint8; then a record of what
+    the file held. Raises InputError, naming the file.
     """
     kind = ending(path.name)
     if slices is not None and kind not in (".nii", ".nii.gz"):
         raise InputError(
-            f"{path}: slices are taken from the CT itself, in HU at its own resolution; expected .nii or .nii.gz"
+            f"{path}: slices are taken from the CT itself, in HU at its own resolution; expected .nii or "
+            f".nii.gz"
         )
     if kind is None:
         raise InputError(f"{path}: expected a file that ends in .npy, {', '.join(ENDINGS)}")
@@ -157,7 +163,8 @@ def _input_range(recipe: Recipe) -> tuple[float, float]:
 
 
 def _finished(voxels: np.ndarray, recipe: Recipe) -> tuple[np.ndarray, dict] | None:
-    """The input and its record when the voxels are a finished one: the recipe's size, values within its range.
+    """The input and its record when the voxels are a finished one: the recipe's size, values within its
+    range.
 
     HU never pass: air is below the range. float16 rounds the range's ends by less than 2e-3.
     """

@@ -1,4 +1,6 @@
-"""Which rows of a split a rank reads, and in which order: a function of (seed, epoch), not of ranks or workers."""
+"""Which rows of a split a rank reads, and in which order: a function of (seed, epoch), not of ranks or
+workers.
+"""
 
 from collections.abc import Iterator
 
@@ -9,8 +11,8 @@ from torch.utils.data import Sampler
 class GlobalBatches(Sampler):
     """One epoch of batches of this rank, as lists of (epoch, row).
 
-    The rows are shuffled by (seed, epoch) and cut into global batches; rank r takes its r-th part of each, so that a
-    step's global batch is the same for any number of ranks. The incomplete last batch is left out.
+    The rows are shuffled by (seed, epoch) and cut into global batches; rank r takes its r-th part of each, so
+    that a step's global batch is the same for any number of ranks. The incomplete last batch is left out.
     """
 
     def __init__(self, rows: int, per_rank: int, rank: int, world: int, seed: int):

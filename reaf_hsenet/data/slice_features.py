@@ -1,4 +1,5 @@
-"""A prepared data set's slices -> slices/<id>.npy, float16 (S, C): HSENet's stage 2 encodes them once, with a frozen ViT.
+"""A prepared data set's slices -> slices/<id>.npy, float16 (S, C): HSENet's stage 2 encodes them once, with a
+frozen ViT.
 
 Restartable: what is done is in slices.jsonl and on disk. The manifest says which encoder made the features.
 """
@@ -52,7 +53,9 @@ def add_slice_features(
     """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
-        raise InputError(f"{folder / 'manifest.json'}: no such file; prepare volumes first, with preprocess.py --dataset")
+        raise InputError(
+            f"{folder / 'manifest.json'}: no such file; prepare volumes first, with preprocess.py --dataset"
+        )
     with folder_lock(folder):
         remove_half_written(folder)
         manifest = load_manifest(folder)
@@ -62,8 +65,8 @@ def add_slice_features(
         if other := different_slices(_held(manifest, entries), provenance):
             if not replace:
                 raise InputError(
-                    f"{folder}: holds slice features with another {other}; choose another --out, or replace them with "
-                    "--replace-slices"
+                    f"{folder}: holds slice features with another {other}; choose another --out, or replace "
+                    "them with --replace-slices"
                 )
             _remove(manifest, entries)
         if not _held(manifest, entries):
@@ -87,7 +90,9 @@ def add_slice_features(
             features = _encode(encoder, np.concatenate([images for _, images in waiting]), device, batch)
             for (entry, _), rows in zip(waiting, np.split(features, len(waiting)), strict=True):
                 if not np.isfinite(rows).all():
-                    raise InputError(f"{provenance['encoder']}: gives {entry['id']} NaN, or values beyond float16's")
+                    raise InputError(
+                        f"{provenance['encoder']}: gives {entry['id']} NaN, or values beyond float16's"
+                    )
                 with atomic_write(folder / slices_name(entry["id"]), "wb") as file:
                     np.save(file, rows)
                 done[entry["id"]] = {"id": entry["id"], "origin": origins[entry["id"]]}
@@ -122,7 +127,9 @@ def slices_name(volume_id: str) -> str:
 
 
 def _held(manifest: Manifest, entries: list[dict]) -> dict:
-    """The provenance of the features that a folder has, whether listed or half made; empty where it has none."""
+    """The provenance of the features that a folder has, whether listed or half made; empty where it has
+    none.
+    """
     journal = manifest.folder / "slices.jsonl"
     if manifest.slices is not None:
         return manifest.slices
@@ -132,7 +139,9 @@ def _held(manifest: Manifest, entries: list[dict]) -> dict:
 
 
 def _remove(manifest: Manifest, entries: list[dict]) -> None:
-    """Features leave the manifest first, so that an interrupt does not leave two encoders' listed as one's."""
+    """Features leave the manifest first, so that an interrupt does not leave two encoders' listed as
+    one's.
+    """
     manifest.slices = None
     for entry in entries:
         entry.pop("slices", None)
@@ -160,14 +169,18 @@ def _origin(entry: dict) -> dict:
 
 
 def slices_wanted(provenance: dict, size: int) -> SlicesWanted:
-    """Return how the slices of features of this provenance were taken; size: the side of the encoder's pictures."""
+    """Return how the slices of features of this provenance were taken; size: the side of the encoder's
+    pictures.
+    """
     return SlicesWanted(SLICE_RECIPES[provenance["recipe"]], size, provenance["jpeg"])
 
 
 def _pictures(
     todo: list[dict], manifest: Manifest, size: int, workers: int
 ) -> Iterator[tuple[dict, np.ndarray | None, str | None]]:
-    """entry_slices of each entry, in order, made in `workers` processes that are at most two volumes each ahead."""
+    """entry_slices of each entry, in order, made in `workers` processes that are at most two volumes each
+    ahead.
+    """
     take = partial(entry_slices, reading=manifest.reading, wanted=slices_wanted(manifest.slices, size))
     if workers == 1 or len(todo) < 2:
         yield from map(take, todo)
@@ -188,5 +201,7 @@ def _encode(encoder: SliceEncoder, images: np.ndarray, device, batch: int) -> np
     try:
         parts = [encoder(normalise(part.to(device))) for part in torch.from_numpy(images).split(batch)]
     except torch.cuda.OutOfMemoryError as error:
-        raise InputError(f"--slice-batch {batch}: does not fit the GPU's memory; choose a smaller one") from error
+        raise InputError(
+            f"--slice-batch {batch}: does not fit the GPU's memory; choose a smaller one"
+        ) from error
     return torch.cat(parts).half().cpu().numpy()

@@ -1,8 +1,10 @@
-"""CT in HU -> the axial slices that a 2D encoder sees: HSENet's stage 2, as pure functions of arrays (no files).
+"""CT in HU -> the axial slices that a 2D encoder sees: HSENet's stage 2, as pure functions of arrays (no
+files).
 
-Published: resample, take 32 evenly spaced slices, stretch each to 0..255, write a JPEG, read it, BiomedCLIP's image
-preprocessing. Here only the planes that are taken are resampled, and nothing goes through JPEG unless it is asked for.
-The slice axis is always the one to superior; the published script takes another for volumes with more slices than rows.
+Published: resample, take 32 evenly spaced slices, stretch each to 0..255, write a JPEG, read it, BiomedCLIP's
+image preprocessing. Here only the planes that are taken are resampled, and nothing goes through JPEG unless
+it is asked for. The slice axis is always the one to superior; the published script takes another for volumes
+with more slices than rows.
 """
 
 import io
@@ -87,7 +89,9 @@ def require_pillow():
 
 
 def bicubic_weights(source: int, target: int) -> np.ndarray:
-    """(target, source) float64 whole numbers, in units of 2**-22: Pillow's antialiased bicubic in fixed point."""
+    """(target, source) float64 whole numbers, in units of 2**-22: Pillow's antialiased bicubic in fixed
+    point.
+    """
     scale = source / target
     wide = max(scale, 1.0)  # the kernel widens when an axis shrinks
     centre = (np.arange(target)[:, None] + 0.5) * scale
@@ -106,7 +110,9 @@ def _weighted(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def fit(slices: np.ndarray, size: int) -> np.ndarray:
-    """(S, H, W) -> (S, size, size) uint8: shortest side to `size`, centre crop; Pillow's result to the last digit."""
+    """(S, H, W) -> (S, size, size) uint8: shortest side to `size`, centre crop; Pillow's result to the
+    last digit.
+    """
     height, width = slices.shape[1:]
     short = min(height, width)
     tall, broad = (size if n == short else int(size * n / short) for n in (height, width))

@@ -1,4 +1,6 @@
-"""Report text as the published pipelines prepare it: cleaning, and HSENet's shortening of what is too long."""
+"""Report text as the published pipelines prepare it: cleaning, and HSENet's shortening of what is too
+long.
+"""
 
 import html
 from collections.abc import Callable
@@ -14,17 +16,20 @@ def clean_report(text: str) -> str:
 
 
 def plain_report(text: str) -> str:
-    """REAF's (open_clip's) cleaning: HTML entities resolved, twice, and runs of white space made one space."""
+    """REAF's (open_clip's) cleaning: HTML entities resolved, twice, and runs of white space made one
+    space.
+    """
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def shorten_report(
     text: str, limit: int, count_tokens: Callable[[str], int], rng: np.random.Generator
 ) -> str:
-    """A report of more than `limit` tokens keeps its first sentence and randomly drawn others, joined by full stops.
+    """A report of more than `limit` tokens keeps its first sentence and randomly drawn others, joined by full
+    stops.
 
-    count_tokens counts with special tokens. As published the first sentence is not counted, so that the tokenizer
-    may still have to truncate; a repeated sentence is taken once.
+    count_tokens counts with special tokens. As published the first sentence is not counted, so that the
+    tokenizer may still have to truncate; a repeated sentence is taken once.
     """
     if count_tokens(text) <= limit:
         return text

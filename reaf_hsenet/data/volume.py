@@ -1,8 +1,9 @@
 """One CT file -> Hounsfield units on a known grid: header checks, orientation, and the rescale policy.
 
-The result is an array whose axes run to the patient's Left, Posterior and Superior, its spacing in mm, and a record
-of what was decided. Facts about CT-RATE's files (v1: raw values under a blank header; v2: HU under a full header with
-a table that still lists an intercept) are CT-RATE's own, from its discussions 58 and 59 and CT-CLIP's issue 50.
+The result is an array whose axes run to the patient's Left, Posterior and Superior, its spacing in mm, and a
+record of what was decided. Facts about CT-RATE's files (v1: raw values under a blank header; v2: HU under a
+full header with a table that still lists an intercept) are CT-RATE's own, from its discussions 58 and 59 and
+CT-CLIP's issue 50.
 """
 
 import argparse
@@ -24,7 +25,10 @@ from reaf_hsenet.files import named
 RESCALES = ("auto", "header", "metadata", "none")
 ORIENTATIONS = ("header", "stored")
 HEADER_BYTES = 2**20  # a header and its extensions
-BODY, LEAST_BODY = (-200.0, 250.0), 0.04  # HU of a body's middle value; its share of the voxels, in a small child's scan
+BODY, LEAST_BODY = (
+    (-200.0, 250.0),
+    0.04,
+)  # HU of a body's middle value; its share of the voxels, in a small child's scan
 MOST_UNPACKED = 100  # bytes of voxels from a byte of gzip: a CT has 2 to 10, one value repeated 1,000
 
 
@@ -39,7 +43,9 @@ class Volume:
 
 @dataclass(frozen=True)
 class TableRow:
-    """What a metadata table says of a volume: (x, y, z) spacing in mm, and the rescale slope and intercept."""
+    """What a metadata table says of a volume: (x, y, z) spacing in mm, and the rescale slope and
+    intercept.
+    """
 
     spacing: tuple[float, float, float] | None = None
     slope: float | None = None
@@ -57,8 +63,8 @@ def read_volume(
     """Read a NIfTI file as HU, axes to Left, Posterior, Superior.
 
     table: the row of a metadata table, if there is one.
-    rescale: `auto` applies the table's slope and intercept to values that are not HU already, `metadata` always,
-        `header` never; `none` and `metadata` skip the check that the values can be HU.
+    rescale: `auto` applies the table's slope and intercept to values that are not HU already, `metadata`
+        always, `header` never; `none` and `metadata` skip the check that the values can be HU.
     orientation: `stored` keeps the file's axis order, as the published pipelines do.
     assume_orientation: axis codes such as LPS of a file whose header has none.
     header: one of header.HEADERS: what of a header that contradicts itself is believed.
@@ -104,14 +110,21 @@ def _open(path: Path) -> tuple[nib.Nifti1Header, bytes]:
     needed = header.get_data_offset() + math.prod(shape) * kind.itemsize
     held = len(data) if path.suffix == ".gz" else path.stat().st_size
     if needed > held:  # before memory is taken for what is not there
-        raise InputError(f"{path}: is truncated or damaged (its header tells of {needed} bytes, there are {held})")
+        raise InputError(
+            f"{path}: is truncated or damaged (its header tells of {needed} bytes, there are {held})"
+        )
     if math.prod(shape) > MOST_VOXELS:
-        raise InputError(f"{path}: has {math.prod(shape)} voxels; expected at most {MOST_VOXELS}, as many as 1024 x 1024 x 1024")
+        raise InputError(
+            f"{path}: has {math.prod(shape)} voxels; expected at most {MOST_VOXELS}, as many as 1024 x "
+            f"1024 x 1024"
+        )
     return header, data if path.suffix == ".gz" else _first_bytes(path, needed)
 
 
 def unpacked(path: Path) -> bytes:
-    """A .gz file's content. Raises EOFError or OSError for a damaged one, and for one that holds far more than it is."""
+    """A .gz file's content. Raises EOFError or OSError for a damaged one, and for one that holds far more
+    than it is.
+    """
     size = path.stat().st_size
     most = 1000 * 2**20 + MOST_UNPACKED * size
     with gzip.open(path) as file:
@@ -142,18 +155,23 @@ def _voxels(header: nib.Nifti1Header, data: bytes, path: Path) -> np.ndarray:
 
 
 def finite(voxels: np.ndarray, path: Path) -> np.ndarray:
-    """Return the voxels as float32. Raises InputError for NaN, infinity, and numbers beyond float32, which become infinity."""
+    """Return the voxels as float32. Raises InputError for NaN, infinity, and numbers beyond float32,
+    which become infinity.
+    """
     with np.errstate(over="ignore"):
         voxels = voxels.astype(np.float32, copy=False)
     if bad := voxels.size - int(np.count_nonzero(np.isfinite(voxels))):
-        raise InputError(f"{path}: {bad} voxels are NaN or infinite, or beyond float32; expected finite values")
+        raise InputError(
+            f"{path}: {bad} voxels are NaN or infinite, or beyond float32; expected finite values"
+        )
     return voxels
 
 
 def choose_rescale(voxels: np.ndarray, path: Path, table: TableRow, rescale: str) -> tuple[float, float, str]:
     """(slope, intercept, decision) to apply to `voxels`, which already carry the header's scaling.
 
-    Raises InputError for a constant volume, a mask, only air, and values that are HU neither as they are nor rescaled.
+    Raises InputError for a constant volume, a mask, only air, and values that are HU neither as they are nor
+    rescaled.
     """
     # Every n-th voxel is enough for percentiles, and keeps a 512x512x600 volume fast.
     sample = voxels.reshape(-1, order="A")[:: max(1, voxels.size // 1_000_000)].astype(np.float64)
@@ -172,19 +190,23 @@ def choose_rescale(voxels: np.ndarray, path: Path, table: TableRow, rescale: str
     if rescale == "metadata":
         if table.intercept is None and table.slope is None:
             raise InputError(f"{path}: --rescale metadata, but no table gives its slope and intercept")
-        # As asked, whatever comes of it: the published code applies CT-RATE's offset to values that have it already.
+        # As asked, whatever comes of it: the published code applies CT-RATE's offset to values that have it
+        # already.
         decision, fault = "metadata: slope and intercept of the table applied", None
     elif rescale == "header" or not_hu(sample) is None:
         slope, intercept = 1.0, 0.0
         decision, fault = f"{rescale}: HU already ({facts})", not_hu(sample)
     else:
-        decision, fault = f"auto: raw values ({facts}); table's {slope:g} * v {intercept:+g} applied", not_hu(sample)
+        decision, fault = (
+            f"auto: raw values ({facts}); table's {slope:g} * v {intercept:+g} applied",
+            not_hu(sample),
+        )
         if not_hu(sample * slope + intercept) is None:
             fault = None
         elif (slope, intercept) != (1, 0):
             raise InputError(
-                f"{path}: the values fit neither HU nor the table's slope {slope:g} and intercept {intercept:g} ({facts}): "
-                f"{fault}; say what they are with --rescale"
+                f"{path}: the values fit neither HU nor the table's slope {slope:g} and intercept "
+                f"{intercept:g} ({facts}): {fault}; say what they are with --rescale"
             )
     if fault:
         raise InputError(f"{path}: the values are not HU: {fault}; say what they are with --rescale")
@@ -194,19 +216,25 @@ def choose_rescale(voxels: np.ndarray, path: Path, table: TableRow, rescale: str
 def not_hu(sample: np.ndarray) -> str | None:
     """Say why values cannot be those of a chest in HU; None when they can.
 
-    Air or lung lies below -200. The middle of all that is denser than lung, above -500, is fat and muscle: -25 to 77 in four
-    real CTs. It moves with any offset that was applied twice or not at all; a minimum would be no test, since padding
-    varies, and neither is a maximum, since metal and bone pass it.
+    Air or lung lies below -200. The middle of all that is denser than lung, above -500, is fat and muscle:
+    -25 to 77 in four real CTs. It moves with any offset that was applied twice or not at all; a minimum would
+    be no test, since padding varies, and neither is a maximum, since metal and bone pass it.
     """
     inside = sample[sample > sample.min()]  # the smallest value may be padding, which says nothing of air
     if (air := float(np.percentile(inside, 1))) >= -200:
         return f"there is no air or lung below -200 (1st percentile {air:.0f})"
     body = sample[sample > -500]
     if len(body) < LEAST_BODY * len(sample):
-        return f"only {len(body) / len(sample):.1%} of the voxels are denser than lung, above -500: only air, or an offset applied twice?"
+        return (
+            f"only {len(body) / len(sample):.1%} of the voxels are denser than lung, above -500: only "
+            f"air, or an offset applied twice?"
+        )
     middle = float(np.median(body))
     if not BODY[0] < middle < BODY[1]:
-        return f"the body's middle value is {middle:.0f}, fat and muscle have {BODY[0]:.0f} to {BODY[1]:.0f}: was an offset applied twice?"
+        return (
+            f"the body's middle value is {middle:.0f}, fat and muscle have {BODY[0]:.0f} to "
+            f"{BODY[1]:.0f}: was an offset applied twice?"
+        )
     return None
 
 
@@ -220,4 +248,3 @@ def axis_codes(text: str) -> str:
     if not is_orientation(text.upper()):
         raise argparse.ArgumentTypeError(f"{text!r} is not an orientation such as LPS or RAS")
     return text.upper()
-

@@ -13,7 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from reaf_hsenet.errors import InputError
 
-ADVICE = "start with fewer --workers, or give this machine or container more memory and /dev/shm (docker run --shm-size)"
+ADVICE = (
+    "start with fewer --workers, or give this machine or container more memory and /dev/shm (docker "
+    "run --shm-size)"
+)
 
 
 def make_loader(dataset: Dataset, sampler: Sampler, workers: int, pin: bool = False) -> DataLoader:
@@ -30,8 +33,10 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int, pin: bool = Fa
 
 
 class Collate:
-    """A data set's collate. In a loader process the batch is moved to shared memory here, where that can still fail with
-    a message: later, in the thread that sends it, a full /dev/shm would lose the batch and the run would wait forever."""
+    """A data set's collate. In a loader process the batch is moved to shared memory here, where that can
+    still fail with a message: later, in the thread that sends it, a full /dev/shm would lose the batch and
+    the run would wait forever.
+    """
 
     def __init__(self, dataset: Dataset):
         self.collate = dataset.collate
@@ -49,8 +54,9 @@ class Collate:
 
 
 def batches(loader: DataLoader, device: torch.device, tolerant: bool = False) -> Iterator:
-    """The loader's batches on `device`. Raises the InputError of a sample, and, unless `tolerant`, the reason why one could
-    not be read."""
+    """The loader's batches on `device`. Raises the InputError of a sample, and, unless `tolerant`, the
+    reason why one could not be read.
+    """
     # What a loader process had sent and no longer holds open, when it dies before torch has noticed.
     cut_off = (EOFError, ConnectionError, FileNotFoundError) if loader.num_workers else ()
     source = iter(loader)
@@ -70,8 +76,9 @@ def batches(loader: DataLoader, device: torch.device, tolerant: bool = False) ->
 
 @atexit.register
 def _end_workers() -> None:
-    """End what an exception has left running. They swallow the one SIGTERM that Python would send them, and it would then
-    wait for them forever."""
+    """End what an exception has left running. They swallow the one SIGTERM that Python would send them,
+    and it would then wait for them forever.
+    """
     _quiet_deaths()
     for process in multiprocessing.active_children():
         process.kill()
@@ -84,8 +91,9 @@ def _quiet_deaths():
 
 @contextmanager
 def worker_deaths_later():
-    """Let a block that must not be interrupted end, whatever becomes of the loader processes: the next batch that is asked
-    for raises what would have been raised here."""
+    """Let a block that must not be interrupted end, whatever becomes of the loader processes: the next
+    batch that is asked for raises what would have been raised here.
+    """
     handler = _quiet_deaths()
     try:
         yield
@@ -102,7 +110,9 @@ def worker_deaths_named():
         reason = str(error).splitlines()[0].strip() if str(error) else ""
         if not reason.startswith("DataLoader worker (pid"):
             raise
-        raise InputError(f"loader{reason.removeprefix('DataLoader').split('. ')[0].rstrip('.')}; {ADVICE}") from error
+        raise InputError(
+            f"loader{reason.removeprefix('DataLoader').split('. ')[0].rstrip('.')}; {ADVICE}"
+        ) from error
 
 
 def _tensors(value) -> Iterator[Tensor]:
@@ -116,8 +126,10 @@ def _tensors(value) -> Iterator[Tensor]:
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C, and what a scheduler sends to all processes, are the main process's business, which needs batches until it
-    has written its checkpoint. A second SIGTERM is torch's, that ends a process which does not end by itself."""
+    """Ctrl-C, and what a scheduler sends to all processes, are the main process's business, which needs
+    batches until it has written its checkpoint. A second SIGTERM is torch's, that ends a process which does
+    not end by itself.
+    """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

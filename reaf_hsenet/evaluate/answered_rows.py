@@ -62,15 +62,22 @@ class AnsweredRows:
                 file.writelines(map(_line, _records(rows)))
         except OSError as error:
             raise OutputError(
-                f"{self.path}: cannot be written ({error.strerror}): free space; the answers before it are kept, start again"
+                f"{self.path}: cannot be written ({error.strerror}): free space; the answers before it are "
+                f"kept, start again"
             ) from error
 
     def gather(self) -> dict[int, str]:
         """Every row's answer, of all ranks and of before, on every rank."""
-        return {row: text for part in (self.kept, *distributed.gather_objects(self.own)) for row, text in part.items()}
+        return {
+            row: text
+            for part in (self.kept, *distributed.gather_objects(self.own))
+            for row, text in part.items()
+        }
 
     def finish(self, rows: int) -> None:
-        """The results of the first `rows` are written: the files are removed, unless they have answers to more."""
+        """The results of the first `rows` are written: the files are removed, unless they have answers to
+        more.
+        """
         if all(row < rows for row in self.kept):
             for path in self._files():
                 path.unlink()

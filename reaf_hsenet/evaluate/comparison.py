@@ -1,7 +1,8 @@
 """Several evaluated runs side by side, with paired bootstrap intervals of their differences from the first.
 
-Volumes are drawn with replacement, the same for every run, so that what is hard for all runs cancels out. Reads what
-evaluate.py wrote: eval/retrieval_queries.csv and eval/zeroshot_scores.csv, and beside them what was evaluated.
+Volumes are drawn with replacement, the same for every run, so that what is hard for all runs cancels out.
+Reads what evaluate.py wrote: eval/retrieval_queries.csv and eval/zeroshot_scores.csv, and beside them what
+was evaluated.
 """
 
 import hashlib
@@ -45,14 +46,16 @@ def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[s
             other = other or ["classes or labels"]
         if other:
             raise InputError(
-                f"{folder}: was evaluated on other {' and '.join(other)} than {folders[0]}; evaluate both on the same "
-                "split of the same data, with the same prompts and labels"
+                f"{folder}: was evaluated on other {' and '.join(other)} than {folders[0]}; evaluate both on "
+                "the same split of the same data, with the same prompts and labels"
             )
     measure = {"retrieval": _recalls, "zeroshot": _class_scores}[task]
     found = [measure([table[i] for i in ids], resamples, seed) for table in tables]
     shared = [name for name in found[0] if all(name in run and math.isfinite(run[name][0]) for run in found)]
     if not shared:
-        raise InputError(f"{folders[0]}: its {len(ids)} volumes are too few to compare, or of one label; evaluate more")
+        raise InputError(
+            f"{folders[0]}: its {len(ids)} volumes are too few to compare, or of one label; evaluate more"
+        )
     results: dict[str, list[dict]] = {}
     for name in shared:
         first, rows = found[0][name], []
@@ -63,14 +66,18 @@ def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[s
                 differences = draws - first[1]
                 differences = differences[np.isfinite(differences)]  # a resample may lack a label
                 some = resamples and len(differences)
-                row["interval_95"] = np.percentile(differences, (2.5, 97.5)).tolist() if some else [None, None]
+                row["interval_95"] = (
+                    np.percentile(differences, (2.5, 97.5)).tolist() if some else [None, None]
+                )
             rows.append(row)
         results[name] = rows
     return results
 
 
 def fingerprint(entries: list[dict]) -> str:
-    """Of the ids and reports of a manifest's entries: the same however, and wherever, their volumes were prepared."""
+    """Of the ids and reports of a manifest's entries: the same however, and wherever, their volumes were
+    prepared.
+    """
     reports = json.dumps(sorted((entry["id"], entry["text"]) for entry in entries))
     return hashlib.sha256(reports.encode()).hexdigest()
 
@@ -95,7 +102,9 @@ def evaluated_run(folder: Path, task: str) -> str:
 
 
 def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float]]:
-    """The rows of a results csv by id: the ranks of both directions, or the scores and labels of all classes."""
+    """The rows of a results csv by id: the ranks of both directions, or the scores and labels of all
+    classes.
+    """
     again = f"run evaluate.py --task {task} --run {folder} again"
     if not path.is_file():
         raise InputError(f"{path}: no such file; run evaluate.py --task {task} --run {folder} first")
@@ -121,7 +130,9 @@ def _labels(row: dict[str, float]) -> dict[str, float | None]:
 def _draws(n: int, resamples: int, seed: int) -> np.ndarray:
     """(R, N): how often each volume is in a resample."""
     rng = np.random.default_rng(seed)
-    return np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)] or [np.ones(n)])
+    return np.stack(
+        [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)] or [np.ones(n)]
+    )
 
 
 def _recalls(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
@@ -146,14 +157,19 @@ def _class_scores(rows: list[dict], resamples: int, seed: int) -> dict[str, tupl
     mean, mean_draws = mean_over_classes(values, kept), mean_over_classes(draws, kept)
     found = {f"mean {m}": (mean[METRICS.index(m)], mean_draws[:, METRICS.index(m)]) for m in SHOWN}
     auroc = METRICS.index("auroc")
-    return found | {f"AUROC, {n}": (values[auroc, j], draws[:, auroc, j]) for j, n in enumerate(names) if kept[j]}
+    return found | {
+        f"AUROC, {n}": (values[auroc, j], draws[:, auroc, j]) for j, n in enumerate(names) if kept[j]
+    }
 
 
 def print_comparison(results: dict[str, list[dict]], folders: list[Path] | list[str]) -> None:
     for k, folder in enumerate(folders):
         print(f"[{k + 1}] {folder}")
     width = max(map(len, results)) + 1
-    print(f"{'':<{width}}{'[1]':>7}" + "".join(f"{f'[{k + 1}]':>7}{'difference, 95%':>26}" for k in range(1, len(folders))))
+    print(
+        f"{'':<{width}}{'[1]':>7}"
+        + "".join(f"{f'[{k + 1}]':>7}{'difference, 95%':>26}" for k in range(1, len(folders)))
+    )
     for name, runs in results.items():
         cells = f"{runs[0]['value']:>7.3f}"
         for run in runs[1:]:

@@ -1,4 +1,6 @@
-"""Pictures of an evaluation or of one scan, written as PNG files. They need matplotlib, which nothing else does."""
+"""Pictures of an evaluation or of one scan, written as PNG files. They need matplotlib, which nothing
+else does.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +25,9 @@ def new_figure(width: float, height: float, wanted_by: str = "--figures"):
 
 
 def roc_figure(path: Path, labels: np.ndarray, scores: np.ndarray, names: list[str]) -> None:
-    """A ROC curve a class with its AUROC. labels: (N, C) bool, scores: (N, C). One label value: no curve, AUROC -."""
+    """A ROC curve a class with its AUROC. labels: (N, C) bool, scores: (N, C). One label value: no curve,
+    AUROC -.
+    """
     figure = new_figure(9, 6)
     from matplotlib import colormaps
 
@@ -46,7 +50,9 @@ def recall_figure(path: Path, ranks: dict[str, Tensor]) -> None:
     axes = figure.subplots()
     for direction, found in ranks.items():
         hits = torch.bincount(found.cpu(), minlength=2)[1:].cumsum(0) / len(found)
-        axes.plot(range(1, len(hits) + 1), hits.numpy(), drawstyle="steps-post", label=direction.replace("_", " "))
+        axes.plot(
+            range(1, len(hits) + 1), hits.numpy(), drawstyle="steps-post", label=direction.replace("_", " ")
+        )
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="k", ylabel="recall at k")
     largest = max(int(found.max()) for found in ranks.values())
     ticks = [k for e in range(len(str(largest))) for k in (10**e, 2 * 10**e, 5 * 10**e) if k <= largest]
@@ -65,11 +71,12 @@ def saliency_figure(
     axes: str = "SPL",
     spacing: tuple[float, float, float] | None = None,
 ) -> None:
-    """Axial, coronal and sagittal planes through the strongest region, with all chosen regions drawn over them.
+    """Axial, coronal and sagittal planes through the strongest region, with all chosen regions drawn over
+    them.
 
-    volume: (D, H, W). regions: {branch: (d, h, w)}, the saliency inside the chosen regions and 0 elsewhere; one row
-    of pictures a branch. axes: what D, H, W run to (S superior, P posterior, L left). spacing: mm in D, H, W; None
-    when the grid does not keep proportions.
+    volume: (D, H, W). regions: {branch: (d, h, w)}, the saliency inside the chosen regions and 0 elsewhere;
+    one row of pictures a branch. axes: what D, H, W run to (S superior, P posterior, L left). spacing: mm in
+    D, H, W; None when the grid does not keep proportions.
     """
     figure = new_figure(12, 4.3 * len(regions))
     for place, values, ratio in _planes(figure, volume, regions, strongest, axes, spacing):
@@ -105,7 +112,12 @@ def score_figure(
 
 
 def _planes(
-    figure, volume: Tensor, maps: dict[str, Tensor], centre_of: Callable[[Tensor], list[int]], axes: str, spacing
+    figure,
+    volume: Tensor,
+    maps: dict[str, Tensor],
+    centre_of: Callable[[Tensor], list[int]],
+    axes: str,
+    spacing,
 ) -> Iterator[tuple]:
     """Draw the CT in three planes through the patch centre_of(map), superior up, a row a map.
 
@@ -118,7 +130,8 @@ def _planes(
     for row, (name, values) in enumerate(maps.items()):
         values = values.permute(order).float().cpu()
         centre = [
-            int((p + 0.5) * n / g) for p, n, g in zip(centre_of(values), volume.shape, values.shape, strict=True)
+            int((p + 0.5) * n / g)
+            for p, n, g in zip(centre_of(values), volume.shape, values.shape, strict=True)
         ]
         drawn = F.interpolate(values[None, None], volume.shape, mode="nearest")[0, 0]
         for column, plane in enumerate(("axial", "coronal", "sagittal")):

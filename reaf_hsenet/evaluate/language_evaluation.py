@@ -1,4 +1,6 @@
-"""Generation over a split, of reports or of answers: batched, split over ranks, resumed where it was interrupted."""
+"""Generation over a split, of reports or of answers: batched, split over ranks, resumed where it was
+interrupted.
+"""
 
 import hashlib
 import json
@@ -34,7 +36,9 @@ class Asked:
 
 
 def asked_rows(dataset: LanguageDataset) -> list[Asked]:
-    """The rows of a split. A question without its own words is drawn from the templates, always the same one."""
+    """The rows of a split. A question without its own words is drawn from the templates, always the same
+    one.
+    """
     rows = []
     for row, (entry, _) in enumerate(dataset.rows):
         question, truth = dataset.text(row, np.random.default_rng((dataset.seed, 0, row)))
@@ -43,25 +47,34 @@ def asked_rows(dataset: LanguageDataset) -> list[Asked]:
 
 
 def fingerprint(rows: list[Asked], entries: list[dict]) -> str:
-    """Of the volumes' ids and what they were made of, of questions and true answers. entries: of the split."""
+    """Of the volumes' ids and what they were made of, of questions and true answers. entries: of the
+    split.
+    """
     asked = [(r.id, r.question, r.truth) for r in rows]
     return hashlib.sha256(json.dumps([asked, list(map(origin, entries))]).encode()).hexdigest()
 
 
 class AskedVolumes(Dataset):
-    """Batches of rows: (their numbers, volume (U, 1, D, H, W) of the U volumes they are of, slices (U, S, C) or None,
-    place (B,) of each row's volume among them)."""
+    """Batches of rows: (their numbers, volume (U, 1, D, H, W) of the U volumes they are of, slices (U, S,
+    C) or None, place (B,) of each row's volume among them).
+    """
 
     def __init__(self, data: LanguageDataset, rows: list[Asked]):
         self.data, self.rows = data, rows
 
-    def __getitems__(self, numbers: list[int]) -> tuple[list[int], Tensor, Tensor | None, Tensor] | InputError:
+    def __getitems__(
+        self, numbers: list[int]
+    ) -> tuple[list[int], Tensor, Tensor | None, Tensor] | InputError:
         entries = [self.rows[number].entry for number in numbers]
         unique = list(dict.fromkeys(entries))
         read = [self.data.entries[entry] for entry in unique]
         try:
             volume = torch.stack([read_prepared(self.data.manifest, entry) for entry in read])
-            slices = torch.stack([read_slices(self.data.manifest, entry) for entry in read]) if self.data.slices else None
+            slices = (
+                torch.stack([read_slices(self.data.manifest, entry) for entry in read])
+                if self.data.slices
+                else None
+            )
         except InputError as error:
             return error  # raised by the main process: a worker's exception would carry its traceback
         return numbers, volume, slices, torch.tensor([unique.index(entry) for entry in entries])
@@ -84,10 +97,12 @@ def generate_answers(
     anew: bool = False,
     workers: int = 0,
 ) -> tuple[list[str], AnsweredRows]:
-    """(the rows' answers on every rank, the files that keep them, to be removed when the results are written).
+    """(the rows' answers on every rank, the files that keep them, to be removed when the results are
+    written).
 
-    head: says what is generated; answers that `folder` has to the same head are kept, whatever `rows` were asked for
-    then. Every rank takes one stretch of what is missing, so that the questions of a volume are next to each other.
+    head: says what is generated; answers that `folder` has to the same head are kept, whatever `rows` were
+    asked for then. Every rank takes one stretch of what is missing, so that the questions of a volume are
+    next to each other.
     """
     kept = AnsweredRows(folder, task, head, ranks, anew)
     missing = [number for number in range(len(rows)) if number not in kept.kept]
@@ -118,7 +133,9 @@ def generate_answers(
 
 
 @torch.inference_mode()
-def _answer_batch(run: MllmRun, rows: list[Asked], part: tuple, new_tokens: int, device: torch.device) -> list[str]:
+def _answer_batch(
+    run: MllmRun, rows: list[Asked], part: tuple, new_tokens: int, device: torch.device
+) -> list[str]:
     numbers, volume, slices, place = part
     slices, place = None if slices is None else slices.to(device), place.to(device)
     features = image_features(run.model, volume.to(device), slices)  # of each volume once

@@ -1,7 +1,7 @@
 """Scores of generated reports and answers: what evaluate.py writes as json and csv, and prints.
 
-The csv's columns have the published names (HSENet, commit c7198f3): bleu1 to bleu4 are n-gram precisions. Its meteor
-needs nltk; without that there is meteor_without_synonyms alone.
+The csv's columns have the published names (HSENet, commit c7198f3): bleu1 to bleu4 are n-gram precisions. Its
+meteor needs nltk; without that there is meteor_without_synonyms alone.
 """
 
 import csv
@@ -39,7 +39,8 @@ def are_phantoms(manifest: Manifest) -> bool:
     entries = [entry for split in manifest.splits.values() for entry in split]
     labels = true_labels(manifest, entries)
     return labels is not None and all(
-        (phantom_labels([clean_report(entry["text"])])[0] == row).all() for entry, row in zip(entries, labels, strict=True)
+        (phantom_labels([clean_report(entry["text"])])[0] == row).all()
+        for entry, row in zip(entries, labels, strict=True)
     )
 
 
@@ -53,8 +54,9 @@ def report_scores(
 ) -> tuple[dict, list[dict]]:
     """(scores of generated reports, a csv row each).
 
-    truth: (n, 18) labels; without them those that the labeler reads in the references. Findings are scored where there
-    is a labeler; phantoms: their side, lobe and size too. majority: the scores of the most frequent report, given for all.
+    truth: (n, 18) labels; without them those that the labeler reads in the references. Findings are scored
+    where there is a labeler; phantoms: their side, lobe and size too. majority: the scores of the most
+    frequent report, given for all.
     """
     references = [row.truth for row in rows]
     guess = Counter(references).most_common(1)[0][0]
@@ -63,19 +65,25 @@ def report_scores(
     scores["majority"] = {"report": guess, **{name: guessed[name] for name in (*SAMPLE_SCORES, "meteor")}}
     if labeler:
         truth = labeler(references) if truth is None else truth
-        scores["clinical"] = clinical_report(labeler(predictions), truth) | {"baselines": finding_baselines(truth)}
+        scores["clinical"] = clinical_report(labeler(predictions), truth) | {
+            "baselines": finding_baselines(truth)
+        }
     if phantoms:
         scores["attributes"] = attribute_agreement(predictions, references)
     return scores, table
 
 
 def finding_baselines(truth: np.ndarray) -> dict[str, dict]:
-    """Micro and macro F1 of findings told without looking: chance, each drawn at its true rate (of micro F1 the ratio of
-    the expectations); all positive; majority, those that more than half of the reports have."""
+    """Micro and macro F1 of findings told without looking: chance, each drawn at its true rate (of micro
+    F1 the ratio of the expectations); all positive; majority, those that more than half of the reports
+    have.
+    """
     rates = truth.mean(0)
     positive = rates.sum() > 0
-    chance = {"micro_f1": float((rates**2).sum() / rates.sum()) if positive else None,
-              "macro_f1": float(rates[rates > 0].mean()) if positive else None}  # fmt: skip
+    chance = {
+        "micro_f1": float((rates**2).sum() / rates.sum()) if positive else None,
+        "macro_f1": float(rates[rates > 0].mean()) if positive else None,
+    }
     constant = {"all_positive": np.ones_like(rates), "majority": rates > 0.5}
     found = {}
     for name, labels in constant.items():
@@ -84,7 +92,9 @@ def finding_baselines(truth: np.ndarray) -> dict[str, dict]:
     return {"chance": chance, **found}
 
 
-def answer_scores(predictions: list[str], rows: list[Asked], bert: Bert | None = None) -> tuple[dict, list[dict]]:
+def answer_scores(
+    predictions: list[str], rows: list[Asked], bert: Bert | None = None
+) -> tuple[dict, list[dict]]:
     """(scores of generated answers, a csv row each)."""
     answers = [row.truth for row in rows]
     scores, table = _text_scores(predictions, rows, bert)
@@ -96,8 +106,9 @@ def answer_scores(predictions: list[str], rows: list[Asked], bert: Bert | None =
 
 
 def class_chance(answers: list[str]) -> dict[str, float]:
-    """The expected acc_class and acc_class_strict of an answer drawn from the true ones, where another, drawn the same
-    way, is true."""
+    """The expected acc_class and acc_class_strict of an answer drawn from the true ones, where another,
+    drawn the same way, is true.
+    """
     texts = Counter(answer.strip().lower() for answer in answers)
     classes: Counter[str] = Counter()
     for text, count in texts.items():
@@ -121,14 +132,31 @@ def _text_scores(predictions: list[str], rows: list[Asked], bert: Bert | None) -
         table.append(cells | ({"meteor": meteor} if isinstance(meteor, float) else {}))
     if bert:
         found = bert_score(predictions, [row.truth for row in rows], bert)
-        scores["bertscore"] = {"variant": bert.variant, **{name: float(values.mean()) for name, values in found.items()}}
+        scores["bertscore"] = {
+            "variant": bert.variant,
+            **{name: float(values.mean()) for name, values in found.items()},
+        }
         for cells, f1 in zip(table, found["f1"].tolist(), strict=True):
             cells["bert_f1"] = f1
     return scores, table
 
 
-COLUMNS = ("id", "Question", "Anatomy Type", "Ground Truth", "pred", *(f"bleu{n}" for n in ORDERS), "rouge1", "rougeL",
-           "meteor", "meteor_without_synonyms", "bert_f1", "acc_class", "acc_class_strict", "acc_text")  # fmt: skip
+COLUMNS = (
+    "id",
+    "Question",
+    "Anatomy Type",
+    "Ground Truth",
+    "pred",
+    *(f"bleu{n}" for n in ORDERS),
+    "rouge1",
+    "rougeL",
+    "meteor",
+    "meteor_without_synonyms",
+    "bert_f1",
+    "acc_class",
+    "acc_class_strict",
+    "acc_text",
+)
 
 
 def write_rows(path: Path, table: list[dict], checkpoint: Choice) -> None:
@@ -143,7 +171,10 @@ def print_reports(scores: dict) -> None:
     text, majority = scores["text"], scores["majority"]
     print(f"{text['reports']} reports, {text['empty_reports']} of them empty")
     _print_text({"generated": text, "most frequent report for all": majority})
-    print("corpus BLEU 1 to 4, with brevity penalty: " + ", ".join(f"{text[f'corpus_bleu_{n}']:.3f}" for n in ORDERS))
+    print(
+        "corpus BLEU 1 to 4, with brevity penalty: "
+        + ", ".join(f"{text[f'corpus_bleu_{n}']:.3f}" for n in ORDERS)
+    )
     _print_bertscore(scores)
     if "clinical" not in scores:
         print("findings: left out; name a classifier of reports with --classifier")
@@ -151,15 +182,25 @@ def print_reports(scores: dict) -> None:
     found = scores["clinical"]
     print(f"\n{'findings':<40}{'micro-F1':>10}{'macro-F1':>10}{'precision':>10}{'recall':>10}")
     for name, row in {"generated": None, **found["baselines"]}.items():
-        cells = (row["micro_f1"], row["macro_f1"]) if row else (
-            found["micro"]["f1"], found["macro"]["f1"], found["micro"]["precision"], found["micro"]["recall"])  # fmt: skip
+        cells = (
+            (row["micro_f1"], row["macro_f1"])
+            if row
+            else (
+                found["micro"]["f1"],
+                found["macro"]["f1"],
+                found["micro"]["precision"],
+                found["micro"]["recall"],
+            )
+        )
         print(f"{name.replace('_', ' '):<40}" + "".join(f"{_cell(value):>10}" for value in cells))
     print(f"\n{'':<40}{'F1':>10}{'precision':>10}{'recall':>10}{'support':>10}{'named':>10}")
     for name, row in found["classes"].items():
         cells = "".join(f"{_cell(row[m]):>10}" for m in ("f1", "precision", "recall", "support", "predicted"))
         print(f"{name:<40}{cells}")
     if "attributes" in scores:
-        parts = [f"{n} {_cell(row['agreement'])} of {row['compared']}" for n, row in scores["attributes"].items()]
+        parts = [
+            f"{n} {_cell(row['agreement'])} of {row['compared']}" for n, row in scores["attributes"].items()
+        ]
         print("agreement where both name the finding: " + ", ".join(parts))
 
 
@@ -172,8 +213,12 @@ def print_answers(scores: dict) -> None:
         f"always {majority['answer'][:24]!r}": majority,
         "chance": chance,
     }
-    names = {"acc_class": "class accuracy", "acc_class_strict": "strict", "acc_text": "exact match",
-             "acc_anatomy": "anatomy"}  # fmt: skip
+    names = {
+        "acc_class": "class accuracy",
+        "acc_class_strict": "strict",
+        "acc_text": "exact match",
+        "acc_anatomy": "anatomy",
+    }
     print(f"{'':<34}" + "".join(f"{shown:>15}" for shown in names.values()))
     for line, row in lines.items():
         print(f"{line:<34}" + "".join(f"{_cell(row.get(name)):>15}" for name in names))
@@ -183,7 +228,8 @@ def print_answers(scores: dict) -> None:
     found, per_anatomy = scores["classification"], scores["per_anatomy"]
     if set(per_anatomy) == {ANATOMIES[-1]}:
         return  # the answers are no places
-    print(f"\n{'anatomy':<34}{'precision':>10}{'recall':>10}{'F1':>10}{'support':>10}{'class acc.':>12}{'exact':>10}")
+    columns = ("precision", "recall", "F1", "support")
+    print(f"\n{'anatomy':<34}" + "".join(f"{c:>10}" for c in columns) + f"{'class acc.':>12}{'exact':>10}")
     for name in ANATOMIES:
         row, means = found["anatomies"][name], per_anatomy.get(name, {})
         cells = "".join(f"{_cell(row[m]):>10}" for m in ("precision", "recall", "f1", "support"))

@@ -31,7 +31,8 @@ def write_queries(
         writer.writerow(["id", "scan", *columns, "checkpoint"])
         # Per scan there is one report query a scan: the other reconstructions' cells are empty.
         writer.writerows(
-            [e["id"], e["scan"], *(c.get(i, "") for c in columns.values()), checkpoint] for i, e in enumerate(entries)
+            [e["id"], e["scan"], *(c.get(i, "") for c in columns.values()), checkpoint]
+            for i, e in enumerate(entries)
         )
 
 

@@ -1,6 +1,8 @@
-"""One CT file -> what a trained network takes: the volume of the run's recipe, and slice features where these guide it.
+"""One CT file -> what a trained network takes: the volume of the run's recipe, and slice features where these
+guide it.
 
-What training reads from a prepared folder is float16, so that is what a scan is rounded to here: both give the same result.
+What training reads from a prepared folder is float16, so that is what a scan is rounded to here: both give
+the same result.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from reaf_hsenet.weights.slice_encoder import load_slice_encoder
 
 @dataclass
 class Scan:
-    """volume: (1, 1, D, H, W) float32 on the CPU. images: (32, size, size) uint8 slices, where they were wanted.
+    """volume: (1, 1, D, H, W) float32 on the CPU. images: (32, size, size) uint8 slices, where they were
+    wanted.
 
     record: what the file held and how it was read.
     """
@@ -64,34 +67,48 @@ def read_scan(
         if str(error).endswith("with --rescale"):  # there is no table here to take them from
             raise InputError(f"{error}, or give the --slope and --intercept that make them HU") from error
         raise
-    return Scan(path, torch.from_numpy(voxels).half().float()[None], images if images is None else torch.from_numpy(images), record)
+    return Scan(
+        path,
+        torch.from_numpy(voxels).half().float()[None],
+        images if images is None else torch.from_numpy(images),
+        record,
+    )
 
 
 @torch.inference_mode()
 def slice_features(scan: Scan, encoder: SliceEncoder, provenance: dict, device: torch.device) -> Tensor:
-    """Return (1, S, C) float32 features of the scan's slices, on the device. provenance: of find_slice_encoder."""
+    """Return (1, S, C) float32 features of the scan's slices, on the device. provenance: of
+    find_slice_encoder.
+    """
     features = encoder.to(device)(normalise(scan.images.to(device))).half().float()
     if not features.isfinite().all():
         raise InputError(f"{provenance['encoder']}: gives {scan.path} NaN, or values beyond float16's")
     return features[None]
 
 
-def find_slice_encoder(run: Path, data: Path | None, wanted: dict, named: str | None = None) -> tuple[SliceEncoder, dict]:
+def find_slice_encoder(
+    run: Path, data: Path | None, wanted: dict, named: str | None = None
+) -> tuple[SliceEncoder, dict]:
     """The encoder that made the slice features a run was trained on, with its provenance.
 
-    wanted: that of the run's features. The first of `named` (file, folder or hub id), the run's own folder's, its data
-    set's, and the place where it lay in training. Raises InputError when there is none, and for another encoder.
+    wanted: that of the run's features. The first of `named` (file, folder or hub id), the run's own folder's,
+    its data set's, and the place where it lay in training. Raises InputError when there is none, and for
+    another encoder.
     """
     known = wanted.get("encoder", "")
     places = [folder / "slice_encoder" for folder in (run, data) if folder] + [Path(known)] * bool(known)
     name = named or next((str(place) for place in places if place.exists()), None)
-    made = f"{known}, sha256 {wanted['sha256'][:12]}" if "sha256" in wanted else f"{known} of {wanted.get('width')} channels"
+    made = (
+        f"{known}, sha256 {wanted['sha256'][:12]}"
+        if "sha256" in wanted
+        else f"{known} of {wanted.get('width')} channels"
+    )
     if name is None:
         raise InputError(f"{run}: takes slice features of {made}; name that encoder with --slice-encoder")
     encoder, provenance = load_slice_encoder(name, wanted.get("jpeg", False), wanted.get("recipe", "hsenet"))
     if different_slices(provenance, wanted):
         raise InputError(
-            f"--slice-encoder {name}: has sha256 {provenance['sha256'][:12]} and {encoder.width} channels; {run} takes slice "
-            f"features of {made}"
+            f"--slice-encoder {name}: has sha256 {provenance['sha256'][:12]} and {encoder.width} channels; "
+            f"{run} takes slice features of {made}"
         )
     return encoder, provenance

@@ -14,20 +14,24 @@ from reaf_hsenet.runs.generation import Sampling, steps
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 
-def answer_length(config: MllmConfig, tokenizer: Tokenizer, question: str, wanted: int | None, usual: int) -> int:
-    """How many new tokens to make at most: `wanted`, or without it the `usual` number cut to what the context leaves.
+def answer_length(
+    config: MllmConfig, tokenizer: Tokenizer, question: str, wanted: int | None, usual: int
+) -> int:
+    """How many new tokens to make at most: `wanted`, or without it the `usual` number cut to what the context
+    leaves.
 
-    Raises InputError for a blank question, for one that fills the context, and when what is wanted does not fit.
+    Raises InputError for a blank question, for one that fills the context, and when what is wanted does not
+    fit.
     """
     if not question.strip():
-        raise InputError("the question is empty; ask something, such as \"Is there pleural effusion?\"")
+        raise InputError('the question is empty; ask something, such as "Is there pleural effusion?"')
     with torch.device("meta"):  # sizes without weights, which may take minutes to read
         model = build_mllm(config)
     length, context = len(question_ids(model, tokenizer, [question])[0]), config.decoder.context
     if length >= context:
         raise InputError(
-            f"a question of {length} tokens, {model.visual_tokens} of them of the image, leaves no room for an answer in the "
-            f"decoder's context of {context}: shorten it"
+            f"a question of {length} tokens, {model.visual_tokens} of them of the image, leaves no room for "
+            f"an answer in the decoder's context of {context}: shorten it"
         )
     if wanted is None:
         return min(usual, context - length)
@@ -45,7 +49,8 @@ def stream_answer(
     sampling: Sampling | None = None,
     compiled: bool = False,
 ) -> Iterator[str]:
-    """Pieces of text, which together are the answer. volume (1, 1, D, H, W), slices (1, S, C): on the model's device.
+    """Pieces of text, which together are the answer. volume (1, 1, D, H, W), slices (1, S, C): on the model's
+    device.
     compiled: as of generation.steps.
 
     A word is given when the next one begins: until then, further tokens may change it.
@@ -53,9 +58,15 @@ def stream_answer(
     with torch.inference_mode():
         embeddings, mask = prompt_embeddings(model, tokenizer, [question], volume, slices)
     made = steps(
-        model.decoder, embeddings=embeddings, mask=mask, new_tokens=new_tokens, stop_ids=stop_ids(model, tokenizer),
-        sampling=sampling, pad_id=tokenizer.pad_id, compiled=compiled,
-    )  # fmt: skip
+        model.decoder,
+        embeddings=embeddings,
+        mask=mask,
+        new_tokens=new_tokens,
+        stop_ids=stop_ids(model, tokenizer),
+        sampling=sampling,
+        pad_id=tokenizer.pad_id,
+        compiled=compiled,
+    )
     ids, shown, text = [], 0, ""
     mark = tokenizer.ids.get(LIST_END)
     for token, _ in made:

@@ -1,10 +1,12 @@
-"""A trained run at work on single scans: report, answer, classes, embedding, neighbours, a picture of what it looks at.
+"""A trained run at work on single scans: report, answer, classes, embedding, neighbours, a picture of what it
+looks at.
 
     from reaf_hsenet import load
     model = load("runs/mrg-hsenet")
     model.report("scan.nii.gz")
 
-A scan is read by the run's own recipe. What a call can find wrong with its input is found before weights are read.
+A scan is read by the run's own recipe. What a call can find wrong with its input is found before weights are
+read.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +49,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(folder: Path | str, **settings) -> "ScanModel":
-    """The model of a run folder, or of published weights' file or folder, read. settings: as ScanModel takes them."""
+    """The model of a run folder, or of published weights' file or folder, read. settings: as ScanModel
+    takes them.
+    """
     model = ScanModel(folder, **settings)
     model.run  # noqa: B018
     return model
@@ -56,11 +60,12 @@ def load(folder: Path | str, **settings) -> "ScanModel":
 class ScanModel:
     """A run's model and how it reads scans. Weights are read when the first result needs them.
 
-    checkpoint: `last`, `best` or `step-000123`; see Run.choose. device: cpu, cuda or cuda:N; by default a GPU where there is one. reading, table: what
-    scans are taken for; see data/volume.py. slice_encoder: file, folder or hub id; see find_slice_encoder. precision: of
-    the decoder, one of PRECISIONS; by default that of its files. text_model, decoder, encoders: of published weights, see
-    runs/trained.py. compiled: run the decoder's steps as one compiled graph, on a GPU. say: takes an account of every scan
-    that is read.
+    checkpoint: `last`, `best` or `step-000123`; see Run.choose. device: cpu, cuda or cuda:N; by default a GPU
+    where there is one. reading, table: what scans are taken for; see data/volume.py. slice_encoder: file,
+    folder or hub id; see find_slice_encoder.
+    precision: of the decoder, one of PRECISIONS; by default that of its files. text_model, decoder, encoders:
+    of published weights, see runs/trained.py. compiled: run the decoder's steps as one compiled graph, on a
+    GPU. say: takes an account of every scan that is read.
 
     Every method raises InputError, a line that names the file or setting, for what cannot be done.
     """
@@ -85,7 +90,12 @@ class ScanModel:
         names = {"text_model": text_model, "decoder": decoder, "encoders": encoders}
         if is_published(self.folder):  # its settings are read from its weights
             self.run = run = load_published(self.folder, dtype=PRECISIONS.get(precision), **names)
-            self.checkpoint, self.stage, self.data, self.made_of = run.checkpoint, run.stage, run.data, run.slices
+            self.checkpoint, self.stage, self.data, self.made_of = (
+                run.checkpoint,
+                run.stage,
+                run.data,
+                run.slices,
+            )
             self.config, self.recipe = run.config, run.recipe
             for note in run.origin["notes"]:
                 say(note)
@@ -96,14 +106,23 @@ class ScanModel:
             self.folder, self.which = run.folder, self.checkpoint.name
             for name in [name for name, value in names.items() if value is not None]:
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag}: is of published weights; the run {folder} knows its own, leave it out")
+                raise InputError(
+                    f"--{flag}: is of published weights; the run {folder} knows its own, leave it out"
+                )
             self.stage, self.data, self.made_of = values["stage"], values["data"], values.get("slices")
             if self.stage not in ("clip1", "clip2", *STAGES):
-                raise InputError(f"{folder}: is a run of stage {self.stage!r}; expected one of clip1, clip2, mrg and vqa")
+                raise InputError(
+                    f"{folder}: is a run of stage {self.stage!r}; expected one of clip1, clip2, mrg and vqa"
+                )
             of = MllmConfig if self.has_decoder else ClipConfig
-            self.config, self.recipe = from_dict(of, values["model"], source), from_dict(Recipe, values["recipe"], source)
+            self.config, self.recipe = (
+                from_dict(of, values["model"], source),
+                from_dict(Recipe, values["recipe"], source),
+            )
         if precision is not None and (precision not in PRECISIONS or not self.has_decoder):
-            raise InputError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, and a run with a decoder")
+            raise InputError(
+                f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, and a run with a decoder"
+            )
         self.device = distributed.start(device).device
         self.compiled = compiled
         check_compiled(compiled, self.device)
@@ -155,18 +174,26 @@ class ScanModel:
     ) -> Iterator[str]:
         """A report or an answer in pieces, as it is made; without a question, the prompt for a report.
 
-        new_tokens: at most; by default those of the task, `mrg` or `vqa`, or what the decoder's context leaves.
+        new_tokens: at most; by default those of the task, `mrg` or `vqa`, or what the decoder's context
+        leaves.
         sampling: by default the likeliest token is taken.
         """
         if not self.has_decoder:
-            raise InputError(f"{self.folder}: is a run of stage {self.stage}, which has no decoder; name a run of stage mrg or vqa")
+            raise InputError(
+                f"{self.folder}: is a run of stage {self.stage}, which has no decoder; name a run of stage "
+                f"mrg or vqa"
+            )
         question = GENERATION["mrg"]["prompt"] if question is None else question
         tokenizer = self.run.tokenizer if "run" in vars(self) else load_tokenizer(self.folder)
         most = answer_length(self.config, tokenizer, question, new_tokens, GENERATION[task]["new_tokens"])
         volume, slices, _ = self.read(scan)
-        yield from stream_answer(self.run.model, self.run.tokenizer, question, volume, slices, most, sampling, self.compiled)
+        yield from stream_answer(
+            self.run.model, self.run.tokenizer, question, volume, slices, most, sampling, self.compiled
+        )
 
-    def classify(self, scan: Path | str, prompts: str = "volume", label_set: str = "ct-rate") -> dict[str, float]:
+    def classify(
+        self, scan: Path | str, prompts: str = "volume", label_set: str = "ct-rate"
+    ) -> dict[str, float]:
         """Probability by class, highest first. prompts: `volume`, `organ` or a json file; see zeroshot.py."""
         self.require_towers()
         task = class_task(prompts, label_set)
@@ -186,7 +213,9 @@ class ScanModel:
         """A report's unit vector, (C,) float32 on the CPU; the text is cleaned as those of training are."""
         self.require_towers()
         if not text.strip():
-            raise InputError("--text: is empty; expected words of a report, such as \"bilateral pleural effusion\"")
+            raise InputError(
+                '--text: is empty; expected words of a report, such as "bilateral pleural effusion"'
+            )
         tokenizer, limit = self.run.tokenizer, self.run.config.max_text
         if self.run.config.model == "reaf":
             text = plain_report(text)
@@ -197,7 +226,11 @@ class ScanModel:
         return self.finite(self.run.model.encode_text(ids, mask))
 
     def search(
-        self, index: SearchIndex | Path | str, text: str | None = None, scan: Path | str | None = None, top: int = 5
+        self,
+        index: SearchIndex | Path | str,
+        text: str | None = None,
+        scan: Path | str | None = None,
+        top: int = 5,
     ) -> list[tuple[str, float]]:
         """(id, cosine) of an index's `top` scans nearest to a text or a scan, best first."""
         self.require_towers()
@@ -206,8 +239,9 @@ class ScanModel:
         path, index = (None, index) if isinstance(index, SearchIndex) else (index, read_index(Path(index)))
         if index.model != self.sha256:
             raise InputError(
-                f"{path or 'the index'}: was made by the model of sha256 {index.model[:12]}, {self.checkpoint.folder} has "
-                f"{self.sha256[:12]}; name that model's run, or make the index again"
+                f"{path or 'the index'}: was made by the model of sha256 {index.model[:12]}, "
+                f"{self.checkpoint.folder} has {self.sha256[:12]}; name that model's run, or make the index "
+                "again"
             )
         return index.nearest(self.embed_text(text) if scan is None else self.embed(scan), top)
 
@@ -215,14 +249,14 @@ class ScanModel:
     def explain(self, scan: Path | str, picture: Path | str) -> dict:
         """Draw where the encoder looks: the regions that REAF finds salient, or the scores of 2E3's patches.
 
-        Returns what was drawn: `shows`, and for each of `maps` its grid of patches and its strongest patch, counted along
-        `axes`.
+        Returns what was drawn: `shows`, and for each of `maps` its grid of patches and its strongest patch,
+        counted along `axes`.
         """
         found = [i for i, encoder in enumerate(self.encoders) if _has_map(encoder)]
         if not found:
             raise InputError(
-                f"{self.folder}: its encoder weighs no patches; stage clip2 of hsenet and clip1 of reaf do, and the language "
-                "runs on their encoders"
+                f"{self.folder}: its encoder weighs no patches; stage clip2 of hsenet and clip1 of reaf do, "
+                "and the language runs on their encoders"
             )
         figures.new_figure(1, 1, "explain")  # a missing matplotlib is said now
         volume, slices, read = self.read(scan)
@@ -246,8 +280,8 @@ class ScanModel:
     def read(self, path: Path | str) -> tuple[Tensor, Tensor | None, Scan]:
         """Read the scan once by the run's recipe.
 
-        Returns its volume (1, 1, D, H, W), its slice features (1, S, C) where the run's encoder takes them, both on the
-        device, and the scan.
+        Returns its volume (1, 1, D, H, W), its slice features (1, S, C) where the run's encoder takes them,
+        both on the device, and the scan.
         """
         wanted = slices_wanted(self._slice_encoder[1], self._slice_encoder[0].size) if self.guided else None
         scan = read_scan(Path(path), self.recipe, self.reading, self.table, wanted)
@@ -263,18 +297,23 @@ class ScanModel:
         """Raises InputError unless this is a dual encoder."""
         if self.has_decoder:
             raise InputError(
-                f"{self.folder}: is a run of stage {self.stage}, a language model; name a dual encoder's, stage clip1 or clip2"
+                f"{self.folder}: is a run of stage {self.stage}, a language model; name a dual encoder's, "
+                f"stage clip1 or clip2"
             )
 
     def finite(self, vectors: Tensor) -> Tensor:
         """(1, C) -> (C,) on the CPU. Raises InputError for NaN or infinity."""
         if not vectors.isfinite().all():
-            raise InputError(f"{self.checkpoint.folder}: gives embeddings with NaN or infinity; choose another checkpoint")
+            raise InputError(
+                f"{self.checkpoint.folder}: gives embeddings with NaN or infinity; choose another checkpoint"
+            )
         return vectors[0].float().cpu()
 
 
 def class_task(prompts: str, label_set: str) -> zeroshot.Task:
-    """Zero-shot classification without labels: every class of the label set, or of the prompts where it lists none."""
+    """Zero-shot classification without labels: every class of the label set, or of the prompts where it
+    lists none.
+    """
     texts, known = zeroshot.load_prompts(prompts), load_label_set(label_set)
     names = list(known.columns or texts.texts)
     nothing = LabelTable(Path(label_set), names, {"scan": dict.fromkeys(names, 0)})

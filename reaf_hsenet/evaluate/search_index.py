@@ -1,7 +1,7 @@
 """Embeddings of scans in a file, to be searched: written by `infer.py embed --out`, and by evaluate.py.
 
-A safetensors file with `image` (N, C), unit vectors, and the metadata `ids` (a line a scan) and `model`, the sha256 of the
-weights that made them: vectors of two models have nothing in common.
+A safetensors file with `image` (N, C), unit vectors, and the metadata `ids` (a line a scan) and `model`, the
+sha256 of the weights that made them: vectors of two models have nothing in common.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,9 @@ class SearchIndex:
         if odd := [name for name in self.ids if "\n" in name or not is_text(name)]:
             raise InputError(f"{odd[0]!r}: a name in an index is one line of UTF-8 text; rename the file")
         with atomic_write(path, "wb") as file:
-            file.write(save({"image": self.image.contiguous()}, {"ids": "\n".join(self.ids), "model": self.model}))
+            file.write(
+                save({"image": self.image.contiguous()}, {"ids": "\n".join(self.ids), "model": self.model})
+            )
 
     def nearest(self, query: Tensor, top: int) -> list[tuple[str, float]]:
         """The `top` scans with the largest cosine to a unit vector (C,), best first."""
@@ -46,10 +48,23 @@ def read_index(path: Path) -> SearchIndex:
             image = file.get_tensor("image") if "image" in file.keys() else None  # noqa: SIM118, it is no dict
             known = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: is truncated or not a safetensors file ({' '.join(str(error).split())[:100]})") from error
+        raise InputError(
+            f"{path}: is truncated or not a safetensors file ({' '.join(str(error).split())[:100]})"
+        ) from error
     ids = known.get("ids", "").split("\n")
-    if image is None or image.ndim != 2 or not image.is_floating_point() or not image.isfinite().all() or len(ids) != len(image):
-        raise InputError(f"{path}: is no index: expected unit vectors `image` and their ids, as infer.py embed --out writes")
+    if (
+        image is None
+        or image.ndim != 2
+        or not image.is_floating_point()
+        or not image.isfinite().all()
+        or len(ids) != len(image)
+    ):
+        raise InputError(
+            f"{path}: is no index: expected unit vectors `image` and their ids, as infer.py embed --out "
+            f"writes"
+        )
     if "model" not in known:
-        raise InputError(f"{path}: does not say which model made it; make it again with infer.py embed or evaluate.py")
+        raise InputError(
+            f"{path}: does not say which model made it; make it again with infer.py embed or evaluate.py"
+        )
     return SearchIndex(image.to(torch.float32), ids, known["model"])

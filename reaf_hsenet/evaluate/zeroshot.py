@@ -1,8 +1,8 @@
 """Zero-shot classification: a volume shows a class when it is nearer to the class's positive prompt.
 
-score = softmax(scale * image . [negative, positive])[1], a probability for each volume and class. Prompts are data:
-data/prompts/{volume,organ}.json, or a file of the user in the same form. Source: the evaluation on CT-RATE that REAF,
-HLIP (commit 70ef68d) and fVLM publish.
+score = softmax(scale * image . [negative, positive])[1], a probability for each volume and class. Prompts are
+data: data/prompts/{volume,organ}.json, or a file of the user in the same form. Source: the evaluation on
+CT-RATE that REAF, HLIP (commit 70ef68d) and fVLM publish.
 """
 
 import csv
@@ -25,7 +25,9 @@ PROMPTS = ("volume", "organ")
 
 @dataclass(frozen=True)
 class Prompts:
-    """texts: class -> (negative, positive), with the template filled in. source: `volume`, `organ` or a file."""
+    """texts: class -> (negative, positive), with the template filled in. source: `volume`, `organ` or a
+    file.
+    """
 
     source: str
     texts: dict[str, tuple[str, str]]
@@ -33,7 +35,9 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Task:
-    """What is scored: each class with the prompts that score it, its labels (N, C) bool, and the means to take."""
+    """What is scored: each class with the prompts that score it, its labels (N, C) bool, and the means to
+    take.
+    """
 
     texts: dict[str, tuple[str, str]]
     scored_from: dict[str, list[str]]
@@ -47,8 +51,8 @@ class Task:
 
 
 def load_prompts(name: str) -> Prompts:
-    """`volume`, `organ` or a json file: {"template": "The volume shows: {}.", "classes": {class: {"positive": text,
-    "negative": text}}}, or one template an organ, {"lung": ...}, and then an "organ" in every class.
+    """`volume`, `organ` or a json file: {"template": "The volume shows: {}.", "classes": {class: {"positive":
+    text, "negative": text}}}, or one template an organ, {"lung": ...}, and then an "organ" in every class.
 
     Raises InputError, naming the file and the class, for anything else.
     """
@@ -62,18 +66,29 @@ def load_prompts(name: str) -> Prompts:
     for place, text in template.items() if by_organ else [("", template)]:
         if not isinstance(text, str) or text.count("{}") != 1:
             where = f"the template of {place}" if by_organ else "template"
-            raise InputError(f"{path}: {where} is {text!r}; expected a text with one {{}} where the prompt goes")
+            raise InputError(
+                f"{path}: {where} is {text!r}; expected a text with one {{}} where the prompt goes"
+            )
     if not isinstance(classes, dict) or not classes:
-        raise InputError(f"{path}: classes is {type(classes).__name__}; expected at least one class and its prompts")
+        raise InputError(
+            f"{path}: classes is {type(classes).__name__}; expected at least one class and its prompts"
+        )
     texts = {}
     for label, prompt in classes.items():
-        _only(prompt, {"positive", "negative"} | ({"organ"} if by_organ else set()), set(), f"{path}: class {label}")
+        _only(
+            prompt,
+            {"positive", "negative"} | ({"organ"} if by_organ else set()),
+            set(),
+            f"{path}: class {label}",
+        )
         wrong = next((k for k, text in prompt.items() if not isinstance(text, str) or not text.strip()), None)
         if wrong:
             raise InputError(f"{path}: class {label}: {wrong} is {prompt[wrong]!r}; expected a text")
         if by_organ and prompt["organ"] not in template:
             known = ", ".join(template)
-            raise InputError(f"{path}: class {label}: no template of organ {prompt['organ']!r}; there are {known}")
+            raise InputError(
+                f"{path}: class {label}: no template of organ {prompt['organ']!r}; there are {known}"
+            )
         frame = template[prompt["organ"]] if by_organ else template
         texts[label] = tuple(frame.replace("{}", prompt[kind]) for kind in ("negative", "positive"))
     return Prompts(name, texts)
@@ -88,7 +103,8 @@ def _only(values, required: set[str], optional: set[str], where: str) -> None:
 def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: list[str]) -> Task:
     """Match prompts and labels; classes are in the prompts' order.
 
-    A class of the user's prompts that the labels do not have is an InputError; of the built-in prompts, a note.
+    A class of the user's prompts that the labels do not have is an InputError; of the built-in prompts, a
+    note.
     """
     known, parents = table.classes(label_set), {}
     for label, parts in label_set.scored_from.items():
@@ -109,11 +125,14 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
             f"(--label-set {label_set.name}); they have {', '.join([*offered, *parents])}"
         )
     for label, parts in scored_from.items():
-        missing = [p for p in label_set.scored_from.get(label, ()) if p not in parts and label not in prompts.texts]
+        missing = [
+            p for p in label_set.scored_from.get(label, ()) if p not in parts and label not in prompts.texts
+        ]
         if missing:
             raise InputError(
-                f"--prompts {prompts.source}: {label} is scored from {' and '.join(label_set.scored_from[label])}; "
-                f"add {', '.join(missing)}, or prompts of {label} itself"
+                f"--prompts {prompts.source}: {label} is scored from "
+                f"{' and '.join(label_set.scored_from[label])}; add {', '.join(missing)}, or prompts of "
+                f"{label} itself"
             )
     labels = table.values(ids, [known[label] for label in scored_from])
     notes = [f"{table.source} has no labels of {', '.join(absent)}: left out"] if absent else []
@@ -127,14 +146,18 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
             )
     means = {"mean": []}
     means |= {name: out for name, out in label_set.means.items() if set(out) & set(scored_from)}
-    return Task({p: prompts.texts[p] for ps in scored_from.values() for p in ps}, scored_from, labels, means, notes)
+    return Task(
+        {p: prompts.texts[p] for ps in scored_from.values() for p in ps}, scored_from, labels, means, notes
+    )
 
 
 @torch.inference_mode()
 def score(run: DualEncoderRun, image: Tensor, task: Task) -> np.ndarray:
     """image: (N, C) unit vectors. Returns the (N, classes) float32 probabilities of the task's classes."""
     if not image.isfinite().all():
-        raise InputError(f"{run.checkpoint.folder}: gives embeddings with NaN or infinity; choose another checkpoint")
+        raise InputError(
+            f"{run.checkpoint.folder}: gives embeddings with NaN or infinity; choose another checkpoint"
+        )
     rows = [run.tokenizer.encode(text, run.config.max_text) for pair in task.texts.values() for text in pair]
     device = run.model.logit_scale.device
     ids, mask = (t.to(device) for t in run.tokenizer.batch(rows))
@@ -143,7 +166,8 @@ def score(run: DualEncoderRun, image: Tensor, task: Task) -> np.ndarray:
     found = logits.unflatten(1, (-1, 2)).softmax(-1)[..., 1].cpu()  # (N, P)
     column = {prompt: j for j, prompt in enumerate(task.texts)}
     return np.stack(
-        [combine(found[:, [column[p] for p in prompts]]).numpy() for prompts in task.scored_from.values()], axis=1
+        [combine(found[:, [column[p] for p in prompts]]).numpy() for prompts in task.scored_from.values()],
+        axis=1,
     )
 
 
@@ -166,7 +190,13 @@ def write_scores(path: Path, ids: list[str], task: Task, scores: np.ndarray, che
 
 def print_table(results: dict) -> None:
     """Per class and mean: ranking metrics, then those at argmax and at the threshold."""
-    names = {"balanced_accuracy": "b.acc", "accuracy": "acc", "f1_weighted": "F1", "recall": "rec", "precision": "prec"}
+    names = {
+        "balanced_accuracy": "b.acc",
+        "accuracy": "acc",
+        "f1_weighted": "F1",
+        "recall": "rec",
+        "precision": "prec",
+    }
     rows = {**results["classes"], **{f"{k} of {v['classes']}": v for k, v in results["means"].items()}}
     width = max(map(len, rows)) + 1
     at_cut = "".join(f"{names[m]:>6}" for m in AT_A_CUT)

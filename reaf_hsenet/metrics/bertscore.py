@@ -1,11 +1,12 @@
-"""BERTScore (Zhang et al. 2020) with any local BERT or RoBERTa folder, and the reading of texts by such a folder.
+"""BERTScore (Zhang et al. 2020) with any local BERT or RoBERTa folder, and the reading of texts by such a
+folder.
 
-precision: the mean over the generated text's tokens of the largest cosine with a token of the reference; recall: the
-same the other way round; f1: their harmonic mean. The hidden states are those after a chosen layer, by default the
-last. As in the bert_score library the class and end tokens carry no weight in the means, but can be matched, a RoBERTa
-text begins with a space, and a pair with an empty text scores 0. Without idf weights and without rescaling by a
-baseline, so that values compare with bert_score's defaults of the same model and layer only. For `lang="en"`, which
-HSENet reports, these are roberta-large and layer 17.
+precision: the mean over the generated text's tokens of the largest cosine with a token of the reference;
+recall: the same the other way round; f1: their harmonic mean. The hidden states are those after a chosen
+layer, by default the last. As in the bert_score library the class and end tokens carry no weight in the
+means, but can be matched, a RoBERTa text begins with a space, and a pair with an empty text scores 0. Without
+idf weights and without rescaling by a baseline, so that values compare with bert_score's defaults of the same
+model and layer only. For `lang="en"`, which HSENet reports, these are roberta-large and layer 17.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,9 @@ AROUND = {"bert": ("[CLS]", "[SEP]"), "roberta": ("<s>", "</s>")}
 
 @dataclass(frozen=True)
 class TextReader:
-    """Texts to the ids that a BERT or RoBERTa folder's encoder takes. limit: tokens of a text, special ones counted."""
+    """Texts to the ids that a BERT or RoBERTa folder's encoder takes. limit: tokens of a text, special
+    ones counted.
+    """
 
     tokenizer: Tokenizer
     config: TextConfig
@@ -98,7 +101,8 @@ def bert_score(
     check_pairs(predictions, references)
     space = " " if bert.reader.config.kind == "roberta" else ""
     sides = [
-        [bert.reader.ids(space + t.strip() if t.strip() else "") for t in texts] for texts in (predictions, references)
+        [bert.reader.ids(space + t.strip() if t.strip() else "") for t in texts]
+        for texts in (predictions, references)
     ]
     found = np.zeros((3, len(references)))
     # Texts of like length together, so that little is padded.
@@ -120,9 +124,14 @@ def _greedy_matching(predictions: list[list[int]], references: list[list[int]], 
         special = (ids == bert.reader.first) | (ids == bert.reader.last)
         weights.append((mask & ~special).double())
     cosines = units[0] @ units[1].mT  # (B, T generated, T reference)
-    best = (cosines.masked_fill(~masks[1][:, None], -2).amax(2), cosines.masked_fill(~masks[0][:, :, None], -2).amax(1))
+    best = (
+        cosines.masked_fill(~masks[1][:, None], -2).amax(2),
+        cosines.masked_fill(~masks[0][:, :, None], -2).amax(1),
+    )
     counts = [w.sum(1) for w in weights]
-    precision, recall = ((b * w).sum(1) / n.clamp(min=1) for b, w, n in zip(best, weights, counts, strict=True))
+    precision, recall = (
+        (b * w).sum(1) / n.clamp(min=1) for b, w, n in zip(best, weights, counts, strict=True)
+    )
     both = (counts[0] > 0) & (counts[1] > 0)
     precision, recall = precision * both, recall * both
     f1 = torch.where(precision + recall == 0, 0, 2 * precision * recall / (precision + recall))

@@ -1,11 +1,12 @@
-"""Zero-shot classification scores: ranking, argmax and threshold metrics per class, means, bootstrap intervals.
+"""Zero-shot classification scores: ranking, argmax and threshold metrics per class, means, bootstrap
+intervals.
 
-labels: (N, C) bool, scores: (N, C) probabilities of N volumes and C classes, compared in float64. Metrics are arrays
-(..., M, C) in the order of METRICS, NaN where undefined. Source of the argmax and threshold rules: the published
-evaluation of REAF, HLIP and fVLM on CT-RATE. Its "acc (balanced)" is `thresholded.accuracy` here.
+labels: (N, C) bool, scores: (N, C) probabilities of N volumes and C classes, compared in float64. Metrics are
+arrays (..., M, C) in the order of METRICS, NaN where undefined. Source of the argmax and threshold rules: the
+published evaluation of REAF, HLIP and fVLM on CT-RATE. Its "acc (balanced)" is `thresholded.accuracy` here.
 
-A set of volumes is given as counts (R, N): how often volume n is in resample r. Ones give the metrics of the data
-itself. Scores are sorted once a class; a resample only changes the weights of the sorted volumes.
+A set of volumes is given as counts (R, N): how often volume n is in resample r. Ones give the metrics of the
+data itself. Scores are sorted once a class; a resample only changes the weights of the sorted volumes.
 """
 
 import numpy as np
@@ -30,9 +31,9 @@ def classification_report(
 ) -> dict[str, dict]:
     """{"classes": {name: metrics}, "means": {name: metrics}}, ready for JSON: an undefined metric is None.
 
-    means: for each mean the classes it leaves out. A class with one label value is in none; `classes` counts what is.
-    With resamples, `interval_95` holds [low, high] of every metric (percentile bootstrap over volumes). The
-    thresholds are found on the data itself, as published, and stay fixed in resamples.
+    means: for each mean the classes it leaves out. A class with one label value is in none; `classes` counts
+    what is. With resamples, `interval_95` holds [low, high] of every metric (percentile bootstrap over
+    volumes). The thresholds are found on the data itself, as published, and stay fixed in resamples.
     """
     thresholds = find_thresholds(labels, scores)
     values = class_metrics(labels, scores, thresholds, np.ones((1, len(labels))))[0]
@@ -66,8 +67,9 @@ def class_metrics(
 ) -> np.ndarray:
     """(R, M, C): every metric of every class on every resample.
 
-    argmax: positive when the score is above 0.5, so that a tie goes to the negative prompt. thresholded: when it is
-    above the class's threshold, NaN where that is NaN. Precision without any volume predicted positive is 0.
+    argmax: positive when the score is above 0.5, so that a tie goes to the negative prompt. thresholded: when
+    it is above the class's threshold, NaN where that is NaN. Precision without any volume predicted positive
+    is 0.
     """
     scores, counts = scores.astype(np.float64), counts.astype(np.float64)
     ranked = [_ranking(labels[:, j], scores[:, j], counts) for j in range(labels.shape[1])]
@@ -80,8 +82,8 @@ def class_metrics(
 def find_thresholds(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """(C,): of linspace(0, 1, 100) the threshold whose (false, true positive rate) is nearest to (0, 1).
 
-    The published rule: searched on the evaluated data itself, and among equally near ones the largest. NaN for a
-    class with one label value.
+    The published rule: searched on the evaluated data itself, and among equally near ones the largest. NaN
+    for a class with one label value.
     """
     grid = np.linspace(0, 1, 100)
     found = np.full(labels.shape[1], np.nan)
@@ -98,7 +100,9 @@ def find_thresholds(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def bootstrap(
     labels: np.ndarray, scores: np.ndarray, thresholds: np.ndarray, resamples: int, seed: int
 ) -> np.ndarray:
-    """(R, M, C): the metrics on N volumes drawn with replacement; NaN where the draw has one label value of a class."""
+    """(R, M, C): the metrics on N volumes drawn with replacement; NaN where the draw has one label value
+    of a class.
+    """
     rng, n = np.random.default_rng(seed), len(labels)
     found = np.empty((resamples, len(METRICS), labels.shape[1]))
     block = max(1, PER_BLOCK // n)
@@ -122,7 +126,9 @@ def mean_over_classes(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One class, (N,) each -> (false, true positive rates) from (0, 0) to (1, 1), one point a distinct score."""
+    """One class, (N,) each -> (false, true positive rates) from (0, 0) to (1, 1), one point a distinct
+    score.
+    """
     true, false = _cumulated(labels, scores.astype(np.float64), np.ones((1, len(labels))))
     return false[0] / false[0, -1], true[0] / true[0, -1]
 
@@ -138,12 +144,16 @@ def _cumulated(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> tu
 
 
 def _ranking(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC, the area under the ROC curve, and AP, the sum of (R_i - R_(i-1)) P_i over distinct scores; (R,) each."""
+    """AUROC, the area under the ROC curve, and AP, the sum of (R_i - R_(i-1)) P_i over distinct scores;
+    (R,) each.
+    """
     true, false = _cumulated(labels, scores, counts)
     gained = np.diff(true, axis=1)
     with np.errstate(invalid="ignore"):
         area = (np.diff(false, axis=1) * (true[:, 1:] - gained / 2)).sum(1) / (true[:, -1] * false[:, -1])
-        precision = np.nan_to_num(true[:, 1:] / (true[:, 1:] + false[:, 1:]))  # 0/0: nothing drawn down to here
+        precision = np.nan_to_num(
+            true[:, 1:] / (true[:, 1:] + false[:, 1:])
+        )  # 0/0: nothing drawn down to here
         return area, (gained * precision).sum(1) / true[:, -1]
 
 

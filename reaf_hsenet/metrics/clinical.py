@@ -1,8 +1,8 @@
 """Clinical scores of generated reports: which of CT-RATE's 18 findings they name, and where and how large.
 
-Labels (n, 18) of 0 and 1, in the order of LABELS, come from the phantoms' exact labeler (`phantom_labels`) or from a
-BERT or RoBERTa classifier (`load_classifier`), such as CT-RATE's RadBertClassifier. Both label the generated text and,
-where there is no table of true labels, the reference.
+Labels (n, 18) of 0 and 1, in the order of LABELS, come from the phantoms' exact labeler (`phantom_labels`) or
+from a BERT or RoBERTa classifier (`load_classifier`), such as CT-RATE's RadBertClassifier. Both label the
+generated text and, where there is no table of true labels, the reference.
 """
 
 import re
@@ -29,7 +29,8 @@ SIZE_TOLERANCE = (2.0, 0.1)  # mm, or of the reference's size: whichever is more
 
 
 def label_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-    """(n, C) 0/1 matrices -> precision, recall, f1, support (positives) and predicted (their number), (C,) each.
+    """(n, C) 0/1 matrices -> precision, recall, f1, support (positives) and predicted (their number), (C,)
+    each.
 
     Recall is NaN without positives, F1 without positives and predictions. Precision without predictions is 0.
     """
@@ -48,20 +49,24 @@ def _ratios(hits: np.ndarray, named: np.ndarray, positives: np.ndarray) -> dict[
 
 
 def clinical_report(predicted: np.ndarray, truth: np.ndarray, names: Sequence[str] = LABELS) -> dict:
-    """Precision, recall and F1 of each finding; micro, over all pairs of report and finding; macro, over findings.
+    """Precision, recall and F1 of each finding; micro, over all pairs of report and finding; macro, over
+    findings.
 
-    predicted, truth: (n, C) of 0 and 1. A finding without positives has no recall (None); `macro` leaves it out and
-    `left_out_of_macro` names it. Raises InputError for other shapes and values.
+    predicted, truth: (n, C) of 0 and 1. A finding without positives has no recall (None); `macro` leaves it
+    out and `left_out_of_macro` names it. Raises InputError for other shapes and values.
     """
     for kind, labels in (("generated", predicted), ("true", truth)):
         if labels.shape != (len(truth), len(names)) or not len(labels) or not np.isin(labels, (0, 1)).all():
             raise InputError(
-                f"{kind} labels: expected 0 and 1 in {len(names)} columns and as many rows, one or more, as there are "
-                f"true ones ({len(truth)}), found shape {labels.shape} or other values"
+                f"{kind} labels: expected 0 and 1 in {len(names)} columns and as many rows, one or more, as "
+                f"there are true ones ({len(truth)}), found shape {labels.shape} or other values"
             )
     scores = label_scores(predicted, truth)
     kept = scores["support"] > 0
-    totals = [np.array(np.sum(x)) for x in (np.logical_and(predicted, truth), scores["predicted"], scores["support"])]
+    totals = [
+        np.array(np.sum(x))
+        for x in (np.logical_and(predicted, truth), scores["predicted"], scores["support"])
+    ]
     metrics = ("precision", "recall", "f1")
     classes = {name: {m: _or_none(values[j]) for m, values in scores.items()} for j, name in enumerate(names)}
     return {
@@ -86,9 +91,9 @@ def phantom_labels(texts: Sequence[str]) -> np.ndarray:
 def attribute_agreement(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict]:
     """How often the generated text agrees on side, lobe and size, among the findings that both texts name.
 
-    Read by the phantoms' labeler. Only findings whose reference tells the attribute are `compared`; a generated text
-    that leaves it open does not agree. side, lobe: the same set. size: the largest, within SIZE_TOLERANCE;
-    mean_abs_error_mm is over the `both_stated`. None where there is nothing to compare.
+    Read by the phantoms' labeler. Only findings whose reference tells the attribute are `compared`; a
+    generated text that leaves it open does not agree. side, lobe: the same set. size: the largest, within
+    SIZE_TOLERANCE; mean_abs_error_mm is over the `both_stated`. None where there is nothing to compare.
     """
     check_pairs(predictions, references)
     agrees: dict[str, list[bool]] = {"side": [], "lobe": [], "size": []}
@@ -105,7 +110,9 @@ def attribute_agreement(predictions: Sequence[str], references: Sequence[str]) -
             found, size = (max(f.size for f in findings) for findings in (generated, stated))
             if size and label != "Cardiomegaly":  # whose size is a ratio
                 error = abs(found - size)
-                agrees["size"].append(bool(found) and error <= max(SIZE_TOLERANCE[0], SIZE_TOLERANCE[1] * size))
+                agrees["size"].append(
+                    bool(found) and error <= max(SIZE_TOLERANCE[0], SIZE_TOLERANCE[1] * size)
+                )
                 errors += [error] * bool(found)
     report: dict[str, dict] = {
         name: {"agreement": float(np.mean(values)) if values else None, "compared": len(values)}
@@ -142,11 +149,13 @@ class ReportClassifier(nn.Module):
 def load_classifier(
     folder: Path, device: torch.device | str = "cpu", batch_size: int = 32
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    """A function from texts to labels (n, 18) int64: 1 where the sigmoid is 0.5 or more; none for an empty text.
+    """A function from texts to labels (n, 18) int64: 1 where the sigmoid is 0.5 or more; none for an empty
+    text.
 
-    folder: config.json, tokenizer, and weights under the names of transformers' BertForSequenceClassification or
-    RobertaForSequenceClassification, or CT-RATE's RadBertClassifier.pth. Where config.json names the classes, they are
-    put in the order of LABELS. Raises InputError, by name, for weights that do not fit, and for other classes.
+    folder: config.json, tokenizer, and weights under the names of transformers' BertForSequenceClassification
+    or RobertaForSequenceClassification, or CT-RATE's RadBertClassifier.pth. Where config.json names the
+    classes, they are put in the order of LABELS. Raises InputError, by name, for weights that do not fit, and
+    for other classes.
     """
     folder, reader = Path(folder), load_text_reader(folder)
     order = _label_order(folder / "config.json")
@@ -175,10 +184,14 @@ def load_classifier(
 def _label_order(path: Path) -> list[int]:
     """The columns of the classifier's output in the order of LABELS, by id2label where it has names."""
     named = {str(name).lower(): int(i) for i, name in read_object(path).get("id2label", {}).items()}
-    if all(re.fullmatch(r"label_\d+", name) for name in named):  # what transformers writes where nobody named them
+    if all(
+        re.fullmatch(r"label_\d+", name) for name in named
+    ):  # what transformers writes where nobody named them
         return list(range(len(LABELS)))
     wanted = {label.lower() for label in LABELS}
     if set(named) != wanted or sorted(named.values()) != list(range(len(LABELS))):
         other = ", ".join(sorted(set(named) ^ wanted)[:3]) or "ids other than 0 to 17"
-        raise InputError(f"{path}: id2label differs from CT-RATE's {len(LABELS)} labels in {other}; expected those")
+        raise InputError(
+            f"{path}: id2label differs from CT-RATE's {len(LABELS)} labels in {other}; expected those"
+        )
     return [named[label.lower()] for label in LABELS]

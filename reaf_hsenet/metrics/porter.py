@@ -1,25 +1,73 @@
 """Porter's stemmer, the stem stage of METEOR: "opacities" -> "opac", "calcified" -> "calcifi".
 
-Source: Porter 1980 ("An algorithm for suffix stripping"), with his own later changes and those of NLTK 3's default
-mode (NLTK_EXTENSIONS), which the published scores use.
+Source: Porter 1980 ("An algorithm for suffix stripping"), with his own later changes and those of NLTK 3's
+default mode (NLTK_EXTENSIONS), which the published scores use.
 """
 
 import re
 from functools import lru_cache
 
 # Words that the rules would bring together wrongly, or keep apart.
-IRREGULAR = {"skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "innings": "inning", "outings": "outing",
-             "cannings": "canning"}  # fmt: skip
-IRREGULAR |= {word: word for word in ("sky", "news", "inning", "outing", "canning", "howe", "proceed", "exceed", "succeed")}
+IRREGULAR = {
+    "skies": "sky",
+    "dying": "die",
+    "lying": "lie",
+    "tying": "tie",
+    "innings": "inning",
+    "outings": "outing",
+    "cannings": "canning",
+}
+IRREGULAR |= {
+    word: word
+    for word in ("sky", "news", "inning", "outing", "canning", "howe", "proceed", "exceed", "succeed")
+}
 
 # Suffix -> replacement; of the suffixes that a word ends with, the first in the list is the one.
-STEP2 = {"ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "bli": "ble",
-         "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize", "ation": "ate", "ator": "ate", "alism": "al",
-         "iveness": "ive", "fulness": "ful", "ousness": "ous", "aliti": "al", "iviti": "ive", "biliti": "ble",
-         "fulli": "ful", "logi": "log"}  # fmt: skip
+STEP2 = {
+    "ational": "ate",
+    "tional": "tion",
+    "enci": "ence",
+    "anci": "ance",
+    "izer": "ize",
+    "bli": "ble",
+    "entli": "ent",
+    "eli": "e",
+    "ousli": "ous",
+    "ization": "ize",
+    "ation": "ate",
+    "ator": "ate",
+    "alism": "al",
+    "iveness": "ive",
+    "fulness": "ful",
+    "ousness": "ous",
+    "aliti": "al",
+    "iviti": "ive",
+    "biliti": "ble",
+    "fulli": "ful",
+    "logi": "log",
+}
 STEP3 = {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}
-STEP4 = ("al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion", "ou", "ism", "ate",
-         "iti", "ous", "ive", "ize")  # fmt: skip
+STEP4 = (
+    "al",
+    "ance",
+    "ence",
+    "er",
+    "ic",
+    "able",
+    "ible",
+    "ant",
+    "ement",
+    "ment",
+    "ent",
+    "ion",
+    "ou",
+    "ism",
+    "ate",
+    "iti",
+    "ous",
+    "ive",
+    "ize",
+)
 
 
 @lru_cache(maxsize=2**16)
@@ -75,7 +123,9 @@ def _step1(word: str) -> str:
 
 
 def _restored(stem: str) -> str:
-    """The end of a word that lost its -ed or -ing: conflat(ed) -> conflate, hopp(ing) -> hop, fil(ing) -> file."""
+    """The end of a word that lost its -ed or -ing: conflat(ed) -> conflate, hopp(ing) -> hop, fil(ing) ->
+    file.
+    """
     if stem.endswith(("at", "bl", "iz")):
         return stem + "e"
     if stem[-1:] == stem[-2:-1] and _letters(stem).endswith("c"):

@@ -159,8 +159,8 @@ def label_overlap(
     _check_indices(len(image), scans=scans)
     if labels.ndim != 2 or len(labels) != len(image) or not ((labels == 0) | (labels == 1)).all():
         raise InputError(
-            f"labels: expected 0 and 1, one row for each of the {len(image)} embeddings, "
-            f"found shape {tuple(labels.shape)} or other values"
+            f"labels: expected 0 and 1, one row for each of the {len(image)} embeddings, found shape "
+            f"{tuple(labels.shape)} or other values"
         )
     labels = labels.to(device=image.device, dtype=torch.bool)
     rows = torch.arange(len(image), device=image.device)

@@ -1,9 +1,10 @@
-"""Scores of generated text against one reference each: n-gram precisions, BLEU, ROUGE and METEOR, all in [0, 1].
+"""Scores of generated text against one reference each: n-gram precisions, BLEU, ROUGE and METEOR, all in [0,
+1].
 
-Sources: Papineni et al. 2002, Lin 2004, Banerjee and Lavie 2005, with the tokenisation and the definitions of the
-libraries that HSENet's evaluation (commit c7198f3) calls: evaluate's BLEU, rouge_score, NLTK's METEOR. What it
-reports as "BLEU-1..4" are n-gram precisions averaged over reports, without brevity penalty or geometric mean; here
-these are `ngram_precision_1..4`, and `corpus_bleu_1..4` are BLEU.
+Sources: Papineni et al. 2002, Lin 2004, Banerjee and Lavie 2005, with the tokenisation and the definitions of
+the libraries that HSENet's evaluation (commit c7198f3) calls: evaluate's BLEU, rouge_score, NLTK's METEOR.
+What it reports as "BLEU-1..4" are n-gram precisions averaged over reports, without brevity penalty or
+geometric mean; here these are `ngram_precision_1..4`, and `corpus_bleu_1..4` are BLEU.
 """
 
 import math
@@ -19,8 +20,11 @@ ORDERS = (1, 2, 3, 4)
 SAMPLE_SCORES = (*(f"ngram_precision_{n}" for n in ORDERS), "rouge1", "rougeL", "meteor_without_synonyms")
 ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 APART_13A = str.maketrans({c: f" {c} " for c in '!"#$%&()*+/:;<=>?@[\\]^_`{|}~'})
-SPACED_13A = ((re.compile(r"([^0-9])([.,])"), r"\1 \2 "), (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
-              (re.compile(r"([0-9])(-)"), r"\1 \2 "))  # fmt: skip
+SPACED_13A = (
+    (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
+    (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
+    (re.compile(r"([0-9])(-)"), r"\1 \2 "),
+)
 Pair = tuple[list[str], list[str]]  # tokens of a generated text and of its reference
 Matches = list[tuple[int, int]]  # for each of ORDERS: n-grams found in the reference, and all
 
@@ -33,15 +37,21 @@ def check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
             f"{len(predictions)}; give both in the same order"
         )
     if len(references) == 0:
-        raise InputError("texts to score: expected one or more generated texts with their references, found none")
+        raise InputError(
+            "texts to score: expected one or more generated texts with their references, found none"
+        )
     for kind, texts in (("generated", predictions), ("reference", references)):
         wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
         if wrong is not None:
-            raise InputError(f"{kind} text {wrong}: expected a string, found {texts[wrong]!r}; an empty text is ''")
+            raise InputError(
+                f"{kind} text {wrong}: expected a string, found {texts[wrong]!r}; an empty text is ''"
+            )
 
 
 def cleaned_pairs(predictions: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
-    """(generated, reference) as they are scored: references without quotes and round brackets, as published."""
+    """(generated, reference) as they are scored: references without quotes and round brackets, as
+    published.
+    """
     check_pairs(predictions, references)
     return [(p.strip(), clean_report(r).strip()) for p, r in zip(predictions, references, strict=True)]
 
@@ -49,8 +59,8 @@ def cleaned_pairs(predictions: Sequence[str], references: Sequence[str]) -> list
 def text_report(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int | str]:
     """Scores of generated reports: means over reports of SAMPLE_SCORES, and those of the corpus.
 
-    `meteor`, with WordNet's synonyms, is computed by nltk; where that is missing it says so. Raises InputError as
-    check_pairs does.
+    `meteor`, with WordNet's synonyms, is computed by nltk; where that is missing it says so. Raises
+    InputError as check_pairs does.
     """
     cleaned = cleaned_pairs(predictions, references)
     pairs = [(tokens_13a(p), tokens_13a(r)) for p, r in cleaned]
@@ -104,8 +114,8 @@ def _ngram_matches(prediction: list[str], reference: list[str]) -> Matches:
 def corpus_bleu(pairs: Sequence[Pair]) -> dict[str, float | int]:
     """BLEU of tokens (generated, reference): matches summed over all pairs, without smoothing.
 
-    corpus_bleu_N is the geometric mean of the precisions of orders 1 to N times the brevity penalty; 0 when one of
-    them is 0.
+    corpus_bleu_N is the geometric mean of the precisions of orders 1 to N times the brevity penalty; 0 when
+    one of them is 0.
     """
     return _corpus_bleu([_ngram_matches(*pair) for pair in pairs], sum(len(r) for _, r in pairs))
 
@@ -117,11 +127,17 @@ def _corpus_bleu(matches: Sequence[Matches], reference_tokens: int) -> dict[str,
     penalty = min(1.0, math.exp(1 - reference_tokens / generated)) if generated else 0.0
     scores = {f"corpus_bleu_{n}": penalty * math.prod(precisions[:n]) ** (1 / n) for n in ORDERS}
     scores |= {f"corpus_precision_{n}": p for n, p in zip(ORDERS, precisions, strict=True)}
-    return scores | {"brevity_penalty": penalty, "generated_tokens": generated, "reference_tokens": reference_tokens}
+    return scores | {
+        "brevity_penalty": penalty,
+        "generated_tokens": generated,
+        "reference_tokens": reference_tokens,
+    }
 
 
 def rouge_scores(prediction: list[str], reference: list[str]) -> tuple[float, float]:
-    """F1 of ROUGE-1, words in common, and ROUGE-L, the longest common subsequence of the whole text; no stemming."""
+    """F1 of ROUGE-1, words in common, and ROUGE-L, the longest common subsequence of the whole text; no
+    stemming.
+    """
     common = (Counter(prediction) & Counter(reference)).total()
     lengths = len(prediction) + len(reference)
     # The harmonic mean of c / len(prediction) and c / len(reference) is 2 c / (their sum).
@@ -132,7 +148,8 @@ def rouge_scores(prediction: list[str], reference: list[str]) -> tuple[float, fl
 def common_subsequence(first: list[str], second: list[str]) -> int:
     """Length of the longest common subsequence, a row of the table at a time, as the bits of an integer.
 
-    A bit is 0 where the row grows by one (Hyyro 2004): O(len(second)) operations on integers of len(first) bits.
+    A bit is 0 where the row grows by one (Hyyro 2004): O(len(second)) operations on integers of len(first)
+    bits.
     """
     where: dict[str, int] = {}
     for i, token in enumerate(first):
@@ -146,7 +163,9 @@ def common_subsequence(first: list[str], second: list[str]) -> int:
 
 
 def meteor_without_synonyms(prediction: list[str], reference: list[str]) -> float:
-    """METEOR (alpha 0.9, beta 3, gamma 0.5) of words that are equal, or of equal stem; upper and lower case alike."""
+    """METEOR (alpha 0.9, beta 3, gamma 0.5) of words that are equal, or of equal stem; upper and lower
+    case alike.
+    """
     sides = [dict(enumerate(token.lower() for token in tokens)) for tokens in (prediction, reference)]
     matches: list[tuple[int, int]] = []
     for form in (str, porter_stem):
@@ -171,7 +190,9 @@ def meteor_without_synonyms(prediction: list[str], reference: list[str]) -> floa
 
 
 def nltk_meteor(pairs: Sequence[tuple[str, str]]) -> float | str:
-    """Mean METEOR of (generated, reference) texts with WordNet's synonyms, as published; else why it is not computed."""
+    """Mean METEOR of (generated, reference) texts with WordNet's synonyms, as published; else why it is
+    not computed.
+    """
     try:
         from nltk import word_tokenize
         from nltk.translate.meteor_score import single_meteor_score

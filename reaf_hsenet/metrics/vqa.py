@@ -1,4 +1,5 @@
-"""Scores of generated answers to questions of where: HSENet's evaluation (commit c7198f3) on RadGenome-ChestCT.
+"""Scores of generated answers to questions of where: HSENet's evaluation (commit c7198f3) on
+RadGenome-ChestCT.
 
 An answer is a path of places, "lung/right lung/right upper lobe", and belongs to one of 11 anatomies.
 """
@@ -12,13 +13,26 @@ import numpy as np
 from reaf_hsenet.metrics.clinical import label_scores
 from reaf_hsenet.metrics.text import check_pairs, sample_scores
 
-ANATOMIES = ("Lung", "Trachea and Bronchie", "Mediastinum", "Heart", "Esophagus", "Pleura", "Bone", "Thyroid",
-             "Breast", "Abdomen", "Others")  # fmt: skip
+ANATOMIES = (
+    "Lung",
+    "Trachea and Bronchie",
+    "Mediastinum",
+    "Heart",
+    "Esophagus",
+    "Pleura",
+    "Bone",
+    "Thyroid",
+    "Breast",
+    "Abdomen",
+    "Others",
+)
 ACCURACIES = ("acc_class", "acc_class_strict", "acc_text")
 
 
 def anatomy_of(text: str) -> str:
-    """The first of ANATOMIES whose name is anywhere in the text, as published ("mediastinum/left lung hilum": Lung)."""
+    """The first of ANATOMIES whose name is anywhere in the text, as published ("mediastinum/left lung
+    hilum": Lung).
+    """
     text = text.lower()
     return next((name for name in ANATOMIES[:-1] if name.lower() in text), ANATOMIES[-1])
 
@@ -26,8 +40,9 @@ def anatomy_of(text: str) -> str:
 def answer_accuracies(prediction: str, answer: str) -> dict[str, int]:
     """ACCURACIES of one answer, 0 or 1, upper and lower case alike.
 
-    acc_class: as published, the generated text's part before the first slash is anywhere in the answer; an empty text
-    always is. acc_class_strict: the parts before the first slash are the same. acc_text: the texts are the same.
+    acc_class: as published, the generated text's part before the first slash is anywhere in the answer; an
+    empty text always is. acc_class_strict: the parts before the first slash are the same. acc_text: the texts
+    are the same.
     """
     prediction, answer = prediction.lower().strip(), answer.lower().strip()
     first = [text.split("/")[0].strip() for text in (prediction, answer)]
@@ -38,12 +53,12 @@ def answer_accuracies(prediction: str, answer: str) -> dict[str, int]:
 def vqa_report(predictions: Sequence[str], answers: Sequence[str]) -> dict:
     """Scores of generated answers. Raises InputError as check_pairs does.
 
-    micro_average: ACCURACIES and text.py's SAMPLE_SCORES, means over the questions; macro_average: means of the means over the
-    true anatomies that occur; per_anatomy: those means. classification: precision, recall, f1 and support of each
-    anatomy; of those, `macro` is the mean over all 11, an absent one as 0, as published, and
-    `macro_over_true_anatomies` over those that occur; `weighted` is by support.
-    majority: the accuracies of always giving the most frequent answer. chance: the probability that an answer (and its
-    anatomy) drawn from the true ones equals another drawn the same way.
+    micro_average: ACCURACIES and text.py's SAMPLE_SCORES, means over the questions; macro_average: means of
+    the means over the true anatomies that occur; per_anatomy: those means. classification: precision, recall,
+    f1 and support of each anatomy; of those, `macro` is the mean over all 11, an absent one as 0, as
+    published, and `macro_over_true_anatomies` over those that occur; `weighted` is by support.
+    majority: the accuracies of always giving the most frequent answer. chance: the probability that an answer
+    (and its anatomy) drawn from the true ones equals another drawn the same way.
     """
     check_pairs(predictions, answers)
     rows = [answer_accuracies(p, a) | sample_scores(p, a) for p, a in zip(predictions, answers, strict=True)]
@@ -62,7 +77,11 @@ def vqa_report(predictions: Sequence[str], answers: Sequence[str]) -> dict:
         "macro_average": _means(list(per_anatomy.values())),
         "per_anatomy": per_anatomy,
         "classification": anatomy_classification(named, true),
-        "majority": {"answer": guess, "acc_anatomy": true.count(anatomy_of(guess)) / len(true), **_means(guessed)},
+        "majority": {
+            "answer": guess,
+            "acc_anatomy": true.count(anatomy_of(guess)) / len(true),
+            **_means(guessed),
+        },
         "chance": {"acc_anatomy": _chance(true), "acc_text": _chance(texts)},
     }
 

@@ -20,7 +20,9 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class DualEncoder(nn.Module):
-    """logit_scale `raw`: the parameter multiplies the cosines as it is, as HSENet does; `exp`: its exponential, CLIP."""
+    """logit_scale `raw`: the parameter multiplies the cosines as it is, as HSENet does; `exp`: its
+    exponential, CLIP.
+    """
 
     def __init__(
         self,
@@ -56,7 +58,9 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Keep an exponential scale within 1 and 100, after an optimizer step; a raw one is left alone, as published."""
+        """Keep an exponential scale within 1 and 100, after an optimizer step; a raw one is left alone,
+        as published.
+        """
         if self.scale_kind == "exp":
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
@@ -75,10 +79,11 @@ def start_as_published(model: DualEncoder) -> None:
     """Draw the weights of a model from scratch as the libraries of the published code do.
 
     Every Linear starts as torch's own: uniform in +-1 / sqrt(inputs), biases too. Then, by library:
-    HSENet's ViT (monai 1.3): patches and positions are normal with std 0.02, the class token and patch biases are 0.
-    REAF's ViT (timm 1.0): the blocks are normal with std 0.02, their biases 0, the class token has std 1e-6.
-    BERT (transformers 4.49): matrices and tables are normal with std 0.02, the padding row and the biases are 0.
-    Where these libraries truncate a normal of 0.02, it is at 100 standard deviations, which is never reached.
+    HSENet's ViT (monai 1.3): patches and positions are normal with std 0.02, the class token and patch biases
+    are 0. REAF's ViT (timm 1.0): the blocks are normal with std 0.02, their biases 0, the class token has std
+    1e-6. BERT (transformers 4.49): matrices and tables are normal with std 0.02, the padding row and the
+    biases are 0. Where these libraries truncate a normal of 0.02, it is at 100 standard deviations, which is
+    never reached.
     """
     vision, text = model.vision, model.text
     for module in model.modules():
@@ -100,7 +105,8 @@ def start_as_published(model: DualEncoder) -> None:
 
 
 def freeze_text(model: DualEncoder, blocks: int) -> None:
-    """Freeze the text encoder but for its LayerNorms and its last `blocks` blocks (one more: the embeddings too).
+    """Freeze the text encoder but for its LayerNorms and its last `blocks` blocks (one more: the embeddings
+    too).
 
     Source: open_clip's lock_text_tower, as REAF uses it; the projection is always trained.
     """
@@ -113,7 +119,9 @@ def freeze_text(model: DualEncoder, blocks: int) -> None:
 
 
 def adapt(model: DualEncoder, lora) -> None:
-    """Give the towers of a LoraConfig their adapters; of their blocks only these and the LayerNorms are then trained."""
+    """Give the towers of a LoraConfig their adapters; of their blocks only these and the LayerNorms are
+    then trained.
+    """
     for name in lora.towers:
         tower = getattr(model, name)
         for module in tower.blocks.modules():

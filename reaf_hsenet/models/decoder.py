@@ -1,9 +1,10 @@
-"""The language decoder of Phi-3, Phi-4(-mini), Llama-2 and Llama-3: pre-norm blocks of rotary, grouped-query attention
-and a gated MLP, with a static cache of keys and values.
+"""The language decoder of Phi-3, Phi-4(-mini), Llama-2 and Llama-3: pre-norm blocks of rotary, grouped-query
+attention and a gated MLP, with a static cache of keys and values.
 
-ids (B, T) or embeddings (B, T, C) -> logits (B, T, V). Modules are named as the published tensors are, so that a
-state_dict has the published names without `model.`; separate q, k, v and gate, up are one matrix each in memory.
-Source: transformers 4.49 (Phi3ForCausalLM, LlamaForCausalLM), Su et al. 2021 (rotary), Ding et al. 2024 (LongRoPE).
+ids (B, T) or embeddings (B, T, C) -> logits (B, T, V). Modules are named as the published tensors are, so
+that a state_dict has the published names without `model.`; separate q, k, v and gate, up are one matrix each
+in memory. Source: transformers 4.49 (Phi3ForCausalLM, LlamaForCausalLM), Su et al. 2021 (rotary), Ding et al.
+2024 (LongRoPE).
 """
 
 import torch
@@ -26,14 +27,18 @@ class RMSNorm(nn.Module):
 
 
 class Rope:
-    """cos and sin of positions. Not a module: its frequencies stay float32 when a model is moved to another dtype."""
+    """cos and sin of positions. Not a module: its frequencies stay float32 when a model is moved to
+    another dtype.
+    """
 
     def __init__(self, config: RopeConfig, head_dim: int):
         self.config, self.head_dim, self.tables = config, head_dim, {}
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(B or 1, T) -> what `rotate` takes: (B or 1, T, 1, head_dim) and (B or 1, T, 1, R). LongRoPE has one set of factors for the whole call:
-        the long ones as soon as any position reaches the original context."""
+        """(B or 1, T) -> what `rotate` takes: (B or 1, T, 1, head_dim) and (B or 1, T, 1, R). LongRoPE
+        has one set of factors for the whole call: the long ones as soon as any position reaches the
+        original context.
+        """
         if positions.device not in self.tables:
             table = torch.tensor(self.config.frequencies, dtype=torch.float32, device=positions.device)
             self.tables[positions.device] = table
@@ -47,8 +52,9 @@ class Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, T, heads, head_dim): features i and i + R / 2 of the first R turn into (a cos - b sin, b cos + a sin); the
-    rest passes. cos: 1 for the rest; sin: with its signs."""
+    """(B, T, heads, head_dim): features i and i + R / 2 of the first R turn into (a cos - b sin, b cos +
+    a sin); the rest passes. cos: 1 for the rest; sin: with its signs.
+    """
     rotated = x[..., : sin.shape[-1]]
     out = x * cos
     out[..., : sin.shape[-1]].addcmul_(torch.cat(rotated.chunk(2, dim=-1)[::-1], dim=-1), sin)
@@ -58,11 +64,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of up to `size` tokens of B sequences, in every layer; `length` tokens are there.
 
-    A `fixed` cache is for compiled steps: its shapes and addresses never change, so that all of it is read every time
-    and the next place is counted on the device.
+    A `fixed` cache is for compiled steps: its shapes and addresses never change, so that all of it is read
+    every time and the next place is counted on the device.
     """
 
-    def __init__(self, config: DecoderConfig, batch: int, size: int, dtype=None, device=None, fixed: bool = False):
+    def __init__(
+        self, config: DecoderConfig, batch: int, size: int, dtype=None, device=None, fixed: bool = False
+    ):
         shape = (2, batch, config.kv_heads, size, config.head_dim)
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
         self.size, self.length, self.fixed = size, 0, fixed
@@ -98,7 +106,9 @@ class DecoderAttention(nn.Module):
         self.qkv_proj = FusedLinear(config.width, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=False)
         self.o_proj = nn.Linear(q, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, causal: bool, layer: Tensor | None, slots, end: int) -> Tensor:
+    def forward(
+        self, x: Tensor, rope, mask: Tensor | None, causal: bool, layer: Tensor | None, slots, end: int
+    ) -> Tensor:
         x = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads + 2 kv_heads, head_dim)
         qk, v = x.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         q, k = rotate(qk, *rope).split((self.heads, self.kv_heads), dim=2)
@@ -112,8 +122,12 @@ class DecoderAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """(B, heads, T, head_dim), in torch's fused kernel."""
         group = self.heads // self.kv_heads
-        if q.shape[2] == 1:  # one query: the heads of a group are rows of one attention, and no key is repeated
-            return F.scaled_dot_product_attention(q.unflatten(1, (-1, group)).squeeze(3), k, v, mask).flatten(1, 2)[:, :, None]
+        if (
+            q.shape[2] == 1
+        ):  # one query: the heads of a group are rows of one attention, and no key is repeated
+            return F.scaled_dot_product_attention(q.unflatten(1, (-1, group)).squeeze(3), k, v, mask).flatten(
+                1, 2
+            )[:, :, None]
         k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
@@ -123,14 +137,18 @@ class GatedMlp(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.gate_up_proj = FusedLinear(config.width, {"gate_proj": config.mlp, "up_proj": config.mlp}, bias=False)
+        self.gate_up_proj = FusedLinear(
+            config.width, {"gate_proj": config.mlp, "up_proj": config.mlp}, bias=False
+        )
         self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # the largest tensors are not allocated twice more
+        return self.down_proj(
+            F.silu(gate, inplace=True).mul_(up)
+        )  # the largest tensors are not allocated twice more
 
 
 class DecoderBlock(nn.Module):
@@ -175,7 +193,11 @@ class Decoder(nn.Module):
         return self.logits(x[:, -1:] if last else x)
 
     def hidden(
-        self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C) after the final norm.
 
@@ -195,8 +217,12 @@ class Decoder(nn.Module):
             cache.advance(tokens)
         return self.norm(x)
 
-    def visible(self, slots: Tensor, end: int, mask: Tensor | None, fixed: bool) -> tuple[Tensor | None, bool]:
-        """Which keys each token sees, (B or 1, 1, T, S) or None for all, and whether the causal rule is the kernel's."""
+    def visible(
+        self, slots: Tensor, end: int, mask: Tensor | None, fixed: bool
+    ) -> tuple[Tensor | None, bool]:
+        """Which keys each token sees, (B or 1, 1, T, S) or None for all, and whether the causal rule is
+        the kernel's.
+        """
         window, tokens = self.config.window, len(slots)
         if mask is None and not fixed and (window is None or end <= window) and tokens in (1, end):
             return None, tokens > 1

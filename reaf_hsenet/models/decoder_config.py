@@ -1,4 +1,5 @@
-"""A language decoder's sizes and rules, read from and written as the config.json of Phi-3, Phi-4 and Llama folders.
+"""A language decoder's sizes and rules, read from and written as the config.json of Phi-3, Phi-4 and Llama
+folders.
 
 What a config.json asks for and models/decoder.py does not do is refused by name. Source: transformers 4.49.
 """
@@ -14,23 +15,71 @@ from reaf_hsenet.settings import check_ranges, setting
 
 # Keys that change no output of a trained model, and keys of which one value is implemented.
 INERT = {
-    "_name_or_path", "_attn_implementation_autoset", "architectures", "auto_map", "chunk_size_feed_forward", "do_sample",
-    "dtype", "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "max_length",
-    "name_or_path", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pretraining_tp",
-    "problem_type", "return_dict", "return_dict_in_generate", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k",
-    "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
-    "use_bfloat16", "use_cache",
-}  # fmt: skip
+    "_name_or_path",
+    "_attn_implementation_autoset",
+    "architectures",
+    "auto_map",
+    "chunk_size_feed_forward",
+    "do_sample",
+    "dtype",
+    "finetuning_task",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "max_length",
+    "name_or_path",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
+    "return_dict_in_generate",
+    "temperature",
+    "tf_legacy_loss",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "typical_p",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+}
 ONLY = {
-    "attention_bias": False, "attention_dropout": 0, "embd_pdrop": 0, "full_attn_mod": 1, "hidden_act": "silu",
-    "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "resid_pdrop": 0,
-}  # fmt: skip
-# The same of what transformers 4 writes of every model's settings (to_dict), whatever they mean to it. Not written here.
+    "attention_bias": False,
+    "attention_dropout": 0,
+    "embd_pdrop": 0,
+    "full_attn_mod": 1,
+    "hidden_act": "silu",
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "mlp_bias": False,
+    "resid_pdrop": 0,
+}
+# The same of what transformers 4 writes of every model's settings (to_dict), whatever they mean to it. Not
+# written here.
 NEUTRAL = {
-    "add_cross_attention": False, "diversity_penalty": 0, "early_stopping": False, "encoder_no_repeat_ngram_size": 0,
-    "length_penalty": 1, "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1,
-    "pruned_heads": {}, "remove_invalid_values": False, "repetition_penalty": 1, "tie_encoder_decoder": False,
-}  # fmt: skip
+    "add_cross_attention": False,
+    "diversity_penalty": 0,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "length_penalty": 1,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "pruned_heads": {},
+    "remove_invalid_values": False,
+    "repetition_penalty": 1,
+    "tie_encoder_decoder": False,
+}
 ROPE_KEYS = {
     "default": set(),
     "longrope": {"short_factor", "long_factor"},
@@ -43,8 +92,8 @@ LARGEST = 2**24  # sizes above this are refused before anything is made of them
 class RopeConfig:
     """Rotary positions. kind: `default`, `longrope` (Phi-3, Phi-4-mini) or `llama3`.
 
-    dims: features of a head that are rotated. original: tokens that the model was first trained on; longrope takes
-    `long_factor` for more tokens than that. context: tokens that it can take.
+    dims: features of a head that are rotated. original: tokens that the model was first trained on; longrope
+    takes `long_factor` for more tokens than that. context: tokens that it can take.
     """
 
     dims: int = setting(above=0, most=LARGEST)
@@ -62,7 +111,10 @@ class RopeConfig:
         check_ranges(self)
         factors = self.dims // 2 if self.kind == "longrope" else 0
         if self.dims % 2 or not len(self.short_factor) == len(self.long_factor) == factors:
-            raise InputError(f"RopeConfig has {self.dims} dims of kind {self.kind}; expected an even number, and {factors} factors")
+            raise InputError(
+                f"RopeConfig has {self.dims} dims of kind {self.kind}; expected an even number, and "
+                f"{factors} factors"
+            )
         if self.kind == "longrope" and self.original < 2:
             raise InputError(f"original of RopeConfig is {self.original}; expected 2 or more")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
@@ -73,7 +125,9 @@ class RopeConfig:
         """Radians a position, of each pair of features: up to `original` tokens, and for more."""
         plain = [self.theta ** (-2 * i / self.dims) for i in range(self.dims // 2)]
         if self.kind == "longrope":
-            return tuple([f / s for f, s in zip(plain, x, strict=True)] for x in (self.short_factor, self.long_factor))
+            return tuple(
+                [f / s for f, s in zip(plain, x, strict=True)] for x in (self.short_factor, self.long_factor)
+            )
         if self.kind == "llama3":
             plain = [self._llama3(f) for f in plain]
         return plain, plain
@@ -94,8 +148,9 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """family: `phi3` (qkv and gate_up are one matrix each on disk) or `llama` (separate). window: None or tokens seen,
-    the query's own included. Ids: eos may be several, pad and bos may be absent."""
+    """family: `phi3` (qkv and gate_up are one matrix each on disk) or `llama` (separate). window: None or
+    tokens seen, the query's own included. Ids: eos may be several, pad and bos may be absent.
+    """
 
     family: Literal["phi3", "llama"]
     vocab: int = setting(above=0, most=LARGEST)
@@ -121,22 +176,39 @@ class DecoderConfig:
 
     @classmethod
     def from_json(cls, values: dict, source: str = "config.json") -> "DecoderConfig":
-        """The values of a config.json. Raises InputError, naming the key, for what is missing, of another kind or not implemented."""
+        """The values of a config.json. Raises InputError, naming the key, for what is missing, of another
+        kind or not implemented.
+        """
         if not isinstance(values, dict):
             raise InputError(f"{source}: expected an object of settings, found {type(values).__name__}")
         # null means absent, but of what transformers computes with as it is.
-        left = {k: v for k, v in values.items() if k not in INERT and (v is not None or k in ("rms_norm_eps", "rope_theta"))}
+        left = {
+            k: v
+            for k, v in values.items()
+            if k not in INERT and (v is not None or k in ("rms_norm_eps", "rope_theta"))
+        }
         family = left.pop("model_type", None)
         if family not in ("phi3", "llama"):
-            raise InputError(f"{source}: model_type {family!r:.60} is not implemented; expected phi3 (Phi-3, Phi-4) or llama")
+            raise InputError(
+                f"{source}: model_type {family!r:.60} is not implemented; expected phi3 (Phi-3, Phi-4) or "
+                f"llama"
+            )
         for key, only in (ONLY | NEUTRAL).items():
             if left.pop(key, only) != only:
                 raise InputError(f"{source}: {key} {values[key]!r:.60} is not implemented; only {only!r} is")
 
         def take(key: str, kind: type, default=None):
             value = left.pop(key, default)
-            expected = {int: f"a whole number from 1 to {LARGEST}", float: "a positive number", bool: "true or false"}[kind]
-            fits = _positive(value) if kind is float else type(value) is kind and (kind is bool or 1 <= value <= LARGEST)
+            expected = {
+                int: f"a whole number from 1 to {LARGEST}",
+                float: "a positive number",
+                bool: "true or false",
+            }[kind]
+            fits = (
+                _positive(value)
+                if kind is float
+                else type(value) is kind and (kind is bool or 1 <= value <= LARGEST)
+            )
             if not fits:
                 raise InputError(f"{source}: {key} is {value!r:.60}; expected {expected}")
             return kind(value)
@@ -148,19 +220,33 @@ class DecoderConfig:
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         rope = _rope(left, take, head_dim, context, family, source)
         made = dict(
-            family=family, vocab=take("vocab_size", int), width=width, layers=take("num_hidden_layers", int), heads=heads,
-            kv_heads=take("num_key_value_heads", int, heads), head_dim=head_dim, mlp=take("intermediate_size", int),
-            context=context, rope=rope, eps=take("rms_norm_eps", float, 1e-5 if family == "phi3" else 1e-6),
-            tied=take("tie_word_embeddings", bool, False), bos_id=bos, eos_ids=eos, pad_id=pad,
+            family=family,
+            vocab=take("vocab_size", int),
+            width=width,
+            layers=take("num_hidden_layers", int),
+            heads=heads,
+            kv_heads=take("num_key_value_heads", int, heads),
+            head_dim=head_dim,
+            mlp=take("intermediate_size", int),
+            context=context,
+            rope=rope,
+            eps=take("rms_norm_eps", float, 1e-5 if family == "phi3" else 1e-6),
+            tied=take("tie_word_embeddings", bool, False),
+            bos_id=bos,
+            eos_ids=eos,
+            pad_id=pad,
             window=left.pop("sliding_window", None) if family == "phi3" else None,
-        )  # fmt: skip
+        )
         kinds = left.pop("layer_types", None)
         full = isinstance(kinds, list) and kinds.count("full_attention") == len(kinds) == made["layers"]
         if kinds is not None and not (full and made["window"] is None):
             expected = "full_attention of every layer, and no sliding_window beside it"
             raise InputError(f"{source}: layer_types {kinds!r:.60} is not implemented; expected {expected}")
         if left:
-            raise InputError(f"{source}: {', '.join(sorted(left))} not implemented; expected the settings of Phi-3, Phi-4 or Llama")
+            raise InputError(
+                f"{source}: {', '.join(sorted(left))} not implemented; expected the settings of Phi-3, "
+                f"Phi-4 or Llama"
+            )
         try:
             return cls(**made)
         except InputError as error:
@@ -173,12 +259,18 @@ class DecoderConfig:
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads")
         if self.heads * self.head_dim > LARGEST:
-            raise InputError(f"{self.heads} attention heads of {self.head_dim} features are more than is implemented")
+            raise InputError(
+                f"{self.heads} attention heads of {self.head_dim} features are more than is implemented"
+            )
         if self.window is not None and (type(self.window) is not int or self.window < 1):
-            raise InputError(f"sliding_window is {self.window!r:.60}; expected a positive number of tokens or null")
+            raise InputError(
+                f"sliding_window is {self.window!r:.60}; expected a positive number of tokens or null"
+            )
         special = [i for i in (self.bos_id, self.pad_id, *self.eos_ids) if i is not None]
         if not all(type(i) is int and 0 <= i < self.vocab for i in special):
-            raise InputError(f"bos, eos and pad ids {special!r:.60} are not all tokens of a vocabulary of {self.vocab}")
+            raise InputError(
+                f"bos, eos and pad ids {special!r:.60} are not all tokens of a vocabulary of {self.vocab}"
+            )
 
     def to_json(self, dtype: str) -> dict:
         """The same as a config.json, in the form that transformers 4.49 writes and later releases read."""
@@ -188,17 +280,34 @@ class DecoderConfig:
             scaling |= {key: _listed(getattr(rope, key)) for key in sorted(ROPE_KEYS[rope.kind])}
         values = {
             "architectures": ["Phi3ForCausalLM" if self.family == "phi3" else "LlamaForCausalLM"],
-            "model_type": self.family, "vocab_size": self.vocab, "hidden_size": self.width,
-            "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
-            "intermediate_size": self.mlp, "max_position_embeddings": self.context, "rms_norm_eps": self.eps,
-            "tie_word_embeddings": self.tied, "rope_theta": rope.theta, "rope_scaling": scaling,
-            "bos_token_id": self.bos_id, "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None,
-            "pad_token_id": self.pad_id, "torch_dtype": dtype,
-            **{key: value for key, value in ONLY.items() if self.family == "phi3" or key in ("hidden_act", "attention_bias", "mlp_bias")},
-        }  # fmt: skip
+            "model_type": self.family,
+            "vocab_size": self.vocab,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.mlp,
+            "max_position_embeddings": self.context,
+            "rms_norm_eps": self.eps,
+            "tie_word_embeddings": self.tied,
+            "rope_theta": rope.theta,
+            "rope_scaling": scaling,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None,
+            "pad_token_id": self.pad_id,
+            "torch_dtype": dtype,
+            **{
+                key: value
+                for key, value in ONLY.items()
+                if self.family == "phi3" or key in ("hidden_act", "attention_bias", "mlp_bias")
+            },
+        }
         if self.family == "phi3":
-            values |= {"original_max_position_embeddings": rope.original or self.context, "sliding_window": self.window,
-                       "partial_rotary_factor": rope.dims / self.head_dim}  # fmt: skip
+            values |= {
+                "original_max_position_embeddings": rope.original or self.context,
+                "sliding_window": self.window,
+                "partial_rotary_factor": rope.dims / self.head_dim,
+            }
         if self.family == "llama" or self.head_dim != self.width // self.heads:
             values["head_dim"] = self.head_dim
         if rope.kind == "llama3":
@@ -219,39 +328,63 @@ def _rope(left: dict, take, head_dim: int, context: int, family: str, source: st
     """`rope_scaling` beside `rope_theta`, or `rope_parameters` with both, as transformers 5 writes them."""
     found = [left.pop(key) for key in ("rope_scaling", "rope_parameters") if key in left]
     if len(found) > 1 or not all(isinstance(scaling, dict) for scaling in found):
-        raise InputError(f"{source}: rope_scaling is {found!r:.60}; expected one object or null, there or in rope_parameters")
+        raise InputError(
+            f"{source}: rope_scaling is {found!r:.60}; expected one object or null, there or in "
+            f"rope_parameters"
+        )
     scaling = {key: value for scaling in found for key, value in scaling.items()}
     for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         if key in scaling and left.setdefault(key, scaling[key]) != scaling[key]:
-            raise InputError(f"{source}: {key} is {left[key]!r:.60}, but {scaling[key]!r:.60} in the rope settings; leave one out")
+            raise InputError(
+                f"{source}: {key} is {left[key]!r:.60}, but {scaling[key]!r:.60} in the rope settings; "
+                f"leave one out"
+            )
         scaling.pop(key, None)
     kinds = [scaling.pop(key) for key in ("type", "rope_type") if key in scaling] or ["default"]
     if family == "phi3":  # older names of longrope in Phi-3 folders
         kinds = ["longrope" if kind in ("su", "yarn") else kind for kind in kinds]
     kind, implemented = kinds[0], ("default", "longrope" if family == "phi3" else "llama3")
     if kind not in implemented or kinds[-1] != kind:
-        raise InputError(f"{source}: rope type {kinds[-1]!r:.60} is not implemented for {family}; expected {' or '.join(implemented)}")
+        raise InputError(
+            f"{source}: rope type {kinds[-1]!r:.60} is not implemented for {family}; expected "
+            f"{' or '.join(implemented)}"
+        )
     wanted = ROPE_KEYS[kind]
     if set(scaling) != wanted:
         wrong = ", ".join(sorted(set(scaling) ^ wanted))
-        raise InputError(f"{source}: rope_scaling of type {kind} takes {', '.join(sorted(wanted)) or 'nothing'}; not so: {wrong}")
+        raise InputError(
+            f"{source}: rope_scaling of type {kind} takes {', '.join(sorted(wanted)) or 'nothing'}; not "
+            f"so: {wrong}"
+        )
     part = take("partial_rotary_factor", float, 1.0)
     dims = int(head_dim * min(part, 2.0))
     if not 0 < dims <= head_dim or dims % 2 or (family == "llama" and dims < head_dim):
-        raise InputError(f"{source}: partial_rotary_factor {part} of head_dim {head_dim}: expected an even number of features"
-                         + (", and all of them for llama" if family == "llama" else ""))  # fmt: skip
+        raise InputError(
+            f"{source}: partial_rotary_factor {part} of head_dim {head_dim}: expected an even number of "
+            f"features" + (", and all of them for llama" if family == "llama" else "")
+        )
     for key, value in scaling.items():
         listed = kind == "longrope"
         if isinstance(value, list) != listed or not all(map(_positive, value if listed else [value])):
-            raise InputError(f"{source}: rope_scaling {key} is {value!r:.60}; expected {'positive numbers' if listed else 'a positive number'}")
+            raise InputError(
+                f"{source}: rope_scaling {key} is {value!r:.60}; expected "
+                f"{'positive numbers' if listed else 'a positive number'}"
+            )
         if listed and len(value) != dims // 2:
-            raise InputError(f"{source}: rope_scaling {key} has {len(value)} factors; expected {dims // 2} (half of {dims} rotated features)")
+            raise InputError(
+                f"{source}: rope_scaling {key} has {len(value)} factors; expected {dims // 2} (half of "
+                f"{dims} rotated features)"
+            )
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise InputError(f"{source}: rope_scaling low_freq_factor must be below high_freq_factor")
     original = take("original_max_position_embeddings", int, context if kind == "default" else None)
     if kind == "longrope" and original < 2:
         raise InputError(f"{source}: original_max_position_embeddings is {original}; expected 2 or more")
     return RopeConfig(
-        dims=dims, theta=take("rope_theta", float, 10000.0), kind=kind, context=context, original=original,
+        dims=dims,
+        theta=take("rope_theta", float, 10000.0),
+        kind=kind,
+        context=context,
+        original=original,
         **{key: tuple(value) if isinstance(value, list) else float(value) for key, value in scaling.items()},
-    )  # fmt: skip
+    )

@@ -1,8 +1,8 @@
 """REAF's layer-wise fusion: the outputs of several blocks become one, (B, 1 + N, C) each.
 
-The published "attention" is the blocks' outputs themselves. Its code takes a fusion method on the command line and
-always computes `weighted_mean`, softmax(0, 1, ..., L - 1), so that the last layer weighs most; the other names are
-computed here as they read. Source: REAF f9475f8, model/attention_hooks.py.
+The published "attention" is the blocks' outputs themselves. Its code takes a fusion method on the command
+line and always computes `weighted_mean`, softmax(0, 1, ..., L - 1), so that the last layer weighs most; the
+other names are computed here as they read. Source: REAF f9475f8, model/attention_hooks.py.
 """
 
 from functools import reduce
@@ -16,8 +16,8 @@ METHODS = ("mean", "max", "weighted_mean", "inverse_weighted_mean", "random_weig
 def layer_weights(method: str, layers: int, seed: int = 0) -> Tensor:
     """(L,) float32 weights of the layers, first block first; they sum to 1.
 
-    `inverse_weighted_mean` weighs the first layer most, `random_weighted_mean` is a softmax of normal numbers drawn
-    from `seed`, `last` (no fusion) is the last layer alone. Raises ValueError for another name.
+    `inverse_weighted_mean` weighs the first layer most, `random_weighted_mean` is a softmax of normal numbers
+    drawn from `seed`, `last` (no fusion) is the last layer alone. Raises ValueError for another name.
     """
     order = torch.arange(layers, dtype=torch.float32)
     if method == "mean":

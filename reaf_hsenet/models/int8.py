@@ -1,8 +1,9 @@
 """Weight-only int8: a matrix as int8 with one scale a row, W = scale * q, dequantised in the product.
 
-A frozen decoder in half the memory of bfloat16; the counterpart of the published 8-bit loading (which quantises
-activations too, by another library, on GPUs only). Eight bits a weight cost a product of Gaussian weights 0.7 % (rows
-of 512) to 0.9 % (3,072) of its norm: largest / 127 / sqrt(12) of their standard deviation.
+A frozen decoder in half the memory of bfloat16; the counterpart of the published 8-bit loading (which
+quantises activations too, by another library, on GPUs only). Eight bits a weight cost a product of Gaussian
+weights 0.7 % (rows of 512) to 0.9 % (3,072) of its norm: largest / 127 / sqrt(12) of their standard
+deviation.
 """
 
 import torch
@@ -66,7 +67,9 @@ def quantise(module: nn.Module, name: str) -> None:
 
 
 def quantise_decoder(decoder: nn.Module) -> None:
-    """Every linear layer but the head, whose logits would suffer most (the published loading leaves it too)."""
+    """Every linear layer but the head, whose logits would suffer most (the published loading leaves it
+    too).
+    """
     for name, layer in list(decoder.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
             quantise(decoder, name)

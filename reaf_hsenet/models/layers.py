@@ -49,7 +49,9 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a sequence's branch is 0 with probability p, and scaled by 1 / (1 - p) otherwise."""
+    """Stochastic depth: in training a sequence's branch is 0 with probability p, and scaled by 1 / (1 -
+    p) otherwise.
+    """
 
     def __init__(self, p: float):
         super().__init__()
@@ -106,8 +108,9 @@ class PatchEmbed3D(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices, zero biases, embeddings of std 0.02: what is built has these until a run starts or weights
-    are loaded (models/clip.py: start_as_published)."""
+    """Xavier-uniform matrices, zero biases, embeddings of std 0.02: what is built has these until a run
+    starts or weights are loaded (models/clip.py: start_as_published).
+    """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

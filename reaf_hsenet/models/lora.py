@@ -1,6 +1,7 @@
 """Low-rank adapters (Hu et al. 2021): y = W x + b + (alpha / r) B A dropout(x), W and b frozen.
 
-A starts as peft 0.14 starts it (Kaiming-uniform, a = sqrt(5)), B as zeros, so that an adapted model starts as the base.
+A starts as peft 0.14 starts it (Kaiming-uniform, a = sqrt(5)), B as zeros, so that an adapted model starts as
+the base.
 """
 
 import itertools
@@ -14,8 +15,8 @@ from reaf_hsenet.models.int8 import Int8Linear
 
 
 class LoraLinear(nn.Module):
-    """An adapted Linear. adapted: the parts of a fused matrix that change, each with an adapter of its own; none means
-    that one adapter changes the whole matrix.
+    """An adapted Linear. adapted: the parts of a fused matrix that change, each with an adapter of its own;
+    none means that one adapter changes the whole matrix.
 
     x (..., in) -> (..., out). lora_a: (n * r, in), lora_b: (rows of the n adapted parts, r), part after part.
     Adapters are float32 whatever the base's type; outside autocast they compute in that of x.
@@ -27,7 +28,9 @@ class LoraLinear(nn.Module):
         super().__init__()
         parts = getattr(base, "parts", {})
         if r < 1 or not all(name in parts for name in adapted):
-            raise ValueError(f"rank {r}, parts {adapted} of {tuple(parts)}: do not fit {base.out_features} outputs")
+            raise ValueError(
+                f"rank {r}, parts {adapted} of {tuple(parts)}: do not fit {base.out_features} outputs"
+            )
         self.base, self.r, self.scale, self.adapted = base.requires_grad_(False), r, alpha / r, tuple(adapted)
         self.dropout = nn.Dropout(dropout)
         ends, start = {"": (0, base.out_features)}, 0
@@ -47,7 +50,10 @@ class LoraLinear(nn.Module):
     def pairs(self) -> list[tuple[int, int, Tensor, Tensor]]:
         """(first row, end row, A (r, in), B (rows, r)) of each adapter."""
         b = self.lora_b.split([end - start for start, end in self.spans])
-        return [(*span, *ab) for span, ab in zip(self.spans, zip(self.lora_a.split(self.r), b, strict=True), strict=True)]
+        return [
+            (*span, *ab)
+            for span, ab in zip(self.spans, zip(self.lora_a.split(self.r), b, strict=True), strict=True)
+        ]
 
     def merged_weight(self) -> Tensor:
         """W + (alpha / r) B A, (out, in)."""
@@ -71,7 +77,9 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute with W + (alpha / r) B A, as fast as the base. W itself stays, and is what state_dict holds."""
+        """Compute with W + (alpha / r) B A, as fast as the base. W itself stays, and is what state_dict
+        holds.
+        """
         self.merged = self.merged_weight()
 
     def unmerge(self) -> None:
@@ -80,10 +88,11 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(module: nn.Module, targets: tuple[str, ...], r: int, alpha: float, dropout: float = 0.0) -> int:
-    """Adapt the Linear layers of `module` that `targets` name, and freeze them. Returns how many were adapted.
+    """Adapt the Linear layers of `module` that `targets` name, and freeze them. Returns how many were
+    adapted.
 
-    A target is the last part of a layer's name (proj, fc1, qkv_proj, ...), or a part of a fused matrix (query of qkv,
-    gate_proj of gate_up_proj). Raises ValueError for a target that names no layer.
+    A target is the last part of a layer's name (proj, fc1, qkv_proj, ...), or a part of a fused matrix (query
+    of qkv, gate_proj of gate_up_proj). Raises ValueError for a target that names no layer.
     """
     adapted, unused = 0, set(targets)
     for name, child in list(module.named_modules()):
@@ -94,11 +103,14 @@ def add_lora(module: nn.Module, targets: tuple[str, ...], r: int, alpha: float, 
         if leaf not in targets and not parts:
             continue
         wanted = () if leaf in targets else parts
-        module.get_submodule(name.rpartition(".")[0]).register_module(leaf, LoraLinear(child, r, alpha, dropout, wanted))
+        module.get_submodule(name.rpartition(".")[0]).register_module(
+            leaf, LoraLinear(child, r, alpha, dropout, wanted)
+        )
         adapted, unused = adapted + 1, unused - {leaf, *parts}
     if unused:
         raise ValueError(
-            f"LoRA targets {', '.join(sorted(unused))} name no linear layer of this model that can be trained (a packed one cannot)"
+            f"LoRA targets {', '.join(sorted(unused))} name no linear layer of this model that can be "
+            f"trained (a packed one cannot)"
         )
     return adapted
 

@@ -1,7 +1,8 @@
 """A language model that sees a CT: frozen 3D encoders, a projector each, and a decoder.
 
-volume (B, 1, D, H, W) -> patch tokens (B, N, C) of every encoder -> visual tokens (B, K, W), which take the places after
-bos in the decoder's input. Source: HSENet (c7198f3), whose two encoders are those of stage 1 and stage 2.
+volume (B, 1, D, H, W) -> patch tokens (B, N, C) of every encoder -> visual tokens (B, K, W), which take the
+places after bos in the decoder's input. Source: HSENet (c7198f3), whose two encoders are those of stage 1 and
+stage 2.
 """
 
 import torch
@@ -19,7 +20,9 @@ class Mllm(nn.Module):
     def __init__(self, encoders: list[nn.Module], projectors: list[Projector], decoder: Decoder):
         super().__init__()
         if len(projectors) not in (1, len(encoders)):
-            raise ValueError(f"{len(projectors)} projectors for {len(encoders)} encoders: expected one, or one for each")
+            raise ValueError(
+                f"{len(projectors)} projectors for {len(encoders)} encoders: expected one, or one for each"
+            )
         self.encoders = nn.ModuleList(encoders).requires_grad_(False)
         self.projectors, self.decoder = nn.ModuleList(projectors), decoder
         self.frozen_dropout = False
@@ -30,36 +33,53 @@ class Mllm(nn.Module):
         return self.projectors[i % len(self.projectors)]
 
     def train(self, mode: bool = True) -> "Mllm":
-        """Frozen encoders stay in evaluation mode, so that a volume's features are always the same, unless `frozen_dropout`."""
+        """Frozen encoders stay in evaluation mode, so that a volume's features are always the same,
+        unless `frozen_dropout`.
+        """
         super().train(mode)
         for encoder in self.encoders:
-            encoder.train(mode and (self.frozen_dropout or any(p.requires_grad for p in encoder.parameters())))
+            encoder.train(
+                mode and (self.frozen_dropout or any(p.requires_grad for p in encoder.parameters()))
+            )
         return self
 
     def features(self, volume: Tensor, slices: Tensor | None = None) -> list[Tensor]:
-        """Patch tokens (B, N, C) of every encoder, without its class token. slices: (B, S, C_2d), for the 2E3 encoder."""
+        """Patch tokens (B, N, C) of every encoder, without its class token. slices: (B, S, C_2d), for the
+        2E3 encoder.
+        """
         found = []
         for encoder in self.encoders:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())):
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
+            ):
                 tokens = encoder(volume, slices) if isinstance(encoder, ViT2E3) else encoder(volume)
             found.append(tokens[:, 1:])
         return found
 
     def visual(
-        self, features: list[Tensor], slices: Tensor | None, text: Tensor | None = None, text_mask: Tensor | None = None
+        self,
+        features: list[Tensor],
+        slices: Tensor | None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, K, W): the encoders' packed tokens, one encoder after the other."""
         packed = [self.projector(i)(x, slices, text, text_mask) for i, x in enumerate(features)]
         return torch.cat(packed, dim=1)
 
-    def embed(self, ids: Tensor, features: list[Tensor], slices: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
-        """(B, T) with bos, K image tokens and the text -> (B, T, W) with the visual tokens in the image tokens' places.
+    def embed(
+        self, ids: Tensor, features: list[Tensor], slices: Tensor | None = None, asked: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) with bos, K image tokens and the text -> (B, T, W) with the visual tokens in the image
+        tokens' places.
 
         asked: (B, T), nonzero at the question's tokens, for a projector that is guided by them.
         """
         x, end = self.decoder.embed_tokens(ids), 1 + self.visual_tokens
         if ids.shape[1] < end:
-            raise ValueError(f"{ids.shape[1]} tokens, expected bos and {self.visual_tokens} image tokens at least")
+            raise ValueError(
+                f"{ids.shape[1]} tokens, expected bos and {self.visual_tokens} image tokens at least"
+            )
         text_mask = None if asked is None else asked[:, end:]
         visual = self.visual(features, slices, x[:, end:].to(features[0].dtype), text_mask)
         return torch.cat((x[:, :1], visual.to(x.dtype), x[:, end:]), dim=1)
@@ -75,8 +95,9 @@ class Mllm(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(sum of the answers' cross-entropies, number of answer tokens), both scalars.
 
-        labels: (B, T), -100 where nothing is learned. features: of `features`, where they are known already. Logits are
-        made of the learned tokens only: a vocabulary of 200,000 for all of them would be the largest tensor by far.
+        labels: (B, T), -100 where nothing is learned. features: of `features`, where they are known already.
+        Logits are made of the learned tokens only: a vocabulary of 200,000 for all of them would be the
+        largest tensor by far.
         """
         features = self.features(volume, slices) if features is None else features
         x = self.decoder.hidden(self.embed(ids, features, slices, mask.bool() & (labels == -100)), mask)

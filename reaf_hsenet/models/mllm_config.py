@@ -23,18 +23,30 @@ TINY_KERNEL = (1, 2, 2)  # the tiny presets' grid is 4 x 4 x 4
 def tiny_decoder(tokenizer: Tokenizer) -> DecoderConfig:
     """A decoder that two cores train from nothing."""
     return DecoderConfig(
-        family="llama", vocab=len(tokenizer), width=128, layers=3, heads=4, kv_heads=4, head_dim=32, mlp=384, context=1024,
-        rope=RopeConfig(dims=32), tied=True, bos_id=tokenizer.bos_id, eos_ids=(tokenizer.eos_id,),
-    )  # fmt: skip
+        family="llama",
+        vocab=len(tokenizer),
+        width=128,
+        layers=3,
+        heads=4,
+        kv_heads=4,
+        head_dim=32,
+        mlp=384,
+        context=1024,
+        rope=RopeConfig(dims=32),
+        tied=True,
+        bos_id=tokenizer.bos_id,
+        eos_ids=(tokenizer.eos_id,),
+    )
 
 
 @dataclass(frozen=True)
 class MllmConfig:
-    """vision: one of VISION; encoders: theirs, in that order. kernel: tokens that the projector packs into one.
+    """vision: one of VISION; encoders: theirs, in that order. kernel: tokens that the projector packs into
+    one.
 
-    shared: one projector for both encoders. full: the whole decoder is trained; otherwise adapters of rank r, with alpha
-    and dropout (published: 16, 32, 0.05), on a frozen decoder, which int8 may hold in eight bits. train_vision: the
-    encoders are trained too (published: frozen).
+    shared: one projector for both encoders. full: the whole decoder is trained; otherwise adapters of rank r,
+    with alpha and dropout (published: 16, 32, 0.05), on a frozen decoder, which int8 may hold in eight bits.
+    train_vision: the encoders are trained too (published: frozen).
     """
 
     vision: str
@@ -54,15 +66,21 @@ class MllmConfig:
     def __post_init__(self):
         check_ranges(self)
         if self.vision not in VISION or len(self.encoders) != len(VISION[self.vision]):
-            raise InputError(f"--vision {self.vision}: expected one of {', '.join(VISION)}, with its encoders")
+            raise InputError(
+                f"--vision {self.vision}: expected one of {', '.join(VISION)}, with its encoders"
+            )
         if self.projector not in PROJECTORS:
             raise InputError(f"--projector {self.projector}: expected one of {', '.join(PROJECTORS)}")
         if len({encoder.grid for encoder in self.encoders}) > 1 and self.shared:
-            raise InputError("--shared-projector: the two encoders have other token grids; leave the flag out")
+            raise InputError(
+                "--shared-projector: the two encoders have other token grids; leave the flag out"
+            )
 
 
 def new_decoder(config: DecoderConfig) -> Decoder:
-    """To be trained from nothing: of every product the outputs are as large as the inputs, whatever the width."""
+    """To be trained from nothing: of every product the outputs are as large as the inputs, whatever the
+    width.
+    """
     decoder = Decoder(config)
     for parameter in decoder.parameters():
         if parameter.dim() > 1:
@@ -83,7 +101,9 @@ def build_mllm(config: MllmConfig, decoder: Decoder | None = None) -> Mllm:
                 raise InputError("--projector text_guided: needs slice features; choose --vision dual or 2e3")
             options = {"slices": guided.slices, "slice_width": guided.slice_width}
         try:
-            made = build_projector(config.projector, encoder.width, config.decoder.width, encoder.grid, config.kernel, **options)
+            made = build_projector(
+                config.projector, encoder.width, config.decoder.width, encoder.grid, config.kernel, **options
+            )
         except ValueError as error:
             raise InputError(f"--projector {config.projector}, --kernel {config.kernel}: {error}") from error
         projectors.append(made)
@@ -96,16 +116,25 @@ def build_mllm(config: MllmConfig, decoder: Decoder | None = None) -> Mllm:
 
 
 def adapt_decoder(decoder: Decoder, config: MllmConfig) -> None:
-    """Adapters for every linear layer of the blocks, as published: of fused matrices one adapter for Phi, one for each
-    part for Llama, whose files have the parts separately."""
+    """Adapters for every linear layer of the blocks, as published: of fused matrices one adapter for Phi,
+    one for each part for Llama, whose files have the parts separately.
+    """
     fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-    targets = [name for whole, parts in fused.items() for name in (parts if config.decoder.family == "llama" else (whole,))]
+    targets = [
+        name
+        for whole, parts in fused.items()
+        for name in (parts if config.decoder.family == "llama" else (whole,))
+    ]
     add_lora(decoder.layers, (*targets, "o_proj", "down_proj"), config.r, config.alpha, config.dropout)
 
 
 def trained_state(model: Mllm) -> dict[str, torch.Tensor]:
-    """What a checkpoint of this model holds: what is trained. The rest is in the files that the run points to."""
+    """What a checkpoint of this model holds: what is trained. The rest is in the files that the run
+    points to.
+    """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = {name for name, _ in model.named_parameters()} - trained
     state = model.state_dict()
-    return {n: t for n, t in state.items() if n not in frozen and not n.startswith("encoders.") or n in trained}
+    return {
+        n: t for n, t in state.items() if n not in frozen and not n.startswith("encoders.") or n in trained
+    }

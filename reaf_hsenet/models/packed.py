@@ -1,8 +1,8 @@
 """Linear layers whose matrix lies as the processor's kernels read it, for inference on CPUs.
 
-torch arranges a matrix anew for every product, or takes a kernel that uses one core when there are few rows. Arranged
-once (oneDNN, what torch.compile does to frozen weights), a decoder's step takes half the time, in the same memory and
-with the same numbers.
+torch arranges a matrix anew for every product, or takes a kernel that uses one core when there are few rows.
+Arranged once (oneDNN, what torch.compile does to frozen weights), a decoder's step takes half the time, in
+the same memory and with the same numbers.
 """
 
 import torch
@@ -16,9 +16,17 @@ ROWS = 4  # of a typical step: the arrangement is chosen for it
 
 def packable(weight: Tensor) -> bool:
     """Whether this torch has the kernel for a matrix of this type and place."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+    if (
+        weight.device.type != "cpu"
+        or not torch.backends.mkldnn.is_available()
+        or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    ):
         return False
-    return weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        weight.dtype == torch.float32
+        or weight.dtype == torch.bfloat16
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 class PackedLinear(nn.Module):
@@ -36,17 +44,20 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError("a packed layer has no gradient: pack() is for inference, under torch.inference_mode()")
+            raise RuntimeError(
+                "a packed layer has no gradient: pack() is for inference, under torch.inference_mode()"
+            )
         if x.dtype != self.packed.dtype:  # under autocast
             x = x.to(self.packed.dtype)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class WidenedLinear(nn.Linear):
-    """A Linear in half precision that multiplies more than ROWS rows in float32, and returns them in its own precision.
+    """A Linear in half precision that multiplies more than ROWS rows in float32, and returns them in its own
+    precision.
 
-    A processor without instructions for bfloat16 (all that end at AVX2) multiplies it 7 times as slowly as float32, while
-    few rows wait for the matrix from memory anyway.
+    A processor without instructions for bfloat16 (all that end at AVX2) multiplies it 7 times as slowly as
+    float32, while few rows wait for the matrix from memory anyway.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +70,8 @@ class WidenedLinear(nn.Linear):
 def pack(decoder: nn.Module) -> None:
     """Replace every Linear that can be packed, and every merged adapter, by a PackedLinear. Export before.
 
-    A Linear in half precision that the processor is slow in becomes a WidenedLinear. The head of a tied decoder gets a matrix of its own beside the embedding.
+    A Linear in half precision that the processor is slow in becomes a WidenedLinear. The head of a tied
+    decoder gets a matrix of its own beside the embedding.
     """
     for name, layer in list(decoder.named_modules()):
         if isinstance(layer, LoraLinear) and layer.merged is not None and packable(layer.merged):
@@ -67,7 +79,11 @@ def pack(decoder: nn.Module) -> None:
     for name, layer in list(decoder.named_modules()):
         if isinstance(layer, nn.Linear) and packable(layer.weight):
             _replace(decoder, name, PackedLinear(layer.weight, layer.bias))
-        elif isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.bfloat16, torch.float16):
+        elif (
+            isinstance(layer, nn.Linear)
+            and layer.weight.device.type == "cpu"
+            and layer.weight.dtype in (torch.bfloat16, torch.float16)
+        ):
             with torch.device("meta"):
                 widened = WidenedLinear(layer.in_features, layer.out_features, layer.bias is not None)
             widened.weight, widened.bias = layer.weight, layer.bias

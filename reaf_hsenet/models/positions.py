@@ -1,7 +1,7 @@
 """Sine-cosine position tables in one, two and three dimensions, and their resampling (REAF, HLIP; MAE).
 
-Positions are 0, 1, ...; frequencies 10000^(-j / (C / 2)); an axis has all its sines, then all its cosines. With
-several axes each has an equal share of the channels, the last grid axis first: width, height, depth.
+Positions are 0, 1, ...; frequencies 10000^(-j / (C / 2)); an axis has all its sines, then all its cosines.
+With several axes each has an equal share of the channels, the last grid axis first: width, height, depth.
 """
 
 import numpy as np
@@ -14,7 +14,8 @@ def sincos_1d(count: int, width: int) -> Tensor:
     """Positions 0 .. count - 1 -> (count, C)."""
     if width % 2:
         raise ValueError(f"width {width} is odd; sines and cosines need an even one")
-    # numpy's float32 throughout, as the published tables were made: a table rounded from float64 differs by 1e-6.
+    # numpy's float32 throughout, as the published tables were made: a table rounded from float64 differs by
+    # 1e-6.
     frequency = np.arange(width // 2, dtype=np.float32) / np.float32(width / 2)
     frequency = np.float32(1) / np.float32(10000) ** frequency
     angle = np.outer(np.arange(count, dtype=np.float32), frequency)
@@ -57,7 +58,9 @@ def resample_2d(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def depth_plus_2d(table: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Pretrained 2D table (1, n*n, C) -> (1, d, h, w, C): the plane's rows plus a 1D sine-cosine over depth."""
+    """Pretrained 2D table (1, n*n, C) -> (1, d, h, w, C): the plane's rows plus a 1D sine-cosine over
+    depth.
+    """
     plane = resample_2d(table, grid[1:])[:, None]  # (1, 1, h, w, C)
     depth = sincos_1d(grid[0], table.shape[-1])[None, :, None, None]  # (1, d, 1, 1, C)
     return plane + depth

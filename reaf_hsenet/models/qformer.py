@@ -1,4 +1,6 @@
-"""A Q-Former as projector: learned queries attend to the patch tokens. What projectors have in common: packer.py."""
+"""A Q-Former as projector: learned queries attend to the patch tokens. What projectors have in common:
+packer.py.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,8 @@ class QFormer(Projector):
     """K learned queries: s = self_attn(queries), z = cross_attn(s, x), `depth` blocks over z, y = head(z).
 
     The two attentions have no residual and no norm. kernel: as many queries as cells; None, as published: 32.
-    The queries' self-attention is over the batch axis, as published (see BatchAttention). dropout: in the blocks, in training. Source: ablation_qformerProjector.
+    The queries' self-attention is over the batch axis, as published (see BatchAttention). dropout: in the
+    blocks, in training. Source: ablation_qformerProjector.
     """
 
     def __init__(

@@ -1,10 +1,12 @@
-"""REAF's encoder: a 3D ViT whose blocks attend within slices or within the whole scan, and pool what is salient.
+"""REAF's encoder: a 3D ViT whose blocks attend within slices or within the whole scan, and pool what is
+salient.
 
-(B, 1, D, H, W) -> (B, 1 + N, C); token 0 is the feature. d slices of h * w patches, N = d * h * w. Slice blocks see
-B * d sequences of 1 + h * w tokens, scan blocks B sequences of 1 + N. Of both kinds the block outputs are fused over
-layers (fusion.py), the fused tokens' norms give a map in which the most salient regions stand out (saliency.py), its
-softmax pools the last output of that kind, and a Linear of the two pooled vectors is added to every token before the
-final norm. Without fusion it is the encoder of HLIP. Source: REAF f9475f8 and HLIP 70ef68d, model/visual_encoder.py.
+(B, 1, D, H, W) -> (B, 1 + N, C); token 0 is the feature. d slices of h * w patches, N = d * h * w. Slice
+blocks see B * d sequences of 1 + h * w tokens, scan blocks B sequences of 1 + N. Of both kinds the block
+outputs are fused over layers (fusion.py), the fused tokens' norms give a map in which the most salient
+regions stand out (saliency.py), its softmax pools the last output of that kind, and a Linear of the two
+pooled vectors is added to every token before the final norm. Without fusion it is the encoder of HLIP.
+Source: REAF f9475f8 and HLIP 70ef68d, model/visual_encoder.py.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ LAYER_NORM_EPS = 1e-6
 
 @dataclass
 class Branch:
-    """What the slice or the scan blocks see: fused (B, 1 + N, C), map (B, 1 + N) before its softmax, pooled (B, C)."""
+    """What the slice or the scan blocks see: fused (B, 1 + N, C), map (B, 1 + N) before its softmax,
+    pooled (B, C).
+    """
 
     fused: Tensor
     map: Tensor
@@ -40,9 +44,10 @@ class Encoding:
 class REAF(nn.Module):
     """scan_layers: indices of the blocks that attend within the scan; the others attend within slices.
 
-    fusion: a method of fusion.py, or None for HLIP's encoder. saliency: RegionalSaliency's settings (region_size,
-    regions, suppression, class_score, remainder), or None for no regions. slice_class: which class token stands first
-    in the slice branch, whose slices have one each: that of the `first` slice, as published, or their `mean`.
+    fusion: a method of fusion.py, or None for HLIP's encoder. saliency: RegionalSaliency's settings
+    (region_size, regions, suppression, class_score, remainder), or None for no regions. slice_class: which
+    class token stands first in the slice branch, whose slices have one each: that of the `first` slice, as
+    published, or their `mean`.
     """
 
     def __init__(
@@ -91,7 +96,9 @@ class REAF(nn.Module):
         return torch.cat((cls_token.expand(-1, self.grid[0], -1, -1), patches), dim=2).flatten(0, 1)
 
     def to_scan(self, x: Tensor, slice_class: str = "mean") -> Tensor:
-        """(B * d, 1 + h * w, C) -> (B, 1 + N, C); the class token is the slices' mean, or that of the first."""
+        """(B * d, 1 + h * w, C) -> (B, 1 + N, C); the class token is the slices' mean, or that of the
+        first.
+        """
         x = x.unflatten(0, (-1, self.grid[0]))  # (B, d, 1 + h * w, C)
         cls_token = x[:, :, 0].mean(1, keepdim=True) if slice_class == "mean" else x[:, :1, 0]
         return torch.cat((cls_token, x[:, :, 1:].flatten(1, 2)), dim=1)
@@ -122,9 +129,13 @@ class REAF(nn.Module):
         return Encoding(self.norm(x), branches)
 
     def pool(self, name: str, outputs: list[Tensor]) -> Branch:
-        """Fuse the outputs of one kind of blocks, and pool the last of them by the saliency of the fused tokens."""
+        """Fuse the outputs of one kind of blocks, and pool the last of them by the saliency of the fused
+        tokens.
+        """
         fused, last = self.fusion[name](outputs), outputs[-1]
-        if name == "slice":  # fused slice by slice, which is the same and needs one rearrangement, not one a layer
+        if (
+            name == "slice"
+        ):  # fused slice by slice, which is the same and needs one rearrangement, not one a layer
             fused, last = (self.to_scan(t, self.slice_class) for t in (fused, last))
         scores = self.enhancer(fused)
         pooled = scores.softmax(-1)[:, None] @ last  # (B, 1, C)
@@ -134,7 +145,8 @@ class REAF(nn.Module):
         return self.encode(volume).tokens
 
     def salient_regions(self, volume: Tensor) -> dict[str, Tensor]:
-        """By branch (B, d, h, w): the fused tokens' norms inside the chosen regions, 0 elsewhere; for pictures.
+        """By branch (B, d, h, w): the fused tokens' norms inside the chosen regions, 0 elsewhere; for
+        pictures.
 
         Empty when no regions are chosen.
         """

@@ -1,8 +1,8 @@
 """REAF's 3D regional saliency enhancer: a map over tokens in which the most salient regions stand out.
 
-tokens (B, 1 + N, C) -> map (B, 1 + N): the norm of every patch token, times 1 inside the regions with the largest sums
-and times `suppression` elsewhere. The mask carries no gradient, the norms do. One topk for the whole batch, no loop
-over samples or regions. Source: REAF f9475f8, model/attention_hooks.py.
+tokens (B, 1 + N, C) -> map (B, 1 + N): the norm of every patch token, times 1 inside the regions with the
+largest sums and times `suppression` elsewhere. The mask carries no gradient, the norms do. One topk for the
+whole batch, no loop over samples or regions. Source: REAF f9475f8, model/attention_hooks.py.
 """
 
 import torch
@@ -14,10 +14,11 @@ class RegionalSaliency(nn.Module):
     """Regions are blocks of `region_size` tokens that tile the grid (d, h, w) from its first corner.
 
     regions: how many keep their weight; all of them when there are fewer.
-    class_score: what the map says of the class token. `first_patch`, as published: the norm of the first patch, not
-        suppressed (the published code drops the class token before it reads its norm). `class_token`: its own norm.
-    remainder: tokens at the far ends of the grid that fill no whole region. `suppressed`, as published, they belong to
-        no region; `regions`, they are smaller regions of their own.
+    class_score: what the map says of the class token. `first_patch`, as published: the norm of the first
+        patch, not suppressed (the published code drops the class token before it reads its norm).
+        `class_token`: its own norm.
+    remainder: tokens at the far ends of the grid that fill no whole region. `suppressed`, as published, they
+        belong to no region; `regions`, they are smaller regions of their own.
     Raises ValueError when no region fits the grid.
     """
 

@@ -1,7 +1,7 @@
 """2D ViT over axial slices: the vision trunk of BiomedCLIP, timm's vit_base_patch16_224.
 
-(S, 3, 224, 224) normalised images -> (S, C), the class token after the final norm, before CLIP's projection. The class
-token is concatenated first and has a position of its own. HSENet's stage 2 uses it frozen.
+(S, 3, 224, 224) normalised images -> (S, C), the class token after the final norm, before CLIP's projection.
+The class token is concatenated first and has a position of its own. HSENet's stage 2 uses it frozen.
 """
 
 import torch

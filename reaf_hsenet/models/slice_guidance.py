@@ -1,8 +1,9 @@
 """HSENet's 2E3 encoder (stage 2): slice features score the patches of the 3D ViT (HSENet section 3.2).
 
-volume (B, 1, D, H, W), slice features z (B, S, C_2d) -> (B, 1 + N, C). Patch embeddings p (with positions) attend to
-the slices; a = norm(W_q p + W_o softmax(W_q p (W_k z)^t / sqrt(C)) W_v z), score = sigmoid(w a), and the blocks see
-p * score behind an unweighted class token. One head; the residual is W_q p, not p. Source: HSENet c7198f3.
+volume (B, 1, D, H, W), slice features z (B, S, C_2d) -> (B, 1 + N, C). Patch embeddings p (with positions)
+attend to the slices; a = norm(W_q p + W_o softmax(W_q p (W_k z)^t / sqrt(C)) W_v z), score = sigmoid(w a),
+and the blocks see p * score behind an unweighted class token. One head; the residual is W_q p, not p. Source:
+HSENet c7198f3.
 """
 
 import torch

@@ -71,7 +71,9 @@ class TextEncoder(nn.Module):
         token_types: Tensor | None = None,
         embeddings: Tensor | None = None,
     ) -> Tensor:
-        """ids: (B, T), or `embeddings` (B, T, C) in the place of word embeddings. mask: (B, T), nonzero at real tokens."""
+        """ids: (B, T), or `embeddings` (B, T, C) in the place of word embeddings. mask: (B, T), nonzero
+        at real tokens.
+        """
         if embeddings is None:
             positions, embeddings = self.position_ids(ids), self.word_embed(ids)
         else:
@@ -87,7 +89,9 @@ class TextEncoder(nn.Module):
 
 
 class Pooler(nn.Module):
-    """BERT's pooler: tanh of a Linear of the first token, (B, T, C) -> (B, C). The dual encoders do not use it."""
+    """BERT's pooler: tanh of a Linear of the first token, (B, T, C) -> (B, C). The dual encoders do not
+    use it.
+    """
 
     def __init__(self, width: int):
         super().__init__()

@@ -1,7 +1,8 @@
 """3D patch ViT: HSENet's stage-1 encoder, the same network as M3D-CLIP's vision encoder.
 
-(B, 1, D, H, W) in [0, 1] -> (B, 1 + N, C). Patches plus learned positions, then the class token in front (it has no
-position), pre-norm blocks without qkv bias, a final norm. Source: HSENet c7198f3 (monai 1.3 ViT, `perceptron`).
+(B, 1, D, H, W) in [0, 1] -> (B, 1 + N, C). Patches plus learned positions, then the class token in front (it
+has no position), pre-norm blocks without qkv bias, a final norm. Source: HSENet c7198f3 (monai 1.3 ViT,
+`perceptron`).
 """
 
 import torch

@@ -1,10 +1,12 @@
 """Run folders: what a run is made of, what it logged, and its checkpoints.
 
-RUN/config.json, RUN/log.jsonl, RUN/checkpoints/step-000123/{model.safetensors,trainer.pt,checkpoint.json}, and the files
-RUN/checkpoints/{last,best}, each of which holds the name of a step's folder. checkpoint.json has the size and the sha256
-of the others. Every file and every step's folder is whole or absent, whenever the process is killed.
+RUN/config.json, RUN/log.jsonl, RUN/checkpoints/step-000123/{model.safetensors,trainer.pt,checkpoint.json},
+and the files RUN/checkpoints/{last,best}, each of which holds the name of a step's folder. checkpoint.json
+has the size and the sha256 of the others. Every file and every step's folder is whole or absent, whenever the
+process is killed.
 
-A run's path means its last checkpoint; RUN/checkpoints/best and RUN/checkpoints/step-000123 mean these, wherever weights are read.
+A run's path means its last checkpoint; RUN/checkpoints/best and RUN/checkpoints/step-000123 mean these,
+wherever weights are read.
 """
 
 import json
@@ -41,7 +43,9 @@ class EncoderOrigin:
 
 @dataclass(frozen=True)
 class DecoderOrigin:
-    """The published decoder below a language run, by what its files are, and the tokens that were added to its own."""
+    """The published decoder below a language run, by what its files are, and the tokens that were added
+    to its own.
+    """
 
     name: str
     added: int = setting(0, least=0)
@@ -110,18 +114,26 @@ class Choice:
     def record(self) -> dict:
         """Return the entries by which results name the checkpoint."""
         return {
-            "checkpoint": str(self.folder), "checkpoint_name": self.name, "checkpoint_step": self.step,
+            "checkpoint": str(self.folder),
+            "checkpoint_name": self.name,
+            "checkpoint_step": self.step,
             "checkpoint_chosen_on": self.chosen_on,
-        }  # fmt: skip
+        }
 
 
 class Run:
-    """One training run on disk. named: the checkpoint that the path named, such as RUN/checkpoints/best; else None."""
+    """One training run on disk. named: the checkpoint that the path named, such as RUN/checkpoints/best;
+    else None.
+    """
 
     def __init__(self, path: Path | str):
         self.folder, self.named = Path(path), None
         run = self.folder.parent.parent
-        if self.folder.parent.name == "checkpoints" and _is_name(self.folder.name) and (run / "config.json").is_file():
+        if (
+            self.folder.parent.name == "checkpoints"
+            and _is_name(self.folder.name)
+            and (run / "config.json").is_file()
+        ):
             self.folder, self.named = run, self.folder.name
         self.checkpoints = self.folder / "checkpoints"
         self.lines = 0  # of the log
@@ -130,7 +142,9 @@ class Run:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Lock the folder for this process, and hold on to it: a write notices when another one has taken its name."""
+        """Lock the folder for this process, and hold on to it: a write notices when another one has taken
+        its name.
+        """
         with folder_lock(self.folder):
             self.held = os.open(self.folder, os.O_RDONLY)
             try:
@@ -149,8 +163,8 @@ class Run:
             return  # a file system that does not answer, which the write itself will say
         if not there:
             raise InputError(
-                f"{self.folder}: was moved, removed or replaced while the run wrote into it; nothing more is written. Put it "
-                "back and continue with --resume"
+                f"{self.folder}: was moved, removed or replaced while the run wrote into it; nothing more is "
+                "written. Put it back and continue with --resume"
             )
 
     @property
@@ -170,7 +184,9 @@ class Run:
             )
         values = read_object(self.config)
         known = [field.name for field in fields(RunSettings)]
-        outline = from_dict(RunSettings, {name: values[name] for name in known if name in values}, str(self.config))
+        outline = from_dict(
+            RunSettings, {name: values[name] for name in known if name in values}, str(self.config)
+        )
         return {**vars(outline), **values}
 
     def write_config(self, config: dict) -> None:
@@ -178,7 +194,9 @@ class Run:
         write_json(self.config, config)
 
     def log(self, *records: dict) -> None:
-        """Append to log.jsonl. Raises OutputError on a full disk: the records wait and are written with the next."""
+        """Append to log.jsonl. Raises OutputError on a full disk: the records wait and are written with
+        the next.
+        """
         self.lines += len(records)
         self.unwritten += [json.dumps(record) + "\n" for record in records]
         if not self.unwritten:
@@ -208,9 +226,11 @@ class Run:
         return records
 
     def forget_after(self, step: int, lines: int | None = None) -> None:
-        """Drop checkpoints of later steps, and what was logged since, before a run starts or resumes at `step`.
+        """Drop checkpoints of later steps, and what was logged since, before a run starts or resumes at
+        `step`.
 
-        lines: of the log, when the step's checkpoint was written. None, as earlier versions saved: by the records' steps.
+        lines: of the log, when the step's checkpoint was written. None, as earlier versions saved: by the
+        records' steps.
         """
         for path in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed
             shutil.rmtree(path, ignore_errors=True)
@@ -229,7 +249,9 @@ class Run:
             return None
         step = path.read_text(errors="replace").strip()
         if not _is_step(step):
-            raise InputError(f"{path}: holds {step!r:.60}; write the name of a step's folder into it, such as step-000100")
+            raise InputError(
+                f"{path}: holds {step!r:.60}; write the name of a step's folder into it, such as step-000100"
+            )
         return self.checkpoints / step
 
     def point(self, name: str, step: int) -> None:
@@ -253,8 +275,8 @@ class Run:
 
         The last `keep` are left, `best`, and that of step `good`.
 
-        Raises OutputError when the disk is full: what was complete before is kept. Raises InputError when the folder is no
-        longer there.
+        Raises OutputError when the disk is full: what was complete before is kept. Raises InputError when the
+        folder is no longer there.
         """
         self.require_place()
         target = self.at(step)
@@ -266,7 +288,9 @@ class Run:
                 temporary.mkdir(parents=True)
                 save_file({n: t.contiguous() for n, t in model.items()}, temporary / "model.safetensors")
                 torch.save(trainer, temporary / "trainer.pt")
-                files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in temporary.iterdir()}
+                files = {
+                    p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in temporary.iterdir()
+                }
                 write_json(temporary / "checkpoint.json", {"step": step, "files": files})
                 for path in (*self.folder.glob("log.jsonl"), *temporary.iterdir(), temporary):
                     _sync(path)
@@ -281,19 +305,24 @@ class Run:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
             kept = "the checkpoints before it are kept" if self.all() else "there is none before it"
-            raise OutputError(f"{target}: cannot be written ({' '.join(str(error).split())[:120]}): free space; {kept}") from error
+            raise OutputError(
+                f"{target}: cannot be written ({' '.join(str(error).split())[:120]}): free space; {kept}"
+            ) from error
         steps = self.all()
         for path in set(steps) - {self.pointer("last"), self.pointer("best"), self.at(good), *steps[-keep:]}:
             _remove(path)
 
     def choose(self, name: str | None = None) -> Choice:
-        """Find the checkpoint `name` (last, best, step-000123), or the path's own; by default the last one, as published.
+        """Find the checkpoint `name` (last, best, step-000123), or the path's own; by default the last one,
+        as published.
 
-        `best` is the default only where config.json says that a development split chose it. Raises InputError when the
-        checkpoint is not there.
+        `best` is the default only where config.json says that a development split chose it. Raises InputError
+        when the checkpoint is not there.
         """
         if name and self.named and name != self.named:
-            raise InputError(f"--checkpoint {name}: the path names another, {self.named}; leave one of them out")
+            raise InputError(
+                f"--checkpoint {name}: the path names another, {self.named}; leave one of them out"
+            )
         chosen_on = self.read_config()["best_of"] if self.exists else "validation"
         if name == "":
             raise InputError("--checkpoint: is empty; expected last, best or a step such as step-000100")
@@ -303,7 +332,11 @@ class Run:
         folder = self.checkpoints / name if _is_step(name) else self.pointer(name)
         if folder is None or not folder.is_dir():
             there = [path.name for path in self.all()]
-            advice = f"there are {first_six(there)}" if there else "let train.py reach its first, or choose another run"
+            advice = (
+                f"there are {first_six(there)}"
+                if there
+                else "let train.py reach its first, or choose another run"
+            )
             raise InputError(f"{self.folder}: has no checkpoint{' ' + name if there else ' yet'}; {advice}")
         return Choice(folder, name, chosen_on if name == "best" else None)
 
@@ -326,7 +359,8 @@ class Run:
         return read_weights_file(found.folder / "model.safetensors"), found
 
     def newest_valid(self) -> tuple[Path, list[str]]:
-        """(the newest checkpoint that is as it was written, not later than `last`; why those after it are not taken).
+        """(the newest checkpoint that is as it was written, not later than `last`; why those after it are not
+        taken).
 
         Raises InputError when there is none.
         """
@@ -339,7 +373,9 @@ class Run:
                     return folder, reasons
                 reasons.append(reason)
         if reasons:
-            raise InputError(f"{first_six(reasons, '; ')}; no other checkpoint is left, start again with another --out")
+            raise InputError(
+                f"{first_six(reasons, '; ')}; no other checkpoint is left, start again with another --out"
+            )
         raise InputError(f"{self.folder}: has no checkpoint to resume from; start it again without --resume")
 
     def load_trainer(self, folder: Path) -> tuple[dict, dict]:
@@ -383,13 +419,16 @@ def _is_name(name: str) -> bool:
 
 
 def weights_sha256(weights: Path) -> str:
-    """Return the sha256 of weights: what checkpoint.json beside them says, which load_model compares, else the file's own.
+    """Return the sha256 of weights: what checkpoint.json beside them says, which load_model compares, else
+    the file's own.
 
     Raises InputError or OSError when neither can be read.
     """
     record = weights.parent / "checkpoint.json"
     try:
-        return read_json(record)["files"][weights.name]["sha256"] if record.is_file() else file_sha256(weights)
+        return (
+            read_json(record)["files"][weights.name]["sha256"] if record.is_file() else file_sha256(weights)
+        )
     except (LookupError, TypeError) as error:
         raise InputError(f"{record}: is damaged") from error
 

@@ -37,7 +37,9 @@ def new_folder(out: Path) -> Iterator[None]:
 
 
 def write_dual_run(published: PublishedDual, out: Path) -> Path:
-    """RUN/config.json, vocab.txt, checkpoints/step-000000; the stage-1 model of a 2E3 checkpoint becomes RUN/stage1."""
+    """RUN/config.json, vocab.txt, checkpoints/step-000000; the stage-1 model of a 2E3 checkpoint becomes
+    RUN/stage1.
+    """
     with new_folder(out):
         origin = {"published": _origin(published), "text_model": None, "init": None, "teacher": None}
         if published.teacher is not None:
@@ -52,7 +54,9 @@ def write_dual_run(published: PublishedDual, out: Path) -> Path:
 
 
 def write_language_run(published: PublishedLanguage, out: Path) -> Path:
-    """The same of packers and adapters. Encoders that are no runs yet become RUN/encoder (and RUN/encoder/stage1)."""
+    """The same of packers and adapters. Encoders that are no runs yet become RUN/encoder (and
+    RUN/encoder/stage1).
+    """
     with new_folder(out):
         runs = published.encoder_runs
         if not runs:
@@ -93,6 +97,18 @@ def _write_run(out: Path, published: PublishedDual | PublishedLanguage, preset: 
     run = Run(out)
     run.save(0, _apart(published.state), {}, keep=1, best=True)
     published.tokenizer.save(out)
-    known = {"version": __version__, "stage": published.stage, "preset": preset, "recipe": to_dict(published.recipe)}
-    untrained = {"train": {}, "data": None, "world": 1, "max_steps": 0, "total_steps": 0, "torch": torch.__version__}
+    known = {
+        "version": __version__,
+        "stage": published.stage,
+        "preset": preset,
+        "recipe": to_dict(published.recipe),
+    }
+    untrained = {
+        "train": {},
+        "data": None,
+        "world": 1,
+        "max_steps": 0,
+        "total_steps": 0,
+        "torch": torch.__version__,
+    }
     run.write_config({**known, **values, **untrained})

@@ -1,6 +1,5 @@
 """Dual encoders at work: embed a split, score retrieval on it."""
 
-
 import torch
 from torch import Tensor
 
@@ -16,7 +15,9 @@ from reaf_hsenet.models.clip import DualEncoder
 from reaf_hsenet.progress import progress_bar
 
 # What the validation of a dual encoder measures.
-SCORES = tuple(f"{direction}/R@{k}" for direction in ("report_to_volume", "volume_to_report") for k in (1, 5, 10))
+SCORES = tuple(
+    f"{direction}/R@{k}" for direction in ("report_to_volume", "volume_to_report") for k in (1, 5, 10)
+)
 
 
 @worker_deaths_named()
@@ -32,10 +33,11 @@ def embed(
     reports: bool = True,
     bad: BadVolumes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Unit vectors of the first `rows` volumes and reports, (N, C) each, on the CPU and the same on every rank.
+    """Unit vectors of the first `rows` volumes and reports, (N, C) each, on the CPU and the same on every
+    rank.
 
-    Without `reports` there are none of them, (N, 0). bad: takes what cannot be read, up to its limit; without it the first
-    such volume is an InputError.
+    Without `reports` there are none of them, (N, 0). bad: takes what cannot be read, up to its limit; without
+    it the first such volume is an InputError.
     """
     rows = min(rows or len(dataset), len(dataset))
     loader = make_loader(dataset, InOrder(rows, batch, ranks.rank, ranks.world), workers)
@@ -48,7 +50,9 @@ def embed(
                 continue
             image.append(model.encode_image(part.volume, part.slices).float().cpu())
             text.append(
-                model.encode_text(part.ids, part.mask).float().cpu() if reports else torch.empty(len(part.index), 0)
+                model.encode_text(part.ids, part.mask).float().cpu()
+                if reports
+                else torch.empty(len(part.index), 0)
             )
     if bad is not None:
         bad.agree(unreadable)

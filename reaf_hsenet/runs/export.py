@@ -1,7 +1,8 @@
 """Runs of this project -> the names that published code reads: the same renaming backwards.
 
-Which published tensor one of ours comes from is read off the functions that load them (names.sources), so that loading
-what was exported gives the same tensors, bit for bit. The config.json beside it holds what no shape tells.
+Which published tensor one of ours comes from is read off the functions that load them (names.sources), so
+that loading what was exported gives the same tensors, bit for bit. The config.json beside it holds what no
+shape tells.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +42,8 @@ FORMATS = ("m3d-clip", "hlip", "reaf", "transformers")
 
 
 def export(folder: Path, out: Path, kind: str, which: str | None = None) -> list[str]:
-    """Write a run's weights as one of FORMATS. Returns notes, a sentence each. Raises InputError where a run is none.
+    """Write a run's weights as one of FORMATS. Returns notes, a sentence each. Raises InputError where a run
+    is none.
 
     which: the checkpoint, as of Run.choose.
     """
@@ -61,8 +63,8 @@ def export_dual(run: DualEncoderRun, out: Path, kind: str) -> list[str]:
     wanted = "m3d-clip" if run.config.model == "hsenet" else "reaf" if fused else "hlip"
     if kind != wanted:
         raise InputError(
-            f"--format {kind}: {run.folder} is a {run.config.model} run{' with fusion' if fused else ''}; expected "
-            f"--format {wanted} or transformers"
+            f"--format {kind}: {run.folder} is a {run.config.model} run{' with fusion' if fused else ''}; "
+            f"expected --format {wanted} or transformers"
         )
     notes: list[str] = []
     state = published_dual_state(run, notes)
@@ -80,7 +82,9 @@ def export_dual(run: DualEncoderRun, out: Path, kind: str) -> list[str]:
 
 
 def published_dual_state(run: DualEncoderRun, notes: list[str]) -> State:
-    """A dual encoder's tensors under the published names, with those that its own published file had beside them."""
+    """A dual encoder's tensors under the published names, with those that its own published file had
+    beside them.
+    """
     if is_published(run.folder):  # the teacher's, as it is
         return open_source(str(run.weights)).state
     config, vision = run.config, run.config.vision
@@ -96,12 +100,18 @@ def published_dual_state(run: DualEncoderRun, notes: list[str]) -> State:
 
 
 def stored_state(run: DualEncoderRun) -> State:
-    """The checkpoint's tensors in their own type; of an adapted model, the matrices with their adapters added."""
+    """The checkpoint's tensors in their own type; of an adapted model, the matrices with their adapters
+    added.
+    """
     return merged_state(run.model) if run.config.lora else read_weights_file(run.weights)
 
 
-def under_published_names(ours: State, names: list[str], renaming: Callable[[State], State], source: str) -> State:
-    """ours: all tensors, under our names. names: all published ones, each of which `renaming` finds a place for."""
+def under_published_names(
+    ours: State, names: list[str], renaming: Callable[[State], State], source: str
+) -> State:
+    """ours: all tensors, under our names. names: all published ones, each of which `renaming` finds a
+    place for.
+    """
     places = sources(names, renaming)
     if other := sorted(set(places) ^ set(ours)):
         raise InputError(f"{source}: the published format and this run differ in {first_six(other)}")
@@ -122,21 +132,46 @@ def bert_tensors(config: TextConfig, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}embeddings.{table}_embeddings.weight"
     yield from _parts(f"{prefix}embeddings.LayerNorm")
     for i in range(config.depth):
-        attention = (*(f"attention.self.{part}" for part in ("query", "key", "value")), "attention.output.dense")
-        layers = (*attention, "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm")
+        attention = (
+            *(f"attention.self.{part}" for part in ("query", "key", "value")),
+            "attention.output.dense",
+        )
+        layers = (
+            *attention,
+            "attention.output.LayerNorm",
+            "intermediate.dense",
+            "output.dense",
+            "output.LayerNorm",
+        )
         yield from _parts(*(f"{prefix}encoder.layer.{i}.{layer}" for layer in layers))
 
 
 def m3d_clip_tensors(vision: VisionConfig, text: TextConfig) -> Iterator[str]:
     """Names of M3D-CLIP, or of HSENet's stage 2 without the model it carries."""
-    yield from ("logit_scale", "vision_encoder.cls_token", "vision_encoder.patch_embedding.position_embeddings")
-    yield from _parts("mm_vision_proj", "mm_language_proj", "vision_encoder.patch_embedding.patch_embeddings.1", "vision_encoder.norm")
+    yield from (
+        "logit_scale",
+        "vision_encoder.cls_token",
+        "vision_encoder.patch_embedding.position_embeddings",
+    )
+    yield from _parts(
+        "mm_vision_proj",
+        "mm_language_proj",
+        "vision_encoder.patch_embedding.patch_embeddings.1",
+        "vision_encoder.norm",
+    )
     for i in range(vision.depth):
         block = f"vision_encoder.blocks.{i}"
         yield f"{block}.attn.qkv.weight"
-        yield from _parts(*(f"{block}.{layer}" for layer in ("mlp.linear1", "mlp.linear2", "norm1", "norm2", "attn.out_proj")))
+        yield from _parts(
+            *(
+                f"{block}.{layer}"
+                for layer in ("mlp.linear1", "mlp.linear2", "norm1", "norm2", "attn.out_proj")
+            )
+        )
     if isinstance(vision, GuidedVisionConfig):
-        guidance = (f"slice_guided_attention.{layer}" for layer in ("Wq", "Wk", "Wv", "output_linear", "norm"))
+        guidance = (
+            f"slice_guided_attention.{layer}" for layer in ("Wq", "Wk", "Wv", "output_linear", "norm")
+        )
         yield from _parts(*(f"vision_encoder.{layer}" for layer in (*guidance, "patch_score_proj")))
     yield from bert_tensors(text, "language_encoder.")
 
@@ -182,9 +217,12 @@ def text_settings(config: TextConfig) -> dict:
 
 
 def export_language(run: MllmRun, out: Path) -> list[str]:
-    """OUT: the decoder as a transformers folder; OUT/adapter: its adapters as peft's; OUT/mm_projector_and_lora.bin: packers
-    and adapters as HSENet saves them."""
-    decoder = run.model.decoder if run.config.full else base_decoder(replace(run.config, int8=False), run.origin)
+    """OUT: the decoder as a transformers folder; OUT/adapter: its adapters as peft's;
+    OUT/mm_projector_and_lora.bin: packers and adapters as HSENet saves them.
+    """
+    decoder = (
+        run.model.decoder if run.config.full else base_decoder(replace(run.config, int8=False), run.origin)
+    )
     save_decoder(decoder, out)
     run.tokenizer.save(out)
     adapters = {} if run.config.full else {n: t.cpu() for n, t in adapter_state(run.model.decoder).items()}
@@ -195,7 +233,11 @@ def export_language(run: MllmRun, out: Path) -> list[str]:
     with atomic_write(out / "mm_projector_and_lora.bin", "wb") as file:
         torch.save({name: tensor.detach().clone() for name, tensor in state.items()}, file)
     packers = out / "mm_projector_and_lora.bin"
-    return [*notes, f"{packers}: packers and adapters under HSENet's names; the encoders are runs of their own, to be exported"]
+    return [
+        *notes,
+        f"{packers}: packers and adapters under HSENet's names; the encoders are runs of their own, to be "
+        f"exported",
+    ]
 
 
 def _teacher(run: DualEncoderRun, notes: list[str]) -> DualEncoderRun | None:
@@ -204,7 +246,9 @@ def _teacher(run: DualEncoderRun, notes: list[str]) -> DualEncoderRun | None:
         return None
     folder = run.origin.get("teacher")
     there = folder and (Run(folder).exists or is_published(Path(folder)))
-    teacher = load_source(folder, run.origin.get("text_model"), run.origin.get("teacher_sha256")) if there else None
+    teacher = (
+        load_source(folder, run.origin.get("text_model"), run.origin.get("teacher_sha256")) if there else None
+    )
     if teacher is None or teacher.sha256() != run.origin.get("teacher_sha256"):
         notes.append(f"without the stage-1 model ({TEACHER}*): {folder} is no longer there, or another one")
         return None
@@ -215,7 +259,10 @@ def _not_used(run: DualEncoderRun, notes: list[str]) -> State:
     path = Run(run.folder).folder / NOT_USED
     if path.is_file():
         return read_weights_file(path)
-    notes.append(f"{run.folder}: a BERT's pooler is not trained here, so the export has none; the dual encoders do not use it")
+    notes.append(
+        f"{run.folder}: a BERT's pooler is not trained here, so the export has none; the dual encoders do "
+        f"not use it"
+    )
     return {}
 
 
@@ -223,9 +270,14 @@ def _settings(run: DualEncoderRun) -> dict:
     """config.json: M3D-CLIP's keys, for other readers, and all of this project's settings."""
     vision = run.config.vision
     values = {
-        "img_size": list(vision.size), "patch_size": list(vision.patch), "hidden_size": vision.width, "mlp_dim": vision.mlp,
-        "num_layers": vision.depth, "num_heads": vision.heads, "in_channels": 1,
-    }  # fmt: skip
+        "img_size": list(vision.size),
+        "patch_size": list(vision.patch),
+        "hidden_size": vision.width,
+        "mlp_dim": vision.mlp,
+        "num_layers": vision.depth,
+        "num_heads": vision.heads,
+        "in_channels": 1,
+    }
     if isinstance(vision, GuidedVisionConfig):
         values["num_slices"] = vision.slices
     config = replace(run.config, lora=None)

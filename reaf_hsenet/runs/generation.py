@@ -1,4 +1,5 @@
-"""Text from a decoder: greedy or sampled, batched, streamed. Deterministic: the same inputs and seed give the same tokens.
+"""Text from a decoder: greedy or sampled, batched, streamed. Deterministic: the same inputs and seed give the
+same tokens.
 
 Prompts are ids or embeddings, padded on the left. Source of the rules: transformers 4.49's generate.
 """
@@ -19,8 +20,9 @@ CACHE_STEP, KEPT_STEPS = 256, 4  # compiled caches have sizes of multiples of th
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token. top_k, top_p: the tokens to draw from, after the temperature; top_p keeps
-    the likeliest ones whose probabilities add up to it."""
+    """temperature 0 takes the likeliest token. top_k, top_p: the tokens to draw from, after the
+    temperature; top_p keeps the likeliest ones whose probabilities add up to it.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -42,16 +44,22 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     """(B, V) -> a token each, (B,)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities, tokens = (logits.float() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities, tokens = (
+        (logits.float() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    )
     if sampling.top_k is not None:
         probabilities[:, sampling.top_k :] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
     if sampling.top_p is not None:
-        probabilities[probabilities.cumsum(-1) - probabilities >= sampling.top_p] = 0  # the likeliest is always kept
+        probabilities[probabilities.cumsum(-1) - probabilities >= sampling.top_p] = (
+            0  # the likeliest is always kept
+        )
     return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
-def left_padded(rows: list[list[int]], pad_id: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def left_padded(
+    rows: list[list[int]], pad_id: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows of ids -> ids (B, T) with their ends aligned, and mask (B, T)."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
@@ -75,15 +83,17 @@ def steps(
     pad_id: int | None = None,
     compiled: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (tokens (B,), the logits (B, V) they were chosen from) until every row has stopped or `new_tokens` are made.
+    """Yield (tokens (B,), the logits (B, V) they were chosen from) until every row has stopped or
+    `new_tokens` are made.
 
-    ids (B, T) or embeddings (B, T, C), padded on the left where mask (B, T) is 0. A row that has stopped goes on with
-    `pad_id` (by default the decoder's own, else the first stop token). The decoder runs in evaluation mode. compiled:
-    later steps run as one compiled graph (torch.compile, CUDA graphs on a GPU), which is kept for later calls of about
-    this size.
+    ids (B, T) or embeddings (B, T, C), padded on the left where mask (B, T) is 0. A row that has stopped goes
+    on with `pad_id` (by default the decoder's own, else the first stop token). The decoder runs in evaluation
+    mode.
+    compiled: later steps run as one compiled graph (torch.compile, CUDA graphs on a GPU), which is kept for
+    later calls of about this size.
 
-    LongRoPE takes other factors for more tokens than the original context, which turn the cached keys too. At the step
-    that passes it everything is computed anew, so that the result is the same as without a cache.
+    LongRoPE takes other factors for more tokens than the original context, which turn the cached keys too. At
+    the step that passes it everything is computed anew, so that the result is the same as without a cache.
     """
     _check(decoder, ids, embeddings, mask, new_tokens)
     if pad_id is None and stop_ids:
@@ -92,24 +102,34 @@ def steps(
     size, compiled_step = prompt.shape[1] + new_tokens, None
     if compiled:
         compiled_step = _take_compiled(decoder, len(prompt), size, prompt)
-    cache = compiled_step.cache if compiled else KVCache(decoder.config, len(prompt), size, prompt.dtype, prompt.device)
+    cache = (
+        compiled_step.cache
+        if compiled
+        else KVCache(decoder.config, len(prompt), size, prompt.dtype, prompt.device)
+    )
     training = decoder.training
     decoder.eval()
     try:
         step = compiled_step or decoder.forward
-        yield from _steps(decoder, prompt, mask, new_tokens, stop_ids, sampling or Sampling(), pad_id, cache, step)
+        yield from _steps(
+            decoder, prompt, mask, new_tokens, stop_ids, sampling or Sampling(), pad_id, cache, step
+        )
     finally:
         decoder.train(training)
         if compiled:
             _give_back(decoder, compiled_step)
 
 
-def _check(decoder: Decoder, ids: Tensor | None, embeddings: Tensor | None, mask: Tensor | None, new_tokens: int) -> None:
+def _check(
+    decoder: Decoder, ids: Tensor | None, embeddings: Tensor | None, mask: Tensor | None, new_tokens: int
+) -> None:
     if (ids is None) == (embeddings is None):
         raise InputError("a prompt is either ids or embeddings: give one of them")
     batch, length = (embeddings if ids is None else ids).shape[:2]
     if not batch or not length or new_tokens < 1:
-        raise InputError(f"{batch} prompts of {length} tokens, {new_tokens} new ones: expected at least one of each")
+        raise InputError(
+            f"{batch} prompts of {length} tokens, {new_tokens} new ones: expected at least one of each"
+        )
     if length + new_tokens > decoder.config.context:
         raise InputError(
             f"a prompt of {length} tokens and {new_tokens} new ones do not fit the decoder's context of "
@@ -121,7 +141,15 @@ def _check(decoder: Decoder, ids: Tensor | None, embeddings: Tensor | None, mask
 
 @torch.inference_mode()
 def _steps(
-    decoder: Decoder, prompt: Tensor, mask, new_tokens: int, stop_ids, sampling: Sampling, pad_id, cache: KVCache, step: Callable
+    decoder: Decoder,
+    prompt: Tensor,
+    mask,
+    new_tokens: int,
+    stop_ids,
+    sampling: Sampling,
+    pad_id,
+    cache: KVCache,
+    step: Callable,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     config, (batch, length), device = decoder.config, prompt.shape[:2], prompt.device
     padded = mask is not None and not bool(mask.bool().all())
@@ -164,7 +192,9 @@ def _steps(
 
 
 class CompiledStep:
-    """One token's step over a cache whose shapes and addresses stay: compiled once, on a GPU recorded as a graph."""
+    """One token's step over a cache whose shapes and addresses stay: compiled once, on a GPU recorded as
+    a graph.
+    """
 
     def __init__(self, decoder: Decoder, batch: int, size: int, like: Tensor):
         self.key = batch, size, like.dtype, like.device
@@ -177,7 +207,8 @@ class CompiledStep:
         return self.compiled(**inputs).clone()  # the graph's own output is overwritten by the next step
 
 
-# Of every decoder the compiled steps of the last few sizes. One in use is not here, so that no two calls share a cache.
+# Of every decoder the compiled steps of the last few sizes. One in use is not here, so that no two calls
+# share a cache.
 _COMPILED: WeakKeyDictionary[Decoder, list[CompiledStep]] = WeakKeyDictionary()
 
 
@@ -196,5 +227,7 @@ def _give_back(decoder: Decoder, step: CompiledStep) -> None:
 
 
 def generate(decoder: Decoder, **settings) -> Tensor:
-    """New tokens (B, N) of all steps; settings as of `steps`. The stop token is the last of a row, pads follow it."""
+    """New tokens (B, N) of all steps; settings as of `steps`. The stop token is the last of a row, pads
+    follow it.
+    """
     return torch.stack([token for token, _ in steps(decoder, **settings)], dim=1)

@@ -1,7 +1,7 @@
 """What was trained, rebuilt: runs of this project from their folders, and published weights as they are.
 
-evaluate.py, infer.py and train.py take a file or folder of published weights wherever they take a run; nothing is
-converted or written.
+evaluate.py, infer.py and train.py take a file or folder of published weights wherever they take a run;
+nothing is converted or written.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +33,7 @@ from reaf_hsenet.weights.reading import SUFFIXES
 
 STAGES = ("mrg", "vqa")
 
+
 @dataclass
 class DualEncoderRun:
     """A trained dual encoder with what its inputs must be. origin: what its weights started from."""
@@ -60,11 +61,13 @@ class DualEncoderRun:
         return weights_sha256(self.weights)
 
 
-def load_dual_encoder(folder: Path, which: str | None = None, text_model: str | None = None) -> DualEncoderRun:
+def load_dual_encoder(
+    folder: Path, which: str | None = None, text_model: str | None = None
+) -> DualEncoderRun:
     """Rebuild a clip1 or clip2 run's model; or that of a published checkpoint, a file or a folder.
 
-    which: the checkpoint, as of Run.choose. text_model: where a published text encoder's vocab.txt is, when not beside its
-    checkpoint. Raises InputError when the folder holds no such run or its weights do not fit.
+    which: the checkpoint, as of Run.choose. text_model: where a published text encoder's vocab.txt is, when
+    not beside its checkpoint. Raises InputError when the folder holds no such run or its weights do not fit.
     """
     if is_published(folder):
         run = load_published(folder, text_model)
@@ -72,23 +75,32 @@ def load_dual_encoder(folder: Path, which: str | None = None, text_model: str | 
             raise InputError(f"{folder}: is HSENet's language model; expected a dual encoder")
         return run
     if text_model is not None:
-        raise InputError(f"--text-model: is of published weights; the run {folder} knows its own vocabulary, leave it out")
+        raise InputError(
+            f"--text-model: is of published weights; the run {folder} knows its own vocabulary, leave it out"
+        )
     run = Run(folder)
     values = run.read_config()
     if values.get("stage") not in ("clip1", "clip2"):
         raise InputError(
-            f"{folder}: is a run of stage {values.get('stage')!r}; expected a dual encoder, stage clip1 or clip2"
+            f"{folder}: is a run of stage {values.get('stage')!r}; expected a dual encoder, stage clip1 or "
+            f"clip2"
         )
     source = str(run.folder / "config.json")
-    config, recipe = from_dict(ClipConfig, values["model"], source), from_dict(Recipe, values["recipe"], source)
+    config, recipe = (
+        from_dict(ClipConfig, values["model"], source),
+        from_dict(Recipe, values["recipe"], source),
+    )
     state, checkpoint = run.load_model(which)
     with torch.device("meta"):  # sizes that the weights do not have are not built
         require_fit(state, _run_model(config).state_dict(), str(checkpoint.folder / "model.safetensors"))
     tokenizer, origin = load_wordpiece(run.folder), values.get("origin") or {}
-    short = len(tokenizer.vocab) < config.text.vocab and not origin.get("text_model")  # a published one may have spare rows
+    short = len(tokenizer.vocab) < config.text.vocab and not origin.get(
+        "text_model"
+    )  # a published one may have spare rows
     if short or len(tokenizer.vocab) > config.text.vocab:
         raise InputError(
-            f"{run.folder / 'vocab.txt'}: has {len(tokenizer.vocab)} tokens, the run's text encoder {config.text.vocab}; put the run's own back"
+            f"{run.folder / 'vocab.txt'}: has {len(tokenizer.vocab)} tokens, the run's text encoder "
+            f"{config.text.vocab}; put the run's own back"
         )
     model = _run_model(config)
     model.load_state_dict(state)
@@ -126,9 +138,11 @@ def is_published(path: Path) -> bool:
 
 
 def load_source(path: Path | str, text_model: str | None, sha256: str | None = None) -> DualEncoderRun:
-    """Load a run that another run came from, or published weights, whose vocabulary lies where that run's did.
+    """Load a run that another run came from, or published weights, whose vocabulary lies where that run's
+    did.
 
-    sha256: hash of the weights that the other run had. The checkpoint with these is taken, whichever the path names now.
+    sha256: hash of the weights that the other run had. The checkpoint with these is taken, whichever the path
+    names now.
     """
     path = Path(path)
     if is_published(path):
@@ -177,7 +191,8 @@ class MllmRun:
         return weights_sha256(self.weights)
 
     def place(self, device: torch.device, compiled: bool = False) -> None:
-        """Put the model on its device for inference: on a processor its decoder's weights are packed for its kernels.
+        """Put the model on its device for inference: on a processor its decoder's weights are packed for its
+        kernels.
 
         compiled: run the steps of generation as one compiled graph, on a GPU.
         """
@@ -196,7 +211,10 @@ class MllmRun:
 
 def check_compiled(compiled: bool, device: torch.device) -> None:
     if compiled and device.type != "cuda":
-        raise InputError("--compile: is for a GPU; a processor's decoder is packed for its kernels anyway, leave the flag out")
+        raise InputError(
+            "--compile: is for a GPU; a processor's decoder is packed for its kernels anyway, leave the "
+            "flag out"
+        )
 
 
 def load_mllm(
@@ -207,34 +225,48 @@ def load_mllm(
     encoders: str | None = None,
     text_model: str | None = None,
 ) -> MllmRun:
-    """Rebuild an mrg or vqa run's model: what it trained from its checkpoint, the rest from where its config.json points.
+    """Rebuild an mrg or vqa run's model: what it trained from its checkpoint, the rest from where its
+    config.json points.
 
-    which: the checkpoint, as of Run.choose. dtype: of the decoder; None keeps that of its files. decoder, encoders,
-    text_model: of HSENet's published packers and adapters, a file or folder in place of a run, what they stand on. Raises InputError when the folder holds no such
-    run, or when something does not fit, is absent or has changed since.
+    which: the checkpoint, as of Run.choose. dtype: of the decoder; None keeps that of its files. decoder,
+    encoders,
+    text_model: of HSENet's published packers and adapters, a file or folder in place of a run, what they
+    stand on. Raises InputError when the folder holds no such run, or when something does not fit, is absent
+    or has changed since.
     """
     if is_published(Path(folder)):
         run = load_published(folder, text_model, decoder, encoders, dtype)
         if not isinstance(run, MllmRun):
-            raise InputError(f"{folder}: is a dual encoder, which has no decoder; expected HSENet's packers and adapters")
+            raise InputError(
+                f"{folder}: is a dual encoder, which has no decoder; expected HSENet's packers and adapters"
+            )
         return run
     for name, value in (("decoder", decoder), ("encoders", encoders), ("text-model", text_model)):
         if value is not None:
-            raise InputError(f"--{name}: is of published weights; the run {folder} knows its own, leave it out")
+            raise InputError(
+                f"--{name}: is of published weights; the run {folder} knows its own, leave it out"
+            )
     run = Run(folder)
     values = run.read_config()
     if values.get("stage") not in STAGES:
         raise InputError(
-            f"{folder}: is a run of stage {values.get('stage')!r}, which has no decoder; expected one of stage mrg or vqa"
+            f"{folder}: is a run of stage {values.get('stage')!r}, which has no decoder; expected one of "
+            f"stage mrg or vqa"
         )
     config = from_dict(MllmConfig, values["model"], str(run.folder / "config.json"))
     origin, tokenizer = values.get("origin") or {}, load_tokenizer(run.folder)
-    frozen = [name for name, trained in (("decoder", config.full), ("encoders", config.train_vision)) if not trained]
+    frozen = [
+        name for name, trained in (("decoder", config.full), ("encoders", config.train_vision)) if not trained
+    ]
     if absent := [name for name in frozen if not origin.get(name)]:
-        raise InputError(f"{run.folder / 'config.json'}: origin does not say where the {absent[0]} lies; restore the file")
+        raise InputError(
+            f"{run.folder / 'config.json'}: origin does not say where the {absent[0]} lies; restore the file"
+        )
     states = None if config.train_vision else encoder_states(origin["encoders"])
     state, checkpoint = run.load_model(which)
-    model = build_run_model(config, origin, state, states, str(checkpoint.folder / "model.safetensors"), dtype)
+    model = build_run_model(
+        config, origin, state, states, str(checkpoint.folder / "model.safetensors"), dtype
+    )
     return MllmRun(
         folder=Path(folder),
         stage=values["stage"],
@@ -253,7 +285,12 @@ def load_mllm(
 
 
 def build_run_model(
-    config: MllmConfig, origin: dict, state: dict, encoders: Iterable[dict] | None, source: str, dtype: torch.dtype | None
+    config: MllmConfig,
+    origin: dict,
+    state: dict,
+    encoders: Iterable[dict] | None,
+    source: str,
+    dtype: torch.dtype | None,
 ) -> Mllm:
     """state: what was trained; encoders: dual encoders' tensors, where the encoders are not among it."""
     model = build_mllm(config, None if config.full else base_decoder(config, origin, dtype))
@@ -266,18 +303,26 @@ def build_run_model(
 
 
 def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = None) -> Decoder:
-    """The published decoder that training starts from, or adapters stand on, with rows for the added tokens."""
+    """The published decoder that training starts from, or adapters stand on, with rows for the added
+    tokens.
+    """
     known = origin["decoder"]
-    kind, of = ("fingerprint", fingerprint) if "fingerprint" in known else ("sha256", file_sha256)  # of earlier versions
+    kind, of = (
+        ("fingerprint", fingerprint) if "fingerprint" in known else ("sha256", file_sha256)
+    )  # of earlier versions
     if decoder_hashes(known["name"], of) != known[kind]:
-        raise InputError(f"{known['name']}: its weights are not those that the run was trained on; fetch that revision")
+        raise InputError(
+            f"{known['name']}: its weights are not those that the run was trained on; fetch that revision"
+        )
     decoder = load_decoder(known["name"], dtype, int8=config.int8)
     resize_vocabulary(decoder, config.decoder.vocab, known["added"])
     return decoder
 
 
 def decoder_hashes(name: str, of: Callable[[Path], str]) -> dict[str, str]:
-    """Return a hash of each file of a decoder folder's weights; of: file_sha256, which reads all of it, or fingerprint."""
+    """Return a hash of each file of a decoder folder's weights; of: file_sha256, which reads all of it,
+    or fingerprint.
+    """
     return {path.name: of(path) for path in visible(find_folder(name, FILES), "*.safetensors")}
 
 
@@ -288,12 +333,15 @@ def fill_encoders(model: Mllm, states: Iterable[dict[str, Tensor]], source: str)
 
 
 def encoder_states(sources: list[dict]) -> Iterator[dict[str, Tensor]]:
-    """Tensors of the dual-encoder runs that the vision encoders come from, by what origin["encoders"] says of each."""
+    """Tensors of the dual-encoder runs that the vision encoders come from, by what origin["encoders"]
+    says of each.
+    """
     for source in sources:
         run = load_source(source["run"], source.get("text_model"), source["sha256"])
         if run.sha256() != source["sha256"]:
             raise InputError(
-                f"{run.folder}: none of its checkpoints is the encoder that the run was trained on; put that one back"
+                f"{run.folder}: none of its checkpoints is the encoder that the run was trained on; put "
+                f"that one back"
             )
         yield merged_state(run.model)
 
@@ -312,16 +360,17 @@ def load_published(
 ) -> DualEncoderRun | MllmRun:
     """M3D-CLIP, HSENet's two stages, HLIP, REAF, or HSENet's language model, under their published names.
 
-    text_model: where the text encoder's vocab.txt is, when not beside its weights. decoder, encoders: what packers and
-    adapters stand on, Phi-4-mini and HSENet-2E3-CLIP. dtype: of the decoder; None keeps that of its files. Raises
-    InputError for all that does not fit.
+    text_model: where the text encoder's vocab.txt is, when not beside its weights. decoder, encoders: what
+    packers and adapters stand on, Phi-4-mini and HSENet-2E3-CLIP. dtype: of the decoder; None keeps that of
+    its files.
+    Raises InputError for all that does not fit.
     """
     source = open_source(str(path))
     if source.family.kind == "language":
         if decoder is None or encoders is None:
             raise InputError(
-                f"{path}: holds packers and adapters only; name what they stand on: --decoder microsoft/Phi-4-mini-instruct "
-                "--encoders HSENET-2E3-CLIP"
+                f"{path}: holds packers and adapters only; name what they stand on: --decoder "
+                "microsoft/Phi-4-mini-instruct --encoders HSENET-2E3-CLIP"
             )
         published = load_published_language(source, decoder, encoders, text_model=text_model)
         if published.encoder is not None:
@@ -330,14 +379,21 @@ def load_published(
         else:
             runs = [load_dual_encoder(run) for run in published.encoder_runs]
             states, hashes = [merged_state(run.model) for run in runs], [run.sha256() for run in runs]
-        origin = {"published": source.family.key, "notes": list(published.notes), "decoder": published.decoder}
+        origin = {
+            "published": source.family.key,
+            "notes": list(published.notes),
+            "decoder": published.decoder,
+        }
         origin["encoders"] = [{"sha256": sha256} for sha256 in hashes]
         model = build_run_model(published.config, origin, published.state, states, source.name, dtype)
         known = {"stage": published.stage, "origin": origin, "train": {}}
     else:
         for name, value in (("decoder", decoder), ("encoders", encoders)):
             if value is not None:
-                raise InputError(f"--{name}: is of HSENet's packers and adapters; {path} is {source.family.name}, leave it out")
+                raise InputError(
+                    f"--{name}: is of HSENet's packers and adapters; {path} is {source.family.name}, leave "
+                    f"it out"
+                )
         published = load_published_dual(source, text_model)
         where = str(Path(text_model).resolve()) if text_model and Path(text_model).exists() else text_model
         origin = {"published": source.family.key, "notes": list(published.notes), "text_model": where}

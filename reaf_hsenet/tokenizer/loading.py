@@ -1,7 +1,7 @@
 """Folders of tokenizers -> Tokenizer: which files there are, their settings, and what is refused.
 
-The splitting itself is a library's: `tokenizers` for tokenizer.json, for GPT-2's vocab.json with merges.txt and for
-BERT's vocab.txt (`WordPiece`), `sentencepiece` for tokenizer.model (sentencepiece_tokenizer.py).
+The splitting itself is a library's: `tokenizers` for tokenizer.json, for GPT-2's vocab.json with merges.txt
+and for BERT's vocab.txt (`WordPiece`), `sentencepiece` for tokenizer.model (sentencepiece_tokenizer.py).
 """
 
 import json
@@ -16,30 +16,53 @@ from reaf_hsenet.tokenizer.sentencepiece_tokenizer import SentencePiece
 from reaf_hsenet.tokenizer.tokenizer import BERT_RULES, FLAGS, ROLES, Added, Tokenizer, WordPiece
 
 GPT2_NAMES = dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>")
-SWITCHES = ("add_bos_token", "add_eos_token", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "do_basic_tokenize")
+SWITCHES = (
+    "add_bos_token",
+    "add_eos_token",
+    "do_lower_case",
+    "strip_accents",
+    "tokenize_chinese_chars",
+    "do_basic_tokenize",
+)
 # What else of a tokenizer.json is as every BERT has it.
 BERT_ONLY = {
-    ("normalizer", "clean_text"): True, ("pre_tokenizer", "type"): "BertPreTokenizer", ("model", "unk_token"): "[UNK]",
-    ("model", "continuing_subword_prefix"): "##", ("model", "max_input_chars_per_word"): 100,
-}  # fmt: skip
+    ("normalizer", "clean_text"): True,
+    ("pre_tokenizer", "type"): "BertPreTokenizer",
+    ("model", "unk_token"): "[UNK]",
+    ("model", "continuing_subword_prefix"): "##",
+    ("model", "max_input_chars_per_word"): 100,
+}
 # Other ways to split that BERT folders may ask for, with the value that asks for nothing.
-OTHER_SPLITS = {"do_basic_tokenize": True, "never_split": None, "word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
+OTHER_SPLITS = {
+    "do_basic_tokenize": True,
+    "never_split": None,
+    "word_tokenizer_type": "basic",
+    "subword_tokenizer_type": "wordpiece",
+}
 # The order in which a folder is searched: first the file that holds all rules by itself.
-FORMS = {"tokenizer.json": ("tokenizer.json",), "gpt2": ("vocab.json", "merges.txt"),
-         "sentencepiece": ("tokenizer.model",), "wordpiece": ("vocab.txt",)}  # fmt: skip
+FORMS = {
+    "tokenizer.json": ("tokenizer.json",),
+    "gpt2": ("vocab.json", "merges.txt"),
+    "sentencepiece": ("tokenizer.model",),
+    "wordpiece": ("vocab.txt",),
+}
 HUB_FILES = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"]
 
 
 def load_tokenizer(name: Path | str, form: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder, of one of its files or of a hub id; form: one of FORMS, else the first that is there.
+    """The tokenizer of a folder, of one of its files or of a hub id; form: one of FORMS, else the first that
+    is there.
 
-    bos, eos, unk, pad and added tokens come from tokenizer_config.json and special_tokens_map.json, if there are any.
+    bos, eos, unk, pad and added tokens come from tokenizer_config.json and special_tokens_map.json, if there
+    are any.
     Raises InputError when there is no tokenizer, or one that cannot be read.
     """
     if form not in (None, *FORMS):
         raise InputError(f"tokenizer form {form!r}: expected one of {', '.join(FORMS)}")
     path, wanted = Path(name), FORMS if form is None else {form: FORMS[form]}
-    is_file = path.is_file() or any(path.name in files for files in FORMS.values())  # an absent one is no hub id
+    is_file = path.is_file() or any(
+        path.name in files for files in FORMS.values()
+    )  # an absent one is no hub id
     folder = path.parent if is_file else find_folder(str(name), HUB_FILES)
     for kind, files in wanted.items():
         if all((folder / file).is_file() for file in files) and (not is_file or path.name in files):
@@ -57,11 +80,15 @@ def _read(folder: Path, form: str) -> Tokenizer:
             return SentencePiece(path.read_bytes(), names, added, *around)
         backend = _backend(path) if form == "tokenizer.json" else _gpt2(folder, added)
         backend.encode("A text, 1 of 2.")  # some damage is only met here
-    except BaseException as error:  # what `tokenizers` raises is of no narrower class, and its panics are no Exception
+    except (
+        BaseException
+    ) as error:  # what `tokenizers` raises is of no narrower class, and its panics are no Exception
         panic = type(error).__name__ == "PanicException"
         if isinstance(error, InputError) or not isinstance(error, Exception) and not panic:
             raise
-        raise InputError(f"{path}: cannot be read as a tokenizer ({error}); copy it again from its source") from error
+        raise InputError(
+            f"{path}: cannot be read as a tokenizer ({error}); copy it again from its source"
+        ) from error
     backend.no_truncation()
     backend.no_padding()
     if form == "gpt2" or not names and backend.token_to_id(GPT2_NAMES["bos"]) is not None:
@@ -73,7 +100,8 @@ def _read(folder: Path, form: str) -> Tokenizer:
 
 
 def _backend(path: Path) -> Backend:
-    """The library adds a file's tokens together, and then counts on from the vocabulary's size where its ids have gaps.
+    """The library adds a file's tokens together, and then counts on from the vocabulary's size where its ids
+    have gaps.
 
     Added one by one they follow the last id, which is what the file says.
     """
@@ -88,12 +116,17 @@ def _backend(path: Path) -> Backend:
         (backend.add_special_tokens if token["special"] else backend.add_tokens)([added])
         if backend.token_to_id(token["content"]) != token["id"]:
             found = backend.token_to_id(token["content"])
-            raise InputError(f"{path}: its added token {token['content']} has id {token['id']}, but becomes {found}; fetch it again")
+            raise InputError(
+                f"{path}: its added token {token['content']} has id {token['id']}, but becomes {found}; "
+                f"fetch it again"
+            )
     return backend
 
 
 def _gpt2(folder: Path, added: Added) -> Backend:
-    """GPT-2's own split of the text, whatever a tokenizer.json beside it says (transformers' GPT2Tokenizer)."""
+    """GPT-2's own split of the text, whatever a tokenizer.json beside it says (transformers'
+    GPT2Tokenizer).
+    """
     vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     backend = Backend(models.BPE(vocab | {token.content: number for number, token in added}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -102,7 +135,9 @@ def _gpt2(folder: Path, added: Added) -> Backend:
 
 
 def _settings(folder: Path) -> tuple[dict, dict[str, str], Added]:
-    """tokenizer_config.json over special_tokens_map.json: (all settings, texts of ROLES, added tokens by id)."""
+    """tokenizer_config.json over special_tokens_map.json: (all settings, texts of ROLES, added tokens by
+    id).
+    """
     paths = [folder / f"{name}.json" for name in ("special_tokens_map", "tokenizer_config", "added_tokens")]
     found = [read_json(path) if path.is_file() else {} for path in paths]
     for path, values in zip(paths, found, strict=True):
@@ -116,7 +151,9 @@ def _settings(folder: Path) -> tuple[dict, dict[str, str], Added]:
         for role in (*ROLES, "cls", "sep", "mask"):
             if f"{role}_token" in values:
                 texts[role] = _token(path, f"{role}_token", values[f"{role}_token"]).content
-        listed = _expect(path, "additional_special_tokens", values.get("additional_special_tokens", []), list, "a list")
+        listed = _expect(
+            path, "additional_special_tokens", values.get("additional_special_tokens", []), list, "a list"
+        )
         more += [_token(path, "additional_special_tokens", value).content for value in listed]
         settings |= values
     name, kind = "added_tokens_decoder", "an object with a token's content and flags by id"
@@ -130,7 +167,11 @@ def _settings(folder: Path) -> tuple[dict, dict[str, str], Added]:
             flags = {"normalized": False, "special": text in (*texts.values(), *more)}
             _expect(paths[2], repr(text), number, int, "an id")
             added.append((number, _token(paths[2], f"token {number}", {"content": text, **flags})))
-    return settings, {role: texts[role] for role in ROLES if role in texts}, sorted(added, key=lambda item: item[0])
+    return (
+        settings,
+        {role: texts[role] for role in ROLES if role in texts},
+        sorted(added, key=lambda item: item[0]),
+    )
 
 
 def _expect(path: Path, name: str, value, kind: type, expected: str):
@@ -140,11 +181,16 @@ def _expect(path: Path, name: str, value, kind: type, expected: str):
 
 
 def _token(path: Path, name: str, value) -> AddedToken:
-    """A token as transformers writes it: its text, or an object with the text as its content and with flags."""
+    """A token as transformers writes it: its text, or an object with the text as its content and with
+    flags.
+    """
     values = value if isinstance(value, dict) else {"content": value}
     text, flags = values.get("content"), {flag: values[flag] for flag in FLAGS if flag in values}
     if not isinstance(text, str) or not text or not all(isinstance(flag, bool) for flag in flags.values()):
-        raise InputError(f"{path}: {name} is {value!r}; expected a text, or an object with a text as content and true or false flags")
+        raise InputError(
+            f"{path}: {name} is {value!r}; expected a text, or an object with a text as content and true "
+            f"or false flags"
+        )
     return AddedToken(text, **flags)
 
 
@@ -164,7 +210,10 @@ def load_wordpiece(folder: Path) -> WordPiece:
     settings, _, added = _settings(folder)
     for name, usual in OTHER_SPLITS.items():
         if settings.get(name) not in (usual, None, []):
-            raise InputError(f"{folder / 'tokenizer_config.json'}: {name} is {settings[name]!r}, which is not supported; use a BERT that leaves it out")
+            raise InputError(
+                f"{folder / 'tokenizer_config.json'}: {name} is {settings[name]!r}, which is not "
+                f"supported; use a BERT that leaves it out"
+            )
     whole, rules, ids, more = folder / "tokenizer.json", {}, {}, []
     if whole.is_file():
         rules, ids, more = _bert_rules(whole)
@@ -177,16 +226,24 @@ def load_wordpiece(folder: Path) -> WordPiece:
             text = (folder / "vocab.txt").read_text(encoding="utf-8")
         vocab = [token.removesuffix("\r") for token in text.rstrip("\n").split("\n")]
         if wrong := [token for token, i in ids.items() if i < len(vocab) and vocab[i] != token]:
-            raise InputError(f"{whole}: {wrong[0]!r:.60} has another id than in the vocab.txt beside it; fetch both again")
+            raise InputError(
+                f"{whole}: {wrong[0]!r:.60} has another id than in the vocab.txt beside it; fetch both again"
+            )
     rules |= {name: settings[name] for name in BERT_RULES if name in settings}
     return WordPiece(vocab, added or [(i, token) for i, token in more if i >= len(vocab)], **rules)
 
 
 def _bert_rules(path: Path) -> tuple[dict[str, bool], dict[str, int], list[tuple[int, AddedToken]]]:
-    """Return the rules, the vocabulary and the added tokens of a tokenizer.json; nothing of one that is no WordPiece."""
+    """Return the rules, the vocabulary and the added tokens of a tokenizer.json; nothing of one that is
+    no WordPiece.
+    """
     values = read_object(path)
     model, normalizer = values.get("model"), values.get("normalizer")
-    if not isinstance(model, dict) or model.get("type", "WordPiece") != "WordPiece" or not isinstance(model.get("vocab"), dict):
+    if (
+        not isinstance(model, dict)
+        or model.get("type", "WordPiece") != "WordPiece"
+        or not isinstance(model.get("vocab"), dict)
+    ):
         return {}, {}, []
     if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
         kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
@@ -204,6 +261,12 @@ def _bert_rules(path: Path) -> tuple[dict[str, bool], dict[str, int], list[tuple
         rules[name] = value
     more = []
     for listed in _expect(path, "added_tokens", values.get("added_tokens") or [], list, "a list"):
-        number = _expect(path, "id of an added token", _expect(path, "an added token", listed, dict, "an object").get("id"), int, "an id")
+        number = _expect(
+            path,
+            "id of an added token",
+            _expect(path, "an added token", listed, dict, "an object").get("id"),
+            int,
+            "an id",
+        )
         more.append((number, _token(path, f"added token {number}", listed)))
     return rules, model["vocab"], sorted(more, key=lambda item: item[0])

@@ -1,7 +1,7 @@
 """tokenizer.model of the Llama and Phi-3 families: sentencepiece's pieces, with added tokens around them.
 
-Source: LlamaTokenizer of transformers with legacy False. The text begins with a word, so with WORD_START, unless a
-special token comes first; what follows a token does not.
+Source: LlamaTokenizer of transformers with legacy False. The text begins with a word, so with WORD_START,
+unless a special token comes first; what follows a token does not.
 """
 
 import re
@@ -26,16 +26,24 @@ class SentencePiece(Tokenizer):
     """
 
     def __init__(
-        self, model: bytes, names: dict[str, str], added: Added = (), add_bos: bool = True, add_eos: bool = False
+        self,
+        model: bytes,
+        names: dict[str, str],
+        added: Added = (),
+        add_bos: bool = True,
+        add_eos: bool = False,
     ):
-        # normalizer_spec.add_dummy_prefix = False: of a protocol buffer's joined values the last counts. encode writes it.
+        # normalizer_spec.add_dummy_prefix = False: of a protocol buffer's joined values the last counts.
+        # encode writes it.
         backend = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         own = {role: getattr(backend, f"{role}_id")() for role in ("bos", "eos", "unk")}
         own = {role: backend.id_to_piece(number) for role, number in own.items() if number >= 0}
         self.model, self.add_bos, self.add_eos = model, add_bos, add_eos
         super().__init__(backend, own | names, added)
         if add_eos and not self.eos:
-            raise InputError("add_eos_token is true, but the tokenizer has no eos: name one in its tokenizer_config.json")
+            raise InputError(
+                "add_eos_token is true, but the tokenizer has no eos: name one in its tokenizer_config.json"
+            )
 
     def _vocabulary(self) -> tuple[dict[str, int], dict[int, AddedToken]]:
         return {self.backend.id_to_piece(i): i for i in range(self.backend.get_piece_size())}, {}

@@ -1,4 +1,5 @@
-"""Tokenizers of the text encoders and the language models: text to ids and back, behind one interface; loading.py reads them.
+"""Tokenizers of the text encoders and the language models: text to ids and back, behind one interface;
+loading.py reads them.
 """
 
 import json
@@ -27,11 +28,12 @@ Added = Iterable[tuple[int, AddedToken]]
 
 
 class Tokenizer:
-    """Text to ids and back, by the `tokenizers` library. len() is the highest id + 1: the rows that a model needs.
+    """Text to ids and back, by the `tokenizers` library. len() is the highest id + 1: the rows that a model
+    needs.
 
-    names: the texts of ROLES, as far as there are any. added: (id, token) that the vocabulary's own file may lack, or
-    may have with other flags.
-    As HSENet publishes, unk pads where there is no pad, and Llama-3 ends and pads with <|end_of_text|>.
+    names: the texts of ROLES, as far as there are any. added: (id, token) that the vocabulary's own file may
+    lack, or may have with other flags. As HSENet publishes, unk pads where there is no pad, and Llama-3 ends
+    and pads with <|end_of_text|>.
     """
 
     def __init__(self, backend, names: dict[str, str], added: Added = ()):
@@ -41,8 +43,9 @@ class Tokenizer:
         for number, token in added:
             if self._add(token, replace=True) != number:
                 raise InputError(
-                    f"added token {token.content} has id {number} in tokenizer_config.json or added_tokens.json, "
-                    f"{self.id_of(token.content)} by the vocabulary beside it: they are of two tokenizers"
+                    f"added token {token.content} has id {number} in tokenizer_config.json or "
+                    f"added_tokens.json, {self.id_of(token.content)} by the vocabulary beside it: they are "
+                    "of two tokenizers"
                 )
         self.add_tokens(list(names.values()))
         self.bos, self.eos, pad = names.get("bos"), names.get("eos"), names.get("pad", names.get("unk"))
@@ -59,7 +62,9 @@ class Tokenizer:
     def _register(self, token: AddedToken) -> None:
         (self.backend.add_special_tokens if token.special else self.backend.add_tokens)([token])
         if self.backend.token_to_id(token.content) != self.ids[token.content]:
-            raise InputError(f"the tokenizer's ids have gaps: {token.content} cannot be added after the last one")
+            raise InputError(
+                f"the tokenizer's ids have gaps: {token.content} cannot be added after the last one"
+            )
 
     def _add(self, token: AddedToken, replace: bool = False) -> int:
         number = self.ids.setdefault(token.content, len(self))
@@ -70,7 +75,8 @@ class Tokenizer:
         return number
 
     def add_tokens(self, texts: list[str], special: bool = True) -> list[int]:
-        """Ids of tokens that are never split from now on. Known ones keep their id, others follow the last id.
+        """Ids of tokens that are never split from now on. Known ones keep their id, others follow the last
+        id.
 
         decode(skip_special_tokens=True) leaves the special ones out.
         """
@@ -78,7 +84,9 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int:
         if token not in self.ids:
-            raise InputError(f"the tokenizer has no token {token}; expected a tokenizer of this model's family")
+            raise InputError(
+                f"the tokenizer has no token {token}; expected a tokenizer of this model's family"
+            )
         return self.ids[token]
 
     def tokens(self, ids: list[int] | Tensor) -> list[str]:
@@ -89,7 +97,9 @@ class Tokenizer:
         ids = [int(number) for number in ids]
         unknown = [number for number in ids if number not in self.texts]
         if unknown:
-            raise InputError(f"token id {unknown[0]} is not one of the tokenizer's {len(self)}: another vocabulary's")
+            raise InputError(
+                f"token id {unknown[0]} is not one of the tokenizer's {len(self)}: another vocabulary's"
+            )
         return ids
 
     def _room(self, max_length: int | None, around: int) -> int | None:
@@ -99,7 +109,9 @@ class Tokenizer:
         return None if max_length is None else max(0, max_length - around)
 
     def encode(self, text: str, max_length: int | None = None, special_tokens: bool = True) -> list[int]:
-        """Ids, with the special tokens that the family puts around a text; one that is too long loses its end."""
+        """Ids, with the special tokens that the family puts around a text; one that is too long loses its
+        end.
+        """
         if not is_text(text):
             raise InputError(f"{text!r:.60}: holds bytes that are no UTF-8 text; write it in UTF-8")
         encoding = self.backend.encode(text, add_special_tokens=False)
@@ -112,18 +124,26 @@ class Tokenizer:
         # The library would leave unknown ids out.
         return self.backend.decode(self._known(ids), skip_special_tokens=skip_special_tokens)
 
-    def batch(self, rows: list[list[int]], length: int | None = None, side: str = "right") -> tuple[Tensor, Tensor]:
-        """Rows of ids -> ids (B, T) padded on one side and mask (B, T); T is `length` or the longest row's."""
+    def batch(
+        self, rows: list[list[int]], length: int | None = None, side: str = "right"
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of ids -> ids (B, T) padded on one side and mask (B, T); T is `length` or the longest
+        row's.
+        """
         if side not in ("left", "right"):
             raise InputError(f"padding side {side!r}: expected left or right")
         if self.pad_id is None:
-            raise InputError("the tokenizer has no pad and no unk token: name one in its tokenizer_config.json")
+            raise InputError(
+                "the tokenizer has no pad and no unk token: name one in its tokenizer_config.json"
+            )
         if not rows:
             raise InputError("there are no rows of ids to batch; expected one or more")
         longest = max(map(len, rows))
         length = longest if length is None else length
         if longest > length:
-            raise InputError(f"a row of {longest} ids does not fit length {length}: encode it with this max_length")
+            raise InputError(
+                f"a row of {longest} ids does not fit length {length}: encode it with this max_length"
+            )
         ids = torch.full((len(rows), length), self.pad_id)
         mask = torch.zeros((len(rows), length), dtype=torch.long)
         for i, row in enumerate(rows):
@@ -145,7 +165,8 @@ class Tokenizer:
 
 
 class WordPiece(Tokenizer):
-    """BERT's [CLS] text [SEP]. vocab: tokens in the order of their ids, with BERT's five special ones among them.
+    """BERT's [CLS] text [SEP]. vocab: tokens in the order of their ids, with BERT's five special ones among
+    them.
 
     rules: those of BERT_RULES that are not the default.
     """
@@ -181,21 +202,26 @@ class WordPiece(Tokenizer):
             file.writelines(token + "\n" for token in self.vocab)
         settings = {"do_lower_case": self.rules["do_lower_case"]}
         settings |= {name: value for name, value in self.rules.items() if value != BERT_RULES[name][1]}
-        if self.added != {self.ids[text]: AddedToken(text, normalized=False, special=True) for text in SPECIAL}:
+        if self.added != {
+            self.ids[text]: AddedToken(text, normalized=False, special=True) for text in SPECIAL
+        }:
             settings["added_tokens_decoder"] = _to_json(self.added)
         with atomic_write(Path(folder) / "tokenizer_config.json") as file:
             json.dump(settings, file)
 
 
 def _to_json(added: dict[int, AddedToken]) -> dict[str, dict]:
-    return {str(i): {"content": t.content} | {flag: getattr(t, flag) for flag in FLAGS} for i, t in sorted(added.items())}
+    return {
+        str(i): {"content": t.content} | {flag: getattr(t, flag) for flag in FLAGS}
+        for i, t in sorted(added.items())
+    }
 
 
 def train_wordpiece(texts: list[str], size: int) -> WordPiece:
     """A vocabulary of at most `size` entries: special tokens, characters, then the most frequent words.
 
-    The library's own trainer orders its entries by a random hash, so that two runs differ; this one depends on the
-    texts alone. Words outside the vocabulary are spelled by characters.
+    The library's own trainer orders its entries by a random hash, so that two runs differ; this one depends
+    on the texts alone. Words outside the vocabulary are spelled by characters.
     """
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     words = Counter(w for t in texts for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(t)))
@@ -205,18 +231,25 @@ def train_wordpiece(texts: list[str], size: int) -> WordPiece:
     return WordPiece([*base, *frequent[: max(0, size - len(base))]])
 
 
-def check_fits(tokenizer: Tokenizer, vocab: int, special: dict[str, int | list[int] | None], source: str) -> None:
+def check_fits(
+    tokenizer: Tokenizer, vocab: int, special: dict[str, int | list[int] | None], source: str
+) -> None:
     """Raise InputError when `tokenizer`, nothing added to it yet, is not that of a decoder.
 
-    vocab: the decoder's rows, which may be more than the tokenizer needs. special: ids of its config.json by role
-    (`bos` or `bos_token_id`), of which those that either side leaves open are not compared. source: names the config.
+    vocab: the decoder's rows, which may be more than the tokenizer needs. special: ids of its config.json by
+    role (`bos` or `bos_token_id`), of which those that either side leaves open are not compared. source:
+    names the config.
     """
     advice = "expected the tokenizer of the decoder's own folder"
     if len(tokenizer) > vocab:
-        raise InputError(f"{source}: {vocab} rows of embeddings for a tokenizer of {len(tokenizer)} tokens; {advice}")
+        raise InputError(
+            f"{source}: {vocab} rows of embeddings for a tokenizer of {len(tokenizer)} tokens; {advice}"
+        )
     for name, wanted in special.items():
         role = name.removesuffix("_token_id")
         own = {getattr(tokenizer, f"{role}_id"), tokenizer.ids.get(tokenizer.names.get(role))} - {None}
         wanted = {*(wanted if isinstance(wanted, list) else [wanted])} - {None}
         if own and wanted and not own & wanted:
-            raise InputError(f"{source}: {role} has id {sorted(wanted)}, but {sorted(own)} in the tokenizer; {advice}")
+            raise InputError(
+                f"{source}: {role} has id {sorted(wanted)}, but {sorted(own)} in the tokenizer; {advice}"
+            )

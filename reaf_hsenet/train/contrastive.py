@@ -1,7 +1,8 @@
-"""The two contrastive stages, clip1 and clip2: the dual encoder with its weights, data and loss, and their validation.
+"""The two contrastive stages, clip1 and clip2: the dual encoder with its weights, data and loss, and their
+validation.
 
-Stage 2 (HSENet section 3.2) has a frozen stage-1 dual encoder as teacher: contrastive + lambda(t) * relation, over the
-gathered batch.
+Stage 2 (HSENet section 3.2) has a frozen stage-1 dual encoder as teacher: contrastive + lambda(t) * relation,
+over the gathered batch.
 """
 
 import argparse
@@ -61,7 +62,9 @@ class Contrastive:
         return self.of_logits(self.logits(*outputs, batch), outputs[2])
 
     def logits(self, image: Tensor, text: Tensor, scale: Tensor, batch: Batch) -> Tensor:
-        image, text = (gather_with_grad(at_least_float32(features), batch.counts) for features in (image, text))
+        image, text = (
+            gather_with_grad(at_least_float32(features), batch.counts) for features in (image, text)
+        )
         return contrastive_logits(image, text, scale)
 
     def of_logits(self, logits: Tensor, scale: Tensor) -> tuple[Tensor, dict]:
@@ -71,9 +74,10 @@ class Contrastive:
 class Teacher:
     """A frozen dual encoder in evaluation mode, whose features are computed once where they cannot change.
 
-    Reports: once per distinct sequence of tokens, of which the last `kept_reports` are kept: a report that is shortened
-    at random is another one every epoch. Volumes: once, when `images_change` (augmentation) is off. What is
-    kept is computed alone: in a batch its last digits would depend on the others, and a resumed run would differ.
+    Reports: once per distinct sequence of tokens, of which the last `kept_reports` are kept: a report that is
+    shortened at random is another one every epoch. Volumes: once, when `images_change` (augmentation) is off.
+    What is kept is computed alone: in a batch its last digits would depend on the others, and a resumed run
+    would differ.
     """
 
     def __init__(
@@ -119,7 +123,9 @@ class Teacher:
 
 
 class Guided(Contrastive):
-    """Stage 2. The teacher's logits are scaled by the student's scale, as published, and carry no gradient."""
+    """Stage 2. The teacher's logits are scaled by the student's scale, as published, and carry no
+    gradient.
+    """
 
     def __init__(self, teacher: Teacher, weight: float, steps: int):
         self.teacher, self.weight, self.steps = teacher, weight, steps
@@ -164,7 +170,9 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
         pair = embed(model, validation_set, ranks, settings.batch_size, settings.validate_samples, bad=bad)
         volumes, reports = (int((~vectors.isfinite()).any(1).sum()) for vectors in pair)
         if volumes or reports:
-            raise FloatingPointError(f"embeddings of {volumes} volumes and {reports} reports are NaN or infinite")
+            raise FloatingPointError(
+                f"embeddings of {volumes} volumes and {reports} reports are NaN or infinite"
+            )
         return retrieval_score(*pair)
 
     model = build_dual_encoder(setup.model_config)
@@ -173,7 +181,8 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
     if settings.text_blocks is not None:
         if settings.text_blocks > len(model.text.blocks) + 1:
             raise InputError(
-                f"--unfreeze-text {settings.text_blocks}: the text encoder has {len(model.text.blocks)} blocks; say all"
+                f"--unfreeze-text {settings.text_blocks}: the text encoder has {len(model.text.blocks)} "
+                f"blocks; say all"
             )
         freeze_text(model, settings.text_blocks)
     if setup.model_config.lora:
@@ -183,13 +192,17 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
             raise InputError(f"--lora-targets: {error}") from error
     set_grad_checkpoint(model, settings.grad_checkpoint)
     blocks = [*model.vision.blocks, *model.text.blocks]
-    return Job(model, train_set, encode, stage.loss, validate, blocks, bad, SCORES, after_step=model.clamp_scale)
+    return Job(
+        model, train_set, encode, stage.loss, validate, blocks, bad, SCORES, after_step=model.clamp_scale
+    )
 
 
 def start_weights(
     model: DualEncoder, setup: Setup, data: Callable, args: argparse.Namespace, bad: BadVolumes, say
 ) -> None:
-    """Pretrained weights as the command line names them; what starts from nothing starts as the recipe says."""
+    """Pretrained weights as the command line names them; what starts from nothing starts as the recipe
+    says.
+    """
     if setup.settings.start == "published":
         start_as_published(model)
     if setup.text_weights is not None:

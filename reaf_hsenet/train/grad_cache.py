@@ -1,8 +1,9 @@
 """Gradient caching (Gao et al. 2021): a contrastive loss over a large batch with the memory of a chunk of it.
 
-Pass 1 encodes the batch chunk by chunk, without a graph. The loss of all features, gathered over ranks, gives the
-gradient of every feature. Pass 2 encodes each chunk again, from the random state it had in pass 1, so that dropout and
-drop path agree, and takes its features' gradients back to the parameters. The gradients are those of one pass.
+Pass 1 encodes the batch chunk by chunk, without a graph. The loss of all features, gathered over ranks, gives
+the gradient of every feature. Pass 2 encodes each chunk again, from the random state it had in pass 1, so
+that dropout and drop path agree, and takes its features' gradients back to the parameters. The gradients are
+those of one pass.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,8 @@ def cached_backward(
     """Accumulate the gradients of backward(features) into the parameters behind `encode`.
 
     encode(i): the outputs of chunk i, each with the chunk's rows first, or a scalar that all chunks share.
-    backward(features): computes the loss of all rows and calls its backward, which fills the features' gradients.
+    backward(features): computes the loss of all rows and calls its backward, which fills the features'
+    gradients.
     """
     states, parts = [], []
     with torch.no_grad():

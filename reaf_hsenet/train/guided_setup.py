@@ -18,31 +18,40 @@ from reaf_hsenet.train.phantom_slices import add_phantom_slices
 
 
 def find_teacher(args: argparse.Namespace, init_run: DualEncoderRun | None) -> DualEncoderRun:
-    """The stage-1 run that stage 2 learns from: --teacher, or --init when it is one, or its teacher, or the default."""
+    """The stage-1 run that stage 2 learns from: --teacher, or --init when it is one, or its teacher, or
+    the default.
+    """
     if args.teacher is None and init_run is not None and init_run.stage == "clip1":
         return init_run
     known, default = init_run.origin.get("teacher") if init_run else None, Path("runs/clip1-hsenet")
     if args.init and not (args.teacher or known or Run(default).exists):
         raise InputError(
-            f"--init {args.init}: does not come with its stage-1 model as a run, which is the teacher of stage clip2; name a run "
-            "or published file of stage 1 with --teacher, or convert a 2E3 checkpoint that holds one "
-            f"(python -m reaf_hsenet.weights convert {args.init} RUN) and name RUN"
+            f"--init {args.init}: does not come with its stage-1 model as a run, which is the teacher of "
+            "stage clip2; name a run or published file of stage 1 with --teacher, or convert a 2E3 "
+            f"checkpoint that holds one (python -m reaf_hsenet.weights convert {args.init} RUN) and name RUN"
         )
     words = args.text_model or (init_run.origin.get("text_model") if init_run else None)
     had = init_run.origin.get("teacher_sha256") if known and not args.teacher else None
     return load_teacher(args.teacher or known or default, words, had)
 
 
-def load_teacher(folder: str | Path, text_model: str | None = None, sha256: str | None = None) -> DualEncoderRun:
-    """A clip1 run, or a published stage-1 file or folder. text_model: where the vocabulary of the latter is, if not beside it.
+def load_teacher(
+    folder: str | Path, text_model: str | None = None, sha256: str | None = None
+) -> DualEncoderRun:
+    """A clip1 run, or a published stage-1 file or folder. text_model: where the vocabulary of the latter is,
+    if not beside it.
 
     sha256: of the checkpoint to take, where a run has had one of these.
     """
     if not (is_published(Path(folder)) or Run(folder).exists):
-        raise InputError(f"{folder}: no run of stage clip1, the teacher; train it first, or name one with --teacher")
+        raise InputError(
+            f"{folder}: no run of stage clip1, the teacher; train it first, or name one with --teacher"
+        )
     teacher = load_source(folder, text_model, sha256)
     if (teacher.stage, teacher.config.model) != ("clip1", "hsenet"):
-        raise InputError(f"{folder}: is a {teacher.stage} run of {teacher.config.model}; the teacher is hsenet's clip1")
+        raise InputError(
+            f"{folder}: is a {teacher.stage} run of {teacher.config.model}; the teacher is hsenet's clip1"
+        )
     return teacher
 
 
@@ -52,8 +61,8 @@ def resumed_teacher(args: argparse.Namespace, origin: dict, tokenizer: WordPiece
     teacher = load_teacher(args.teacher or origin["teacher"], origin.get("text_model"), had)
     if teacher.sha256() != had:
         raise InputError(
-            f"{teacher.folder}: none of its checkpoints is the teacher that the run had; name that one's folder with "
-            "--teacher, or start another run with --out"
+            f"{teacher.folder}: none of its checkpoints is the teacher that the run had; name that one's "
+            "folder with --teacher, or start another run with --out"
         )
     require_vocabulary(tokenizer, str(args.out or "the run"), teacher)
     return teacher
@@ -63,26 +72,35 @@ def require_vocabulary(tokenizer: WordPiece, source: str, teacher: DualEncoderRu
     """Raises InputError unless the student reads reports as the teacher does."""
     if tokenizer.vocab != teacher.tokenizer.vocab:
         raise InputError(
-            f"{source}: has another vocabulary than the teacher, {teacher.folder}; name a stage clip1 run of the same "
-            "one with --teacher, or train it first"
+            f"{source}: has another vocabulary than the teacher, {teacher.folder}; name a stage clip1 run of "
+            "the same one with --teacher, or train it first"
         )
 
 
-def guided_config(args, config: ClipConfig, teacher: DualEncoderRun, manifest: Manifest, ranks, say) -> ClipConfig:
-    """The student's configuration: the teacher's, with slice guidance. Phantoms without slice features get some."""
+def guided_config(
+    args, config: ClipConfig, teacher: DualEncoderRun, manifest: Manifest, ranks, say
+) -> ClipConfig:
+    """The student's configuration: the teacher's, with slice guidance. Phantoms without slice features
+    get some.
+    """
     if args.preset and PRESETS[args.preset].vision.width != teacher.config.vision.width:
         raise InputError(
-            f"--preset {args.preset}: has width {PRESETS[args.preset].vision.width}, the teacher {teacher.folder} has "
-            f"{teacher.config.vision.width}; leave the flag out, or choose another --teacher"
+            f"--preset {args.preset}: has width {PRESETS[args.preset].vision.width}, the teacher "
+            f"{teacher.folder} has {teacher.config.vision.width}; leave the flag out, or choose another "
+            "--teacher"
         )
     for name in ("size", "patch"):
         if getattr(config.vision, name) != getattr(teacher.config.vision, name):
-            raise InputError(f"--{name}: stage clip2 has its teacher's, {getattr(teacher.config.vision, name)}")
+            raise InputError(
+                f"--{name}: stage clip2 has its teacher's, {getattr(teacher.config.vision, name)}"
+            )
     if args.no_guidance:
         return config
     if manifest.slices is None:
         if args.data or manifest.folder.resolve() != phantom_folder("hsenet", config.vision.size).resolve():
-            manifest.require_slices({}, str(teacher.folder))  # raises: a data set of one's own has a real encoder's
+            manifest.require_slices(
+                {}, str(teacher.folder)
+            )  # raises: a data set of one's own has a real encoder's
         if ranks.main:
             add_phantom_slices(manifest.folder, teacher, ranks.device, say)
         distributed.barrier()
@@ -94,10 +112,14 @@ def guided_config(args, config: ClipConfig, teacher: DualEncoderRun, manifest: M
 
 
 def keep_slice_encoder(manifest: Manifest, run: Path) -> None:
-    """Copy the encoder of the phantoms' slices into the run, so that it can see a single scan wherever it is moved."""
+    """Copy the encoder of the phantoms' slices into the run, so that it can see a single scan wherever it
+    is moved.
+    """
     own = manifest.folder / "slice_encoder"
     if own.is_dir():
         try:
             shutil.copytree(own, run / own.name, dirs_exist_ok=True)
         except shutil.Error as error:
-            raise OutputError(f"{run / own.name}: cannot be written ({error.args[0][0][-1]}); free space and start again") from error
+            raise OutputError(
+                f"{run / own.name}: cannot be written ({error.args[0][0][-1]}); free space and start again"
+            ) from error

@@ -1,7 +1,9 @@
-"""A start for encoders that a decoder from nothing will look through: they learn to tell the scans' labels first.
+"""A start for encoders that a decoder from nothing will look through: they learn to tell the scans' labels
+first.
 
-The mean patch token of each encoder goes through a linear layer to the labels' logits, learned with binary cross-entropy.
-The layers are then thrown away. A new decoder does learn to look by itself, several times as slowly. Not published.
+The mean patch token of each encoder goes through a linear layer to the labels' logits, learned with binary
+cross-entropy. The layers are then thrown away. A new decoder does learn to look by itself, several times as
+slowly. Not published.
 """
 
 import numpy as np
@@ -21,7 +23,12 @@ BATCH, LEARNING_RATE, WEIGHT_DECAY = 32, 1e-3, 0.1
 
 
 def learn_labels(
-    model: Mllm, manifest: Manifest, settings: TrainConfig, guided: bool, bad: BadVolumes, device: torch.device
+    model: Mllm,
+    manifest: Manifest,
+    settings: TrainConfig,
+    guided: bool,
+    bad: BadVolumes,
+    device: torch.device,
 ) -> None:
     """settings.label_epochs passes over the training split; every rank makes the same ones.
 
@@ -29,7 +36,9 @@ def learn_labels(
     """
     entries = manifest.entries("train")
     encoders = model.encoders.to(device).train()
-    heads = nn.ModuleList(nn.Linear(len(encoder.norm.weight), len(manifest.labels)) for encoder in encoders).to(device)
+    heads = nn.ModuleList(
+        nn.Linear(len(encoder.norm.weight), len(manifest.labels)) for encoder in encoders
+    ).to(device)
     batch = min(BATCH, len(entries))
     steps = settings.label_epochs * (len(entries) // batch)
     parameters = [*encoders.parameters(), *heads.parameters()]
@@ -64,5 +73,11 @@ def _sample(manifest: Manifest, row: int, epoch: int, settings: TrainConfig, gui
     sample = read_sample(manifest, entry, guided)
     if not isinstance(sample, tuple):
         return sample
-    volume, following = augment_with_slices(*sample, settings.augment, np.random.default_rng((settings.seed, epoch, row)))
-    return volume, following if settings.slices_follow else sample[1], torch.tensor(entry["labels"], dtype=torch.float32)
+    volume, following = augment_with_slices(
+        *sample, settings.augment, np.random.default_rng((settings.seed, epoch, row))
+    )
+    return (
+        volume,
+        following if settings.slices_follow else sample[1],
+        torch.tensor(entry["labels"], dtype=torch.float32),
+    )

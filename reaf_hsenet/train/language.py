@@ -34,7 +34,9 @@ def encode(model: Mllm, batch: LanguageBatch) -> tuple[Tensor, Tensor]:
 def token_mean(outputs: tuple[Tensor, Tensor], batch: LanguageBatch, step: int) -> tuple[Tensor, dict]:
     """The mean over the answer tokens of all ranks' batches, as if one process had them all."""
     total, tokens = outputs
-    share = distributed.mean_over_ranks(tokens.float())  # gradients are averaged over ranks: so is what divides them
+    share = distributed.mean_over_ranks(
+        tokens.float()
+    )  # gradients are averaged over ranks: so is what divides them
     return total / share, {"answer_tokens": share}
 
 
@@ -56,10 +58,15 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
         setup.encoders = None
         if settings.calibrate and not args.resume:
             entries = manifest.entries("train")[: settings.calibrate]
-            good, unreadable = part_unreadable([read_sample(manifest, entry, setup.guided) for entry in entries])
+            good, unreadable = part_unreadable(
+                [read_sample(manifest, entry, setup.guided) for entry in entries]
+            )
             bad.agree(unreadable)
             if not good:
-                raise InputError(f"{manifest.name}: of its first {len(entries)} training volumes, which a new decoder starts from, none can be read")
+                raise InputError(
+                    f"{manifest.name}: of its first {len(entries)} training volumes, which a new decoder "
+                    f"starts from, none can be read"
+                )
             volumes, slices = zip(*good, strict=True)
             calibrate_tokens(model, torch.stack(volumes), torch.stack(slices) if setup.guided else None)
         if settings.label_epochs and not args.resume:
@@ -71,13 +78,22 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
     cache = None
     if setup.features:
         shapes = [(math.prod(encoder.grid), encoder.width) for encoder in config.encoders]
-        cache = FeatureCache(setup.features, setup.origin["encoders"], manifest, dtype or torch.float32, shapes)
+        cache = FeatureCache(
+            setup.features, setup.origin["encoders"], manifest, dtype or torch.float32, shapes
+        )
         fill_cache(cache, model, ("train", "validation"), ranks, setup.guided, bad)
 
     def data(split: str, **changes) -> LanguageDataset:
         task = "mrg" if args.stage == "mrg" else settings.questions
         return LanguageDataset(
-            manifest, split, task, setup.tokenizer, model.visual_tokens, config.max_text, slices=setup.guided, cache=cache,
+            manifest,
+            split,
+            task,
+            setup.tokenizer,
+            model.visual_tokens,
+            config.max_text,
+            slices=setup.guided,
+            cache=cache,
             templates=settings.templates,
             **changes,
         )

@@ -1,4 +1,6 @@
-"""What a run of stage mrg or vqa is made of: encoders of earlier runs, a projector each, a decoder with its tokenizer."""
+"""What a run of stage mrg or vqa is made of: encoders of earlier runs, a projector each, a decoder with
+its tokenizer.
+"""
 
 import argparse
 from dataclasses import dataclass, replace
@@ -34,9 +36,31 @@ from reaf_hsenet.weights.decoder import FILES
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout")
 # What a run keeps for good.
 FIXED_FLAGS = (
-    *("preset", "init", "teacher", "vision", "projector", "kernel", "shared_projector", "decoder", "full", "train_vision", "int8"),
+    *(
+        "preset",
+        "init",
+        "teacher",
+        "vision",
+        "projector",
+        "kernel",
+        "shared_projector",
+        "decoder",
+        "full",
+        "train_vision",
+        "int8",
+    ),
     *(*LORA_FLAGS, "cache_features", "max_text", "questions", "templates", "frozen_dropout", "slices_stay"),
-    *("batch_size", "accumulate", "lr", "weight_decay", "warmup", "clip_norm", "no_augment", "seed", "max_steps"),
+    *(
+        "batch_size",
+        "accumulate",
+        "lr",
+        "weight_decay",
+        "warmup",
+        "clip_norm",
+        "no_augment",
+        "seed",
+        "max_steps",
+    ),
     "best_by",
 )
 
@@ -45,7 +69,8 @@ FIXED_FLAGS = (
 class LanguageSetup:
     """All that a run is made of, whether new or resumed.
 
-    features: folder of --cache-features. encoders: tensors of the dual encoders that a new run starts from, already read.
+    features: folder of --cache-features. encoders: tensors of the dual encoders that a new run starts from,
+    already read.
     """
 
     preset: str
@@ -79,7 +104,10 @@ class LanguageSetup:
 def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageSetup:
     vision = args.vision or ("reaf" if args.model == "reaf" else "dual")
     if (vision == "reaf") != (args.model == "reaf"):
-        raise InputError(f"--vision {vision}: is not of --model {args.model}; reaf goes with --model reaf, the others with hsenet")
+        raise InputError(
+            f"--vision {vision}: is not of --model {args.model}; reaf goes with --model reaf, the others "
+            f"with hsenet"
+        )
     runs = encoder_runs(args, vision)
     first = runs[-1]  # whose data and preset are the default
     preset = args.preset or first.preset
@@ -91,24 +119,37 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
         if run.guided:
             manifest.require_slices(run.slices, str(run.folder))
     settings = changed_settings(args, stage_config(args.stage, args.model, preset), ranks)
-    rows = len(manifest.entries("train") if args.stage == "mrg" else questions(manifest, "train", settings.questions))
+    rows = len(
+        manifest.entries("train") if args.stage == "mrg" else questions(manifest, "train", settings.questions)
+    )
     if settings.batch_size * ranks.world > rows:
         if args.batch_size is not None or rows < ranks.world:
             raise InputError(
                 f"--batch-size {settings.batch_size}: a batch of {ranks.world} processes needs "
                 f"{settings.batch_size * ranks.world} samples, there are {rows}"
             )
-        say(f"batch size {rows // ranks.world} in place of {settings.batch_size}: there are {rows} training samples")
+        say(
+            f"batch size {rows // ranks.world} in place of {settings.batch_size}: there are {rows} "
+            f"training samples"
+        )
         settings = replace(settings, batch_size=rows // ranks.world)
     if args.decoder is None and not preset.endswith("-tiny"):
-        raise InputError("--decoder: name one that the encoders are joined to, for example microsoft/Phi-4-mini-instruct")
+        raise InputError(
+            "--decoder: name one that the encoders are joined to, for example microsoft/Phi-4-mini-instruct"
+        )
     if args.decoder is None and (args.int8 or args.full or given(args, LORA_FLAGS)):
-        raise InputError("--full, --int8, --lora-*: are of a --decoder with weights; a new one is trained whole")
+        raise InputError(
+            "--full, --int8, --lora-*: are of a --decoder with weights; a new one is trained whole"
+        )
     if args.int8 and args.full:
         raise InputError("--int8: weights in eight bits are not trained; leave out --full")
     if args.full and given(args, LORA_FLAGS):
-        raise InputError("--lora-*: a decoder that is trained whole has no adapters; leave them or --full out")
-    unlabelled = any(entry["labels"] is None for split in ("train", "validation") for entry in manifest.entries(split))
+        raise InputError(
+            "--lora-*: a decoder that is trained whole has no adapters; leave them or --full out"
+        )
+    unlabelled = any(
+        entry["labels"] is None for split in ("train", "validation") for entry in manifest.entries(split)
+    )
     if args.decoder is not None or unlabelled:
         settings = replace(settings, label_epochs=0, list_epochs=0)
     tokenizer, decoder, known = text_side(args, manifest, settings, say)
@@ -133,13 +174,16 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
     origin = {
         "init": located(first.folder),
         "encoders": [
-            {"run": located(run.folder), "sha256": run.sha256(), "text_model": run.origin.get("text_model")} for run in runs
+            {"run": located(run.folder), "sha256": run.sha256(), "text_model": run.origin.get("text_model")}
+            for run in runs
         ],
         "decoder": known,
     }
     features = feature_folder(args, config, settings, manifest)
     states = [merged_state(run.model) for run in runs]
-    return LanguageSetup(preset, manifest, config, settings, tokenizer, origin, features, args.max_steps, states)
+    return LanguageSetup(
+        preset, manifest, config, settings, tokenizer, origin, features, args.max_steps, states
+    )
 
 
 def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
@@ -149,25 +193,29 @@ def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
     if not Run(folder).exists:
         stage = "clip2" if vision in ("dual", "2e3") else "clip1"
         raise InputError(
-            f"{folder}: no run of stage {stage}, whose encoder --vision {vision} sees; train it first, or name one with --init"
+            f"{folder}: no run of stage {stage}, whose encoder --vision {vision} sees; train it first, or "
+            f"name one with --init"
         )
     run = load_dual_encoder(folder)
     wanted = {"dual": "clip2", "2e3": "clip2", "stage1": "clip1", "reaf": "clip1"}[vision]
     if (run.stage, run.config.model) != (wanted, args.model) or (wanted == "clip2" and not run.guided):
         guided = " without slices" if run.stage == "clip2" and not run.guided else ""
         raise InputError(
-            f"--init {folder}: is a {run.stage} run of {run.config.model}{guided}; --vision {vision} needs a {wanted} run of {args.model}"
+            f"--init {folder}: is a {run.stage} run of {run.config.model}{guided}; --vision {vision} needs "
+            f"a {wanted} run of {args.model}"
         )
     if vision != "dual":
         if args.teacher:
-            raise InputError(f"--teacher: is the stage-1 run beside 2E3; --vision {vision} has none, leave it out")
+            raise InputError(
+                f"--teacher: is the stage-1 run beside 2E3; --vision {vision} has none, leave it out"
+            )
         return [run]
     had = None if args.teacher else run.origin.get("teacher_sha256")
     teacher = load_teacher(args.teacher or run.origin["teacher"], run.origin.get("text_model"), had)
     if args.teacher is None and teacher.sha256() != had:
         raise InputError(
-            f"{teacher.folder}: none of its checkpoints is the one that {folder} learned from; name that one's folder, "
-            "or another stage-1 run, with --teacher"
+            f"{teacher.folder}: none of its checkpoints is the one that {folder} learned from; name that "
+            "one's folder, or another stage-1 run, with --teacher"
         )
     return [teacher, run]
 
@@ -175,7 +223,9 @@ def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
 def text_side(
     args: argparse.Namespace, manifest: Manifest, settings: TrainConfig, say
 ) -> tuple[Tokenizer, DecoderConfig, dict | None]:
-    """Tokenizer with the image tokens, the decoder's settings, and where its weights are; None for a new decoder."""
+    """Tokenizer with the image tokens, the decoder's settings, and where its weights are; None for a new
+    decoder.
+    """
     if args.decoder is None:
         say("no --decoder: a small one starts from nothing, with a vocabulary of the training texts")
         texts = [clean_report(entry["text"]) for entry in manifest.entries("train")] + list(report_prompts())
@@ -183,7 +233,11 @@ def text_side(
             texts.append(LIST_QUESTION)
         if args.stage == "vqa":
             asked = [row for _, row in questions(manifest, "train", settings.questions)]
-            texts = [text for row in asked for text in (row.get("question", ""), row["answer"], row["abnormality"], row["anatomy"])]
+            texts = [
+                text
+                for row in asked
+                for text in (row.get("question", ""), row["answer"], row["abnormality"], row["anatomy"])
+            ]
             texts += settings.templates or templates(settings.questions)
         tokenizer = train_words(texts, 1000)
         add_image_tokens(tokenizer)
@@ -197,8 +251,15 @@ def text_side(
     own = len(tokenizer)
     add_image_tokens(tokenizer)
     # Read whole once, by one rank; from now on the fingerprint tells whether it is the same.
-    sha256, prints = distributed.on_main(lambda: [decoder_hashes(args.decoder, of) for of in (file_sha256, fingerprint)])
-    known = {"name": located(args.decoder), "sha256": sha256, "fingerprint": prints, "added": len(tokenizer) - own}
+    sha256, prints = distributed.on_main(
+        lambda: [decoder_hashes(args.decoder, of) for of in (file_sha256, fingerprint)]
+    )
+    known = {
+        "name": located(args.decoder),
+        "sha256": sha256,
+        "fingerprint": prints,
+        "added": len(tokenizer) - own,
+    }
     return tokenizer, replace(config, vocab=len(tokenizer)), known
 
 
@@ -209,8 +270,8 @@ def text_length(args: argparse.Namespace, config: MllmConfig) -> int:
     length = visual + (args.max_text or TEXT_LENGTH[args.stage] - PUBLISHED_VISUAL_TOKENS)
     if length > config.decoder.context:
         raise InputError(
-            f"--max-text: {visual} visual tokens and {length - visual} of text do not fit the decoder's context of "
-            f"{config.decoder.context}; lower it, or choose a larger --kernel"
+            f"--max-text: {visual} visual tokens and {length - visual} of text do not fit the decoder's "
+            f"context of {config.decoder.context}; lower it, or choose a larger --kernel"
         )
     return length
 
@@ -219,12 +280,18 @@ def feature_folder(args, config: MllmConfig, settings: TrainConfig, manifest: Ma
     if not args.cache_features:
         return None
     if config.train_vision:
-        raise InputError("--cache-features: encoders that are trained have no lasting features; add --no-train-vision")
+        raise InputError(
+            "--cache-features: encoders that are trained have no lasting features; add --no-train-vision"
+        )
     if settings.augment != NO_AUGMENTATION:
         raise InputError("--cache-features: augmented volumes have other features; add --no-augment")
     if settings.frozen_dropout:
-        raise InputError("--cache-features: features under dropout are others each time; leave --frozen-dropout out")
-    return (manifest.folder / "features" if args.cache_features is True else Path(args.cache_features)).absolute()
+        raise InputError(
+            "--cache-features: features under dropout are others each time; leave --frozen-dropout out"
+        )
+    return (
+        manifest.folder / "features" if args.cache_features is True else Path(args.cache_features)
+    ).absolute()
 
 
 def resumed_language_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> LanguageSetup:
@@ -232,16 +299,27 @@ def resumed_language_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> 
     values = resumable(run)
     model = "reaf" if values["model"].get("vision") == "reaf" else "hsenet"
     if (values["stage"], model) != (args.stage, args.model):
-        raise InputError(f"{run.folder}: is a {values['stage']} run of {model}, not {args.stage} of {args.model}")
+        raise InputError(
+            f"{run.folder}: is a {values['stage']} run of {model}, not {args.stage} of {args.model}"
+        )
     source, origin = str(run.config), values["origin"] or {}
     if not origin.get("encoders"):
-        raise InputError(f"{source}: its origin has no encoders, which a language run sees through; put the run's own back")
-    config, settings = from_dict(MllmConfig, values["model"], source), from_dict(TrainConfig, values["train"], source)
+        raise InputError(
+            f"{source}: its origin has no encoders, which a language run sees through; put the run's own back"
+        )
+    config, settings = (
+        from_dict(MllmConfig, values["model"], source),
+        from_dict(TrainConfig, values["train"], source),
+    )
     manifest = load_manifest(args.data or Path(values["data"]))
     manifest.require(from_dict(Recipe, values["recipe"], source), str(run.folder))
     if values["slices"]:
         manifest.require_slices(values["slices"], str(run.folder))
-    fixed = {**vars(settings), **vars(config), **{f"lora_{name}": getattr(config, name) for name in ("r", "alpha", "dropout")}}
+    fixed = {
+        **vars(settings),
+        **vars(config),
+        **{f"lora_{name}": getattr(config, name) for name in ("r", "alpha", "dropout")},
+    }
     fixed |= {"preset": values["preset"], "max_steps": values["max_steps"], "init": origin.get("init")}
     fixed |= {"decoder": (origin.get("decoder") or {}).get("name"), "shared_projector": config.shared}
     fixed |= {"no_augment": settings.augment == NO_AUGMENTATION, "slices_stay": not settings.slices_follow}
@@ -255,5 +333,12 @@ def resumed_language_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> 
     refuse_changes(args, FIXED_FLAGS, fixed, run)
     settings = resumed_settings(args, run, values, ranks)
     return LanguageSetup(
-        values["preset"], manifest, config, settings, load_tokenizer(run.folder), origin, features, values["max_steps"]
+        values["preset"],
+        manifest,
+        config,
+        settings,
+        load_tokenizer(run.folder),
+        origin,
+        features,
+        values["max_steps"],
     )

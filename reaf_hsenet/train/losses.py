@@ -1,5 +1,6 @@
-"""Training losses: contrastive, over the whole (global) batch, HSENet's relation between two models' logits, and the
-next token's cross-entropy."""
+"""Training losses: contrastive, over the whole (global) batch, HSENet's relation between two models'
+logits, and the next token's cross-entropy.
+"""
 
 import torch
 import torch.distributed as dist
@@ -10,9 +11,9 @@ from torch import Tensor
 class _Gather(torch.autograd.Function):
     """Concatenate every rank's rows, in rank order, and give each rank its own rows' gradient.
 
-    Every rank computes the same loss of the gathered rows, so the sum of the ranks' gradients for a row is world
-    times its own: no second communication is needed. Averaging over ranks, as DDP does, then gives exactly the
-    gradient of one process with the concatenated batch.
+    Every rank computes the same loss of the gathered rows, so the sum of the ranks' gradients for a row is
+    world times its own: no second communication is needed. Averaging over ranks, as DDP does, then gives
+    exactly the gradient of one process with the concatenated batch.
     """
 
     @staticmethod
@@ -29,14 +30,18 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_with_grad(features: Tensor, counts: list[int] | None = None) -> Tensor:
-    """(B, C) on each rank -> (sum of counts, C) on every rank. counts: rows of every rank; None, as many as this one has."""
+    """(B, C) on each rank -> (sum of counts, C) on every rank. counts: rows of every rank; None, as many
+    as this one has.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
     return _Gather.apply(features, counts or [len(features)] * dist.get_world_size())
 
 
 def contrastive_logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Unit vectors (B, C), (B, C) -> scale * image text^t, (B, B): row i are volume i's similarities to all reports."""
+    """Unit vectors (B, C), (B, C) -> scale * image text^t, (B, B): row i are volume i's similarities to
+    all reports.
+    """
     return scale * image @ text.T
 
 
@@ -49,8 +54,8 @@ def contrastive_loss(logits: Tensor) -> Tensor:
 def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Logits (B, B) of both stages -> their mean squared difference, a scalar.
 
-    HSENet averages it over both directions, which are each other's transpose, so that one is enough. The teacher's
-    logits are of its own features and the student's scale, and carry no gradient.
+    HSENet averages it over both directions, which are each other's transpose, so that one is enough. The
+    teacher's logits are of its own features and the student's scale, and carry no gradient.
     """
     return F.mse_loss(student, teacher.detach())
 
@@ -63,6 +68,7 @@ def relation_weight(step: int, weight: float, steps: int) -> float:
 def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of the next token, a scalar, in float32. logits: (B, T, V).
 
-    labels: (B, T), the ids themselves, -100 where nothing is learned; the logits at t are compared with t + 1.
+    labels: (B, T), the ids themselves, -100 where nothing is learned; the logits at t are compared with t +
+    1.
     """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

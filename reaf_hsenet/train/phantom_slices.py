@@ -1,7 +1,8 @@
 """A small slice encoder for phantoms, so that stage 2 runs with nothing downloaded.
 
-It learns as BiomedCLIP's did, from pictures and their texts, on the same phantoms: the mean of a volume's slice
-features should be near its report, which the stage-1 run's frozen text encoder embeds. Real data have BiomedCLIP.
+It learns as BiomedCLIP's did, from pictures and their texts, on the same phantoms: the mean of a volume's
+slice features should be near its report, which the stage-1 run's frozen text encoder embeds. Real data have
+BiomedCLIP.
 """
 
 import os
@@ -32,7 +33,9 @@ STEPS, BATCH, SLICES_A_STEP, LEARNING_RATE, SEED = 240, 64, 8, 1e-3, 0
 
 
 def add_phantom_slices(folder: Path, teacher: DualEncoderRun, device: torch.device, say) -> None:
-    """Train the encoder on the folder's training split, unless it is there, and store the features of all volumes."""
+    """Train the encoder on the folder's training split, unless it is there, and store the features of all
+    volumes.
+    """
     saved, workers = folder / "slice_encoder", len(os.sched_getaffinity(0))
     if (saved / "model.safetensors").is_file():  # of a start that was interrupted: its features are kept too
         say(f"{folder}: continuing the slice features of {saved}")
@@ -41,7 +44,9 @@ def add_phantom_slices(folder: Path, teacher: DualEncoderRun, device: torch.devi
         say(f"{folder}: has no slice features; training a small slice encoder on the phantoms' own reports")
         encoder = train_slice_encoder(load_manifest(folder), teacher, device, workers, STEPS)
         save_slice_encoder(saved, encoder)
-    add_slice_features(folder, encoder, describe(encoder, "phantoms", recipe=RECIPE), workers, device, batch=1024)
+    add_slice_features(
+        folder, encoder, describe(encoder, "phantoms", recipe=RECIPE), workers, device, batch=1024
+    )
 
 
 def train_slice_encoder(
@@ -61,15 +66,21 @@ def train_slice_encoder(
     rng = np.random.default_rng(SEED)
     encoder = SliceEncoder(**ENCODER).to(device).train()
     # Standardised channels: what all volumes share would otherwise hide what tells them apart.
-    head = nn.Sequential(nn.BatchNorm1d(encoder.width, affine=False), nn.Linear(encoder.width, text.shape[1])).to(device)
+    head = nn.Sequential(
+        nn.BatchNorm1d(encoder.width, affine=False), nn.Linear(encoder.width, text.shape[1])
+    ).to(device)
     scale = torch.tensor(10.0, device=device)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=LEARNING_RATE, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [*encoder.parameters(), *head.parameters()], lr=LEARNING_RATE, weight_decay=0.1
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     batch = min(BATCH, len(entries))
     bar = progress_bar(steps, "slice encoder", "step")
     for _ in range(steps):
         rows = rng.choice(len(entries), batch, replace=False)
-        picked = [images[row][np.sort(rng.choice(len(images[row]), SLICES_A_STEP, replace=False))] for row in rows]
+        picked = [
+            images[row][np.sort(rng.choice(len(images[row]), SLICES_A_STEP, replace=False))] for row in rows
+        ]
         features = encoder(normalise(torch.cat(picked).to(device))).unflatten(0, (batch, -1)).mean(1)
         loss = contrastive_loss(contrastive_logits(F.normalize(head(features), dim=-1), text[rows], scale))
         loss.backward()

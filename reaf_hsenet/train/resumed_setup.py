@@ -45,7 +45,18 @@ FIXED_FLAGS = (
 )
 # What may change from one start of a run to the next.
 KEPT_FLAGS = (
-    *("epochs", "precision", "grad_checkpoint", "grad_cache", "validate_every", "validate_samples", "save_every", "keep", "max_bad", "shard"),
+    *(
+        "epochs",
+        "precision",
+        "grad_checkpoint",
+        "grad_cache",
+        "validate_every",
+        "validate_samples",
+        "save_every",
+        "keep",
+        "max_bad",
+        "shard",
+    ),
     "max_skipped",
 )
 
@@ -56,9 +67,15 @@ def resumable(run: Run) -> dict:
         raise InputError(f"{run.folder}: holds no run to resume; name one with --out, or leave --resume out")
     values = run.read_config()
     if (values.get("origin") or {}).get("published"):
-        raise InputError(f"{run.folder}: is converted, not trained, so there is nothing to resume; start from it with --init")
+        raise InputError(
+            f"{run.folder}: is converted, not trained, so there is nothing to resume; start from it with "
+            f"--init"
+        )
     if absent := [name for name in ("train", "world", "data") if values[name] is None]:
-        raise InputError(f"{run.folder / 'config.json'}: has no {', '.join(absent)} as a run that was trained has; put the run's own back")
+        raise InputError(
+            f"{run.folder / 'config.json'}: has no {', '.join(absent)} as a run that was trained has; put "
+            f"the run's own back"
+        )
     return values
 
 
@@ -74,7 +91,12 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
     manifest.require(from_dict(Recipe, values["recipe"], str(run.config)), str(run.folder))
     settings = from_dict(TrainConfig, values["train"], str(run.config))
     origin = values.get("origin") or {}
-    fixed = {**vars(settings), **vars(config.vision), "logit_scale": config.logit_scale, "preset": values["preset"]}
+    fixed = {
+        **vars(settings),
+        **vars(config.vision),
+        "logit_scale": config.logit_scale,
+        "preset": values["preset"],
+    }
     fixed |= {"max_steps": values["max_steps"], "unfreeze_text": settings.text_blocks, **origin}
     fixed["no_augment"] = settings.augment == NO_AUGMENTATION
     fixed |= {"slices_stay": not settings.slices_follow}
@@ -89,7 +111,9 @@ def resumed_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> Setup:
     teacher = resumed_teacher(args, origin, tokenizer) if origin.get("teacher") else None
     if teacher is not None:
         origin["teacher"] = located(teacher.folder)
-    return Setup(values["preset"], manifest, config, settings, tokenizer, steps, origin=origin, teacher=teacher)
+    return Setup(
+        values["preset"], manifest, config, settings, tokenizer, steps, origin=origin, teacher=teacher
+    )
 
 
 def refuse_changes(args: argparse.Namespace, names: tuple[str, ...], fixed: dict, run: Run) -> None:
@@ -102,21 +126,25 @@ def refuse_changes(args: argparse.Namespace, names: tuple[str, ...], fixed: dict
         value = tuple(value) if isinstance(value, list) else None if value in ("none", "all") else value
         if value != fixed.get(name):
             raise InputError(
-                f"{flag(name)}: with --resume a run keeps its settings ({run.folder} has {fixed.get(name)!s:.200}); leave the "
-                "flag out, or start another run with --out"
+                f"{flag(name)}: with --resume a run keeps its settings ({run.folder} has "
+                f"{fixed.get(name)!s:.200}); leave the flag out, or start another run with --out"
             )
 
 
 def resumed_settings(args: argparse.Namespace, run: Run, values: dict, ranks: Ranks) -> TrainConfig:
-    """The run's own, but for what changes nothing that is learned; its global batch is shared by these ranks."""
+    """The run's own, but for what changes nothing that is learned; its global batch is shared by these
+    ranks.
+    """
     settings = from_dict(TrainConfig, values["train"], str(run.config))
     whole = settings.batch_size * values["world"]
     if whole % ranks.world:
-        raise InputError(f"{run.folder}: its global batch of {whole} cannot be shared by {ranks.world} processes")
+        raise InputError(
+            f"{run.folder}: its global batch of {whole} cannot be shared by {ranks.world} processes"
+        )
     if values["max_steps"] and args.epochs not in (None, settings.epochs):
         raise InputError(
-            f"--epochs {args.epochs}: {run.folder} was started with --max-steps {values['max_steps']}, which is its "
-            "length; leave the flag out, or start another run with --out"
+            f"--epochs {args.epochs}: {run.folder} was started with --max-steps {values['max_steps']}, which "
+            "is its length; leave the flag out, or start another run with --out"
         )
     kept = {name: value for name in KEPT_FLAGS if (value := getattr(args, name)) is not None}
     return replace(settings, batch_size=whole // ranks.world, **kept)

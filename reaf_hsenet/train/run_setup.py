@@ -1,4 +1,6 @@
-"""What a training run is made of: model, data, recipe and tokenizer, from a command line (resumed_setup.py: from a run's)."""
+"""What a training run is made of: model, data, recipe and tokenizer, from a command line
+(resumed_setup.py: from a run's).
+"""
 
 import argparse
 from dataclasses import dataclass, fields, replace
@@ -78,7 +80,9 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
         raise InputError(f"--stage clip2: is a stage of hsenet, not of {args.model}")
     init_run = starting_run(args)
     if init_run is not None and init_run.config.model != args.model:
-        raise InputError(f"--init {args.init}: is a run of {init_run.config.model}; it cannot start --model {args.model}")
+        raise InputError(
+            f"--init {args.init}: is a run of {init_run.config.model}; it cannot start --model {args.model}"
+        )
     teacher = find_teacher(args, init_run) if args.stage == "clip2" else None
     preset = args.preset or (teacher.preset if teacher else f"{args.model}-{'base' if args.data else 'tiny'}")
     if preset not in PRESETS or PRESETS[preset].model != args.model:
@@ -96,7 +100,8 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
             manifest.require_slices(init_run.slices, f"--init {args.init}")
     elif args.data is None:
         say(
-            f"no --data: phantom CTs of {PHANTOM} and preset {preset}; real data: preprocess.py, then --data FOLDER"
+            f"no --data: phantom CTs of {PHANTOM} and preset {preset}; real data: preprocess.py, then "
+            f"--data FOLDER"
         )
         manifest = phantom_manifest(ranks, args.model, config.vision.size)
     else:
@@ -127,7 +132,9 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
     elif args.init:
         published = read_checkpoint(args.init)
         state = initial_state(published, args.init, args.model, config.vision.patch, config.vision.grid)
-        same_words = bool(known_words)  # published text encoders know the words of a published vocabulary only
+        same_words = bool(
+            known_words
+        )  # published text encoders know the words of a published vocabulary only
         account += resampled(published, config.vision.grid)
         inner = [name for name in published if "stage1_pretrained_CLIP." in name]
         account += f"; not used: stage1_pretrained_CLIP.* ({len(inner)})" if inner else ""
@@ -142,7 +149,17 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
             state |= {name: tensor for name, tensor in own.items() if name.startswith("text")}
             account += f"; text encoder: of the teacher, {teacher.folder}"
     return Setup(
-        preset, manifest, config, settings, tokenizer, args.max_steps, weights, origin, teacher, state, account
+        preset,
+        manifest,
+        config,
+        settings,
+        tokenizer,
+        args.max_steps,
+        weights,
+        origin,
+        teacher,
+        state,
+        account,
     )
 
 
@@ -171,7 +188,9 @@ def resampled(published: dict, grid: tuple[int, int, int]) -> str:
 
 
 def located(name: str | Path | None) -> str | None:
-    """The absolute path of what is a file or a folder, so that a run resumes from anywhere; a hub id as it is."""
+    """The absolute path of what is a file or a folder, so that a run resumes from anywhere; a hub id as
+    it is.
+    """
     return str(Path(name).resolve()) if name and Path(name).exists() else name and str(name)
 
 
@@ -183,7 +202,9 @@ def text_side(
     preset: str,
     say,
 ) -> tuple[WordPiece, ClipConfig, dict | None]:
-    """Tokenizer, the configuration with its text encoder, and that encoder's weights where --text-model has them."""
+    """Tokenizer, the configuration with its text encoder, and that encoder's weights where --text-model
+    has them.
+    """
     if args.text_model:
         folder = find_folder(args.text_model, [*TEXT_FILES, "*.safetensors", "pytorch_model.bin"])
         tokenizer = load_wordpiece(folder)
@@ -191,7 +212,10 @@ def text_side(
         bare = (words or args.init) and not any(path.suffix in SUFFIXES for path in folder.iterdir())
         text = words.config.text if bare and words else bert_config(folder)
         if len(tokenizer.vocab) > text.vocab:
-            raise InputError(f"--text-model {args.text_model}: vocab.txt has {len(tokenizer.vocab)} tokens, its encoder {text.vocab}; fetch both again")
+            raise InputError(
+                f"--text-model {args.text_model}: vocab.txt has {len(tokenizer.vocab)} tokens, its encoder "
+                f"{text.vocab}; fetch both again"
+            )
         config = replace(config, text=text, max_text=min(config.max_text, text.positions))
         return tokenizer, config, None if bare else bert_state(read_weights(folder))
     if words is not None:
@@ -216,7 +240,9 @@ def model_config(args: argparse.Namespace, config: ClipConfig) -> ClipConfig:
     vision = {name: getattr(args, name) for name in VISION_FLAGS if getattr(args, name) is not None}
     for name in vision:
         if name not in known:
-            raise InputError(f"--{name.replace('_', '-')}: is an option of --model reaf, not of {config.model}")
+            raise InputError(
+                f"--{name.replace('_', '-')}: is an option of --model reaf, not of {config.model}"
+            )
     if vision.get("fusion") == "none":
         vision["fusion"] = None
     vision = {name: tuple(v) if isinstance(v, list) else v for name, v in vision.items()}
@@ -224,7 +250,9 @@ def model_config(args: argparse.Namespace, config: ClipConfig) -> ClipConfig:
     if args.logit_scale:
         config = replace(config, logit_scale=args.logit_scale)
     settings = {
-        name: value for name in ("r", "alpha", "dropout", "targets") if (value := getattr(args, f"lora_{name}")) is not None
+        name: value
+        for name in ("r", "alpha", "dropout", "targets")
+        if (value := getattr(args, f"lora_{name}")) is not None
     }
     if settings and not args.lora:
         raise InputError(f"--lora-{next(iter(settings))}: needs --lora vision, text or both")
@@ -233,9 +261,13 @@ def model_config(args: argparse.Namespace, config: ClipConfig) -> ClipConfig:
         for tower, started in (("vision", started_whole), ("text", args.text_model or started_whole)):
             if tower in args.lora and not started:
                 needed = "--init" if tower == "vision" else "--text-model"
-                raise InputError(f"--lora {tower}: needs weights to adapt, {needed}; a new encoder is trained whole")
+                raise InputError(
+                    f"--lora {tower}: needs weights to adapt, {needed}; a new encoder is trained whole"
+                )
         if "text" in args.lora and args.unfreeze_text not in (None, 0):
-            raise InputError("--unfreeze-text: with --lora text its blocks are trained by adapters; leave one out")
+            raise InputError(
+                "--unfreeze-text: with --lora text its blocks are trained by adapters; leave one out"
+            )
         settings["targets"] = tuple(settings.get("targets", LoraConfig.targets))
         config = replace(config, lora=LoraConfig(tuple(sorted(set(args.lora))), **settings))
     return config
@@ -263,8 +295,8 @@ def train_settings(
     rows = len(manifest.entries("train"))
     if rows < max(2, ranks.world):
         raise InputError(
-            f"{manifest.name}: {rows} training volumes for {ranks.world} processes; "
-            "a contrastive batch needs at least 2, and each process 1"
+            f"{manifest.name}: {rows} training volumes for {ranks.world} processes; a contrastive batch "
+            "needs at least 2, and each process 1"
         )
     if config.batch_size * ranks.world < 2:
         raise InputError("--batch-size 1 with one process: a contrastive batch needs 2 volumes or more")
@@ -275,7 +307,8 @@ def train_settings(
                 f"{config.batch_size * ranks.world} volumes, there are {rows}"
             )
         say(
-            f"batch size {rows // ranks.world} in place of {config.batch_size}: there are {rows} training volumes"
+            f"batch size {rows // ranks.world} in place of {config.batch_size}: there are {rows} training "
+            f"volumes"
         )
         config = replace(config, batch_size=rows // ranks.world)
     return config

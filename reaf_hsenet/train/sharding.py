@@ -1,7 +1,8 @@
-"""Fully sharded training (--shard): every rank holds its part of the weights, gradients and AdamW's states (ZeRO-3).
+"""Fully sharded training (--shard): every rank holds its part of the weights, gradients and AdamW's states
+(ZeRO-3).
 
-A decoder block is gathered when it computes, forward and backward, and its gradients are reduced to the ranks' parts.
-Checkpoints have the whole tensors, under the names and in the order of an unsharded run.
+A decoder block is gathered when it computes, forward and backward, and its gradients are reduced to the
+ranks' parts. Checkpoints have the whole tensors, under the names and in the order of an unsharded run.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,22 +20,33 @@ from reaf_hsenet.models.mllm import Mllm
 def require_shardable(ranks: Ranks, full: bool, precision: str, compiled: bool) -> None:
     """Raises InputError where --shard has nothing to share, or no way to."""
     if not full:
-        raise InputError("--shard: adapters and their states are small, every process holds them; add --full, or leave it out")
+        raise InputError(
+            "--shard: adapters and their states are small, every process holds them; add --full, or leave "
+            "it out"
+        )
     if ranks.world == 1:
-        raise InputError("--shard: one process has nobody to share with; start torchrun --nproc-per-node N, or say --no-shard")
+        raise InputError(
+            "--shard: one process has nobody to share with; start torchrun --nproc-per-node N, or say "
+            "--no-shard"
+        )
     if precision == "fp16":
         raise InputError("--shard: fp16 needs a loss scale that the parts do not have; say --precision bf16")
     if compiled:
         raise InputError("--compile: has not been tried with --shard; leave one out")
     if not hasattr(torch.distributed.fsdp, "fully_shard"):
-        raise InputError(f"--shard: needs torch 2.6 or newer, this is {torch.__version__}; update it, or leave the flag out")
+        raise InputError(
+            f"--shard: needs torch 2.6 or newer, this is {torch.__version__}; update it, or leave the flag "
+            f"out"
+        )
 
 
 def shard(model: Mllm, ranks: Ranks, dtype: torch.dtype | None) -> None:
-    """Share the parameters of `model`, which every rank holds whole and alike, between the ranks, on their devices.
+    """Share the parameters of `model`, which every rank holds whole and alike, between the ranks, on their
+    devices.
 
-    dtype: that the decoder and the projectors are gathered and computed in; gradients are reduced, and the ranks' parts
-    held, in float32. The encoders are gathered in float32: autocast computes with them as it does without --shard.
+    dtype: that the decoder and the projectors are gathered and computed in; gradients are reduced, and the
+    ranks' parts held, in float32. The encoders are gathered in float32: autocast computes with them as it
+    does without --shard.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -54,24 +66,36 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> tuple[dict[str, Tensor], dict]:
-    """(tensors of `names`, state of the optimizer) as an unsharded run has them, on rank 0; elsewhere empty."""
+def whole_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, names: Iterable[str]
+) -> tuple[dict[str, Tensor], dict]:
+    """(tensors of `names`, state of the optimizer) as an unsharded run has them, on rank 0; elsewhere
+    empty.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    tensors, state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tensors, state = get_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if not tensors:
         return {}, {}
     number = {name: i for i, name in enumerate(_order(model, optimizer))}
-    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
+    groups = [
+        {**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]
+    ]
     by_number = {number[name]: value for name, value in state["state"].items()}
     return {name: tensors[name] for name in names}, {"state": by_number, "param_groups": groups}
 
 
 def load_whole_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, read: Callable[[], tuple[dict[str, Tensor], dict, dict]]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    read: Callable[[], tuple[dict[str, Tensor], dict, dict]],
 ) -> dict:
-    """Take up what `whole_state`, or an unsharded run, has saved. read: (tensors, state of the optimizer, the rest), called
-    on rank 0 alone, which sends the others their parts. Returns the rest, on every rank."""
+    """Take up what `whole_state`, or an unsharded run, has saved. read: (tensors, state of the optimizer,
+    the rest), called on rank 0 alone, which sends the others their parts. Returns the rest, on every
+    rank.
+    """
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         set_model_state_dict,
@@ -83,7 +107,9 @@ def load_whole_state(
     def on_rank_0() -> dict:
         found, numbered, rest = read()
         order = _order(model, optimizer)
-        groups = [{**group, "params": [order[i] for i in group["params"]]} for group in numbered["param_groups"]]
+        groups = [
+            {**group, "params": [order[i] for i in group["params"]]} for group in numbered["param_groups"]
+        ]
         tensors.update(found)
         state.update(state={order[i]: value for i, value in numbered["state"].items()}, param_groups=groups)
         return rest

@@ -1,4 +1,6 @@
-"""Numerical trouble: what a step's gradients and losses say, which steps are skipped, and when a run is stopped."""
+"""Numerical trouble: what a step's gradients and losses say, which steps are skipped, and when a run is
+stopped.
+"""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from reaf_hsenet.train.sharding import whole
 def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
     """The gradients' norm, a scalar on their device, before they are scaled down to `most`.
 
-    What is not finite is left as it is, so that it can be named: torch's clip_grad_norm_ would make NaN of all.
+    What is not finite is left as it is, so that it can be named: torch's clip_grad_norm_ would make NaN of
+    all.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = whole(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
@@ -29,12 +32,16 @@ def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
 
 def not_finite(model: nn.Module) -> list[str]:
     """Names of the parameters whose gradients have NaN or infinite values."""
-    return [n for n, p in model.named_parameters() if p.grad is not None and not whole(p.grad.isfinite().all())]
+    return [
+        n for n, p in model.named_parameters() if p.grad is not None and not whole(p.grad.isfinite().all())
+    ]
 
 
 def diagnosis(losses: list[float], names: list[str]) -> str:
     """Which losses (one a rank) and gradients were not finite, in words."""
-    found = [f"the loss is {loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    found = [
+        f"the loss is {loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)
+    ]
     if names:
         found.append(f"gradients with NaN or infinite values: {first_six(names)}")
     return first_six(found, "; ") or "the gradients' norm is infinite"
@@ -44,9 +51,11 @@ def diagnosis(losses: list[float], names: list[str]) -> str:
 class Stability:
     """Counts of a run's numerical trouble.
 
-    skipped: steps left out as numerical trouble. overflows: those of fp16's loss scale, which finds its size so.
-    invalid: what was not finite in the last validation, or nothing. saved: step of the newest checkpoint that was not
-    written after such a validation; good: of the newest of these that a finite step or validation was made from.
+    skipped: steps left out as numerical trouble. overflows: those of fp16's loss scale, which finds its size
+    so.
+    invalid: what was not finite in the last validation, or nothing. saved: step of the newest checkpoint that
+    was not written after such a validation; good: of the newest of these that a finite step or validation was
+    made from.
     """
 
     skipped: int = setting(0, least=0)
@@ -71,6 +80,6 @@ class Stability:
         if not self.good:
             return f"no checkpoint is known to be good: {anew}"
         return (
-            f"the last good checkpoint is {good}: write {good.name} into {good.with_name('last')} and --resume with another "
-            f"--precision, or {anew}"
+            f"the last good checkpoint is {good}: write {good.name} into {good.with_name('last')} and "
+            f"--resume with another --precision, or {anew}"
         )

@@ -1,4 +1,6 @@
-"""What a step costs: samples per second, the share of time that waits for data, model FLOPs utilisation, memory, a trace."""
+"""What a step costs: samples per second, the share of time that waits for data, model FLOPs utilisation,
+memory, a trace.
+"""
 
 import re
 import resource
@@ -17,7 +19,8 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.progress import say
 from reaf_hsenet.runs.checkpoint import Run
 
-# Peak FLOP/s of dense 16-bit matrix products, from the vendor's data sheets; the first name that stands in a device's as whole words.
+# Peak FLOP/s of dense 16-bit matrix products, from the vendor's data sheets; the first name that stands in a
+# device's as whole words.
 PEAKS = {
     "B200": 2250e12,
     "H200 NVL": 835e12,
@@ -80,7 +83,11 @@ class Meter:
         now = time.perf_counter()
         seconds = now - self.started
         rate = self.samples * self.steps / seconds
-        measured = {"samples_per_s": rate, "waiting": self.waited / seconds, "memory_gb": peak_memory_gb(self.device)}
+        measured = {
+            "samples_per_s": rate,
+            "waiting": self.waited / seconds,
+            "memory_gb": peak_memory_gb(self.device),
+        }
         if peak and self.flops:
             measured[name] = rate / self.world * self.flops / peak
         self.started, self.waited, self.steps = now, 0.0, 0
@@ -88,7 +95,9 @@ class Meter:
 
 
 def count_flops(forward: Callable[[], tuple[Tensor, ...]]) -> int:
-    """Of matrix products, convolutions and attention in a forward and its backward pass. Gradients are left behind."""
+    """Of matrix products, convolutions and attention in a forward and its backward pass. Gradients are
+    left behind.
+    """
     with FlopCounterMode(display=False) as counter:
         sum(out.float().sum() for out in forward() if out.requires_grad).backward()
     return counter.get_total_flops()
@@ -102,7 +111,9 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def profiler(folder: Path) -> profile:
-    """Writes a trace of the PROFILED steps into `folder`, for chrome://tracing or ui.perfetto.dev; step() ends a step."""
+    """Writes a trace of the PROFILED steps into `folder`, for chrome://tracing or ui.perfetto.dev; step()
+    ends a step.
+    """
     first, last = PROFILED
 
     def write(done: profile) -> None:

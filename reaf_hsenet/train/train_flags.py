@@ -18,7 +18,16 @@ STAGES = (*CONTRASTIVE, *LANGUAGE)
 # Flags that have a meaning in some stages only.
 ENCODER_FLAGS = (
     *("text_model", "size", "patch", "logit_scale", "unfreeze_text", "lora", "lora_targets"),
-    *("fusion", "fusion_seed", "regions", "region_size", "suppression", "class_score", "remainder", "slice_class"),
+    *(
+        "fusion",
+        "fusion_seed",
+        "regions",
+        "region_size",
+        "suppression",
+        "class_score",
+        "remainder",
+        "slice_class",
+    ),
     *("scan_layers", "drop_path", "grad_cache"),
 )
 GUIDED_FLAGS = ("relation", "relation_steps", "no_guidance")
@@ -51,15 +60,28 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add = parser.add_argument_group("model and data").add_argument
     add("--data", type=Path, help="folder written by preprocess.py (default: phantoms, made if missing)")
     add("--preset", help=f"{', '.join(PRESETS)} (default: tiny on phantoms, base with --data)")
-    add("--init", help="what to start from. clip1, clip2: a run, or M3D-CLIP, HSENet, HLIP, REAF or MAE ViT-B/16 as file, "
-        "folder or hub id. mrg, vqa: the run whose encoder the decoder sees (default: runs/clip2-hsenet, runs/clip1-reaf)")  # fmt: skip
+    add(
+        "--init",
+        help="what to start from. clip1, clip2: a run, or M3D-CLIP, HSENet, HLIP, REAF or MAE ViT-B/16 as "
+        "file, folder or hub id. mrg, vqa: the run whose encoder the decoder sees (default: "
+        "runs/clip2-hsenet, runs/clip1-reaf)",
+    )
     add("--text-model", help="BERT folder or hub id to start the text encoder from (default: new)")
     add("--size", **SIZE3, help="input size, when not the preset's")
     add("--patch", **SIZE3, help="patch size, when not the preset's")
     add("--logit-scale", choices=("raw", "exp"), help="raw: as HSENet publishes; exp: as CLIP")
-    add("--unfreeze-text", type=blocks, metavar="N|all",
-        help="last blocks of the text encoder to train (reaf: 0; LayerNorms always are)")  # fmt: skip
-    add("--lora", nargs="+", choices=("vision", "text"), help="towers of a dual encoder to train by adapters only")
+    add(
+        "--unfreeze-text",
+        type=blocks,
+        metavar="N|all",
+        help="last blocks of the text encoder to train (reaf: 0; LayerNorms always are)",
+    )
+    add(
+        "--lora",
+        nargs="+",
+        choices=("vision", "text"),
+        help="towers of a dual encoder to train by adapters only",
+    )
     add("--lora-r", type=int, help="rank (default: 8; the decoder's: 16)")
     add("--lora-alpha", type=float, help="scale, times 1 / rank (default: 8; the decoder's: 32)")
     add("--lora-dropout", type=float, help="default: 0; the decoder's: 0.05")
@@ -78,30 +100,72 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--drop-path", type=float)
 
     add = parser.add_argument_group("stage clip2 (defaults are the published ones)").add_argument
-    add("--teacher", help="run of stage clip1, or published file of stage 1 (default: --init or its teacher, else runs/clip1-hsenet)")
+    add(
+        "--teacher",
+        help="run of stage clip1, or published file of stage 1 (default: --init or its teacher, else "
+        "runs/clip1-hsenet)",
+    )
     add("--relation", type=float, help="weight of the relation loss at the first step")
     add("--relation-steps", type=int, help="steps until it is 0")
     add("--no-guidance", action="store_true", help="a plain 3D ViT, without slices")
     add("--slices-stay", action="store_true", help="slice features do not follow a flip, as published")
 
     add = parser.add_argument_group("stages mrg and vqa (defaults are the published ones)").add_argument
-    add("--vision", choices=tuple(VISION), help="encoders the decoder sees: stage 1's and 2E3, or one (default: dual, reaf)")
-    add("--projector", choices=tuple(PROJECTORS), help="from patch tokens to visual tokens (default: spatial_packer)")
-    add("--kernel", **SIZE3, help="patch tokens that become one visual token (default: 1 4 4; tiny presets: 1 2 2)")
+    add(
+        "--vision",
+        choices=tuple(VISION),
+        help="encoders the decoder sees: stage 1's and 2E3, or one (default: dual, reaf)",
+    )
+    add(
+        "--projector",
+        choices=tuple(PROJECTORS),
+        help="from patch tokens to visual tokens (default: spatial_packer)",
+    )
+    add(
+        "--kernel",
+        **SIZE3,
+        help="patch tokens that become one visual token (default: 1 4 4; tiny presets: 1 2 2)",
+    )
     add("--shared-projector", action="store_true", help="one projector for both encoders")
-    add("--decoder", help="folder or hub id of a Phi-4, Phi-3 or Llama (default on phantoms: a small one, from nothing)")
+    add(
+        "--decoder",
+        help="folder or hub id of a Phi-4, Phi-3 or Llama (default on phantoms: a small one, from nothing)",
+    )
     add("--full", action="store_true", help="train the whole decoder, not adapters")
-    add("--train-vision", action=argparse.BooleanOptionalAction, default=None,
-        help="train the encoders too (default: with a new decoder)")  # fmt: skip
+    add(
+        "--train-vision",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="train the encoders too (default: with a new decoder)",
+    )
     add("--int8", action="store_true", help="hold the frozen decoder's weights in eight bits")
-    add("--shard", action=argparse.BooleanOptionalAction, default=None,
-        help="with --full: every GPU holds a part of the weights and the optimizer's states (FSDP)")  # fmt: skip
-    add("--frozen-dropout", action="store_true", default=None, help="frozen encoders keep their dropout, as published")
-    add("--cache-features", nargs="?", const=True, metavar="DIR",
-        help="store the frozen encoders' tokens (default: DATA/features); needs --no-augment")  # fmt: skip
+    add(
+        "--shard",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="with --full: every GPU holds a part of the weights and the optimizer's states (FSDP)",
+    )
+    add(
+        "--frozen-dropout",
+        action="store_true",
+        default=None,
+        help="frozen encoders keep their dropout, as published",
+    )
+    add(
+        "--cache-features",
+        nargs="?",
+        const=True,
+        metavar="DIR",
+        help="store the frozen encoders' tokens (default: DATA/features); needs --no-augment",
+    )
     add("--max-text", type=int, help="tokens of prompt and answer (default: mrg 544, vqa 74)")
     add("--questions", choices=KINDS, help="kind of questions of stage vqa (default: location)")
-    add("--templates", type=Path, metavar="FILE", help="all questions' wordings: HSENet's prompt_templates.py, or json")
+    add(
+        "--templates",
+        type=Path,
+        metavar="FILE",
+        help="all questions' wordings: HSENet's prompt_templates.py, or json",
+    )
 
     add = parser.add_argument_group("recipe (defaults are the stage's own, see config.py)").add_argument
     add("--epochs", type=int)
@@ -114,28 +178,49 @@ def parse(argv: list[str], description: str) -> argparse.Namespace:
     add("--clip-norm", type=float)
     add("--precision", choices=("fp32", "bf16", "fp16"), help="default: the recipe's on a GPU, else fp32")
     add("--grad-checkpoint", action="store_true", default=None, help="less memory, a third more time")
-    add("--grad-cache", type=int, metavar="CHUNK", help="the whole batch's gradients, CHUNK volumes at a time")
+    add(
+        "--grad-cache", type=int, metavar="CHUNK", help="the whole batch's gradients, CHUNK volumes at a time"
+    )
     add("--no-augment", action="store_true")
     add("--seed", type=int)
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="run folder (default: runs/STAGE-MODEL)")
-    add("--resume", nargs="?", const=True, choices=("auto",), metavar="auto",
-        help="continue the run in --out; auto: or start it, when there is none to continue")  # fmt: skip
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        choices=("auto",),
+        metavar="auto",
+        help="continue the run in --out; auto: or start it, when there is none to continue",
+    )
     add("--validate-every", type=float, help="share of all steps between validations")
     add("--validate-samples", type=int, help="first N of the validation split")
     add("--save-every", type=int, help="steps between checkpoints")
     add("--keep", type=int, help="checkpoints to keep, beside the best and the last good one (default: 2)")
-    add("--best-by", metavar="NAME", help="number of the validation that chooses the best (default: mean R@5, or the loss)")
-    add("--max-skipped", type=int, metavar="N",
-        help="steps to skip as their loss or gradients are not finite, before the run stops (default: 10)")  # fmt: skip
+    add(
+        "--best-by",
+        metavar="NAME",
+        help="number of the validation that chooses the best (default: mean R@5, or the loss)",
+    )
+    add(
+        "--max-skipped",
+        type=int,
+        metavar="N",
+        help="steps to skip as their loss or gradients are not finite, before the run stops (default: 10)",
+    )
     add("--log", choices=("tensorboard", "wandb"), help="also log there, when it is installed")
     add("--log-every", type=int, default=10, help="steps between lines of log.jsonl")
     add("--profile", action="store_true", help="write a trace of steps 5 to 10 into the run folder")
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--workers", type=int, help="loader processes (default: 4 with a GPU, else 0)")
-    add("--max-bad", type=int, metavar="N",
-        help="volumes that may be left out, each by name, because they cannot be read (default: 0, the run stops)")  # fmt: skip
+    add(
+        "--max-bad",
+        type=int,
+        metavar="N",
+        help="volumes that may be left out, each by name, because they cannot be read (default: 0, the run "
+        "stops)",
+    )
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     args = parser.parse_args(argv)
     check(args)
@@ -156,7 +241,9 @@ def flag(name: str) -> str:
 def given(args: argparse.Namespace, names) -> dict:
     """Those of the flags that the command line has, with their values."""
     values = ((name, getattr(args, name)) for name in names)
-    return {name: value for name, value in values if value is not None and (value is not False or name in TWO_WAY)}
+    return {
+        name: value for name, value in values if value is not None and (value is not False or name in TWO_WAY)
+    }
 
 
 def check(args: argparse.Namespace) -> None:
@@ -166,7 +253,9 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"{flag(name)} {shown}: expected {expected}")
     for name in given(args, ONLY):
         if args.stage not in ONLY[name]:
-            raise InputError(f"{flag(name)}: is an option of --stage {' and '.join(ONLY[name])}; leave it out")
+            raise InputError(
+                f"{flag(name)}: is an option of --stage {' and '.join(ONLY[name])}; leave it out"
+            )
     if args.templates:
         args.templates = read_templates(args.templates, args.questions or TrainConfig.questions)
     if args.no_guidance and args.slices_stay:

@@ -1,7 +1,7 @@
 """What the training loop (train.py) works on: data in order, counts, log, checkpoints, signals.
 
-The randomness of a step is a function of (seed, step, rank), and the samples of a step of (seed, epoch), so a resumed
-run needs no random state to continue.
+The randomness of a step is a function of (seed, step, rank), and the samples of a step of (seed, epoch), so a
+resumed run needs no random state to continue.
 """
 
 import math
@@ -36,8 +36,9 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass
 class Progress:
-    """Optimizer steps done, the epoch, batches of it already used, the last validated step, the best score so far and
-    its step."""
+    """Optimizer steps done, the epoch, batches of it already used, the last validated step, the best
+    score so far and its step.
+    """
 
     step: int = setting(0, least=0)
     epoch: int = setting(0, least=0)
@@ -69,8 +70,9 @@ class Saved:
 class Training:
     """A run's job, its samples in order, its optimizer, and what is counted, logged and saved of it.
 
-    max_steps: optimizer steps, in place of config.epochs. workers: loader processes. log_every: steps between lines of the
-    log. writer: also takes each record of the log. profile: write a trace of some steps into the run's folder.
+    max_steps: optimizer steps, in place of config.epochs. workers: loader processes. log_every: steps between
+    lines of the log. writer: also takes each record of the log. profile: write a trace of some steps into the
+    run's folder.
     """
 
     def __init__(
@@ -90,14 +92,16 @@ class Training:
         if config.best_by is not None and config.best_by not in job.measured:
             raise InputError(f"--best-by {config.best_by}: the validation measures {', '.join(job.measured)}")
         self.state = TrainingState(job, config, ranks)
-        self.sampler = GlobalBatches(len(job.train_set), config.batch_size, ranks.rank, ranks.world, config.seed)
+        self.sampler = GlobalBatches(
+            len(job.train_set), config.batch_size, ranks.rank, ranks.world, config.seed
+        )
         self.loader = make_loader(job.train_set, self.sampler, workers, pin=ranks.device.type == "cuda")
         steps = len(self.sampler) // config.accumulate
         needed = config.batch_size * config.accumulate * ranks.world
         if steps == 0:
             raise InputError(
-                f"--batch-size {config.batch_size}, --accumulate {config.accumulate}: a step needs {needed} samples, "
-                f"there are {len(job.train_set)}; lower one"
+                f"--batch-size {config.batch_size}, --accumulate {config.accumulate}: a step needs {needed} "
+                f"samples, there are {len(job.train_set)}; lower one"
             )
         self.total = max_steps or steps * config.epochs
         self.validate_every = max(1, round(config.validate_every * self.total))
@@ -125,7 +129,9 @@ class Training:
         self.stability, self.progress = saved.stability, saved.progress
         progress = self.progress
         if self.run.at(progress.step) != folder:
-            raise InputError(f"{folder / 'trainer.pt'}: is of step {progress.step}; put the one of this step back")
+            raise InputError(
+                f"{folder / 'trainer.pt'}: is of step {progress.step}; put the one of this step back"
+            )
         self.job.bad.restore(saved.bad)
 
         def as_it_was() -> bool:
@@ -185,16 +191,19 @@ class Training:
             stability.good = stability.saved
 
     def _skipped(self, why: str, group: list[Batch]) -> None:
-        """Log a step that was left out, and stop when there have been too many. The weights are as before it."""
+        """Log a step that was left out, and stop when there have been too many. The weights are as before
+        it.
+        """
         self.stability.skipped += 1
         self.record({**self._place(), "skipped": why, "samples": self._samples(group)})
         self.say(f"step {self.progress.step}: skipped, {why}")
         if self.stability.skipped > self.config.max_skipped:
             self.save(False)
             raise InputError(
-                f"step {self.progress.step}: {why}; more than --max-skipped {self.config.max_skipped} steps were skipped, "
-                f"with the samples that {self.run.folder / 'log.jsonl'} names; the last checkpoint has the weights from "
-                f"before: --resume with a larger --max-skipped; or, if it is they that are spoiled, {self.stability.way_back(self.run)}"
+                f"step {self.progress.step}: {why}; more than --max-skipped {self.config.max_skipped} steps "
+                f"were skipped, with the samples that {self.run.folder / 'log.jsonl'} names; the last "
+                "checkpoint has the weights from before: --resume with a larger --max-skipped; or, if it is "
+                f"they that are spoiled, {self.stability.way_back(self.run)}"
             )
 
     def _samples(self, group: list[Batch]) -> list[str]:
@@ -207,10 +216,16 @@ class Training:
         numbers |= {name: float(value) for name, value in done.numbers.items()}
         counts = {"skipped_steps": self.stability.skipped, "overflows": self.stability.overflows}
         measured = self.meter.read(self.peak, "hfu" if self.config.grad_checkpoint else "mfu")
-        shown = [f"loss {done.loss:.3f}", f"gradient {done.norm:.2g}", f"{measured['samples_per_s']:.1f} samples/s"]
+        shown = [
+            f"loss {done.loss:.3f}",
+            f"gradient {done.norm:.2g}",
+            f"{measured['samples_per_s']:.1f} samples/s",
+        ]
         shown += [f"{name} {measured[name]:.0%}" for name in ("waiting", "mfu", "hfu") if name in measured]
         self.bar.set_postfix_str(", ".join([*shown, f"{measured['memory_gb']:.1f} GB"]))
-        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}  # JSON has no others
+        finite = {
+            name: value for name, value in numbers.items() if math.isfinite(value)
+        }  # JSON has no others
         self.record({**self._place(), **finite, **{k: n for k, n in counts.items() if n}, **measured})
 
     def _place(self) -> dict:
@@ -233,7 +248,9 @@ class Training:
             self.run.log(record)
         except OutputError as error:
             if len(self.run.unwritten) == 1:  # once, not at every step of a full disk
-                self.say(f"warning: {error}: free space; training goes on, its log is kept until there is room")
+                self.say(
+                    f"warning: {error}: free space; training goes on, its log is kept until there is room"
+                )
         if self.writer:
             try:
                 self.writer(record)
@@ -275,8 +292,15 @@ class Training:
         """Say which signal stopped the run, and whether its checkpoint was written."""
         last = self.run.pointer("last")
         written = last == self.run.at(self.progress.step)
-        state = "checkpoint written" if written else f"no checkpoint could be written, the last is {last and last.name}"
-        self.say(f"stopped by {signal.Signals(number).name} at step {self.progress.step}: {state}; continue with --resume")
+        state = (
+            "checkpoint written"
+            if written
+            else f"no checkpoint could be written, the last is {last and last.name}"
+        )
+        self.say(
+            f"stopped by {signal.Signals(number).name} at step {self.progress.step}: {state}; continue "
+            f"with --resume"
+        )
 
     def profile_step(self) -> None:
         """Tell --profile that a step has ended."""
@@ -290,6 +314,8 @@ class Training:
 
     def _note_signal(self, number: int, frame) -> None:
         self.signal = number
-        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes one Ctrl-C on twice
+        if (
+            number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ
+        ):  # torchrun passes one Ctrl-C on twice
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without")

@@ -1,4 +1,6 @@
-"""What an optimizer step changes: the model, on its device and in its precision, its optimizer and fp16's loss scale."""
+"""What an optimizer step changes: the model, on its device and in its precision, its optimizer and fp16's
+loss scale.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,9 +28,9 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Outcome:
     """Result of one optimizer step, identical on every rank.
 
-    loss, norm (of the gradients): NaN where no rank could read anything. numbers: what the stage logs. signal: a signal
-    received by any rank, else 0. trouble: what was not finite, so that the step was skipped. overflow: whether it was
-    skipped because fp16's loss scale was too large.
+    loss, norm (of the gradients): NaN where no rank could read anything. numbers: what the stage logs.
+    signal: a signal received by any rank, else 0. trouble: what was not finite, so that the step was skipped.
+    overflow: whether it was skipped because fp16's loss scale was too large.
     """
 
     loss: float
@@ -41,7 +43,9 @@ class Outcome:
 
 def other_form(checkpoint: str):
     """A block that reads trainer.pt: what it raises is one line."""
-    advice = "write the name of an older step's folder into checkpoints/last, or start again with another --out"
+    advice = (
+        "write the name of an older step's folder into checkpoints/last, or start again with another --out"
+    )
     return named(Path(checkpoint) / "trainer.pt", "is not the state of this run's training", advice)
 
 
@@ -66,9 +70,12 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
 
     def encode(self, batch: Batch, sync: bool) -> tuple[Tensor, ...]:
-        """Return the model's outputs for a batch; with `sync` the backward pass from them averages gradients over ranks."""
+        """Return the model's outputs for a batch; with `sync` the backward pass from them averages
+        gradients over ranks.
+        """
         model = self.ddp if torch.is_grad_enabled() else self.model
-        # Enter autocast anew for each call: it keeps the cast weights, and a copy made under no_grad would have no gradient.
+        # Enter autocast anew for each call: it keeps the cast weights, and a copy made under no_grad would
+        # have no gradient.
         with self.autocast(), nullcontext() if sync or self.ddp is self.model else self.ddp.no_sync():
             return self.job.encode(model, batch)
 
@@ -78,9 +85,15 @@ class TrainingState:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """(the tensors that a checkpoint holds, the optimizer's state); of a sharded model on rank 0, and empty elsewhere."""
+        """(the tensors that a checkpoint holds, the optimizer's state); of a sharded model on rank 0, and
+        empty elsewhere.
+        """
         saved = self.job.saved(self.model)
-        return whole_state(self.model, self.optimizer, saved) if self.config.shard else (saved, self.optimizer.state_dict())
+        return (
+            whole_state(self.model, self.optimizer, saved)
+            if self.config.shard
+            else (saved, self.optimizer.state_dict())
+        )
 
     def load(self, read: Callable[[], tuple[dict[str, Tensor], dict]], source: str) -> dict:
         """Take up a checkpoint, what is in `read()`; returns what is not the model's or the optimizer's."""
@@ -99,21 +112,29 @@ class TrainingState:
         return rest
 
     def _moments(self, saved: dict) -> dict:
-        """The optimizer's state from a checkpoint, with this run's own settings. Raises ValueError where it is another's."""
+        """The optimizer's state from a checkpoint, with this run's own settings. Raises ValueError where
+        it is another's.
+        """
         own = self.optimizer.state_dict()["param_groups"]
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
             raise ValueError("its optimizer has other parameters")
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for number, moments in saved["state"].items():
             shape = parameters[number].shape
-            if {name: tensor.shape for name, tensor in moments.items()} != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+            if {name: tensor.shape for name, tensor in moments.items()} != {
+                "step": (),
+                "exp_avg": shape,
+                "exp_avg_sq": shape,
+            }:
                 raise ValueError(f"its optimizer has other moments of parameter {number}")
         return {"state": saved["state"], "param_groups": own}
 
     def flops(self, batch: Batch) -> float:
         """Of a sample, forward and backward, with what --grad-checkpoint computes again."""
         self.ddp.train()
-        part = batch.split(self.config.grad_cache)[0].to(self.ranks.device) if self.config.grad_cache else batch
+        part = (
+            batch.split(self.config.grad_cache)[0].to(self.ranks.device) if self.config.grad_cache else batch
+        )
         # Uncompiled: torch.compile leaves a block alone for good when it first meets it under a counter.
         compiled = {block: block._compiled_call_impl for block in self.job.blocks}
         for block in compiled:

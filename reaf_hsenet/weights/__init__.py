@@ -3,9 +3,9 @@
     python -m reaf_hsenet.weights convert FILE RUN
     python -m reaf_hsenet.weights export RUN OUT --format {m3d-clip,hlip,reaf,transformers}
 
-What is recognised is the table of families.py; docs/weights.md says where each comes from and what it is for. Only
-tensors are ever unpickled, and nothing is downloaded unless a hub id (ORGANISATION/NAME, or ORGANISATION/NAME@REVISION)
-is given where a folder is expected.
+What is recognised is the table of families.py; docs/weights.md says where each comes from and what it is for.
+Only tensors are ever unpickled, and nothing is downloaded unless a hub id (ORGANISATION/NAME, or
+ORGANISATION/NAME@REVISION) is given where a folder is expected.
 """
 
 import math
@@ -29,15 +29,31 @@ from reaf_hsenet.weights.names import (
 from reaf_hsenet.weights.reading import State, check_finite, read_weights, read_weights_file, summary
 
 __all__ = [
-    "State", "bert_config", "bert_settings", "bert_state", "check_finite", "initial_state",
-    "load_matching", "load_strictly", "m3d_clip_state", "mae_state", "read_checkpoint", "read_weights",
-    "read_weights_file", "reaf_state", "reaf_vision_state", "slice_encoder_state", "teacher_state",
+    "State",
+    "bert_config",
+    "bert_settings",
+    "bert_state",
+    "check_finite",
+    "initial_state",
+    "load_matching",
+    "load_strictly",
+    "m3d_clip_state",
+    "mae_state",
+    "read_checkpoint",
+    "read_weights",
+    "read_weights_file",
+    "reaf_state",
+    "reaf_vision_state",
+    "slice_encoder_state",
+    "teacher_state",
     "vit3d_state",
-]  # fmt: skip
+]
 
 
 def read_checkpoint(name: str) -> State:
-    """The tensors of a file, a folder or a hub id; those of a training checkpoint's `model` or `state_dict`."""
+    """The tensors of a file, a folder or a hub id; those of a training checkpoint's `model` or
+    `state_dict`.
+    """
     if Path(name).is_file():
         state = read_weights_file(Path(name))
     else:
@@ -49,13 +65,16 @@ def read_checkpoint(name: str) -> State:
 def initial_state(published: State, source: str, model: str, patch, grid: tuple[int, int, int]) -> State:
     """A checkpoint to start a dual encoder from, under DualEncoder's names; recognised by its tensors' names.
 
-    Of hsenet: M3D-CLIP or HSENet. Of reaf: the dual encoder or the vision trunk of REAF or HLIP, or a 2D MAE or timm
-    ViT. Of both: this project's own. Raises InputError for anything else.
+    Of hsenet: M3D-CLIP or HSENet. Of reaf: the dual encoder or the vision trunk of REAF or HLIP, or a 2D MAE
+    or timm ViT. Of both: this project's own. Raises InputError for anything else.
     """
     state = {n.removeprefix("module."): t for n, t in published.items()}
     if "vision.cls_token" in state:
         if any("lora_" in n for n in state):
-            raise InputError(f"{source}: holds LoRA adapters; name the run's folder, whose config.json says how to add them")
+            raise InputError(
+                f"{source}: holds LoRA adapters; name the run's folder, whose config.json says how to add "
+                f"them"
+            )
         # A fusion's constant weights are the run's own choice, not what was learned.
         return {n: t for n, t in state.items() if not n.startswith("vision.fusion.")}
     if any(n.startswith("vision_encoder.") for n in state):
@@ -63,20 +82,29 @@ def initial_state(published: State, source: str, model: str, patch, grid: tuple[
         table = found.get("vision.pos_embed")
         if model == kind and grid and table is not None and table.shape[1:2] != (math.prod(grid),):
             raise InputError(
-                f"{source}: has positions {tuple(table.shape)}, not those of a grid of {grid}; convert it to that --size first: "
-                f"python -m reaf_hsenet.weights convert {source} RUN --size D H W, then --init RUN"
+                f"{source}: has positions {tuple(table.shape)}, not those of a grid of {grid}; convert it to "
+                f"that --size first: python -m reaf_hsenet.weights convert {source} RUN --size D H W, then "
+                "--init RUN"
             )
-    elif "spatial_posemb" in state or any(n.startswith("visual.trunk.") for n in state) and "visual.trunk.pos_embed" not in state:
+    elif (
+        "spatial_posemb" in state
+        or any(n.startswith("visual.trunk.") for n in state)
+        and "visual.trunk.pos_embed" not in state
+    ):
         kind, found = "reaf", reaf_state(state, grid)
-    elif {"pos_embed", "patch_embed.proj.weight"} <= set(state) and state["patch_embed.proj.weight"].ndim == 4:
+    elif {"pos_embed", "patch_embed.proj.weight"} <= set(state) and state[
+        "patch_embed.proj.weight"
+    ].ndim == 4:
         kind, found = "reaf", {f"vision.{n}": t for n, t in mae_state(state, patch, grid).items()}
     else:
         raise InputError(
-            f"{source}: is not a checkpoint of REAF, HLIP, M3D-CLIP, HSENet or a MAE ViT; it has {summary(sorted(state)[:6])} "
-            "and the like"
+            f"{source}: is not a checkpoint of REAF, HLIP, M3D-CLIP, HSENet or a MAE ViT; it has "
+            f"{summary(sorted(state)[:6])} and the like"
         )
     if kind != model:
-        raise InputError(f"{source}: starts --model {kind}, not {model}; choose a checkpoint of {model}'s family")
+        raise InputError(
+            f"{source}: starts --model {kind}, not {model}; choose a checkpoint of {model}'s family"
+        )
     return found
 
 

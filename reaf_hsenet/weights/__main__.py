@@ -1,12 +1,12 @@
 """Published checkpoints: what they are, into runs of this project, and back.
 
-    python -m reaf_hsenet.weights convert FILE --dry-run         # what it is, its configuration, what it is for
+    python -m reaf_hsenet.weights convert FILE --dry-run     # what it is, its configuration, what it is for
     python -m reaf_hsenet.weights convert FILE RUN --text-model google-bert/bert-base-uncased
     python -m reaf_hsenet.weights convert mm_projector_and_lora.bin RUN --decoder FOLDER --encoders FILE
     python -m reaf_hsenet.weights export RUN OUT --format m3d-clip
 
-FILE is a file, a folder or a hub id (ORGANISATION/NAME or ORGANISATION/NAME@REVISION, which is downloaded). RUN is then
-read by evaluate.py --run, infer.py --run and train.py --init.
+FILE is a file, a folder or a hub id (ORGANISATION/NAME or ORGANISATION/NAME@REVISION, which is downloaded).
+RUN is then read by evaluate.py --run, infer.py --run and train.py --init.
 """
 
 import argparse
@@ -32,14 +32,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command = commands.add_parser("convert", help="a published checkpoint into a run folder")
     command.add_argument("file", help="file, folder or hub id")
     command.add_argument("out", type=Path, metavar="RUN", nargs="?", help="folder to write")
-    command.add_argument("--dry-run", action="store_true", help="say what FILE is and whether it fits, write nothing")
-    command.add_argument("--text-model", metavar="NAME", help="folder or hub id of the text encoder, for its vocab.txt")
-    command.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="another input size, in voxels")
-    command.add_argument("--slice-encoder", metavar="NAME", help="of a 2E3 encoder's slice features: file, folder or hub id")
+    command.add_argument(
+        "--dry-run", action="store_true", help="say what FILE is and whether it fits, write nothing"
+    )
+    command.add_argument(
+        "--text-model", metavar="NAME", help="folder or hub id of the text encoder, for its vocab.txt"
+    )
+    command.add_argument(
+        "--size", type=int, nargs=3, metavar=("D", "H", "W"), help="another input size, in voxels"
+    )
+    command.add_argument(
+        "--slice-encoder", metavar="NAME", help="of a 2E3 encoder's slice features: file, folder or hub id"
+    )
     group = command.add_argument_group("packers and adapters (mm_projector_and_lora.bin)")
-    group.add_argument("--decoder", metavar="NAME", help="folder or hub id, for example microsoft/Phi-4-mini-instruct")
+    group.add_argument(
+        "--decoder", metavar="NAME", help="folder or hub id, for example microsoft/Phi-4-mini-instruct"
+    )
     group.add_argument("--encoders", metavar="NAME", help="HSENet-2E3-CLIP, or the run it was converted into")
-    group.add_argument("--stage", choices=("mrg", "vqa"), help="what it was trained for: reports (default) or answers")
+    group.add_argument(
+        "--stage", choices=("mrg", "vqa"), help="what it was trained for: reports (default) or answers"
+    )
     command = commands.add_parser("export", help="a run's weights under published names")
     command.add_argument("run", type=Path)
     command.add_argument("out", type=Path, help="folder to write")
@@ -50,7 +62,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    notes = convert(args) if args.command == "convert" else export(args.run, args.out, args.format, args.checkpoint)
+    notes = (
+        convert(args)
+        if args.command == "convert"
+        else export(args.run, args.out, args.format, args.checkpoint)
+    )
     for note in notes:
         print(f"note: {note}")
     if args.out:
@@ -59,9 +75,14 @@ def main(argv: list[str]) -> int:
 
 
 def convert(args: argparse.Namespace) -> list[str]:
-    """Load all of a published checkpoint and write it as a run, or with --dry-run say what it is; return the notes."""
+    """Load all of a published checkpoint and write it as a run, or with --dry-run say what it is; return
+    the notes.
+    """
     if (args.out is None) != args.dry_run:
-        raise InputError(f"{'RUN' if args.dry_run else '--dry-run'}: expected either a folder to write or --dry-run; see {PROGRAM} --help")
+        raise InputError(
+            f"{'RUN' if args.dry_run else '--dry-run'}: expected either a folder to write or --dry-run; "
+            f"see {PROGRAM} --help"
+        )
     source = open_source(args.file)
     if args.dry_run:
         # First what needs nothing but the file: what it lacks is an error of what follows.
@@ -73,7 +94,9 @@ def convert(args: argparse.Namespace) -> list[str]:
     if source.family.kind == "language":
         for name in ("decoder", "encoders"):
             if getattr(args, name) is None:
-                raise InputError(f"--{name}: {args.file} holds packers and adapters only; name what they stand on")
+                raise InputError(
+                    f"--{name}: {args.file} holds packers and adapters only; name what they stand on"
+                )
         if args.size:
             raise InputError("--size: packers are made for one grid of patches; leave it out")
         made = load_published_language(
@@ -83,7 +106,9 @@ def convert(args: argparse.Namespace) -> list[str]:
     else:
         for name in ("decoder", "encoders", "stage"):
             if getattr(args, name) is not None:
-                raise InputError(f"--{name}: is of HSENet's packers and adapters; {args.file} is {source.family.name}")
+                raise InputError(
+                    f"--{name}: is of HSENet's packers and adapters; {args.file} is {source.family.name}"
+                )
         made = load_published_dual(source, args.text_model, args.size, args.slice_encoder)
         if args.slice_encoder and not made.slices:
             raise InputError(f"--slice-encoder: {args.file} takes no slice features; leave it out")

@@ -1,7 +1,8 @@
 """Adapters of a decoder from and to peft's folders: adapter_config.json and adapter_model.safetensors.
 
-A tensor `base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight` is A (r, in), `lora_B` is B (out, r); in a
-model's memory, and in checkpoints of named parameters, peft says `lora_A.default.weight`. Neither holds alpha.
+A tensor `base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight` is A (r, in), `lora_B` is B (out,
+r); in a model's memory, and in checkpoints of named parameters, peft says `lora_A.default.weight`. Neither
+holds alpha.
 """
 
 import re
@@ -21,18 +22,29 @@ from reaf_hsenet.weights import read_weights_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-# Settings that change no output of a trained adapter, and those of which some values are implemented. All others must
-# be off: null, false or empty.
+# Settings that change no output of a trained adapter, and those of which some values are implemented. All
+# others must be off: null, false or empty.
 INERT = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "megatron_core",
-    "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
-}  # fmt: skip
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+}
 ONLY = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
 
 
 class Place(NamedTuple):
-    """Where an adapter goes: our layer, the part of it ("" for all), its inputs and rows, and whether the published
-    model has a layer of this name."""
+    """Where an adapter goes: our layer, the part of it ("" for all), its inputs and rows, and whether the
+    published model has a layer of this name.
+    """
 
     layer: str
     part: str
@@ -42,14 +54,20 @@ class Place(NamedTuple):
 
 
 def load_adapter(decoder: Decoder, source: str) -> None:
-    """Adapt the layers that the tensors of a peft folder or hub id name, with the r, alpha and dropout of its config.
+    """Adapt the layers that the tensors of a peft folder or hub id name, with the r, alpha and dropout of its
+    config.
 
-    Raises InputError, before anything is changed, for what is missing, not known, of another shape or not implemented.
+    Raises InputError, before anything is changed, for what is missing, not known, of another shape or not
+    implemented.
     """
     folder = find_folder(source, [CONFIG, WEIGHTS])
     r, alpha, dropout, targets = adapter_settings(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
-        found = "; adapter_model.bin is a pickle, which is not read" if (folder / "adapter_model.bin").is_file() else ""
+        found = (
+            "; adapter_model.bin is a pickle, which is not read"
+            if (folder / "adapter_model.bin").is_file()
+            else ""
+        )
         raise InputError(f"{folder}: has no {WEIGHTS}{found}: save the adapter as safetensors")
     _load(decoder, read_weights_file(folder / WEIGHTS), r, alpha, dropout, str(folder / WEIGHTS), targets)
 
@@ -59,11 +77,15 @@ def adapter_settings(path: Path) -> tuple[int, float, float, tuple[str, ...]]:
     config = read_object(path)
     for key, value in {"peft_type": None, **config}.items():
         if value not in ONLY[key] if key in ONLY else value and key not in INERT:
-            raise InputError(f"{path}: {key} {value!r:.80} is not implemented; export the adapter as plain LoRA, or merged")
+            raise InputError(
+                f"{path}: {key} {value!r:.80} is not implemented; export the adapter as plain LoRA, or merged"
+            )
     values = {"lora_dropout": 0, **config}
-    for key, kinds, fits, expected in (("r", (int,), lambda x: x > 0, "a positive whole number"),
-                                       ("lora_alpha", (int, float), lambda x: abs(x) < 1e9, "a number"),
-                                       ("lora_dropout", (int, float), lambda x: 0 <= x < 1, "a probability below 1")):  # fmt: skip
+    for key, kinds, fits, expected in (
+        ("r", (int,), lambda x: x > 0, "a positive whole number"),
+        ("lora_alpha", (int, float), lambda x: abs(x) < 1e9, "a number"),
+        ("lora_dropout", (int, float), lambda x: 0 <= x < 1, "a probability below 1"),
+    ):
         value = values.get(key)
         if type(value) not in kinds or not fits(value):
             raise InputError(f"{path}: {key} is {value!r:.80}; expected {expected}")
@@ -75,15 +97,18 @@ def adapter_settings(path: Path) -> tuple[int, float, float, tuple[str, ...]]:
 def load_adapter_state(
     decoder: Decoder, state: dict[str, Tensor], alpha: float, dropout: float = 0.0, source: str = "adapter"
 ) -> list[str]:
-    """The same from tensors under either form of peft's names, r being A's. Returns the names of those that are no
-    adapter's (no `lora_` in them), which are the caller's."""
+    """The same from tensors under either form of peft's names, r being A's. Returns the names of those
+    that are no adapter's (no `lora_` in them), which are the caller's.
+    """
     adapters = {name: tensor for name, tensor in state.items() if "lora_" in name}
     ranks = [t.shape[0] for name, t in adapters.items() if ".lora_A." in name and t.ndim == 2]
     _load(decoder, adapters, ranks[0] if ranks else 0, alpha, dropout, source)
     return [name for name in state if name not in adapters]
 
 
-def _load(decoder, state: dict[str, Tensor], r: int, alpha: float, dropout: float, source: str, targets=()) -> None:
+def _load(
+    decoder, state: dict[str, Tensor], r: int, alpha: float, dropout: float, source: str, targets=()
+) -> None:
     """Check everything, then adapt and fill. targets: names of layers that all must have an adapter."""
     for layer, (parts, a, b) in _match(decoder, state, r, source, targets).items():
         parent, _, leaf = layer.rpartition(".")
@@ -95,8 +120,9 @@ def _load(decoder, state: dict[str, Tensor], r: int, alpha: float, dropout: floa
 
 
 def adapter_parameters(decoder: Decoder, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The adapters' tensors under the names that an adapted decoder's parameters have, r being A's. The decoder is not
-    touched and may be without data (meta)."""
+    """The adapters' tensors under the names that an adapted decoder's parameters have, r being A's. The
+    decoder is not touched and may be without data (meta).
+    """
     ranks = [t.shape[0] for name, t in state.items() if ".lora_A." in name and t.ndim == 2]
     found = {}
     for layer, (_, a, b) in _match(decoder, state, ranks[0] if ranks else 0, source).items():
@@ -109,7 +135,9 @@ def _match(
 ) -> dict[str, tuple[tuple[str, ...], Tensor, Tensor]]:
     """Our layer -> the parts that are adapted (none for all of it), A and B, all checked."""
     if any(isinstance(layer, LoraLinear) for layer in decoder.modules()):
-        raise InputError(f"{source}: the decoder has adapters already; load one adapter, or export the other one merged")
+        raise InputError(
+            f"{source}: the decoder has adapters already; load one adapter, or export the other one merged"
+        )
     places, found, problems = _places(decoder), {}, []
     for name, tensor in state.items():
         match = NAME.fullmatch(name)
@@ -120,7 +148,11 @@ def _match(
         else:
             found[match.groups()] = name, tensor
     paths = dict.fromkeys(path for path, _ in found)
-    wanted = [path for path, place in places.items() if place.published and f".{path}".endswith(tuple(f".{t}" for t in targets))]
+    wanted = [
+        path
+        for path, place in places.items()
+        if place.published and f".{path}".endswith(tuple(f".{t}" for t in targets))
+    ]
     for path in dict.fromkeys((*paths, *wanted)):
         place = places[path]
         for matrix, shape in (("A", (r, place.inputs)), ("B", (place.rows, r))):
@@ -130,14 +162,24 @@ def _match(
             elif tuple(tensor.shape) != shape or not r:
                 problems.append(f"{name} is {tuple(tensor.shape)}, expected {shape}")
             elif not tensor.is_floating_point():
-                problems.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
-    layers: dict[str, list[str]] = {}  # our layers, and the published paths of their adapters in the order of the rows
+                problems.append(
+                    f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected floating point"
+                )
+    layers: dict[
+        str, list[str]
+    ] = {}  # our layers, and the published paths of their adapters in the order of the rows
     for path, place in places.items():
         if path in paths:
             layers.setdefault(place.layer, []).append(path)
-    problems += [f"{' and '.join(p)} change the same matrix" for p in layers.values() if len(p) > 1 and not places[p[0]].part]
+    problems += [
+        f"{' and '.join(p)} change the same matrix"
+        for p in layers.values()
+        if len(p) > 1 and not places[p[0]].part
+    ]
     if problems or not found:
-        raise InputError(f"{source}: does not fit this decoder: {first_six(problems, '; ') or 'it has no adapters'}")
+        raise InputError(
+            f"{source}: does not fit this decoder: {first_six(problems, '; ') or 'it has no adapters'}"
+        )
     return {
         layer: (
             tuple(filter(None, (places[path].part for path in pieces))),
@@ -168,8 +210,10 @@ def _published(layer: str) -> str:
 
 
 def adapter_state(decoder: Decoder) -> dict[str, Tensor]:
-    """The adapters under the names of peft's files. One adapter of a whole matrix that Llama has in parts becomes one of
-    each part, with the same A. (Phi's matrices, where adapted in parts, are written so; only this project reads that.)"""
+    """The adapters under the names of peft's files. One adapter of a whole matrix that Llama has in parts
+    becomes one of each part, with the same A. (Phi's matrices, where adapted in parts, are written so; only
+    this project reads that.)
+    """
     state = {}
     for layer, module in decoder.named_modules():
         if not isinstance(module, LoraLinear):
@@ -186,22 +230,32 @@ def adapter_state(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def save_adapter(decoder: Decoder, folder: Path, base: str = "") -> None:
-    """Write a folder that peft reads. base: the folder or hub id of the decoder without adapters, for the reader."""
+    """Write a folder that peft reads. base: the folder or hub id of the decoder without adapters, for the
+    reader.
+    """
     folder, state = Path(folder), adapter_state(decoder)
     kinds = {(m.r, m.scale, m.dropout.p) for m in decoder.modules() if isinstance(m, LoraLinear)}
     if len(kinds) != 1:
-        raise ValueError(f"expected adapters of one rank, alpha and dropout; the decoder has {len(kinds)} kinds")
+        raise ValueError(
+            f"expected adapters of one rank, alpha and dropout; the decoder has {len(kinds)} kinds"
+        )
     r, scale, dropout = kinds.pop()
     alpha = round(scale * r, 6)
     adapted = {NAME.fullmatch(name)[1] for name in state}
     leaves = tuple({path.rpartition(".")[2] for path in adapted})
     everywhere = adapted == {p for p in _places(decoder) if p.rpartition(".")[2] in leaves}
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": dropout,
-        "target_modules": sorted(leaves if everywhere else adapted), "bias": "none", "fan_in_fan_out": False,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": dropout,
+        "target_modules": sorted(leaves if everywhere else adapted),
+        "bias": "none",
+        "fan_in_fan_out": False,
         "inference_mode": True,
-    }  # fmt: skip
+    }
     with atomic_write(folder / WEIGHTS, "wb") as file:
         file.write(save({n: t.to("cpu", copy=True).contiguous() for n, t in state.items()}, {"format": "pt"}))
     write_json(folder / CONFIG, config)

@@ -1,7 +1,8 @@
-"""Decoders from and to the folders that transformers reads: config.json and safetensors, in one file or in shards.
+"""Decoders from and to the folders that transformers reads: config.json and safetensors, in one file or in
+shards.
 
-Tensors are read one by one into their final place, type and device, so that loading needs little more memory than the
-weights themselves. Nothing is read before all names, shapes and types are known to fit.
+Tensors are read one by one into their final place, type and device, so that loading needs little more memory
+than the weights themselves. Nothing is read before all names, shapes and types are known to fit.
 """
 
 import copy
@@ -26,7 +27,16 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # The tokeniser's files too: the folder is then whole.
-FILES = ["config.json", INDEX, "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+FILES = [
+    "config.json",
+    INDEX,
+    "*.safetensors",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+]
 
 
 @dataclass(frozen=True)
@@ -39,24 +49,32 @@ class Stored:
 
 
 def load_decoder(name: str, dtype: torch.dtype | None = None, device="cpu", int8: bool = False) -> Decoder:
-    """The decoder of a folder or hub id. dtype: None keeps the files' own. int8: weight-only int8 (models/int8.py).
+    """The decoder of a folder or hub id. dtype: None keeps the files' own. int8: weight-only int8
+    (models/int8.py).
 
-    Raises InputError, naming the file or the tensors, when something is absent, damaged, of another shape or type, or
-    not implemented.
+    Raises InputError, naming the file or the tensors, when something is absent, damaged, of another shape or
+    type, or not implemented.
     """
     if dtype is not None:
         _check_dtype(dtype)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:  # an unknown name; a GPU that is not there
-        raise InputError(f"device {device}: expected cpu, or cuda or cuda:N where torch sees that GPU") from error
+        raise InputError(
+            f"device {device}: expected cpu, or cuda or cuda:N where torch sees that GPU"
+        ) from error
     if Path(name).is_file():
-        raise InputError(f"{name}: is a file; name its folder, {Path(name).parent}, which has config.json too")
+        raise InputError(
+            f"{name}: is a file; name its folder, {Path(name).parent}, which has config.json too"
+        )
     folder = find_folder(name, FILES)
     config, stored = DecoderConfig.from_folder(folder), stored_tensors(folder)
     layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
     if len(layers) != config.layers:
-        raise InputError(f"{folder}: config.json has {config.layers} layers, the files have {len(layers)}; fetch the folder again")
+        raise InputError(
+            f"{folder}: config.json has {config.layers} layers, the files have {len(layers)}; fetch the "
+            f"folder again"
+        )
     with torch.device("meta"):
         decoder = Decoder(config)
     fill(decoder, stored, str(folder), dtype, device, int8)
@@ -79,19 +97,28 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}{found}")
     places = read_json(index)
     places = places.get("weight_map") if isinstance(places, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(file, str) for file in places.values())
+    ):
         raise InputError(f"{index}: has no weight_map of tensors to files; fetch it again")
     files = {file: _contents(folder / file) for file in dict.fromkeys(places.values())}
     absent = [name for name, file in places.items() if name not in files[file]]
     if absent:
-        raise InputError(f"{index}: places {first_six(absent)} in {places[absent[0]]}, which does not have it; fetch both again")
+        raise InputError(
+            f"{index}: places {first_six(absent)} in {places[absent[0]]}, which does not have it; fetch "
+            f"both again"
+        )
     return {name: tensor for file in files.values() for name, tensor in file.items()} | {
         name: files[file][name] for name, file in places.items()
     }
 
 
 def _contents(path: Path) -> dict[str, Stored]:
-    """A file's tensors. Each is read by its own mapping of the file, so that no page of another one stays in memory."""
+    """A file's tensors. Each is read by its own mapping of the file, so that no page of another one stays
+    in memory.
+    """
 
     def read(name: str) -> Tensor:
         try:
@@ -110,15 +137,21 @@ def _contents(path: Path) -> dict[str, Stored]:
                 for name, view in views.items()
             }
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: is truncated or not safetensors ({' '.join(str(error).split())[:100]})") from error
+        raise InputError(
+            f"{path}: is truncated or not safetensors ({' '.join(str(error).split())[:100]})"
+        ) from error
 
 
 def load_decoder_state(decoder: Decoder, state: dict[str, Tensor], source: str) -> None:
     """Fill a decoder with tensors under their published names; errors as of `load_decoder`."""
     kinds = {dtype: name for name, dtype in DTYPES.items()}
-    stored = {n: Stored(tuple(t.shape), kinds.get(t.dtype, str(t.dtype)), lambda t=t: t) for n, t in state.items()}
+    stored = {
+        n: Stored(tuple(t.shape), kinds.get(t.dtype, str(t.dtype)), lambda t=t: t) for n, t in state.items()
+    }
     like = decoder.norm.weight
-    fill(decoder, stored, source, None if like.is_meta else like.dtype, "cpu" if like.is_meta else like.device)
+    fill(
+        decoder, stored, source, None if like.is_meta else like.dtype, "cpu" if like.is_meta else like.device
+    )
 
 
 def published_names(decoder: Decoder, names: Iterable[str] = ()) -> dict[str, tuple[str, int, int]]:
@@ -148,7 +181,8 @@ def published_names(decoder: Decoder, names: Iterable[str] = ()) -> dict[str, tu
 def fill(decoder: Decoder, stored: dict[str, Stored], source: str, dtype, device, int8: bool = False) -> None:
     """Read every tensor into the decoder, whose parameters are replaced. First all are checked."""
     parameters = dict(decoder.named_parameters())
-    # Old Llama files hold the rotary frequencies, and some tied ones hold the head too, which is the embedding.
+    # Old Llama files hold the rotary frequencies, and some tied ones hold the head too, which is the
+    # embedding.
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     head = stored.pop("lm_head.weight", None) if decoder.config.tied else None
     places = published_names(decoder, stored)
@@ -156,7 +190,9 @@ def fill(decoder: Decoder, stored: dict[str, Stored], source: str, dtype, device
     embedding = stored["model.embed_tokens.weight"]
     same = head is None or (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     if not same or (head and not torch.equal(head.read(), embedding.read())):
-        raise InputError(f"{source}: config.json ties lm_head to the embedding, but lm_head.weight is another matrix")
+        raise InputError(
+            f"{source}: config.json ties lm_head to the embedding, but lm_head.weight is another matrix"
+        )
     parts = {}
     for name, (ours, start, end) in places.items():
         parts.setdefault(ours, []).append((name, start, end))
@@ -185,31 +221,44 @@ def check(places: dict, parameters: dict, stored: dict[str, Stored], source: str
         if name in stored and stored[name].shape != expected:
             problems.append(f"{name} is {stored[name].shape}, expected {expected}")
     known = [name for name in places if name in stored]
-    problems += [f"{name} is {stored[name].dtype}, expected {', '.join(DTYPES)}" for name in known if stored[name].dtype not in DTYPES]
+    problems += [
+        f"{name} is {stored[name].dtype}, expected {', '.join(DTYPES)}"
+        for name in known
+        if stored[name].dtype not in DTYPES
+    ]
     if not problems and not any_dtype:
         first = stored[known[0]].dtype
-        problems = [f"{name} is {stored[name].dtype}, the others are {first}: name one dtype for all"
-                    for name in known if stored[name].dtype != first]  # fmt: skip
+        problems = [
+            f"{name} is {stored[name].dtype}, the others are {first}: name one dtype for all"
+            for name in known
+            if stored[name].dtype != first
+        ]
     if problems:
         raise InputError(f"{source}: does not fit this decoder: {first_six(problems, '; ')}")
 
 
 def decoder_state(decoder: Decoder, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights (or other tensors by our parameters' names: gradients) under their published names. Adapters are
-    added to the matrices they adapt."""
+    """The weights (or other tensors by our parameters' names: gradients) under their published names.
+    Adapters are added to the matrices they adapt.
+    """
     if any(isinstance(layer, (Int8Linear, PackedLinear)) for layer in decoder.modules()):
         raise InputError("an int8 or packed decoder is not exported: load it again without, and save that")
     tensors = merged_state(decoder) if tensors is None else tensors
     plain = {name.replace(".base.", "."): tensor for name, tensor in tensors.items()}
     return {
-        name: plain[ours.replace(".base.", ".")][start:end] for name, (ours, start, end) in published_names(decoder).items()
+        name: plain[ours.replace(".base.", ".")][start:end]
+        for name, (ours, start, end) in published_names(decoder).items()
     }
 
 
-def save_decoder(decoder: Decoder, folder: Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9) -> None:
-    """Write config.json and safetensors, in shards of at most `shard_bytes` (or one tensor); transformers reads them.
+def save_decoder(
+    decoder: Decoder, folder: Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write config.json and safetensors, in shards of at most `shard_bytes` (or one tensor); transformers
+    reads them.
 
-    An older save is removed first and config.json comes last, so that what an interruption leaves is refused, not mixed.
+    An older save is removed first and config.json comes last, so that what an interruption leaves is refused,
+    not mixed.
     """
     folder, state = Path(folder), decoder_state(decoder)
     for tensor in state.values():
@@ -225,13 +274,24 @@ def save_decoder(decoder: Decoder, folder: Path, dtype: torch.dtype | None = Non
     kind = next(name for name, t in NAMES.items() if t == next(iter(shards[0].values())).dtype)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (folder / "config.json", folder / INDEX, folder / SINGLE, *folder.glob("model-*-of-*.safetensors")):
+        for old in (
+            folder / "config.json",
+            folder / INDEX,
+            folder / SINGLE,
+            *folder.glob("model-*-of-*.safetensors"),
+        ):
             old.unlink(missing_ok=True)
-        names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        names = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        )
         for name, shard in zip(names, shards, strict=True):
             save_file({n: t.contiguous() for n, t in shard.items()}, folder / name, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{folder}: cannot be written ({error}); free space or choose another folder") from error
+        raise OutputError(
+            f"{folder}: cannot be written ({error}); free space or choose another folder"
+        ) from error
     if len(shards) > 1:
         total = sum(t.nbytes for shard in shards for t in shard.values())
         places = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
@@ -241,25 +301,32 @@ def save_decoder(decoder: Decoder, folder: Path, dtype: torch.dtype | None = Non
 
 @torch.no_grad()
 def resize_vocabulary(decoder: Decoder, size: int, added: int) -> None:
-    """`size` rows in the embedding and the head, the last `added` of them the mean of all others, as HSENet does it.
+    """`size` rows in the embedding and the head, the last `added` of them the mean of all others, as HSENet
+    does it.
 
-    Rows of the file beyond the tokeniser's own tokens (Phi-4-mini has some) are dropped. Raises InputError when there
-    are too few, and, before anything is changed, for adapted, int8 and packed layers.
+    Rows of the file beyond the tokeniser's own tokens (Phi-4-mini has some) are dropped. Raises InputError
+    when there are too few, and, before anything is changed, for adapted, int8 and packed layers.
     """
     old = size - added
     if not 0 < old <= decoder.config.vocab:
         raise InputError(
-            f"the tokeniser has {old} tokens of its own, the decoder {decoder.config.vocab} rows: they are of different models"
+            f"the tokeniser has {old} tokens of its own, the decoder {decoder.config.vocab} rows: they are "
+            f"of different models"
         )
     config = replace(decoder.config, vocab=size)  # which refuses special tokens that would be cut off
     layers = [layer for layer in (decoder.embed_tokens, decoder.lm_head) if layer is not None]
     for layer in layers:
         if not isinstance(layer, (nn.Embedding, nn.Linear)):
-            raise InputError(f"a {type(layer).__name__} is not resized: resize the vocabulary before adapters, int8 and packing")
+            raise InputError(
+                f"a {type(layer).__name__} is not resized: resize the vocabulary before adapters, int8 and "
+                f"packing"
+            )
     for layer in layers:
         rows = layer.weight[:old]
         mean = rows.mean(0, keepdim=True)  # torch adds up in float32 whatever the type
-        layer.weight = nn.Parameter(torch.cat((rows, mean.expand(added, -1))), requires_grad=layer.weight.requires_grad)
+        layer.weight = nn.Parameter(
+            torch.cat((rows, mean.expand(added, -1))), requires_grad=layer.weight.requires_grad
+        )
     decoder.embed_tokens.num_embeddings = size
     if decoder.lm_head is not None:
         decoder.lm_head.out_features = size

@@ -7,22 +7,30 @@ from reaf_hsenet.weights.reading import State, summary
 
 
 def load_matching(module: nn.Module, state: State, source: str) -> str:
-    """Fill what `state` has of `module`. Returns an account of what was left as it was, and of what was not used.
+    """Fill what `state` has of `module`. Returns an account of what was left as it was, and of what was not
+    used.
 
     Raises InputError when nothing matches, or a tensor of the same name has another shape.
     """
     own = module.state_dict()
     matching = {n: t for n, t in state.items() if n in own}
-    shapes = [f"{n} is {tuple(t.shape)}, expected {tuple(own[n].shape)}" for n, t in matching.items()
-              if t.shape != own[n].shape]  # fmt: skip
+    shapes = [
+        f"{n} is {tuple(t.shape)}, expected {tuple(own[n].shape)}"
+        for n, t in matching.items()
+        if t.shape != own[n].shape
+    ]
     if shapes or not matching:
         problem = "; ".join(shapes[:4]) or f"it has {sorted(state)[0]!r} and the like"
-        raise InputError(f"{source}: does not fit this model: {problem}; choose the preset that it was made for")
+        raise InputError(
+            f"{source}: does not fit this model: {problem}; choose the preset that it was made for"
+        )
     module.load_state_dict(matching, strict=False)
     left = [n for n, _ in module.named_parameters() if n not in state]
     unused = [n for n in state if n not in own]
     account = [f"{source}: {len(matching)} tensors loaded"]
-    account += [f"left at their start: {summary(left)}"] * bool(left) + [f"not used: {summary(unused)}"] * bool(unused)
+    account += [f"left at their start: {summary(left)}"] * bool(left) + [
+        f"not used: {summary(unused)}"
+    ] * bool(unused)
     return "; ".join(account)
 
 
@@ -44,7 +52,9 @@ def require_fit(state: State, own: State, source: str) -> None:
 
 
 def compare(state: State, own: State) -> tuple[list[str], list[str], list[str]]:
-    """(names that `state` lacks, names that it alone has, sentences about those of another shape or kind of number)."""
+    """(names that `state` lacks, names that it alone has, sentences about those of another shape or kind
+    of number).
+    """
     misshapen = [
         f"{n} is {tuple(state[n].shape)}, expected {tuple(own[n].shape)}"
         for n in own

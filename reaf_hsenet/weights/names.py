@@ -1,8 +1,9 @@
 """Names of published checkpoints -> ours.
 
-The functions `*_names` only rename, and join a BERT's query, key and value; `sources` reads from them which published
-tensors one of ours is made of, so that what is shown and what is exported follow the same rules. The functions `*_state`
-also give tensors our shapes: a flattened patch kernel, a position table of another grid.
+The functions `*_names` only rename, and join a BERT's query, key and value; `sources` reads from them which
+published tensors one of ours is made of, so that what is shown and what is exported follow the same rules.
+The functions `*_state` also give tensors our shapes: a flattened patch kernel, a position table of another
+grid.
 """
 
 import math
@@ -53,9 +54,10 @@ VIT_IGNORED = re.compile(r"^(head|fc_norm|pre_logits)\.|^decoder_|^mask_token$")
 BERT_IGNORED = re.compile(r"^(cls\.|cls_projection_head\.|lm_head\.|pooler\.|.*position_ids$)")
 
 
-
 def sources(names: Iterable[str], renaming: Callable[[State], State]) -> dict[str, list[str]]:
-    """Our name -> the published names, in the order in which they are joined. What is not used has no entry."""
+    """Our name -> the published names, in the order in which they are joined. What is not used has no
+    entry.
+    """
     names = list(names)
     tagged = {name: torch.full((1, 1), i, dtype=torch.int64) for i, name in enumerate(names)}
     return {ours: [names[i] for i in tags.flatten().tolist()] for ours, tags in renaming(tagged).items()}
@@ -68,7 +70,9 @@ def rename(state: State, rules: tuple[tuple[str, str], ...]) -> State:
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         if name in renamed:
-            raise InputError(f"the checkpoint has two tensors for {name}: export one model's state_dict alone")
+            raise InputError(
+                f"the checkpoint has two tensors for {name}: export one model's state_dict alone"
+            )
         renamed[name] = tensor
     return renamed
 
@@ -92,16 +96,24 @@ def vit3d_state(published: State) -> State:
 def decoder_names(published: State) -> State:
     """Names of transformers' Phi and Llama -> Decoder's, whose q, k, v and gate, up are one matrix each."""
     state = {re.sub(r"^model\.", "", name): tensor for name, tensor in published.items()}
-    for whole, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+    for whole, parts in (
+        ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("gate_up_proj", ("gate_proj", "up_proj")),
+    ):
         for name in [n for n in state if f".{parts[0]}." in n]:
             pieces = [name.replace(parts[0], part) for part in parts]
-            if all(piece in state for piece in pieces) and len({state[piece].shape[1:] for piece in pieces}) == 1:
+            if (
+                all(piece in state for piece in pieces)
+                and len({state[piece].shape[1:] for piece in pieces}) == 1
+            ):
                 state[name.replace(parts[0], whole)] = torch.cat([state.pop(piece) for piece in pieces])
     return state
 
 
 def bert_state(published: State) -> State:
-    """Names of transformers' BERT and RoBERTa, with or without prefix -> TextEncoder's; q, k and v become one matrix."""
+    """Names of transformers' BERT and RoBERTa, with or without prefix -> TextEncoder's; q, k and v become
+    one matrix.
+    """
     inner = rename(published, ((r"^(bert|roberta)\.", ""),))
     state = rename({n: t for n, t in inner.items() if not BERT_IGNORED.match(n)}, BERT_NAMES)
     for name in [n for n in state if ".attn.query." in n]:
@@ -111,13 +123,18 @@ def bert_state(published: State) -> State:
             raise InputError(f"the checkpoint has {name} but no {missing[0]}")
         shapes = {tuple(state[p].shape) for p in parts}
         if len(shapes) > 1:
-            raise InputError(f"the checkpoint's query, key and value of {name} have the shapes {sorted(shapes)}; expected one shape")
+            raise InputError(
+                f"the checkpoint's query, key and value of {name} have the shapes {sorted(shapes)}; "
+                f"expected one shape"
+            )
         state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(p) for p in parts])
     return state
 
 
 def reaf_names(published: State) -> State:
-    """Names of REAF's and HLIP's dual encoder (open_clip), with or without `module.`, or of its vision trunk alone."""
+    """Names of REAF's and HLIP's dual encoder (open_clip), with or without `module.`, or of its vision
+    trunk alone.
+    """
     parts: dict[str, State] = {"visual.trunk.": {}, "text.transformer.": {}}
     renamed = {
         "visual.head.proj.weight": "vision_proj.weight",
@@ -150,11 +167,16 @@ def reaf_state(published: State, grid: tuple[int, int, int]) -> State:
     state = reaf_names(published)
     if (weight := state.get("vision.patch_embed.proj.weight")) is not None:
         if weight.ndim != 5:
-            raise InputError(f"patch_embed.proj.weight is {tuple(weight.shape)}; expected channels, 1, and the patch's D, H, W")
+            raise InputError(
+                f"patch_embed.proj.weight is {tuple(weight.shape)}; expected channels, 1, and the patch's "
+                f"D, H, W"
+            )
         state["vision.patch_embed.proj.weight"] = weight.flatten(1)  # a Conv3d whose stride is its kernel
     if (table := state.get("vision.pos_embed")) is not None:
         if table.ndim != 5:
-            raise InputError(f"spatial_posemb is {tuple(table.shape)}; expected 1, depth, height, width, channels")
+            raise InputError(
+                f"spatial_posemb is {tuple(table.shape)}; expected 1, depth, height, width, channels"
+            )
         state["vision.pos_embed"] = resample_3d(table, grid).flatten(1, 3)
     return state
 
@@ -162,13 +184,20 @@ def reaf_state(published: State, grid: tuple[int, int, int]) -> State:
 def mae_state(published: State, patch: tuple[int, int, int], grid: tuple[int, int, int]) -> State:
     """A 2D MAE or timm ViT -> REAF's encoder, as HLIP and REAF inflate it.
 
-    The patch kernel is resized in the plane (bicubic, no antialiasing), summed over colours and spread evenly over
-    depth; the position table is resampled and gets a sine-cosine over depth; the class token takes its position with it.
+    The patch kernel is resized in the plane (bicubic, no antialiasing), summed over colours and spread evenly
+    over depth; the position table is resampled and gets a sine-cosine over depth; the class token takes its
+    position with it.
     """
     state = dict(published)
     table, kernel = state.pop("pos_embed"), state["patch_embed.proj.weight"]
-    if (table.ndim, kernel.ndim) != (3, 4) or math.isqrt(table.shape[1]) ** 2 not in (table.shape[1], table.shape[1] - 1):
-        raise InputError(f"pos_embed is {tuple(table.shape)}; expected 1, rows of a square with or without a class token's, channels")
+    if (table.ndim, kernel.ndim) != (3, 4) or math.isqrt(table.shape[1]) ** 2 not in (
+        table.shape[1],
+        table.shape[1] - 1,
+    ):
+        raise InputError(
+            f"pos_embed is {tuple(table.shape)}; expected 1, rows of a square with or without a class "
+            f"token's, channels"
+        )
     if round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:  # one row more: the class token's
         state["cls_token"] = state["cls_token"] + table[:, :1]
         table = table[:, 1:]
@@ -199,7 +228,9 @@ def m3d_clip_state(published: State) -> State:
 
 
 def teacher_state(published: State) -> State:
-    """The stage-1 dual encoder inside a published stage-2 checkpoint, under DualEncoder's names; empty if there is none."""
+    """The stage-1 dual encoder inside a published stage-2 checkpoint, under DualEncoder's names; empty if
+    there is none.
+    """
     return m3d_clip_state({n.removeprefix(TEACHER): t for n, t in published.items() if n.startswith(TEACHER)})
 
 
@@ -207,8 +238,11 @@ def classifier_state(published: State) -> State:
     """Names of transformers' two classifiers and of RadBertClassifier (`model.`) -> ReportClassifier's."""
     inner = {re.sub(r"^(module\.)?(bert|roberta|model)\.", "", name): t for name, t in published.items()}
     roberta = "classifier.dense.weight" in inner  # RoBERTa's head has the pooler in it
-    renamed = {"classifier.dense.": "pooler.dense.", "classifier.out_proj.": "head."} if roberta else {
-        "pooler.dense.": "pooler.dense.", "classifier.": "head."}  # fmt: skip
+    renamed = (
+        {"classifier.dense.": "pooler.dense.", "classifier.out_proj.": "head."}
+        if roberta
+        else {"pooler.dense.": "pooler.dense.", "classifier.": "head."}
+    )
     state, encoder = {}, {}
     for name, tensor in inner.items():
         prefix = next((p for p in renamed if name.startswith(p)), None)

@@ -105,8 +105,12 @@ def language_names(published: State) -> State:
 
 
 def published_language_state(projectors: list[Projector], adapters: State) -> State:
-    """The same back, as HSENet's training saves them: peft's names of a model in memory. adapters: of adapter_state."""
+    """The same back, as HSENet's training saves them: peft's names of a model in memory. adapters: of
+    adapter_state.
+    """
     state = {}
     for packer, projector in zip(PACKERS, projectors, strict=False):
         state |= published_packer_state(projector, f"base_model.model.model.{packer}.")
-    return state | {re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", n): t for n, t in adapters.items()}
+    return state | {
+        re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", n): t for n, t in adapters.items()
+    }

@@ -1,4 +1,6 @@
-"""Weights files -> dictionaries of tensors: .safetensors, and pickles (.bin, .pt, .pth) of which only tensors are read."""
+"""Weights files -> dictionaries of tensors: .safetensors, and pickles (.bin, .pt, .pth) of which only
+tensors are read.
+"""
 
 from pathlib import Path
 
@@ -14,13 +16,20 @@ State = dict[str, Tensor]
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # In this order, as transformers, peft and open_clip name them; a shard's index stands for its shards.
 NAMES = (
-    *("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "open_clip_model.safetensors"),
+    *(
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "adapter_model.safetensors",
+        "open_clip_model.safetensors",
+    ),
     *("pytorch_model.bin", "open_clip_pytorch_model.bin"),
 )
 
 
 def read_weights(folder: Path) -> State:
-    """The weights of a folder. Raises InputError when there are none, or several that none of NAMES chooses from."""
+    """The weights of a folder. Raises InputError when there are none, or several that none of NAMES
+    chooses from.
+    """
     path = weights_file(Path(folder))
     state = read_weights_file(path)
     check_finite(state, str(path))
@@ -28,7 +37,9 @@ def read_weights(folder: Path) -> State:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file of a folder's weights: the first of NAMES, or the only one there is, in the folder or else below it."""
+    """The file of a folder's weights: the first of NAMES, or the only one there is, in the folder or else
+    below it.
+    """
     for name in NAMES:
         if (folder / name).is_file():
             return folder / name
@@ -37,13 +48,19 @@ def weights_file(folder: Path) -> Path:
         if len(others) == 1:
             return others[0]
         if others:
-            raise InputError(f"{folder}: holds {first_six([str(p.relative_to(folder)) for p in others])}; name one of these files")
-    raise InputError(f"{folder}: has none of {', '.join(NAMES)}, nor another file that ends in {', '.join(SUFFIXES)}")
+            raise InputError(
+                f"{folder}: holds {first_six([str(p.relative_to(folder)) for p in others])}; name one of "
+                f"these files"
+            )
+    raise InputError(
+        f"{folder}: has none of {', '.join(NAMES)}, nor another file that ends in {', '.join(SUFFIXES)}"
+    )
 
 
 def read_weights_file(path: Path) -> State:
-    """The tensors of a file, or of the shards that an index lists; those of a training checkpoint's `model` or
-    `state_dict`. Raises InputError, naming the file, for anything else."""
+    """The tensors of a file, or of the shards that an index lists; those of a training checkpoint's
+    `model` or `state_dict`. Raises InputError, naming the file, for anything else.
+    """
     path = Path(path)
     if path.suffix == ".json":
         return _read_shards(path)
@@ -56,7 +73,9 @@ def read_weights_file(path: Path) -> State:
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()
+    ):
         raise InputError(f"{path}: is not a dictionary of tensors by name")
     return {name: plain(tensor, f"{path}: {name}") for name, tensor in state.items()}
 
@@ -64,16 +83,24 @@ def read_weights_file(path: Path) -> State:
 def _read_shards(index: Path) -> State:
     places = read_json(index)
     places = places.get("weight_map") if isinstance(places, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(file, str) for file in places.values())
+    ):
         raise InputError(f"{index}: has no weight_map of tensors to files; fetch it again")
     state: State = {}
     for file in dict.fromkeys(places.values()):
         if not (index.parent / file).is_file():
-            raise InputError(f"{index.parent / file}: this shard is missing; fetch it again, or the whole folder")
+            raise InputError(
+                f"{index.parent / file}: this shard is missing; fetch it again, or the whole folder"
+            )
         state |= read_weights_file(index.parent / file)
     absent = [name for name in places if name not in state]
     if absent:
-        raise InputError(f"{index}: lists {first_six(absent)}, which the shards do not have; fetch them again")
+        raise InputError(
+            f"{index}: lists {first_six(absent)}, which the shards do not have; fetch them again"
+        )
     return state
 
 
@@ -81,14 +108,19 @@ def is_finite(tensor: Tensor) -> bool:
     """Whole numbers always are."""
     if not tensor.is_floating_point():
         return True
-    return bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all())  # eight-bit floats have no isfinite
+    return bool(
+        (tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all()
+    )  # eight-bit floats have no isfinite
 
 
 def check_finite(state: State, source: str) -> None:
     """Raise InputError that names the tensors with NaN or infinite values."""
     wrong = [n for n, t in state.items() if not is_finite(t)]
     if wrong:
-        raise InputError(f"{source}: NaN or infinite values in {first_six(wrong)}; fetch the file again, or another checkpoint")
+        raise InputError(
+            f"{source}: NaN or infinite values in {first_six(wrong)}; fetch the file again, or another "
+            f"checkpoint"
+        )
 
 
 def summary(names: list[str]) -> str:

@@ -18,7 +18,9 @@ SETTINGS = ("size", "patch", "width", "depth", "heads", "mlp")
 
 
 def describe(encoder: SliceEncoder, name: str, jpeg: bool = False, recipe: str = "hsenet") -> dict:
-    """The provenance of features: `name` of the encoder, the hash of its weights, its settings, how slices are taken."""
+    """The provenance of features: `name` of the encoder, the hash of its weights, its settings, how
+    slices are taken.
+    """
     digest = hashlib.sha256()
     for _, tensor in sorted(encoder.state_dict().items()):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -47,7 +49,8 @@ def save_slice_encoder(folder: Path, encoder: SliceEncoder) -> None:
 
 
 def load_slice_encoder(name: str, jpeg: bool = False, recipe: str = "hsenet") -> tuple[SliceEncoder, dict]:
-    """A folder of save_slice_encoder, or a file, folder or hub id of BiomedCLIP or of a 2D ViT; and its provenance.
+    """A folder of save_slice_encoder, or a file, folder or hub id of BiomedCLIP or of a 2D ViT; and its
+    provenance.
 
     Raises InputError for anything else.
     """
@@ -71,7 +74,9 @@ def load_slice_encoder(name: str, jpeg: bool = False, recipe: str = "hsenet") ->
 
 
 def _published_settings(state: dict[str, Tensor], name: str) -> dict[str, int]:
-    """Of a checkpoint under SliceEncoder's names, from its shapes; published ViTs have heads of 64 channels."""
+    """Of a checkpoint under SliceEncoder's names, from its shapes; published ViTs have heads of 64
+    channels.
+    """
     try:
         width, _, patch, _ = state["patch_embed.weight"].shape
         mlp = state["blocks.0.mlp.fc1.weight"].shape[0]

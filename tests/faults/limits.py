@@ -1,4 +1,6 @@
-"""A limit of time and memory on what is run in this process: more of either is an error that no reader catches."""
+"""A limit of time and memory on what is run in this process: more of either is an error that no reader
+catches.
+"""
 
 import resource
 import signal
@@ -14,7 +16,9 @@ class TooLong(BaseException):
 
 @contextmanager
 def limited(seconds: float = SECONDS, more: int = BYTES) -> Iterator[None]:
-    """more: bytes of address space beyond what the process has now; an allocation above it is a MemoryError."""
+    """more: bytes of address space beyond what the process has now; an allocation above it is a
+    MemoryError.
+    """
 
     def stop(number, frame):
         raise TooLong(f"longer than {seconds} s")

@@ -1,4 +1,6 @@
-"""Small inputs that are whole, for faults to be made in: every attribute of a scene is a copy of its own, made when asked for."""
+"""Small inputs that are whole, for faults to be made in: every attribute of a scene is a copy of its own,
+made when asked for.
+"""
 
 import gzip
 import io
@@ -21,7 +23,9 @@ from test_inference import with_slices, write_dual_run
 
 
 def write_originals(folder: Path, prepared: Path) -> Path:
-    """data, with slice features; run, a dual encoder's; language, a run of mrg; scans with their table; published weights."""
+    """data, with slice features; run, a dual encoder's; language, a run of mrg; scans with their table;
+    published weights.
+    """
     with_slices(prepared, folder / "data")
     write_dual_run(folder / "run", folder / "data")
     write_language_run(folder / "language", folder / "data")

@@ -1,6 +1,7 @@
-"""Thousands of mutated files, seeded: every reader ends in a result or in an InputError of one line, within 10 s and 2 GB.
+"""Thousands of mutated files, seeded: every reader ends in a result or in an InputError of one line, within
+10 s and 2 GB.
 
-    python -m pytest tests/faults/test_fuzz.py
+python -m pytest tests/faults/test_fuzz.py
 """
 
 import gzip
@@ -41,7 +42,27 @@ from reaf_hsenet.weights.adapters import adapter_settings
 from reaf_hsenet.weights.decoder import stored_tensors
 
 RECIPE = from_dict(type(RECIPES["hsenet"]), {**vars(RECIPES["hsenet"]), "size": [4, 8, 8]})
-ODD = [None, True, -1, 0, 3, 10**30, 1e308, float("nan"), float("inf"), "", "x", "\0", "x" * 10_000, "../..", [], [[]], {}, {"a": 1}, [None] * 3]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**30,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\0",
+    "x" * 10_000,
+    "../..",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    [None] * 3,
+]
 HEADER = 348
 
 
@@ -66,7 +87,9 @@ def mutated(content: bytes, rng: random.Random, first: int = 0, last: int | None
         elif kind == 5:
             data[i:i] = rng.choice((b"\0", b"9" * 30, b'"', b",", b"\n", b"[" * 2000, b"\xff", b"-", b"nan"))
         else:
-            data[i : i + 4] = rng.choice((np.float32(np.inf), np.float32(np.nan), np.int32(2**31 - 1), np.int32(-1))).tobytes()
+            data[i : i + 4] = rng.choice(
+                (np.float32(np.inf), np.float32(np.nan), np.int32(2**31 - 1), np.int32(-1))
+            ).tobytes()
     return bytes(data)
 
 
@@ -111,7 +134,9 @@ def ends_well(read: Callable, *arguments) -> bool:
     return True
 
 
-def feed(count: int, seed: str, make: Callable[[random.Random], bytes], path: Path, read: Callable, *arguments) -> None:
+def feed(
+    count: int, seed: str, make: Callable[[random.Random], bytes], path: Path, read: Callable, *arguments
+) -> None:
     """`count` mutations, each written to `path` and read; some must be refused."""
     path.parent.mkdir(parents=True, exist_ok=True)
     good = 0
@@ -147,17 +172,28 @@ def test_a_thousand_mutated_scans(tmp_path, ending):
 
 
 TABLES = {
-    "nifti": (b"id,text,scan,split\na,clear,s,train\nb/c,\"large, right\",t,test\n",
-              lambda path: read_nifti_folder(path.parent, path)),
+    "nifti": (
+        b'id,text,scan,split\na,clear,s,train\nb/c,"large, right",t,test\n',
+        lambda path: read_nifti_folder(path.parent, path),
+    ),
     "labels": (b"VolumeName,Cardiomegaly\na.nii.gz,1\nb.nii.gz,0\n", read_label_table),
-    "questions": (b"Volumename,Anatomy,Abnormality,Question,Answer\na.nii.gz,lung,nodule,Where?,left\n",
-                  lambda path: read_questions(path.parent, "train", ["a"])),
-    "ranks": (b"id,report_to_volume_rank,volume_to_report_rank\na,1,2\nb,2,1\n", lambda path: read_table(path, "retrieval", path.parent)),
-    "bimcv": (b"path,Report_en\nsub-S1_ses-E2_x.nii.gz,clear\n/x/sub-S2/ses-E3/mod-ct,nodule\n",
-              lambda path: read_bimcv(path.parents[1], path)),
-    "ct-rate": (b"VolumeName,Findings_EN,Impressions_EN\ntrain_1_a_1.nii.gz,clear,none\ntrain_2_a_1.nii.gz,nodule,\n",
-                lambda path: read_ct_rate(path.parents[1])),
-}  # fmt: skip
+    "questions": (
+        b"Volumename,Anatomy,Abnormality,Question,Answer\na.nii.gz,lung,nodule,Where?,left\n",
+        lambda path: read_questions(path.parent, "train", ["a"]),
+    ),
+    "ranks": (
+        b"id,report_to_volume_rank,volume_to_report_rank\na,1,2\nb,2,1\n",
+        lambda path: read_table(path, "retrieval", path.parent),
+    ),
+    "bimcv": (
+        b"path,Report_en\nsub-S1_ses-E2_x.nii.gz,clear\n/x/sub-S2/ses-E3/mod-ct,nodule\n",
+        lambda path: read_bimcv(path.parents[1], path),
+    ),
+    "ct-rate": (
+        b"VolumeName,Findings_EN,Impressions_EN\ntrain_1_a_1.nii.gz,clear,none\ntrain_2_a_1.nii.gz,nodule,\n",
+        lambda path: read_ct_rate(path.parents[1]),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -165,7 +201,11 @@ def test_hundreds_of_mutated_tables(tmp_path, name):
     content, read = TABLES[name]
     (tmp_path / "CT1/ct").mkdir(parents=True)
     (tmp_path / "CT1/ct/sub-S1_ses-E2_x.nii.gz").write_bytes(b"")
-    files = {"questions": "train_vqa_location.csv", "ct-rate": "radiology_text_reports/train_reports.csv", "bimcv": "t/t.csv"}
+    files = {
+        "questions": "train_vqa_location.csv",
+        "ct-rate": "radiology_text_reports/train_reports.csv",
+        "bimcv": "t/t.csv",
+    }
     path = tmp_path / files.get(name, "t.csv")
     feed(110, name, lambda rng: mutated(content, rng), path, read, path)
 
@@ -187,25 +227,66 @@ def documents(prepared, tmp_path_factory) -> dict[str, tuple]:
     def known(path: Path):
         return json.loads(path.read_text())
 
-    adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": ["qkv_proj"], "bias": "none"}
-    prompts = {"template": "{} is seen", "classes": {"Nodule": {"positive": "a nodule", "negative": "no nodule"}}}
-    hsenet = {"train": [{"image": "a.npy", "text": "clear", "biomedclip_features": "a_2d.npy"}], "validation": []}
-    reaf = [{"image": "a.pt", "conversations": [{"from": "human", "value": "report?"}, {"from": "gpt", "value": "clear"}]}]
+    adapter = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "target_modules": ["qkv_proj"],
+        "bias": "none",
+    }
+    prompts = {
+        "template": "{} is seen",
+        "classes": {"Nodule": {"positive": "a nodule", "negative": "no nodule"}},
+    }
+    hsenet = {
+        "train": [{"image": "a.npy", "text": "clear", "biomedclip_features": "a_2d.npy"}],
+        "validation": [],
+    }
+    reaf = [
+        {
+            "image": "a.pt",
+            "conversations": [{"from": "human", "value": "report?"}, {"from": "gpt", "value": "clear"}],
+        }
+    ]
     return {
-        "manifest": (known(folder / "data/manifest.json"), "manifest.json", lambda path: load_manifest(path.parent)),
+        "manifest": (
+            known(folder / "data/manifest.json"),
+            "manifest.json",
+            lambda path: load_manifest(path.parent),
+        ),
         "run": (known(folder / "trained/config.json"), "config.json", run_settings),
         "language run": (known(folder / "language/config.json"), "config.json", run_settings),
         "prompts": (prompts, "p.json", lambda path: load_prompts(str(path))),
         "HSENet's data": (hsenet, "h.json", read_hsenet_json),
         "REAF's reports": (reaf, "train/reports/r.json", lambda path: read_reaf(path.parents[2])),
         "BERT": (known(folder / "words/config.json"), "config.json", lambda path: bert_config(path.parent)),
-        "decoder": (known(decoder / "config.json"), "config.json", lambda path: DecoderConfig.from_folder(path.parent)),
+        "decoder": (
+            known(decoder / "config.json"),
+            "config.json",
+            lambda path: DecoderConfig.from_folder(path.parent),
+        ),
         "adapter": (adapter, "adapter_config.json", adapter_settings),
-        "tokenizer": (known(folder / "language/tokenizer.json"), "tokenizer.json", lambda path: load_tokenizer(path.parent)),
+        "tokenizer": (
+            known(folder / "language/tokenizer.json"),
+            "tokenizer.json",
+            lambda path: load_tokenizer(path.parent),
+        ),
     }
 
 
-NAMES = ("manifest", "run", "language run", "prompts", "HSENet's data", "REAF's reports", "BERT", "decoder", "adapter", "tokenizer")
+NAMES = (
+    "manifest",
+    "run",
+    "language run",
+    "prompts",
+    "HSENet's data",
+    "REAF's reports",
+    "BERT",
+    "decoder",
+    "adapter",
+    "tokenizer",
+)
 
 
 @pytest.mark.slow
@@ -219,7 +300,10 @@ def test_hundreds_of_mutated_json_files(documents, tmp_path, name):
 
 @pytest.mark.slow
 def test_a_thousand_mutated_safetensors(tmp_path):
-    small = save({"image": torch.eye(3), "b": torch.ones(2, dtype=torch.bfloat16)}, {"ids": "a\nb\nc", "model": "0" * 64})
+    small = save(
+        {"image": torch.eye(3), "b": torch.ones(2, dtype=torch.bfloat16)},
+        {"ids": "a\nb\nc", "model": "0" * 64},
+    )
     path = tmp_path / "model.safetensors"
 
     def make(rng: random.Random) -> bytes:
@@ -236,9 +320,15 @@ def test_a_thousand_mutated_safetensors(tmp_path):
 def test_hundreds_of_mutated_pickles(tmp_path):
     path = tmp_path / "x.pt"
     for old in (False, True):
-        torch.save({"a": torch.arange(30.0).reshape(5, 6), "b": torch.ones(3)}, path, _use_new_zipfile_serialization=not old)
+        torch.save(
+            {"a": torch.arange(30.0).reshape(5, 6), "b": torch.ones(3)},
+            path,
+            _use_new_zipfile_serialization=not old,
+        )
         whole = path.read_bytes()
-        feed(150, f"pickle {old}", lambda rng, whole=whole: mutated(whole, rng), path, read_weights_file, path)
+        feed(
+            150, f"pickle {old}", lambda rng, whole=whole: mutated(whole, rng), path, read_weights_file, path
+        )
     torch.save(torch.rand(6, 7, 8), path)
     whole = path.read_bytes()
     feed(150, "volume", lambda rng: mutated(whole, rng), path, read_input, path, RECIPE)

@@ -132,16 +132,20 @@ def _place_landmarks(anatomy: Anatomy) -> None:
     anatomy.paths = {
         "ascending aorta": [(carina - 40, -0.25 * depth, -4), (arch - 12, -0.30 * depth, -14)],
         "aortic arch": [
-            (arch - 12, -0.30 * depth, -14), (arch, -0.10 * depth, 2),
-            (arch, 0.15 * depth, 18), (arch - 14, 0.36 * depth, 25),
+            (arch - 12, -0.30 * depth, -14),
+            (arch, -0.10 * depth, 2),
+            (arch, 0.15 * depth, 18),
+            (arch - 14, 0.36 * depth, 25),
         ],
         "descending aorta": [
-            (arch - 14, 0.36 * depth, 25), (body.lung_base, 0.36 * depth, 22), (0, 0.34 * depth, 14),
+            (arch - 14, 0.36 * depth, 25),
+            (body.lung_base, 0.36 * depth, 22),
+            (0, 0.34 * depth, 14),
         ],
         "trachea": [(top, -0.12 * depth, 0), anatomy.landmarks["carina"]],
         "oesophagus": [(top, 0.14 * depth, 4), (carina, 0.26 * depth, 4), (0, 0.26 * depth, 12)],
         "superior vena cava": [(arch + 25, -0.22 * depth, -26), (carina - 40, -0.18 * depth, -28)],
-    }  # fmt: skip
+    }
 
 
 def _draw_body_wall(anatomy: Anatomy) -> np.ndarray:

@@ -37,15 +37,44 @@ LOWER_LOBES = ("right lower lobe", "left lower lobe")
 LUNG_PATTERNS = (LOBES, RIGHT_LUNG, LEFT_LUNG, UPPER_LOBES, LOWER_LOBES)
 AORTA_PARTS = ("ascending aorta", "aortic arch", "descending aorta")
 CORONARIES = ("left anterior descending artery", "circumflex artery", "right coronary artery")
-NODE_STATIONS = ("right paratracheal", "prevascular", "subcarinal", "right hilar", "left hilar",
-                 "right axillary", "left axillary")  # fmt: skip
+NODE_STATIONS = (
+    "right paratracheal",
+    "prevascular",
+    "subcarinal",
+    "right hilar",
+    "left hilar",
+    "right axillary",
+    "left axillary",
+)
 DEVICES = ("pacemaker", "port catheter", "sternal wires", "spinal screws")
 
 # A phantom has between four and five labels. What shows at coarse resolution is the most common.
-FREQUENCIES = dict(zip(LABELS, (
-    0.28, 0.32, 0.30, 0.22, 0.18, 0.26, 0.18, 0.28, 0.34,
-    0.20, 0.38, 0.26, 0.40, 0.18, 0.16, 0.38, 0.15, 0.21,
-), strict=True))  # fmt: skip
+FREQUENCIES = dict(
+    zip(
+        LABELS,
+        (
+            0.28,
+            0.32,
+            0.30,
+            0.22,
+            0.18,
+            0.26,
+            0.18,
+            0.28,
+            0.34,
+            0.20,
+            0.38,
+            0.26,
+            0.40,
+            0.18,
+            0.16,
+            0.38,
+            0.15,
+            0.21,
+        ),
+        strict=True,
+    )
+)
 NORMAL_SHARE = 0.05
 
 

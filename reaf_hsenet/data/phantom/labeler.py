@@ -56,15 +56,23 @@ RATIO = re.compile(r"\b0\.\d+\b")
 
 # Widest first: a match is removed from the clause, so that its words are not read again as something else.
 LUNG_PLACES = (
-    (re.compile(r"(?:both|bilateral) (upper|lower) lobes|(upper|lower) lobes (?:of both lungs|bilaterally)"),
-     lambda part, other: [f"right {part or other} lobe", f"left {part or other} lobe"]),
-    (re.compile(r"(upper|middle|lower) lobe of (?:the )?(right|left) lung"),
-     lambda part, side: [f"{side} {part} lobe"]),
-    (re.compile(r"(right|left) (?:lung )?(upper|middle|lower)(?: and (upper|middle|lower))? lobes?"),
-     lambda side, part, other: [f"{side} {part} lobe"] + [f"{side} {other} lobe"] * bool(other)),
+    (
+        re.compile(
+            r"(?:both|bilateral) (upper|lower) lobes|(upper|lower) lobes (?:of both lungs|bilaterally)"
+        ),
+        lambda part, other: [f"right {part or other} lobe", f"left {part or other} lobe"],
+    ),
+    (
+        re.compile(r"(upper|middle|lower) lobe of (?:the )?(right|left) lung"),
+        lambda part, side: [f"{side} {part} lobe"],
+    ),
+    (
+        re.compile(r"(right|left) (?:lung )?(upper|middle|lower)(?: and (upper|middle|lower))? lobes?"),
+        lambda side, part, other: [f"{side} {part} lobe"] + [f"{side} {other} lobe"] * bool(other),
+    ),
     (re.compile(r"both lungs|bilateral|lungs bilaterally"), lambda: list(LOBES)),
     (re.compile(r"(right|left) lung"), lambda side: [lobe for lobe in LOBES if lobe.startswith(side)]),
-)  # fmt: skip
+)
 DEVICE_WORDS = (
     (re.compile(r"pacemaker"), "pacemaker"),
     (re.compile(r"\bport\b"), "port catheter"),

@@ -27,13 +27,17 @@ SIZED = ("Lung nodule", "Lymphadenopathy", "Hiatal hernia", "Pericardial effusio
 
 
 def anatomy_path(label: str, places: Iterable[str]) -> str:
-    """RadGenome's path of what holds all places: "lung/right lung" of two lobes of the right lung, "lung" of both lungs."""
+    """RadGenome's path of what holds all places: "lung/right lung" of two lobes of the right lung, "lung"
+    of both lungs.
+    """
     region = REGIONS.get(label, OTHER_REGION)
     paths = []
     for place in places:
         side = place.split()[0]
         lobe = [place] if place in LOBES else []
-        paths.append([region, f"{side} {region}", *lobe] if region == "lung" or region == "pleura" else [region])
+        paths.append(
+            [region, f"{side} {region}", *lobe] if region == "lung" or region == "pleura" else [region]
+        )
     return "/".join(commonprefix(paths))
 
 
@@ -49,8 +53,15 @@ def ask_questions(
     def some(choices: list, most: int) -> list:
         return [choices[i] for i in rng.permutation(len(choices))[:most]]
 
-    def ask(kind: str, templates: tuple[str, ...], answer: str, anatomy: str, abnormality: str = "",
-            size: str = "", place: str = "") -> None:  # fmt: skip
+    def ask(
+        kind: str,
+        templates: tuple[str, ...],
+        answer: str,
+        anatomy: str,
+        abnormality: str = "",
+        size: str = "",
+        place: str = "",
+    ) -> None:
         template = templates[rng.integers(len(templates))]
         question = template.format(abnormality=abnormality, anatomy=anatomy, place=place)
         cells = (volume_name, anatomy, abnormality, size, question, answer)

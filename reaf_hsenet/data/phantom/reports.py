@@ -20,9 +20,18 @@ from reaf_hsenet.data.phantom.findings import (
 from reaf_hsenet.data.phantom.sentences import ABSENT, ABSENT_SHARE, NORMAL, PRESENT, SUMMARIES
 
 MAX_WORDS = 220
-LUNG_LABELS = ("Emphysema", "Mosaic attenuation pattern", "Peribronchial thickening", "Bronchiectasis",
-               "Interlobular septal thickening", "Lung opacity", "Consolidation", "Atelectasis",
-               "Pulmonary fibrotic sequela", "Lung nodule")  # fmt: skip
+LUNG_LABELS = (
+    "Emphysema",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+    "Lung opacity",
+    "Consolidation",
+    "Atelectasis",
+    "Pulmonary fibrotic sequela",
+    "Lung nodule",
+)
 
 
 def write_report(findings: Iterable[Finding], rng: np.random.Generator) -> tuple[str, str]:

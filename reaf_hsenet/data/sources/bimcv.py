@@ -19,11 +19,13 @@ TRAIN_SHARE = 0.8
 
 
 def read_bimcv(root: Path, table: Path | None) -> Source:
-    """BIMCV-R below `root`. The first 80 % of the table's paths, in its order, are for training, the rest for validation.
+    """BIMCV-R below `root`. The first 80 % of the table's paths, in its order, are for training, the rest for
+    validation.
 
-    The share is of the paths, whichever are there, so that no download changes a volume's split. Volumes of one session
-    share their scan. A path without volume, a volume without path, is a case with that problem. Raises InputError
-    for a path that is neither a volume's nor a session's, and for two reports of one volume.
+    The share is of the paths, whichever are there, so that no download changes a volume's split. Volumes of
+    one session share their scan. A path without volume, a volume without path, is a case with that problem.
+    Raises InputError for a path that is neither a volume's nor a session's, and for two reports of one
+    volume.
     """
     root = Path(root)
     files = visible(root, f"CT*/ct/*{ENDING}")
@@ -39,7 +41,9 @@ def read_bimcv(root: Path, table: Path | None) -> Source:
         by_key[own.pop() if own else ""].append(file)
     for key in reports:
         if key.endswith(ENDING) and len(by_key[key]) > 1:
-            raise InputError(f"{table}: path {key} may be {by_key[key][0]} or {by_key[key][1]}; keep one of them")
+            raise InputError(
+                f"{table}: path {key} may be {by_key[key][0]} or {by_key[key][1]}; keep one of them"
+            )
     keys = list(reports)
     cut = int(TRAIN_SHARE * len(keys))
     splits = {"train": keys[:cut], "validation": keys[cut:]}
@@ -60,7 +64,8 @@ def _reports(table: Path) -> dict[str, str]:
         key = _key(path)
         if key is None:
             raise InputError(
-                f"{table}: line {line}: path {path!r} names no {ENDING} file, nor a session such as sub-S1/ses-E1"
+                f"{table}: line {line}: path {path!r} names no {ENDING} file, nor a session such as "
+                f"sub-S1/ses-E1"
             )
         if reports.setdefault(key, text) != text:
             raise InputError(f"{table}: line {line}: {key} has another Report_en than before; keep one")
@@ -73,7 +78,9 @@ def _cases(root: Path, table: Path, key: str, text: str, files: list[Path]) -> l
     if not files:
         name = key if key.endswith(ENDING) else f"{key}_*{ENDING}"
         return [_case(root, root / "CT*" / "ct" / name, text, "is listed in the table but absent")]
-    return [_case(root, file, text, None if text else f"has an empty report in {table.name}") for file in files]
+    return [
+        _case(root, file, text, None if text else f"has an empty report in {table.name}") for file in files
+    ]
 
 
 def _case(root: Path, file: Path, text: str, problem: str | None) -> Case:

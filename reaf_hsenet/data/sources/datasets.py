@@ -1,7 +1,7 @@
 """Readers of data sets as they are published: which files there are, and what their tables say of them.
 
-A reader returns cases per split; it opens tables, never volumes. A case whose tables already rule it out (an empty
-report, an absent file) carries the reason as `problem`.
+A reader returns cases per split; it opens tables, never volumes. A case whose tables already rule it out (an
+empty report, an absent file) carries the reason as `problem`.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ CT_RATE_VOLUME = re.compile(r"[A-Za-z]+_\d+_[A-Za-z]+_\d+(\.nii\.gz)?")
 class Case:
     """One volume and its report. scan: volumes with the same scan are reconstructions of one acquisition.
 
-    questions: rows of radgenome.read_questions; None where the data set has no tables of them. chest: False where the
-    data set itself says that the volume is of another part of the body.
+    questions: rows of radgenome.read_questions; None where the data set has no tables of them. chest: False
+    where the data set itself says that the volume is of another part of the body.
     """
 
     id: str
@@ -50,7 +50,9 @@ class Source:
     blank_orientation: str | None = None
 
     def by_id(self) -> dict[str, Case]:
-        """Return all cases. Raises InputError when two have one id or one file, and for an id that leaves its folder."""
+        """Return all cases. Raises InputError when two have one id or one file, and for an id that leaves
+        its folder.
+        """
         cases: dict[str, Case] = {}
         files: dict[tuple[int, int], Case] = {}
         for case in (case for split in self.splits.values() for case in split):
@@ -68,16 +70,20 @@ class Source:
                     continue  # said by name when it is read
                 other = files.setdefault((file.st_dev, file.st_ino), case)
                 if other is not case:
-                    raise InputError(f"{case.path}: is the file of id {other.id} and of id {case.id}; keep one")
+                    raise InputError(
+                        f"{case.path}: is the file of id {other.id} and of id {case.id}; keep one"
+                    )
         return cases
 
 
 def read_ct_rate(root: Path, impressions: bool = False) -> Source:
-    """CT-RATE's tree: dataset/{train,valid}[_fixed], metadata, radiology_text_reports, multi_abnormality_labels.
+    """CT-RATE's tree: dataset/{train,valid}[_fixed], metadata, radiology_text_reports,
+    multi_abnormality_labels.
 
-    root: the folder that holds `dataset`, or `dataset` itself. The text is Findings_EN, and with `impressions` also
-    Impressions_EN. A volume on disk that has no report is a case with that problem, not left out. Questions are read
-    from radgenome_files beside the reports, where that is. Volumes of metadata/no_chest_*.txt are marked, and kept.
+    root: the folder that holds `dataset`, or `dataset` itself. The text is Findings_EN, and with
+    `impressions` also Impressions_EN. A volume on disk that has no report is a case with that problem, not
+    left out. Questions are read from radgenome_files beside the reports, where that is. Volumes of
+    metadata/no_chest_*.txt are marked, and kept.
     """
     root = Path(root)
     base = root / "dataset" if (root / "dataset").is_dir() else root
@@ -100,7 +106,10 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
             names = tuple(name for name in next(iter(labels.values())) if name != "VolumeName")
             label_names, names_from = label_names or names, names_from or labels_csv
             if set(names) != set(label_names):
-                raise InputError(f"{labels_csv}: its columns differ from those of {names_from}; give both tables the same labels")
+                raise InputError(
+                    f"{labels_csv}: its columns differ from those of {names_from}; give both tables the "
+                    f"same labels"
+                )
         # v2 lives in *_fixed; where both are present it is the one with correct headers.
         volumes = base / f"{folder}_fixed" if (base / f"{folder}_fixed").is_dir() else base / folder
         on_disk = {p.name: p for p in visible(volumes, "*/*/*.nii.gz")}
@@ -143,9 +152,10 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
 def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -> Source:
     """Any folder of .nii / .nii.gz files and a csv with the columns id and text.
 
-    id: the file's path below `root`, with or without its ending. Optional columns: `scan` (the acquisition that
-    several volumes share) and `split` (train, validation or test); without it the share `validation` of the scans,
-    chosen by a hash of their names, is for validation. A test volume may have an empty text: zero-shot needs none.
+    id: the file's path below `root`, with or without its ending. Optional columns: `scan` (the acquisition
+    that several volumes share) and `split` (train, validation or test); without it the share `validation` of
+    the scans, chosen by a hash of their names, is for validation. A test volume may have an empty text:
+    zero-shot needs none.
     """
     root = Path(root)
     if not root.is_dir():
@@ -189,7 +199,9 @@ def only_csv(root: Path, columns: str) -> Path:
 
 
 def _optional_csv(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    return read_csv(path, columns, "VolumeName", names_volume=CT_RATE_VOLUME.fullmatch) if path.is_file() else {}
+    return (
+        read_csv(path, columns, "VolumeName", names_volume=CT_RATE_VOLUME.fullmatch) if path.is_file() else {}
+    )
 
 
 def _by_stem(table: dict[str, dict[str, str]], path: Path) -> dict[str, dict[str, str]]:
@@ -197,7 +209,9 @@ def _by_stem(table: dict[str, dict[str, str]], path: Path) -> dict[str, dict[str
     rows: dict[str, dict[str, str]] = {}
     for name, row in table.items():
         if rows.setdefault(_stem(name), row) is not row:
-            raise InputError(f"{path}: VolumeName {name} is listed twice, with and without its ending; keep one")
+            raise InputError(
+                f"{path}: VolumeName {name} is listed twice, with and without its ending; keep one"
+            )
     return rows
 
 
@@ -225,14 +239,18 @@ def _no_chest(path: Path) -> set[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     names = [line.strip(' ",\t').replace("\\", "/").rpartition("/")[2] for line in lines if line.strip()]
     if wrong := [name for name in names if not CT_RATE_VOLUME.fullmatch(name)]:
-        raise InputError(f"{path}: {wrong[0]!r:.60} is not a volume of CT-RATE's form, such as train_1_a_1.nii.gz")
+        raise InputError(
+            f"{path}: {wrong[0]!r:.60} is not a volume of CT-RATE's form, such as train_1_a_1.nii.gz"
+        )
     return set(map(_stem, names))
 
 
 def label_row(
     table: dict[str, dict[str, str]], name: str, names: tuple[str, ...], path: Path
 ) -> tuple[int, ...] | None:
-    """The labels of a volume; None when the table has no row of it. Raises InputError unless all are 0 or 1."""
+    """The labels of a volume; None when the table has no row of it. Raises InputError unless all are 0 or
+    1.
+    """
     row = table.get(name)
     if row is None:
         return None
@@ -252,7 +270,8 @@ def _table_row(row: dict[str, str] | None) -> TableRow:
         in_plane = json.loads(row["XYSpacing"])
         spacing = (float(in_plane[0]), float(in_plane[1]), float(row["ZSpacing"]))
     except (ValueError, TypeError, IndexError, KeyError):
-        # CT-RATE has rows without a usable ZSpacing; the volume is refused only if its header lacks spacing too.
+        # CT-RATE has rows without a usable ZSpacing; the volume is refused only if its header lacks spacing
+        # too.
         spacing = (math.nan,) * 3
     return TableRow(spacing, _number(row, "RescaleSlope"), _number(row, "RescaleIntercept"))
 

@@ -1,8 +1,9 @@
 """HSENet's own data set file: {"train": [entry, ...], "validation": [...], "test": [...]}.
 
-entry: {"image": a prepared volume, .npy, "text": the report or a .txt file that holds it, "biomedclip_features": the
-(32, 768) features of its slices, .npy or .pt; optional}. Paths are absolute or relative to the file. A volume's id is its
-file's name, without the `_3D_features.npy` of HSENet's own files; where names repeat, the path without `.npy`.
+entry: {"image": a prepared volume, .npy, "text": the report or a .txt file that holds it,
+"biomedclip_features": the (32, 768) features of its slices, .npy or .pt; optional}. Paths are absolute or
+relative to the file. A volume's id is its file's name, without the `_3D_features.npy` of HSENet's own files;
+where names repeat, the path without `.npy`.
 """
 
 import os
@@ -20,7 +21,8 @@ SUFFIX = "_3D_features"  # what HSENet's preparation appends to a volume's name
 
 
 def read_hsenet_json(path: Path) -> tuple[dict[str, list[dict]], dict | None]:
-    """The splits, as a manifest's entries, and what is known of the slice features (None when no entry has any).
+    """The splits, as a manifest's entries, and what is known of the slice features (None when no entry has
+    any).
 
     Volumes and features are not opened. Raises InputError for anything that is not of this form.
     """
@@ -28,7 +30,8 @@ def read_hsenet_json(path: Path) -> tuple[dict[str, list[dict]], dict | None]:
     if not isinstance(values, dict) or not values or not set(values) <= set(SPLITS):
         found = ", ".join(map(str, values))[:80] if isinstance(values, dict) else type(values).__name__
         raise InputError(
-            f"{path}: has {found or 'nothing'}; expected HSENet's lists {', '.join(SPLITS)}, or a folder of preprocess.py"
+            f"{path}: has {found or 'nothing'}; expected HSENet's lists {', '.join(SPLITS)}, or a folder "
+            f"of preprocess.py"
         )
     splits, seen = {}, set()
     for split, entries in values.items():
@@ -61,10 +64,19 @@ def _entry(path: Path, where: str, values) -> dict:
         raise InputError(f"{where} ({image}): has no text; expected a report or the path of a .txt file")
     name = image.removesuffix(".npy")
     text = _report(path.parent / text) if text.endswith(".txt") and "\n" not in text else text
-    entry = {"id": name, "scan": name, "volume": image, "text": given(text), "labels": None, "source": {"file": image}}
+    entry = {
+        "id": name,
+        "scan": name,
+        "volume": image,
+        "text": given(text),
+        "labels": None,
+        "source": {"file": image},
+    }
     if features is not None:
         if not (isinstance(features, str) and features.endswith((".npy", ".pt"))):
-            raise InputError(f"{where} ({image}): {FEATURES} is {features!r}; expected the path of a .npy or .pt file")
+            raise InputError(
+                f"{where} ({image}): {FEATURES} is {features!r}; expected the path of a .npy or .pt file"
+            )
         entry["slices"] = features
     return entry
 

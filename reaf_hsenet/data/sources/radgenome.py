@@ -1,7 +1,9 @@
-"""RadGenome-ChestCT's question tables: {train,validation}_vqa_{location,abnormality,presence,size}.csv of CT-RATE volumes.
+"""RadGenome-ChestCT's question tables: {train,validation}_vqa_{location,abnormality,presence,size}.csv of
+CT-RATE volumes.
 
-Columns, in upper or lower case: Volumename (with or without .nii.gz), Anatomy, Abnormality, of sizes Size; Question and
-Answer where present. Tables of presence may call their columns Finding and Presence, as RadGenome's own loader does.
+Columns, in upper or lower case: Volumename (with or without .nii.gz), Anatomy, Abnormality, of sizes Size;
+Question and Answer where present. Tables of presence may call their columns Finding and Presence, as
+RadGenome's own loader does.
 """
 
 from collections import Counter
@@ -31,8 +33,8 @@ def find_tables(root: Path) -> Path:
         if visible(folder, "*_vqa_*.csv"):
             return folder
     raise InputError(
-        f"{root}: has no RadGenome-ChestCT tables; expected train_vqa_location.csv or others of its name there, or in "
-        "radgenome_files below it"
+        f"{root}: has no RadGenome-ChestCT tables; expected train_vqa_location.csv or others of its name "
+        "there, or in radgenome_files below it"
     )
 
 
@@ -41,9 +43,9 @@ def read_questions(
 ) -> tuple[dict[str, list[dict]], list[Refused]]:
     """The questions of a split's tables by volume, and the rows that cannot be used: (table, volume, reason).
 
-    volumes: ids of the split's volumes. A question is {"kind", "anatomy", "abnormality", "answer"}, and "size" and
-    "question" where the table has them; question_text puts one without into words. A repeated row is a question of
-    its own, as published.
+    volumes: ids of the split's volumes. A question is {"kind", "anatomy", "abnormality", "answer"}, and
+    "size" and "question" where the table has them; question_text puts one without into words. A repeated row
+    is a question of its own, as published.
     """
     ids = {volume.lower(): volume for volume in volumes}
     found: dict[str, list[dict]] = {}
@@ -51,7 +53,11 @@ def read_questions(
     for kind in kinds:
         table = folder / f"{split}_vqa_{kind}.csv"
         unknown: Counter[str] = Counter()
-        rows = csv_rows(table, COLUMNS[kind], _column, lambda cell: _stem(cell).lower() in ids) if table.is_file() else ()
+        rows = (
+            csv_rows(table, COLUMNS[kind], _column, lambda cell: _stem(cell).lower() in ids)
+            if table.is_file()
+            else ()
+        )
         for line, cells in rows:
             name = _stem(cells["volumename"].strip())
             if name.lower() not in ids:
@@ -65,12 +71,16 @@ def read_questions(
             else:
                 found.setdefault(ids[name.lower()], []).append(row)
         reason = f"not among the {split} volumes"
-        refused += [(table, name, f"{reason}, {rows} row{'s' * (rows > 1)}") for name, rows in unknown.items()]
+        refused += [
+            (table, name, f"{reason}, {rows} row{'s' * (rows > 1)}") for name, rows in unknown.items()
+        ]
     return found, refused
 
 
 def refusal(refused: list[Refused], advice: str) -> InputError:
-    """The error of a table's rows that cannot be used: the first table, its first volumes and their reason."""
+    """The error of a table's rows that cannot be used: the first table, its first volumes and their
+    reason.
+    """
     table, _, reason = refused[0]
     names = list(dict.fromkeys(volume for path, volume, _ in refused if path == table))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -87,9 +97,16 @@ def _column(name: str) -> str:
 
 
 def _question(kind: str, cells: dict[str, str]) -> dict[str, str]:
-    row = {name: (cells.get(name) or "").strip() for name in ("anatomy", "abnormality", "size", "question", "answer")}
+    row = {
+        name: (cells.get(name) or "").strip()
+        for name in ("anatomy", "abnormality", "size", "question", "answer")
+    }
     # Published: where something is, is answered by the name of the anatomy.
-    own = {"location": row["anatomy"], "abnormality": row["answer"] or row["abnormality"],
-           "presence": row["answer"], "size": row["answer"] or row["size"]}[kind]  # fmt: skip
+    own = {
+        "location": row["anatomy"],
+        "abnormality": row["answer"] or row["abnormality"],
+        "presence": row["answer"],
+        "size": row["answer"] or row["size"],
+    }[kind]
     row["answer"] = own or row["answer"]
     return {"kind": kind, **{k: v for k, v in row.items() if v or k not in ("size", "question")}}

@@ -1,8 +1,9 @@
-"""REAF's published layout: ROOT/{train,val,test}/volumes/**/*.pt (.pt.gz, .nii.gz, .nii) and .../reports/*.json.
+"""REAF's published layout: ROOT/{train,val,test}/volumes/**/*.pt (.pt.gz, .nii.gz, .nii) and
+.../reports/*.json.
 
-A reports json is a list of {"image": file name or path below volumes/, "conversations": [{"from": "human" or "gpt",
-"value": text}, ...]}. A volume's text is the answer to its report question: of several, the one whose question holds
-<report_generation>.
+A reports json is a list of {"image": file name or path below volumes/, "conversations": [{"from": "human" or
+"gpt", "value": text}, ...]}. A volume's text is the answer to its report question: of several, the one whose
+question holds <report_generation>.
 """
 
 import glob
@@ -46,22 +47,28 @@ def is_reaf_layout(root: Path) -> bool:
 
 
 def read_reaf(root: Path) -> Source:
-    """REAF's layout below `root`. A volume without report, a report without volume, is a case with that problem.
+    """REAF's layout below `root`. A volume without report, a report without volume, is a case with that
+    problem.
 
-    Labels, as CT-RATE's tables (VolumeName, then columns of 0 and 1), are optional: labels.csv in a split's folder or
-    *labels*.csv in `root`.
+    Labels, as CT-RATE's tables (VolumeName, then columns of 0 and 1), are optional: labels.csv in a split's
+    folder or *labels*.csv in `root`.
     """
     root = Path(root)
     found: dict[str, Path] = {}
     label_names: dict[tuple[str, ...], Path] = {}
     for split, names in SPLITS.items():
-        folders = [root / n for n in names if (root / n / "volumes").is_dir() or (root / n / "reports").is_dir()]
+        folders = [
+            root / n for n in names if (root / n / "volumes").is_dir() or (root / n / "reports").is_dir()
+        ]
         if len(folders) > 1:
             raise InputError(f"{root}: has both {' and '.join(names)} with volumes or reports; keep one")
         if folders:
             found[split] = folders[0]
     on_disk = {folder: _volumes(folder / "volumes") for folder in found.values()}
-    splits = {split: _read_split(folder, on_disk[folder], _read_labels(root, folder, on_disk, label_names)) for split, folder in found.items()}
+    splits = {
+        split: _read_split(folder, on_disk[folder], _read_labels(root, folder, on_disk, label_names))
+        for split, folder in found.items()
+    }
     if not splits:
         raise InputError(f"{root}: no REAF data set; expected train/volumes and train/reports below it")
     if len(label_names) > 1:
@@ -99,7 +106,9 @@ def _read_split(folder: Path, on_disk: dict[str, Path], labels: dict[str, tuple[
 
 
 def _read_reports(folder: Path, on_disk: dict[str, Path]) -> dict[str, Answers]:
-    """Answers by the id of the volume (its path below volumes/ without ending), or of the image where that is absent."""
+    """Answers by the id of the volume (its path below volumes/ without ending), or of the image where
+    that is absent.
+    """
     files = visible(folder, "*.json")
     if not files:
         raise InputError(f"{folder}: has no .json file; expected REAF's reports, image and conversations")
@@ -124,7 +133,8 @@ def _entry(entry, where: str) -> tuple[str, list[tuple[bool, str]]]:
         raise InputError(f"{where}: has no image; expected the name of a volume")
     turns = entry.get("conversations")
     if not isinstance(turns, list) or not all(
-        isinstance(t, dict) and t.get("from") in ("human", "gpt") and isinstance(t.get("value"), str) for t in turns
+        isinstance(t, dict) and t.get("from") in ("human", "gpt") and isinstance(t.get("value"), str)
+        for t in turns
     ):
         raise InputError(f"{where} ({image}): its conversations are no list of from (human or gpt) and value")
     pairs, marked = [], False
@@ -142,11 +152,14 @@ def _read_labels(
 ) -> dict[str, tuple[int, ...]]:
     """Return labels by the volume's path without ending; `names` gains the columns and their file.
 
-    on_disk: the volumes of every split's folder. In a table of all splits a name must mean one volume of them all.
+    on_disk: the volumes of every split's folder. In a table of all splits a name must mean one volume of them
+    all.
     """
     own = split / "labels.csv"
     tables = [own] if own.is_file() else visible(root, "*labels*.csv")
-    volumes = Volumes(on_disk[split] if own.is_file() else dict.fromkeys(v for held in on_disk.values() for v in held))
+    volumes = Volumes(
+        on_disk[split] if own.is_file() else dict.fromkeys(v for held in on_disk.values() for v in held)
+    )
     others = {folder.name for folder in on_disk} - {split.name}
     labels: dict[str, tuple[int, ...]] = {}
     for path in tables:

@@ -1,4 +1,6 @@
-"""csv tables, read with every mistake named by file and line; which volume a table's path means; texts that are none."""
+"""csv tables, read with every mistake named by file and line; which volume a table's path means; texts
+that are none.
+"""
 
 import csv
 from collections import defaultdict
@@ -9,7 +11,23 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import named
 
 # What exports write for a report that is not there: pandas, ReXrank's tables, CT-RATE ("Not given.").
-NO_TEXT = {"", "nan", "none", "null", "nil", "n/a", "na", "<na>", "nat", "-", "--", "?", "not given", "not available", "no report"}
+NO_TEXT = {
+    "",
+    "nan",
+    "none",
+    "null",
+    "nil",
+    "n/a",
+    "na",
+    "<na>",
+    "nat",
+    "-",
+    "--",
+    "?",
+    "not given",
+    "not available",
+    "no report",
+}
 
 
 def csv_rows(
@@ -20,10 +38,10 @@ def csv_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line, row) of a csv in UTF-8, with or without byte order mark.
 
-    rename: the names that its columns get. names_volume: whether a cell is the name of a volume; a text of several lines
-    in which one is a cell has swallowed a row.
-    Raises InputError for an absent file, a missing or repeated column, a row of another length, and quotes that do not
-    balance.
+    rename: the names that its columns get. names_volume: whether a cell is the name of a volume; a text of
+    several lines in which one is a cell has swallowed a row.
+    Raises InputError for an absent file, a missing or repeated column, a row of another length, and quotes
+    that do not balance.
     """
     with named(path, "is not a UTF-8 csv file"), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)
@@ -41,8 +59,8 @@ def csv_rows(
                 last = reader.reader.line_num  # the outer reader counts rows that it could give
                 lines = f"line {first}" if last <= first else f"lines {first} to {last}"
                 raise InputError(
-                    f"{path}: {lines}: the quotes do not balance, or a field is too long ({error}); end a quoted text with a "
-                    "double quote and write one inside it twice"
+                    f"{path}: {lines}: the quotes do not balance, or a field is too long ({error}); end a "
+                    "quoted text with a double quote and write one inside it twice"
                 ) from error
             if row is None:
                 return
@@ -54,19 +72,23 @@ def csv_rows(
             if any(row[c] is None for c in columns):
                 raise InputError(f"{path}: line {reader.line_num} has fewer fields than the header")
             if any("\0" in cell for cell in row.values() if cell):
-                raise InputError(f"{path}: line {reader.line_num} holds a NUL byte; save the table as plain text again")
+                raise InputError(
+                    f"{path}: line {reader.line_num} holds a NUL byte; save the table as plain text again"
+                )
             if reader.line_num > first:
                 for text in row.values():
                     if name := swallowed(text or "", names_volume):
                         raise InputError(
-                            f"{path}: lines {first} to {reader.line_num}: a quoted text runs over the row of {name}; end each "
-                            "quoted text with a double quote and write one inside it twice"
+                            f"{path}: lines {first} to {reader.line_num}: a quoted text runs over the row of "
+                            f"{name}; end each quoted text with a double quote and write one inside it twice"
                         )
             yield reader.line_num, row
 
 
 def swallowed(text: str, names_volume: Callable[[str], bool]) -> str | None:
-    """Return the name of a volume whose row a text of several lines has swallowed: a cell of one of its lines."""
+    """Return the name of a volume whose row a text of several lines has swallowed: a cell of one of its
+    lines.
+    """
     lines = text.splitlines()
     cells = [cell.strip(' "') for line in lines if len(lines) > 1 and "," in line for cell in line.split(",")]
     return next((cell for cell in cells if cell and names_volume(cell)), None)
@@ -75,11 +97,15 @@ def swallowed(text: str, names_volume: Callable[[str], bool]) -> str | None:
 def read_csv(
     path: Path, columns: tuple[str, ...], key: str, names_volume: Callable[[str], bool] = lambda cell: False
 ) -> dict[str, dict[str, str]]:
-    """Return the rows of a csv by the column `key`. Raises InputError as csv_rows does, and for a repeated key."""
+    """Return the rows of a csv by the column `key`. Raises InputError as csv_rows does, and for a
+    repeated key.
+    """
     rows: dict[str, dict[str, str]] = {}
     for line, row in csv_rows(path, columns, names_volume=names_volume):
         if row[key] in rows:
-            raise InputError(f"{path}: {key} {row[key]} is listed twice, the second time in line {line}; keep one")
+            raise InputError(
+                f"{path}: {key} {row[key]} is listed twice, the second time in line {line}; keep one"
+            )
         rows[row[key]] = row
     return rows
 
@@ -91,8 +117,10 @@ def given(text: str) -> str:
 
 
 def plain_path(name: str, where: str) -> str:
-    """Return a relative path without `.` and doubled slashes. Raises InputError, which begins with `where`, for one that
-    is absolute or leaves its folder, and for characters that no report of files can hold."""
+    """Return a relative path without `.` and doubled slashes. Raises InputError, which begins with
+    `where`, for one that is absolute or leaves its folder, and for characters that no report of files can
+    hold.
+    """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or not name.isprintable():
         raise InputError(f"{where} {name!r:.100} is not a path below its folder")
@@ -102,8 +130,8 @@ def plain_path(name: str, where: str) -> str:
 class Volumes:
     """Finds which of some volumes the path in a table means.
 
-    A path means the volume whose path ends in it, or that it ends in, folder by folder: "/data/x/s1/ct" and "ct" may mean
-    s1/ct, "s2/ct" never.
+    A path means the volume whose path ends in it, or that it ends in, folder by folder: "/data/x/s1/ct" and
+    "ct" may mean s1/ct, "s2/ct" never.
     """
 
     def __init__(self, ids: Iterable[str]):
@@ -118,7 +146,9 @@ class Volumes:
         return PurePosixPath(name).parts in self.ids
 
     def find(self, name: str, where: str) -> str | None:
-        """Return the volume's id; None when there is none. Raises InputError, which begins with `where`, for several."""
+        """Return the volume's id; None when there is none. Raises InputError, which begins with `where`,
+        for several.
+        """
         parts = PurePosixPath(name).parts
         if parts in self.ids or not parts:
             return self.ids.get(parts)
