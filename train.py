@@ -22,7 +22,6 @@ from reaf_hsenet.script import start_script
 if __name__ == "__main__":
     start_script(signal.SIGUSR1)  # what is imported next takes seconds
 
-import argparse
 import json
 import math
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from pathlib import Path
 import torch
 
 from reaf_hsenet import __version__, distributed
-from reaf_hsenet.config import TrainConfig
+from reaf_hsenet.config import LANGUAGE, TrainConfig
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.data.workers import worker_deaths_named
 from reaf_hsenet.distributed import Ranks
@@ -41,36 +40,33 @@ from reaf_hsenet.models.layers import count_parameters
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.script import run_script
 from reaf_hsenet.settings import from_dict, to_dict
-from reaf_hsenet.train.contrastive import contrastive_job
+from reaf_hsenet.train.command import Command, parse
 from reaf_hsenet.train.grad_cache import cached_backward
-from reaf_hsenet.train.guided_setup import keep_slice_encoder
-from reaf_hsenet.train.language import language_job
-from reaf_hsenet.train.language_setup import LanguageSetup, new_language_setup, resumed_language_setup
 from reaf_hsenet.train.optimizer import learning_rate
-from reaf_hsenet.train.resumed_setup import resumed_setup
-from reaf_hsenet.train.run_setup import Setup, new_setup
+from reaf_hsenet.train.setup import Setup, keep_slice_encoder, resumed_setup
 from reaf_hsenet.train.stability import clip_gradients, diagnosis, not_finite
 from reaf_hsenet.train.step_log import make_writer
-from reaf_hsenet.train.train_flags import LANGUAGE, parse
 from reaf_hsenet.train.training import Training
 from reaf_hsenet.train.training_state import Outcome, TrainingState
 
 
 def main(argv: list[str]) -> int:
-    args = parse(argv, __doc__)
+    command = parse(argv, __doc__)
     # Whatever train() has built is gone when it returns, as stop() asks for.
-    code = train(args, distributed.start(args.device))
+    code = train(command, distributed.start(command.device))
     distributed.stop()  # not after an error, which the other ranks would hear of as a lost connection first
     return code
 
 
-def train(args: argparse.Namespace, ranks: Ranks) -> int:
+def train(command: Command, ranks: Ranks) -> int:
     """Train a run in its folder, which no other process may write into. Returns the exit code."""
-    run = Run(args.out or Path("runs") / f"{args.stage}-{args.model}")
+    run = Run(command.out or Path("runs") / f"{command.stage}-{command.model}")
     if run.named:
-        raise InputError(f"--out {args.out}: is a checkpoint of a run; name the run's folder, {run.folder}")
+        raise InputError(
+            f"--out {command.out}: is a checkpoint of a run; name the run's folder, {run.folder}"
+        )
     with run.writing() if ranks.main else nullcontext():
-        training = start(args, run, ranks)
+        training = start(command, run, ranks)
         if training is None:
             return 0
         code = fit(training)
@@ -82,7 +78,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> int:
         return code
 
 
-def start(args: argparse.Namespace, run: Run, ranks: Ranks) -> Training | None:
+def start(command: Command, run: Run, ranks: Ranks) -> Training | None:
     """Build all that the loop needs, of a new run or of the one that --resume continues, and write
     config.json.
 
@@ -93,24 +89,31 @@ def start(args: argparse.Namespace, run: Run, ranks: Ranks) -> Training | None:
         if ranks.main:
             print(text, flush=True)
 
-    # Settings, data, tokenizer and teacher: from the command line, or from the run's own config.json.
-    language = args.stage in LANGUAGE
-    begun, args.resume = distributed.on_main(lambda: begun_and_resumed(args, run))
-    if args.resume:
-        setup = (resumed_language_setup if language else resumed_setup)(args, run, ranks)
+    # What the stage is built by. The other stages' modules are not loaded.
+    if command.stage in LANGUAGE:
+        from reaf_hsenet.train.language import build
+        from reaf_hsenet.train.language_setup import new_setup
     else:
-        setup = (new_language_setup if language else new_setup)(args, ranks, say)
+        from reaf_hsenet.train.contrastive import build
+        from reaf_hsenet.train.contrastive_setup import new_setup
+
+    # Settings, data and tokenizer: from the command line, or from the run's own config.json.
+    begun, resumed = distributed.on_main(lambda: begun_and_resumed(command, run))
+    if resumed:
+        setup = resumed_setup(command, run, ranks)
+    else:
+        setup = new_setup(command, ranks, say)
         # Without a checkpoint there is nothing to lose or to continue: a run that died early starts anew.
         if begun:
-            already_there(args, run, setup, say)
+            already_there(command, run, setup, say)
             return None
         if ranks.main:
             run.forget_after(0)
-    settings = setup.settings
+    settings = setup.train
 
     # The stage: model with its weights, training set, loss and validation.
-    job = (language_job if language else contrastive_job)(setup, args, ranks, say)
-    if args.compile:
+    job = build(setup, command, ranks, say)
+    if command.compile:
         for block in job.blocks:
             block.compile()
 
@@ -121,13 +124,13 @@ def start(args: argparse.Namespace, run: Run, ranks: Ranks) -> Training | None:
         settings,
         run,
         ranks,
-        max_steps=args.max_steps or setup.max_steps,
-        workers=args.workers if args.workers is not None else 4 if ranks.device.type == "cuda" else 0,
-        log_every=args.log_every,
-        writer=make_writer(args.log, run, ranks),
-        profile=args.profile,
+        max_steps=command.max_steps or setup.max_steps,
+        workers=command.workers if command.workers is not None else 4 if ranks.device.type == "cuda" else 0,
+        log_every=command.log_every,
+        writer=make_writer(command.log, run, ranks),
+        profile=command.profile,
     )
-    if args.resume:
+    if resumed:
         training.resume(say)
     elif ranks.main:
         setup.tokenizer.save(run.folder)
@@ -136,23 +139,23 @@ def start(args: argparse.Namespace, run: Run, ranks: Ranks) -> Training | None:
     if ranks.main:
         values = {
             "version": __version__,
-            "stage": args.stage,
+            "stage": command.stage,
             "best_of": "validation",  # the split whose rows choose `best`
             "preset": setup.preset,
             **setup.values(),
             "world": ranks.world,
-            "max_steps": args.max_steps or setup.max_steps,
+            "max_steps": command.max_steps or setup.max_steps,
             "total_steps": training.total,
             "torch": torch.__version__,
         }
-        if args.resume:  # on other ranks the batches differ, but not the command that started the run
+        if resumed:  # on other ranks the batches differ, but not the command that started the run
             values["world"] = run.read_config()["world"]
             values["train"]["batch_size"] = settings.batch_size * ranks.world // values["world"]
         run.write_config(values)
     say(
-        f"{run.folder}: {args.stage}, {setup.preset}, {count_parameters(job.model) / 1e6:.1f} M parameters, "
-        f"{count_parameters(job.model, trained=True) / 1e6:.1f} M trained, {len(job.train_set)} samples, "
-        f"global batch {settings.batch_size * settings.accumulate * ranks.world}, "
+        f"{run.folder}: {command.stage}, {setup.preset}, {count_parameters(job.model) / 1e6:.1f} M "
+        f"parameters, {count_parameters(job.model, trained=True) / 1e6:.1f} M trained, {len(job.train_set)} "
+        f"samples, global batch {settings.batch_size * settings.accumulate * ranks.world}, "
         f"{settings.precision} on {ranks.world} x {ranks.device.type}, step {training.progress.step} of "
         f"{training.total}"
     )
@@ -313,7 +316,7 @@ def validate(training: Training) -> bool:
     return better
 
 
-def begun_and_resumed(args: argparse.Namespace, run: Run) -> tuple[bool, bool]:
+def begun_and_resumed(command: Command, run: Run) -> tuple[bool, bool]:
     """Return whether there is a run to continue, and whether --resume continues it."""
     begun = run.pointer("last") is not None or bool(run.all())
     if begun and not run.exists:
@@ -321,10 +324,10 @@ def begun_and_resumed(args: argparse.Namespace, run: Run) -> tuple[bool, bool]:
             f"{run.config}: no such file beside {run.checkpoints}; put the run's own back, or choose "
             f"another --out"
         )
-    return begun, begun if args.resume == "auto" else bool(args.resume)
+    return begun, begun if command.resume == "auto" else bool(command.resume)
 
 
-def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSetup, say) -> None:
+def already_there(command: Command, run: Run, setup: Setup, say) -> None:
     """Say that the same run is finished. Raises InputError where it is not, or where it is another."""
     values, last = run.read_config(), run.pointer("last")
     if values.get(
@@ -332,7 +335,7 @@ def already_there(args: argparse.Namespace, run: Run, setup: Setup | LanguageSet
     ):  # a converted run has none. Settings that came after a run have their defaults in it
         values["train"] = to_dict(from_dict(TrainConfig, values["train"], str(run.folder / "config.json")))
     now, values = (json.loads(json.dumps(v)) for v in (setup.values(), values))
-    same = all(values.get(name) == now[name] for name in now) and values["max_steps"] == args.max_steps
+    same = all(values.get(name) == now[name] for name in now) and values["max_steps"] == command.max_steps
     # A last validation that was not finite is an error, which --resume says again.
     validated = {record["step"] for record in run.read_log() if "validation" in record}
     if same and last == run.at(values["total_steps"]) and values["total_steps"] in validated:

@@ -6,16 +6,20 @@ windows are HU. Sources: HSENet (commit c7198f3) and REAF (commit f9475f8), as t
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.settings import check_ranges, setting
 
-LARGEST = (
-    2**24
-)  # of any size of a network: above is a mistake, which would be found out by running out of memory
+# Largest size of any part of a network. A larger one is a mistake, which would end in too little memory.
+LARGEST = 2**24
 Size3 = tuple[int, int, int]
+D_H_W = ("D", "H", "W")
+CONTRASTIVE, LANGUAGE = ("clip1", "clip2"), ("mrg", "vqa")  # stages of training
+GUIDED = ("clip2",)
+KINDS = ("location", "abnormality", "presence", "size")  # of questions
 MOST_VOXELS = 2**30  # of a volume, whether read or made
 
 
@@ -70,15 +74,22 @@ class Recipe:
 FITS = ("foreground", "crop", "resize")
 
 
-def _size(default):
-    """The field of a size, or of several."""
-    return setting(default, above=0, most=LARGEST)
+def _size(default, help: str = "", **flag):
+    """Return the field of a size, or of several."""
+    return setting(default, help, above=0, most=LARGEST, **flag)
+
+
+def _encoder(default, help: str, **how):
+    """Return the field of an encoder's setting that has a flag."""
+    return setting(default, help, stages=CONTRASTIVE, **how)
 
 
 def _whole_heads(config) -> None:
     if config.width % config.heads:
         raise InputError(f"{config.heads} heads do not share a width of {config.width}")
 
+
+VOXELS = {"metavar": D_H_W, "stages": CONTRASTIVE}
 
 # 0.449 and 0.226 are the averages over colours of ImageNet's means and standard deviations, in float32 as
 # published.
@@ -105,8 +116,8 @@ RECIPES = {
 class VisionConfig:
     """3D patch ViT (HSENet stage 1; the vision encoder of M3D-CLIP)."""
 
-    size: Size3 = _size((32, 256, 256))
-    patch: Size3 = _size((4, 16, 16))
+    size: Size3 = _size((32, 256, 256), "input size, when not the preset's", **VOXELS)
+    patch: Size3 = _size((4, 16, 16), "patch size, when not the preset's", **VOXELS)
     width: int = _size(768)
     depth: int = setting(12, above=0, most=1000)
     heads: int = _size(12)
@@ -143,18 +154,22 @@ class ReafVisionConfig(VisionConfig):
     regions: of region_size tokens that keep weight 1 in the saliency map; 0, no map of regions.
     """
 
-    size: Size3 = _size((112, 336, 336))
-    patch: Size3 = _size((8, 24, 24))
-    scan_layers: tuple[int, ...] = (2, 5, 8, 11)
-    fusion: Literal[(*FUSIONS, "last")] | None = "weighted_mean"
-    fusion_seed: int = setting(0, least=0, most=2**31)
-    regions: int = setting(3, least=0, most=LARGEST)
-    region_size: Size3 = _size((3, 3, 3))
-    suppression: float = setting(0.1, least=0, most=1)
-    class_score: Literal["first_patch", "class_token"] = "first_patch"
-    remainder: Literal["suppressed", "regions"] = "suppressed"
-    slice_class: Literal["first", "mean"] = "first"
-    drop_path: float = setting(0.2, least=0, most=0.99)
+    size: Size3 = _size((112, 336, 336), "input size, when not the preset's", **VOXELS)
+    patch: Size3 = _size((8, 24, 24), "patch size, when not the preset's", **VOXELS)
+    scan_layers: tuple[int, ...] = _encoder((2, 5, 8, 11), "blocks that see the whole scan", metavar="I")
+    fusion: Literal[(*FUSIONS, "last")] | None = _encoder(
+        "weighted_mean", "over layers; none: HLIP's encoder", none="none"
+    )
+    fusion_seed: int = _encoder(0, "seed of random_weighted_mean", least=0, most=2**31)
+    regions: int = _encoder(3, "salient regions that are kept; 0: no regions", least=0, most=LARGEST)
+    region_size: Size3 = _size((3, 3, 3), "patches", **VOXELS)
+    suppression: float = _encoder(0.1, "factor outside the regions", least=0, most=1)
+    class_score: Literal["first_patch", "class_token"] = _encoder(
+        "first_patch", "token whose attention counts"
+    )
+    remainder: Literal["suppressed", "regions"] = _encoder("suppressed", "patches that fill no whole region")
+    slice_class: Literal["first", "mean"] = _encoder("first", "class token of the slice branch")
+    drop_path: float = _encoder(0.2, "rate of the last block, 0 at the first", least=0, most=0.99)
 
     def __post_init__(self):
         super().__post_init__()
@@ -210,11 +225,19 @@ class LoraConfig:
     get them.
     """
 
-    towers: tuple[Literal["vision", "text"], ...]
-    r: int = _size(8)
-    alpha: float = setting(8, above=0, most=1e30)
-    dropout: float = setting(0.0, least=0, most=0.99)
-    targets: tuple[str, ...] = ("query", "value")
+    towers: tuple[Literal["vision", "text"], ...] = _encoder(
+        MISSING, "towers of a dual encoder to train by adapters only", flag="lora"
+    )
+    r: int = _size(8, "rank (default: 8; the decoder's: 16)", flag="lora_r")
+    alpha: float = setting(
+        8, "scale, times 1 / rank (default: 8; the decoder's: 32)", flag="lora_alpha", above=0, most=1e30
+    )
+    dropout: float = setting(0.0, "default: 0; the decoder's: 0.05", flag="lora_dropout", least=0, most=0.99)
+    targets: tuple[str, ...] = _encoder(
+        ("query", "value"),
+        "layers: query, key, value, proj, fc1, fc2 (default: query value)",
+        flag="lora_targets",
+    )
 
     def __post_init__(self):
         check_ranges(self)
@@ -231,12 +254,17 @@ class ClipConfig:
     text: TextConfig = field(default_factory=TextConfig)
     embed: int = _size(768)
     projection_bias: bool = True
-    logit_scale: Literal["raw", "exp"] = "raw"
+    logit_scale: Literal["raw", "exp"] = _encoder("raw", "raw: as HSENet publishes; exp: as CLIP")
     max_text: int = _size(512)
     lora: LoraConfig | None = None
 
     def __post_init__(self):
         check_ranges(self)
+
+    @property
+    def guided(self) -> bool:
+        """Whether volumes come with slice features."""
+        return isinstance(self.vision, GuidedVisionConfig)
 
 
 @dataclass(frozen=True)
@@ -256,76 +284,122 @@ class Augmentation:
         check_ranges(self)
 
 
+NO_AUGMENTATION = Augmentation(rotate=0, flip=0, scale=0, shift=0)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training stage. warmup is the share of all steps; no_decay is the published rule of each method.
+    """Settings of one training stage. Those with a text are flags of train.py; of the others:
 
+    betas, eps: of AdamW. no_decay: the published rule of each method (train/optimizer.py).
     first_step: 0, the warm-up starts at a rate of 0; 1, at the first step's share of it, as REAF does.
-    text_blocks: last blocks of the text encoder that are trained, the rest frozen but for its LayerNorms;
-    None: all.
-    grad_cache: volumes per pass of --grad-cache (grad_cache.py); None: the whole batch in one pass.
-    relation: weight of stage 2's relation loss at step 0, which falls to 0 at relation_steps.
-    slices_follow: a volume's slice features follow its depth flip; HSENet publishes that they do not.
-    encoder_rate: of the learning rate, for encoders that a language stage trains on.
-    label_epochs: before the first step, in which the encoders learn to tell the scan's labels
-        (label_start.py); list_epochs: the first epochs of a language stage, in which the answer is the list
-        of these labels. Later reports begin with it. A decoder that starts from nothing else learns to write
-        without looking; not published, for the tiny presets.
-    questions: kind of questions that stage vqa learns to answer; templates: their wordings, of --templates;
-    None: ours.
-    frozen_dropout: frozen encoders keep their dropout in a language stage; HSENet publishes that they do.
-    shard: the ranks share the weights and the optimizer's states of a language stage (sharding.py).
-    max_bad: volumes that may be left out because they cannot be read, before the run stops.
-    max_skipped: steps that may be skipped because a loss or a gradient is not finite, before the run stops.
-    best_by: the number of the validation that chooses the best checkpoint; None: mean R@5, or the loss.
-    start: of weights that nothing is loaded into: `published`, or `xavier`, from which the tiny presets
-    train, and all earlier runs.
-    calibrate: training volumes that set the start of what is trained from nothing (calibration.py); 0: plain
-    start.
+    encoder_rate: factor on the learning rate, for encoders that a language stage trains on.
+    label_epochs: epochs before the first step, in which encoders learn the labels (train/label_start.py).
+    list_epochs: first epochs of a language stage, in which the answer is the list of these labels. Later
+        reports begin with it. Not published, for the tiny presets: without it a decoder from scratch learns
+        to write without looking.
+    start: initial weights of what is not loaded: `published`, or `xavier` for the tiny presets.
+    calibrate: training volumes that set the start of what is trained from scratch (calibration.py); 0: none.
     """
 
-    lr: float = setting(above=0, most=1e30)  # of float32
-    weight_decay: float = setting(least=0, most=1e30)
+    lr: float = setting(MISSING, "learning rate", above=0, most=1e30)  # of float32
+    weight_decay: float = setting(MISSING, "decoupled from the gradient (AdamW)", least=0, most=1e30)
     betas: tuple[float, float] = setting(least=0, most=0.999999)
     eps: float = setting(least=0, most=1)
-    warmup: float = setting(least=0, most=1)
-    epochs: int = setting(above=0)
-    batch_size: int = setting(above=0)  # per process
+    warmup: float = setting(MISSING, "share of all steps", least=0, most=1)
+    epochs: int = setting(MISSING, "passes over the training split", above=0, free=True)
+    batch_size: int = setting(MISSING, "volumes per process", above=0)
     no_decay: Literal["hsenet", "reaf"] = "hsenet"
-    clip_norm: float | None = setting(1.0, above=0)
-    accumulate: int = setting(1, above=0)
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    grad_checkpoint: bool = False
-    seed: int = setting(42, least=0, most=2**31)
-    augment: Augmentation = Augmentation()
-    validate_every: float = setting(0.04, above=0, most=1e6)  # share of all steps
-    validate_samples: int = setting(512, above=0)
-    save_every: int = setting(1000, above=0)
-    keep: int = setting(2, above=0)
+    clip_norm: float | None = setting(1.0, "largest norm of the gradients", above=0)
+    accumulate: int = setting(1, "batches per optimizer step", above=0)
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "bf16", "default: the recipe's on a GPU, else fp32", free=True
+    )
+    grad_checkpoint: bool = setting(False, "less memory, a third more time", free=True)
+    seed: int = setting(42, "of weights, order, augmentation and dropout", least=0, most=2**31)
+    augment: Augmentation = setting(
+        Augmentation(), "train on the volumes as they are", flag="no_augment", const=NO_AUGMENTATION
+    )
+    validate_every: float = setting(
+        0.04, "share of all steps between validations", above=0, most=1e6, free=True
+    )
+    validate_samples: int = setting(512, "first N of the validation split", metavar="N", above=0, free=True)
+    save_every: int = setting(1000, "steps between checkpoints", above=0, free=True)
+    keep: int = setting(
+        2, "checkpoints to keep, beside the best and the last good one (default: 2)", above=0, free=True
+    )
     first_step: Literal[0, 1] = 0
-    text_blocks: int | None = setting(None, least=0)
-    grad_cache: int | None = setting(None, above=0)
-    relation: float = setting(0.0, least=0, most=1000)
-    relation_steps: int = setting(5000, above=0)
-    slices_follow: bool = True
+    text_blocks: int | None = setting(
+        None,
+        "last blocks of the text encoder to train (reaf: 0; LayerNorms always are)",
+        flag="unfreeze_text",
+        none="all",
+        metavar="N|all",
+        least=0,
+        stages=CONTRASTIVE,
+    )
+    grad_cache: int | None = setting(
+        None,
+        "the whole batch's gradients, CHUNK volumes at a time",
+        metavar="CHUNK",
+        above=0,
+        free=True,
+        stages=CONTRASTIVE,
+    )
+    relation: float = setting(
+        0.0, "weight of the relation loss at the first step", least=0, most=1000, stages=GUIDED
+    )
+    relation_steps: int = setting(5000, "steps until that weight is 0", above=0, stages=GUIDED)
+    slices_follow: bool = setting(
+        True,
+        "slice features do not follow a flip, as published",
+        flag="slices_stay",
+        const=False,
+        stages=(*GUIDED, *LANGUAGE),
+    )
     encoder_rate: float = setting(1.0, least=0, most=1e30)
     label_epochs: int = setting(0, least=0)
     list_epochs: int = setting(0, least=0)
-    questions: str = "location"
-    templates: tuple[str, ...] | None = None
-    frozen_dropout: bool = False
-    max_bad: int = setting(0, least=0)
-    shard: bool = False
-    max_skipped: int = setting(10, least=0)
-    best_by: str | None = None
+    questions: Literal[KINDS] = setting("location", "kind of questions (default: location)", stages=("vqa",))
+    templates: tuple[str, ...] | None = setting(
+        None,
+        "all questions' wordings: HSENet's prompt_templates.py, or json",
+        word=Path,
+        metavar="FILE",
+        stages=("vqa",),
+    )
+    frozen_dropout: bool = setting(False, "frozen encoders keep their dropout, as published", stages=LANGUAGE)
+    max_bad: int = setting(
+        0,
+        "volumes that may be left out, each by name, because they cannot be read (default: 0, the run stops)",
+        metavar="N",
+        least=0,
+        free=True,
+    )
+    shard: bool = setting(
+        False,
+        "with --full: every GPU holds a part of the weights and the optimizer's states (FSDP)",
+        free=True,
+        stages=LANGUAGE,
+    )
+    max_skipped: int = setting(
+        10,
+        "steps to skip as their loss or gradients are not finite, before the run stops (default: 10)",
+        metavar="N",
+        least=0,
+        free=True,
+    )
+    best_by: str | None = setting(
+        None,
+        "number of the validation that chooses the best (default: mean R@5, or the loss)",
+        metavar="NAME",
+    )
     start: Literal["xavier", "published"] = "xavier"
     calibrate: int = setting(0, least=0)
 
     def __post_init__(self):
         check_ranges(self)
 
-
-NO_AUGMENTATION = Augmentation(rotate=0, flip=0, scale=0, shift=0)
 
 # The published settings of every stage, per process. HSENet's README has 8 processes for the contrastive
 # stages, its files force one in clip1, mrg and vqa; REAF's example has one.

@@ -1,7 +1,9 @@
-"""Settings as dataclasses. A field's annotation says the kind of its value, `setting` the range; JSON is
-held to both.
+"""Settings as dataclasses. A field says the kind of its value, its range, and its flag on the command line.
+
+JSON files and command lines are held to it: a new setting is a new field.
 """
 
+import argparse
 import dataclasses
 import math
 import sys
@@ -33,30 +35,135 @@ class Range:
         return ""
 
 
-def setting(
-    default=MISSING, *, above: float | None = None, least: float | None = None, most: float | None = None
-):
-    """A dataclass field of one number or several, which must lie in this range. least: -inf allows that
-    too.
+def setting(default=MISSING, help: str = "", *, above=None, least=None, most=None, **flag):
+    """Return a dataclass field with a range and, where `help` is given, a flag of the command line.
+
+    above, least, most: range of a number, or of each of several. least=-inf allows that too.
+    flag: its name, when it is not the field's. stages: those that have it; none given: all.
+    free: a resumed run may change it. none: word for None. bare: value of the flag without a word.
+    required: the flag must be given. const: value of a flag that takes no word. metavar: as argparse has it.
+    word: type of the word, when the annotation does not tell.
     """
-    held = {"range": Range(above, least, most)}
-    return (
-        dataclasses.field(metadata=held)
-        if default is MISSING
-        else dataclasses.field(default=default, metadata=held)
-    )
-
-
-def ranges(cls) -> dict[str, Range]:
-    """The ranges of a dataclass's fields, by name."""
-    return {field.name: field.metadata["range"] for field in fields(cls) if "range" in field.metadata}
+    held = {**flag, **({"help": help} if help else {})}
+    if (above, least, most) != (None, None, None):
+        held["range"] = Range(above, least, most)
+    return dataclasses.field(metadata=held, **({} if default is MISSING else {"default": default}))
 
 
 def check_ranges(config) -> None:
     """Raise InputError, naming the field, for a number out of its range. To be called by __post_init__."""
-    for name, held in ranges(config).items():
-        if expected := held.expected(value := getattr(config, name)):
-            raise InputError(f"{name} of {type(config).__name__} is {value!r:.60}; expected {expected}")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if expected := field.metadata.get("range", Range()).expected(value):
+            raise InputError(f"{field.name} of {type(config).__name__} is {value!r:.60}; expected {expected}")
+
+
+def flag_name(field: dataclasses.Field) -> str:
+    """Return the name of a field's flag, as argparse stores it; empty where it has none."""
+    return field.metadata.get("flag", field.name) if "help" in field.metadata else ""
+
+
+def flags(*classes) -> dict[str, tuple[dataclasses.Field, object]]:
+    """Return {name of a flag: (field, annotation)} of dataclasses; of two with one name, the first."""
+    found = {}
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        for field in fields(cls):
+            if name := flag_name(field):
+                found.setdefault(name, (field, hints[field.name]))
+    return found
+
+
+def add_flags(parser, known: dict[str, tuple[dataclasses.Field, object]]) -> None:
+    """Add flags to a parser or to a group of it. A flag that is not on the command line leaves no value."""
+    for name, (field, hint) in known.items():
+        how = field.metadata
+        stages = f" ({', '.join(how['stages'])})" if "stages" in how else ""
+        options = {"dest": name, "default": argparse.SUPPRESS, "help": how["help"] + stages}
+        options["required"] = how.get("required", False)
+        kind, count, choices = (how["word"], None, []) if "word" in how else _word(hint)
+        if "const" in how:
+            options |= {"action": "store_const", "const": how["const"]}
+        elif kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            choices += [how["none"]] if choices and "none" in how else []
+            options |= {"type": _reader(kind, how.get("none")), "choices": choices or None}
+            options |= {"nargs": count, "metavar": how.get("metavar")}
+            if "bare" in how:
+                options |= {"nargs": "?", "const": how["bare"]}
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def _word(hint) -> tuple[type, int | str | None, list]:
+    """Return (type of a word, number of words, choices) of an annotation, None in a union left out."""
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return type(parts[0]), None, parts
+    if typing.get_origin(hint) is tuple:
+        kind, _, choices = _word(parts[0])
+        return kind, "+" if parts[-1] is ... else len(parts), choices
+    return _word(parts[-1]) if parts else (hint, None, [])
+
+
+def _reader(kind: type, none: str | None):
+    """Return what turns a word into a value; the word for None stays."""
+
+    def read(text: str):
+        return text if text == none else kind(text)
+
+    read.__name__ = kind.__name__ if none is None else f"{kind.__name__} or {none}"
+    return read
+
+
+def spelled(name: str, value, known: dict[str, tuple[dataclasses.Field, object]]) -> str:
+    """Return a flag as the command line has it: `--lr`, `--no-guidance`."""
+    negated = value is False and "const" not in known[name][0].metadata
+    return "--" + "no-" * negated + name.replace("_", "-")
+
+
+def given(args: argparse.Namespace, known: dict[str, tuple[dataclasses.Field, object]], stage: str) -> dict:
+    """Return {name: value} of the flags on the command line.
+
+    Raises InputError for a value that is out of range, and for a flag of another stage.
+    """
+    found = {}
+    for name, value in vars(args).items():
+        if name not in known:
+            continue
+        how, shown = known[name][0].metadata, spelled(name, value, known)
+        if expected := how.get("range", Range()).expected(value):
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise InputError(f"{shown} {value}: expected {expected}")
+        if stage not in how.get("stages", (stage,)):
+            raise InputError(f"{shown}: is an option of --stage {' and '.join(how['stages'])}; leave it out")
+        value = None if "none" in how and value == how["none"] else value
+        found[name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def flag_values(config) -> dict:
+    """Return {name of a flag: value} of a dataclass and of those in it."""
+    found = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if name := flag_name(field):
+            found[name] = value
+        elif is_dataclass(value):
+            found |= flag_values(value)
+    return found
+
+
+def changed(config, values: dict):
+    """Return a dataclass with the values of flags, also in dataclasses in it; other flags are passed over."""
+    changes = {}
+    for field in fields(config):
+        value, name = getattr(config, field.name), flag_name(field)
+        if name in values:
+            changes[field.name] = values[name]
+        elif not name and is_dataclass(value):
+            changes[field.name] = changed(value, values)
+    return dataclasses.replace(config, **changes)
 
 
 def to_dict(config) -> dict:

@@ -20,7 +20,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import load_dual_encoder
-from reaf_hsenet.train import contrastive, guided_setup, phantom_slices
+from reaf_hsenet.train import contrastive, contrastive_setup, phantom_slices
 from reaf_hsenet.train.phantom_slices import train_slice_encoder
 from reaf_hsenet.weights.slice_encoder import describe
 from test_train import numbers, same_weights, tiny, weights
@@ -105,7 +105,9 @@ def test_stage_2_resumes_bit_for_bit(teacher, finished, tmp_path):
 @pytest.mark.slow
 def test_grad_cache_trains_stage_2_as_one_pass_does(teacher, tmp_path, monkeypatch):
     # Dropout would be drawn anew for each chunk.
-    monkeypatch.setattr(guided_setup, "GuidedVisionConfig", partial(GuidedVisionConfig, guidance_dropout=0.0))
+    monkeypatch.setattr(
+        contrastive_setup, "GuidedVisionConfig", partial(GuidedVisionConfig, guidance_dropout=0.0)
+    )
     plain = tmp_path / "plain"
     assert train.main(stage2(teacher, plain, "--max-steps", 2)) == 0
     for name, chunk in (("whole", 4), ("halves", 2), ("uneven", 3)):

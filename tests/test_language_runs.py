@@ -342,7 +342,7 @@ def test_wrong_flags_are_named(stages, decoder_folder, finished, tmp_path):
     )
     wrong(
         ["--stage", "mrg", "--out", finished, "--resume", "--no-train-vision"],
-        "--train-vision: with --resume.*has True",
+        "--no-train-vision: with --resume.*has True",
     )
     wrong(
         ["--stage", "mrg", "--out", finished, "--resume", "--teacher", tmp_path],

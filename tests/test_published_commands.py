@@ -16,9 +16,9 @@ from reaf_hsenet.config import STAGES
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.runs.trained import load_dual_encoder
-from reaf_hsenet.train import train_flags
+from reaf_hsenet.train.command import parse
 from reaf_hsenet.train.optimizer import learning_rate
-from reaf_hsenet.train.run_setup import changed_settings
+from reaf_hsenet.train.setup import recipe_settings
 from reaf_hsenet.weights.__main__ import main as convert
 from reaf_hsenet.weights.names import m3d_clip_state
 from test_weights_start import data  # noqa: F401
@@ -41,7 +41,7 @@ def commands(text: str, script: str = "train.py") -> list[list[str]]:
 def test_every_train_command_of_the_documents_is_accepted(document):
     found = commands((ROOT / document).read_text())
     for arguments in found:
-        train_flags.parse(arguments, "")
+        parse(arguments, "")
     assert len(found) > 3 or document != "README.md"
 
 
@@ -75,10 +75,10 @@ def test_stage_2s_command_starts_the_student_from_m3d_clip_as_published(data, tm
 
 
 def test_reafs_second_command_is_its_train_script():
-    readme, script = (train_flags.parse(c, "") for c in commands(README) if "reaf" in c and "--init" in c)
+    readme, script = (parse(c, "") for c in commands(README) if "reaf" in c and "--init" in c)
     settings = [
-        changed_settings(args, STAGES["clip1", "reaf"], Ranks(0, 1, torch.device("cuda")))
-        for args in (readme, script)
+        recipe_settings(command, "reaf-base", Ranks(0, 1, torch.device("cuda")))
+        for command in (readme, script)
     ]
     assert [(s.lr, s.batch_size, s.epochs) for s in settings] == [(5e-4, 16, 50), (2e-4, 148, 2)]
     assert settings[1].grad_cache == 16 and settings[0].grad_cache is None

@@ -97,7 +97,7 @@ def test_a_run_starts_as_its_recipe_says_and_what_is_loaded_stays(prepared, tmp_
     assert train.main(tiny(prepared, tmp_path / "tiny", "--max-steps", 1)) == 0
     assert not seen and json.loads((tmp_path / "tiny/config.json").read_text())["train"]["start"] == "xavier"
     monkeypatch.setattr(
-        "reaf_hsenet.train.run_setup.stage_config",
+        "reaf_hsenet.train.setup.stage_config",
         lambda *names: replace(stage_config(*names), start="published"),
     )
     assert train.main(tiny(prepared, tmp_path / "two", "--max-steps", 1, "--init", tmp_path / "tiny")) == 0

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from reaf_hsenet.config import (
+    NO_AUGMENTATION,
     STAGES,
     Augmentation,
     ClipConfig,
@@ -24,9 +26,18 @@ from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.checkpoint import DecoderOrigin, RunSettings
-from reaf_hsenet.settings import check_ranges, from_dict, ranges, setting, to_dict
+from reaf_hsenet.settings import (
+    Range,
+    changed,
+    check_ranges,
+    flag_name,
+    flag_values,
+    from_dict,
+    setting,
+    to_dict,
+)
+from reaf_hsenet.train.command import FLAGS, parse
 from reaf_hsenet.train.stability import Stability
-from reaf_hsenet.train.train_flags import RANGES
 from reaf_hsenet.train.training import Progress, Saved
 
 
@@ -116,6 +127,10 @@ SETTINGS = (
 )
 
 
+def ranges(cls) -> dict[str, Range]:
+    return {f.name: f.metadata["range"] for f in dataclasses.fields(cls) if "range" in f.metadata}
+
+
 @pytest.mark.parametrize("cls", SETTINGS)
 def test_every_range_is_held_to(cls):
     """A number below it is refused when the object is made, however it is made."""
@@ -139,9 +154,39 @@ def test_every_number_of_a_recipe_has_a_range():
         assert free <= {"scan_layers"}, cls
 
 
-def test_flags_have_the_ranges_of_their_settings():
-    assert all(RANGES[name] == held for name, held in ranges(TrainConfig).items())
-    assert RANGES["lora_r"] == ranges(LoraConfig)["r"] and RANGES["kernel"] == ranges(MllmConfig)["kernel"]
+def test_flags_of_one_name_have_one_range():
+    for cls in (TrainConfig, LoraConfig, MllmConfig, ReafVisionConfig, VisionConfig):
+        for field in dataclasses.fields(cls):
+            if name := flag_name(field):
+                assert FLAGS[name][0].metadata.get("range") == field.metadata.get("range"), name
+
+
+def test_flags_are_read_as_their_fields_say():
+    words = "--fusion none --unfreeze-text all --region-size 2 2 2 --scan-layers 1 2 --lora vision text"
+    command = parse(
+        ["--stage", "clip1", *words.split(), "--lora-r", "4", "--no-augment", "--no-grad-checkpoint"], ""
+    )
+    assert command.given == {
+        "stage": "clip1",
+        "fusion": None,
+        "unfreeze_text": None,
+        "region_size": (2, 2, 2),
+        "scan_layers": (1, 2),
+        "lora": ("text", "vision"),
+        "lora_r": 4,
+        "no_augment": NO_AUGMENTATION,
+        "grad_checkpoint": False,
+    }
+    reaf = replace(PRESETS["reaf-tiny"], lora=LoraConfig(("text",)))
+    config, recipe = changed(reaf, command.given), changed(STAGES["clip1", "reaf"], command.given)
+    assert (config.vision.fusion, config.vision.region_size, config.lora.r) == (None, (2, 2, 2), 4)
+    assert (recipe.text_blocks, recipe.augment, recipe.grad_checkpoint) == (None, NO_AUGMENTATION, False)
+    assert flag_values(config)["lora"] == ("text", "vision") and flag_values(recipe)["lr"] == 5e-4
+    assert parse(["--stage", "mrg", "--resume", "--cache-features"], "").resume is True
+    assert parse(["--stage", "mrg", "--cache-features", "x"], "").cache_features == Path("x")
+    for wrong in ("--resume sometimes", "--cache-features x --lr 0", "--relation 1", "--kernel 1 2"):
+        with pytest.raises(InputError, match="--" + wrong.split(" --")[-1].split()[0].strip("-")):
+            parse(["--stage", "mrg", *wrong.split()], "")
 
 
 def test_published_settings_and_presets_survive_json():

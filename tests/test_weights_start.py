@@ -18,7 +18,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.positions import resample_3d
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.trained import load_dual_encoder
-from reaf_hsenet.train.run_setup import resampled
+from reaf_hsenet.train.contrastive_setup import resampled
 from reaf_hsenet.weights import initial_state, read_checkpoint
 from reaf_hsenet.weights.__main__ import main as convert
 from reaf_hsenet.weights.names import TEACHER, m3d_clip_state

@@ -1,10 +1,19 @@
 """Settings of a language model that sees, and how it is built from them."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from typing import Literal
 
 import torch
 
-from reaf_hsenet.config import DECODER_LORA, LARGEST, VisionConfig
+from reaf_hsenet.config import (
+    D_H_W,
+    DECODER_LORA,
+    LANGUAGE,
+    LARGEST,
+    GuidedVisionConfig,
+    Size3,
+    VisionConfig,
+)
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import build_vision
 from reaf_hsenet.models.decoder import Decoder
@@ -39,6 +48,11 @@ def tiny_decoder(tokenizer: Tokenizer) -> DecoderConfig:
     )
 
 
+def _language(default, help: str, **how):
+    """Return the field of a setting with a flag of the language stages."""
+    return setting(default, help, stages=LANGUAGE, **how)
+
+
 @dataclass(frozen=True)
 class MllmConfig:
     """vision: one of VISION; encoders: theirs, in that order. kernel: tokens that the projector packs into
@@ -49,18 +63,28 @@ class MllmConfig:
     train_vision: the encoders are trained too (published: frozen).
     """
 
-    vision: str
+    vision: Literal[tuple(VISION)] = _language(
+        MISSING, "encoders the decoder sees: stage 1's and 2E3, or one (default: dual, reaf)"
+    )
     encoders: tuple[VisionConfig, ...]
     decoder: DecoderConfig
-    projector: str = "spatial_packer"
-    kernel: tuple[int, int, int] = setting((1, 4, 4), above=0, most=LARGEST)
-    shared: bool = False
-    full: bool = False
-    train_vision: bool = False
-    int8: bool = False
-    r: int = setting(DECODER_LORA["r"], above=0, most=LARGEST)
-    alpha: float = setting(DECODER_LORA["alpha"], above=0, most=1e30)
-    dropout: float = setting(DECODER_LORA["dropout"], least=0, most=0.99)
+    projector: Literal[tuple(PROJECTORS)] = _language(
+        "spatial_packer", "from patch tokens to visual tokens (default: spatial_packer)"
+    )
+    kernel: Size3 = _language(
+        (1, 4, 4),
+        "patch tokens that become one visual token (default: 1 4 4; tiny presets: 1 2 2)",
+        metavar=D_H_W,
+        above=0,
+        most=LARGEST,
+    )
+    shared: bool = _language(False, "one projector for both encoders", flag="shared_projector")
+    full: bool = _language(False, "train the whole decoder, not adapters")
+    train_vision: bool = _language(False, "train the encoders too (default: with a new decoder)")
+    int8: bool = _language(False, "hold the frozen decoder's weights in eight bits")
+    r: int = _language(DECODER_LORA["r"], "rank", flag="lora_r", above=0, most=LARGEST)
+    alpha: float = _language(DECODER_LORA["alpha"], "scale", flag="lora_alpha", above=0, most=1e30)
+    dropout: float = _language(DECODER_LORA["dropout"], "rate", flag="lora_dropout", least=0, most=0.99)
     max_text: int = setting(800, above=0, most=LARGEST)
 
     def __post_init__(self):
@@ -69,12 +93,21 @@ class MllmConfig:
             raise InputError(
                 f"--vision {self.vision}: expected one of {', '.join(VISION)}, with its encoders"
             )
-        if self.projector not in PROJECTORS:
-            raise InputError(f"--projector {self.projector}: expected one of {', '.join(PROJECTORS)}")
         if len({encoder.grid for encoder in self.encoders}) > 1 and self.shared:
             raise InputError(
                 "--shared-projector: the two encoders have other token grids; leave the flag out"
             )
+
+    @property
+    def guided(self) -> bool:
+        """Whether volumes come with slice features."""
+        return any(isinstance(encoder, GuidedVisionConfig) for encoder in self.encoders)
+
+
+def visual_tokens(config: MllmConfig) -> int:
+    """Return the number of tokens that the decoder sees of a volume."""
+    with torch.device("meta"):
+        return build_mllm(config).visual_tokens
 
 
 def new_decoder(config: DecoderConfig) -> Decoder:

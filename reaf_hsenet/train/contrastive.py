@@ -5,7 +5,6 @@ Stage 2 (HSENet section 3.2) has a frozen stage-1 dual encoder as teacher: contr
 over the gathered batch.
 """
 
-import argparse
 import hashlib
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +27,8 @@ from reaf_hsenet.models.clip import (
 )
 from reaf_hsenet.runs.embedding import SCORES, embed, retrieval_score
 from reaf_hsenet.train.calibration import calibrate
+from reaf_hsenet.train.command import Command
+from reaf_hsenet.train.contrastive_setup import resumed_teacher
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.losses import (
     contrastive_logits,
@@ -36,7 +37,7 @@ from reaf_hsenet.train.losses import (
     relation_loss,
     relation_weight,
 )
-from reaf_hsenet.train.run_setup import Setup
+from reaf_hsenet.train.setup import Setup
 from reaf_hsenet.train.training_state import PRECISIONS
 from reaf_hsenet.weights import load_matching, load_strictly
 
@@ -141,16 +142,19 @@ class Guided(Contrastive):
         return loss + weight * relation, numbers | {"relation": relation.detach()}
 
 
-def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -> Job:
-    manifest, settings = setup.manifest, setup.settings
+def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
+    """Build the job of stage clip1 or clip2."""
+    if setup.resumed and setup.origin.get("teacher"):
+        setup.teacher = resumed_teacher(command, setup)
+    manifest, settings = setup.manifest, setup.train
     bad = BadVolumes(settings.max_bad, ranks)
     bad.check(manifest, ["train", "validation"], setup.guided)
     data = partial(
         CTReportDataset,
         manifest,
         tokenizer=setup.tokenizer,
-        max_text=setup.model_config.max_text,
-        style=args.model,
+        max_text=setup.model.max_text,
+        style=command.model,
         slices=setup.guided,
     )
     train_set = data(
@@ -175,9 +179,9 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
             )
         return retrieval_score(*pair)
 
-    model = build_dual_encoder(setup.model_config)
-    if not args.resume:
-        start_weights(model, setup, data, args, bad, say)
+    model = build_dual_encoder(setup.model)
+    if not setup.resumed:
+        start_weights(model, setup, data, command, bad, say)
     if settings.text_blocks is not None:
         if settings.text_blocks > len(model.text.blocks) + 1:
             raise InputError(
@@ -185,9 +189,9 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
                 f"blocks; say all"
             )
         freeze_text(model, settings.text_blocks)
-    if setup.model_config.lora:
+    if setup.model.lora:
         try:
-            adapt(model, setup.model_config.lora)
+            adapt(model, setup.model.lora)
         except ValueError as error:
             raise InputError(f"--lora-targets: {error}") from error
     set_grad_checkpoint(model, settings.grad_checkpoint)
@@ -198,17 +202,17 @@ def contrastive_job(setup: Setup, args: argparse.Namespace, ranks: Ranks, say) -
 
 
 def start_weights(
-    model: DualEncoder, setup: Setup, data: Callable, args: argparse.Namespace, bad: BadVolumes, say
+    model: DualEncoder, setup: Setup, data: Callable, command: Command, bad: BadVolumes, say
 ) -> None:
     """Pretrained weights as the command line names them; what starts from nothing starts as the recipe
     says.
     """
-    if setup.settings.start == "published":
+    if setup.train.start == "published":
         start_as_published(model)
     if setup.text_weights is not None:
-        load_strictly(model.text, setup.text_weights, args.text_model)
+        load_strictly(model.text, setup.text_weights, command.text_model)
     if setup.init_state is not None:
-        say(load_matching(model, setup.init_state, setup.origin["init"]) + setup.init_account)
-    elif setup.settings.calibrate:
-        sample = plain_batch(data(split="train"), setup.settings.calibrate, bad)
+        say(load_matching(model, setup.init_state, setup.origin["init"]) + setup.init_note)
+    elif setup.train.calibrate:
+        sample = plain_batch(data(split="train"), setup.train.calibrate, bad)
         calibrate(model, sample.volume, sample.ids if setup.text_weights is None else None, sample.mask)

@@ -1,6 +1,5 @@
 """Stages mrg and vqa: the language model with its weights, its data, its loss and its validation."""
 
-import argparse
 import math
 
 import torch
@@ -19,9 +18,10 @@ from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.mllm_config import build_mllm, trained_state
 from reaf_hsenet.runs.trained import base_decoder, encoder_states, fill_encoders
 from reaf_hsenet.train.calibration import calibrate_tokens
+from reaf_hsenet.train.command import Command
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.label_start import learn_labels
-from reaf_hsenet.train.language_setup import LanguageSetup
+from reaf_hsenet.train.setup import Setup
 from reaf_hsenet.train.sharding import require_shardable
 from reaf_hsenet.train.training_state import PRECISIONS
 
@@ -40,23 +40,24 @@ def token_mean(outputs: tuple[Tensor, Tensor], batch: LanguageBatch, step: int) 
     return total / share, {"answer_tokens": share}
 
 
-def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, say) -> Job:
-    manifest, settings, config = setup.manifest, setup.settings, setup.config
+def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
+    """Build the job of stage mrg or vqa."""
+    manifest, settings, config = setup.manifest, setup.train, setup.model
     if settings.shard:
-        require_shardable(ranks, config.full, settings.precision, args.compile)
+        require_shardable(ranks, config.full, settings.precision, command.compile)
     bad = BadVolumes(settings.max_bad, ranks)
     bad.check(manifest, ["train", "validation"], setup.guided)
     dtype = PRECISIONS[settings.precision]
     torch.manual_seed(settings.seed)
     decoder = None  # a new one, or one whose weights are in the checkpoint
-    if setup.origin.get("decoder") and not (config.full and args.resume):
+    if setup.origin.get("decoder") and not (config.full and setup.resumed):
         # A frozen decoder is held in the type it computes in; what is trained is float32.
         decoder = base_decoder(config, setup.origin, torch.float32 if config.full else dtype or torch.float32)
     model = build_mllm(config, decoder)
-    if not (args.resume and config.train_vision):  # then they are in the checkpoint
+    if not (setup.resumed and config.train_vision):  # then they are in the checkpoint
         fill_encoders(model, setup.encoders or encoder_states(setup.origin["encoders"]), "the encoders' runs")
         setup.encoders = None
-        if settings.calibrate and not args.resume:
+        if settings.calibrate and not setup.resumed:
             entries = manifest.entries("train")[: settings.calibrate]
             good, unreadable = part_unreadable(
                 [read_sample(manifest, entry, setup.guided) for entry in entries]
@@ -69,7 +70,7 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
                 )
             volumes, slices = zip(*good, strict=True)
             calibrate_tokens(model, torch.stack(volumes), torch.stack(slices) if setup.guided else None)
-        if settings.label_epochs and not args.resume:
+        if settings.label_epochs and not setup.resumed:
             learn_labels(model, manifest, settings, setup.guided, bad, ranks.device)
     model.frozen_dropout = settings.frozen_dropout
     model.decoder.grad_checkpoint = settings.grad_checkpoint
@@ -84,7 +85,7 @@ def language_job(setup: LanguageSetup, args: argparse.Namespace, ranks: Ranks, s
         fill_cache(cache, model, ("train", "validation"), ranks, setup.guided, bad)
 
     def data(split: str, **changes) -> LanguageDataset:
-        task = "mrg" if args.stage == "mrg" else settings.questions
+        task = "mrg" if command.stage == "mrg" else settings.questions
         return LanguageDataset(
             manifest,
             split,

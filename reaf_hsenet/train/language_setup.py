@@ -1,15 +1,10 @@
-"""What a run of stage mrg or vqa is made of: encoders of earlier runs, a projector each, a decoder with
-its tokenizer.
-"""
+"""A new run of stage mrg or vqa, from a command line: encoders of earlier runs, projectors, a decoder."""
 
-import argparse
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from reaf_hsenet import distributed
-from reaf_hsenet.config import NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH, Recipe, TrainConfig
+from reaf_hsenet.config import NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH, TrainConfig
 from reaf_hsenet.data.language import LIST_END, add_image_tokens, label_token
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, questions, report_prompts, templates
@@ -19,200 +14,106 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256, find_folder, fingerprint
 from reaf_hsenet.models.decoder_config import DecoderConfig
 from reaf_hsenet.models.lora import merged_state
-from reaf_hsenet.models.mllm_config import TINY_KERNEL, MllmConfig, build_mllm, tiny_decoder
-from reaf_hsenet.presets import stage_config
+from reaf_hsenet.models.mllm_config import TINY_KERNEL, MllmConfig, tiny_decoder, visual_tokens
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import DualEncoderRun, decoder_hashes, load_dual_encoder
-from reaf_hsenet.settings import from_dict, to_dict
+from reaf_hsenet.settings import changed
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits
 from reaf_hsenet.tokenizer.word_tokenizer import train_words
-from reaf_hsenet.train.guided_setup import load_teacher
-from reaf_hsenet.train.resumed_setup import refuse_changes, resumable, resumed_settings
-from reaf_hsenet.train.run_setup import changed_settings, data_of, located
-from reaf_hsenet.train.train_flags import given
+from reaf_hsenet.train.command import Command
+from reaf_hsenet.train.contrastive_setup import load_teacher
+from reaf_hsenet.train.setup import Setup, data_of, fitting_batch, located, recipe_settings
 from reaf_hsenet.weights.decoder import FILES
 
-LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout")
-# What a run keeps for good.
-FIXED_FLAGS = (
-    *(
-        "preset",
-        "init",
-        "teacher",
-        "vision",
-        "projector",
-        "kernel",
-        "shared_projector",
-        "decoder",
-        "full",
-        "train_vision",
-        "int8",
-    ),
-    *(*LORA_FLAGS, "cache_features", "max_text", "questions", "templates", "frozen_dropout", "slices_stay"),
-    *(
-        "batch_size",
-        "accumulate",
-        "lr",
-        "weight_decay",
-        "warmup",
-        "clip_norm",
-        "no_augment",
-        "seed",
-        "max_steps",
-    ),
-    "best_by",
-)
+# Runs that each --vision takes its encoder from; of `dual` the other is that run's teacher.
+ENCODER_STAGE = {"dual": "clip2", "2e3": "clip2", "stage1": "clip1", "reaf": "clip1"}
 
 
-@dataclass
-class LanguageSetup:
-    """All that a run is made of, whether new or resumed.
-
-    features: folder of --cache-features. encoders: tensors of the dual encoders that a new run starts from,
-    already read.
-    """
-
-    preset: str
-    manifest: Manifest
-    config: MllmConfig
-    settings: TrainConfig
-    tokenizer: Tokenizer
-    origin: dict
-    features: Path | None = None
-    max_steps: int | None = None
-    encoders: list[dict] | None = None
-
-    @property
-    def guided(self) -> bool:
-        """Whether volumes come with slice features."""
-        return any(hasattr(encoder, "slice_width") for encoder in self.config.encoders)
-
-    def values(self) -> dict:
-        """What config.json says of the run, besides its stage, length and place."""
-        return {
-            "model": to_dict(self.config),
-            "recipe": to_dict(self.manifest.recipe),
-            "origin": self.origin,
-            "slices": self.manifest.slices if self.guided else None,
-            "train": to_dict(self.settings),
-            "data": str(self.manifest.location.absolute()),
-            "features": self.features and str(self.features),
-        }
-
-
-def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageSetup:
-    vision = args.vision or ("reaf" if args.model == "reaf" else "dual")
-    if (vision == "reaf") != (args.model == "reaf"):
+def new_setup(command: Command, ranks: Ranks, say) -> Setup:
+    """Build the setup of a new run. Raises InputError, naming the flag, for what does not go together."""
+    # The encoders, and by them preset and data.
+    vision = command.given.get("vision", "reaf" if command.model == "reaf" else "dual")
+    if (vision == "reaf") != (command.model == "reaf"):
         raise InputError(
-            f"--vision {vision}: is not of --model {args.model}; reaf goes with --model reaf, the others "
-            f"with hsenet"
+            f"--vision {vision}: is not of --model {command.model}; reaf goes with --model reaf, the others "
+            "with hsenet"
         )
-    runs = encoder_runs(args, vision)
-    first = runs[-1]  # whose data and preset are the default
-    preset = args.preset or first.preset
-    if args.preset not in (None, first.preset):
-        raise InputError(f"--preset {args.preset}: {first.folder} has {first.preset}; leave the flag out")
-    manifest = load_manifest(data_of(args, first))
+    runs = encoder_runs(command, vision)
+    first = runs[-1]
+    preset = first.preset
+    if command.preset not in (None, preset):
+        raise InputError(f"--preset {command.preset}: {first.folder} has {preset}; leave the flag out")
+    manifest = load_manifest(data_of(command, first))
     for run in runs:
         manifest.require(run.recipe, str(run.folder))
         if run.guided:
             manifest.require_slices(run.slices, str(run.folder))
-    settings = changed_settings(args, stage_config(args.stage, args.model, preset), ranks)
-    rows = len(
-        manifest.entries("train") if args.stage == "mrg" else questions(manifest, "train", settings.questions)
-    )
-    if settings.batch_size * ranks.world > rows:
-        if args.batch_size is not None or rows < ranks.world:
-            raise InputError(
-                f"--batch-size {settings.batch_size}: a batch of {ranks.world} processes needs "
-                f"{settings.batch_size * ranks.world} samples, there are {rows}"
-            )
-        say(
-            f"batch size {rows // ranks.world} in place of {settings.batch_size}: there are {rows} "
-            f"training samples"
-        )
-        settings = replace(settings, batch_size=rows // ranks.world)
-    if args.decoder is None and not preset.endswith("-tiny"):
-        raise InputError(
-            "--decoder: name one that the encoders are joined to, for example microsoft/Phi-4-mini-instruct"
-        )
-    if args.decoder is None and (args.int8 or args.full or given(args, LORA_FLAGS)):
-        raise InputError(
-            "--full, --int8, --lora-*: are of a --decoder with weights; a new one is trained whole"
-        )
-    if args.int8 and args.full:
-        raise InputError("--int8: weights in eight bits are not trained; leave out --full")
-    if args.full and given(args, LORA_FLAGS):
-        raise InputError(
-            "--lora-*: a decoder that is trained whole has no adapters; leave them or --full out"
-        )
-    unlabelled = any(
-        entry["labels"] is None for split in ("train", "validation") for entry in manifest.entries(split)
-    )
-    if args.decoder is not None or unlabelled:
-        settings = replace(settings, label_epochs=0, list_epochs=0)
-    tokenizer, decoder, known = text_side(args, manifest, settings, say)
-    full = args.full or known is None
-    options = {name.removeprefix("lora_"): v for name, v in given(args, LORA_FLAGS).items()}
-    kernel = args.kernel or (TINY_KERNEL if preset.endswith("-tiny") else MllmConfig.kernel)
+
+    # Recipe, decoder and its tokenizer.
+    settings = train_settings(command, preset, manifest, ranks, say)
+    check_decoder_flags(command, preset)
+    tokenizer, decoder, known = text_side(command, manifest, settings, say)
+    new = known is None
     config = MllmConfig(
-        vision,
-        tuple(run.config.vision for run in runs),
-        decoder,
-        args.projector or MllmConfig.projector,
-        tuple(kernel),
-        args.shared_projector,
-        full,
-        known is None if args.train_vision is None else args.train_vision,
-        args.int8,
-        **options,
+        vision=vision,
+        encoders=tuple(run.config.vision for run in runs),
+        decoder=decoder,
+        kernel=TINY_KERNEL if preset.endswith("-tiny") else MllmConfig.kernel,
+        full=new,
+        train_vision=new,
     )
-    config = replace(config, max_text=text_length(args, config))
+    config = changed(config, command.given)
+    config = replace(config, max_text=text_length(command, config))
     if not config.train_vision:  # frozen encoders stay as they are
         settings = replace(settings, calibrate=0, label_epochs=0)
-    origin = {
-        "init": located(first.folder),
-        "encoders": [
-            {"run": located(run.folder), "sha256": run.sha256(), "text_model": run.origin.get("text_model")}
-            for run in runs
-        ],
-        "decoder": known,
-    }
-    features = feature_folder(args, config, settings, manifest)
-    states = [merged_state(run.model) for run in runs]
-    return LanguageSetup(
-        preset, manifest, config, settings, tokenizer, origin, features, args.max_steps, states
+
+    encoders = [
+        {
+            "run": located(run.folder),
+            "sha256": run.sha256(),
+            "text_model": run.origin.get("text_model"),
+        }
+        for run in runs
+    ]
+    return Setup(
+        preset=preset,
+        manifest=manifest,
+        model=config,
+        train=settings,
+        tokenizer=tokenizer,
+        origin={"init": located(first.folder), "encoders": encoders, "decoder": known},
+        features=feature_folder(command, config, settings, manifest),
+        max_steps=command.max_steps,
+        encoders=[merged_state(run.model) for run in runs],
     )
 
 
-def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
-    """The dual-encoder runs that `vision` takes its encoders from, in their order."""
-    default = Path("runs/clip2-hsenet" if vision in ("dual", "2e3") else f"runs/clip1-{args.model}")
-    folder = Path(args.init) if args.init else default
+def encoder_runs(command: Command, vision: str) -> list[DualEncoderRun]:
+    """Return the dual-encoder runs that `vision` takes its encoders from, in their order."""
+    wanted = ENCODER_STAGE[vision]
+    folder = Path(command.init or f"runs/{wanted}-{command.model}")
     if not Run(folder).exists:
-        stage = "clip2" if vision in ("dual", "2e3") else "clip1"
         raise InputError(
-            f"{folder}: no run of stage {stage}, whose encoder --vision {vision} sees; train it first, or "
-            f"name one with --init"
+            f"{folder}: no run of stage {wanted}, whose encoder --vision {vision} sees; train it first, or "
+            "name one with --init"
         )
     run = load_dual_encoder(folder)
-    wanted = {"dual": "clip2", "2e3": "clip2", "stage1": "clip1", "reaf": "clip1"}[vision]
-    if (run.stage, run.config.model) != (wanted, args.model) or (wanted == "clip2" and not run.guided):
+    if (run.stage, run.config.model) != (wanted, command.model) or (wanted == "clip2" and not run.guided):
         guided = " without slices" if run.stage == "clip2" and not run.guided else ""
         raise InputError(
-            f"--init {folder}: is a {run.stage} run of {run.config.model}{guided}; --vision {vision} needs "
-            f"a {wanted} run of {args.model}"
+            f"--init {folder}: is a {run.stage} run of {run.config.model}{guided}; --vision {vision} needs a "
+            f"{wanted} run of {command.model}"
         )
     if vision != "dual":
-        if args.teacher:
+        if command.teacher:
             raise InputError(
                 f"--teacher: is the stage-1 run beside 2E3; --vision {vision} has none, leave it out"
             )
         return [run]
-    had = None if args.teacher else run.origin.get("teacher_sha256")
-    teacher = load_teacher(args.teacher or run.origin["teacher"], run.origin.get("text_model"), had)
-    if args.teacher is None and teacher.sha256() != had:
+    had = None if command.teacher else run.origin.get("teacher_sha256")
+    teacher = load_teacher(command.teacher or run.origin["teacher"], run.origin.get("text_model"), had)
+    if command.teacher is None and teacher.sha256() != had:
         raise InputError(
             f"{teacher.folder}: none of its checkpoints is the one that {folder} learned from; name that "
             "one's folder, or another stage-1 run, with --teacher"
@@ -220,31 +121,62 @@ def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
     return [teacher, run]
 
 
+def train_settings(command: Command, preset: str, manifest: Manifest, ranks: Ranks, say) -> TrainConfig:
+    """Return the recipe for the samples that this data has."""
+    config = recipe_settings(command, preset, ranks)
+    if command.stage == "mrg":
+        rows = len(manifest.entries("train"))
+    else:
+        rows = len(questions(manifest, "train", config.questions))
+    needed = config.batch_size * ranks.world
+    if needed > rows and ("batch_size" in command.given or rows < ranks.world):
+        raise InputError(
+            f"--batch-size {config.batch_size}: a batch of {ranks.world} processes needs {needed} samples, "
+            f"there are {rows}"
+        )
+    config = fitting_batch(config, rows, "samples", ranks, say)
+    labelled = all(
+        entry["labels"] is not None for split in ("train", "validation") for entry in manifest.entries(split)
+    )
+    if command.decoder is None and labelled:
+        return config
+    return replace(config, label_epochs=0, list_epochs=0)
+
+
+def check_decoder_flags(command: Command, preset: str) -> None:
+    """Raise InputError for flags of the decoder that do not go together."""
+    given = command.given
+    adapters = {"lora_r", "lora_alpha", "lora_dropout"} & given.keys()
+    if command.decoder is None and not preset.endswith("-tiny"):
+        raise InputError(
+            "--decoder: name one that the encoders are joined to, for example microsoft/Phi-4-mini-instruct"
+        )
+    if command.decoder is None and ("int8" in given or "full" in given or adapters):
+        raise InputError(
+            "--full, --int8, --lora-*: are of a --decoder with weights; a new one is trained whole"
+        )
+    if given.get("int8") and given.get("full"):
+        raise InputError("--int8: weights in eight bits are not trained; leave out --full")
+    if given.get("full") and adapters:
+        raise InputError(
+            "--lora-*: a decoder that is trained whole has no adapters; leave them or --full out"
+        )
+
+
 def text_side(
-    args: argparse.Namespace, manifest: Manifest, settings: TrainConfig, say
+    command: Command, manifest: Manifest, settings: TrainConfig, say
 ) -> tuple[Tokenizer, DecoderConfig, dict | None]:
-    """Tokenizer with the image tokens, the decoder's settings, and where its weights are; None for a new
-    decoder.
+    """Return tokenizer with image tokens, the decoder's settings, and where its weights are (None:
+    nowhere).
     """
-    if args.decoder is None:
+    if command.decoder is None:
         say("no --decoder: a small one starts from nothing, with a vocabulary of the training texts")
-        texts = [clean_report(entry["text"]) for entry in manifest.entries("train")] + list(report_prompts())
-        if settings.list_epochs:
-            texts.append(LIST_QUESTION)
-        if args.stage == "vqa":
-            asked = [row for _, row in questions(manifest, "train", settings.questions)]
-            texts = [
-                text
-                for row in asked
-                for text in (row.get("question", ""), row["answer"], row["abnormality"], row["anatomy"])
-            ]
-            texts += settings.templates or templates(settings.questions)
-        tokenizer = train_words(texts, 1000)
+        tokenizer = train_words(training_texts(command.stage, manifest, settings), 1000)
         add_image_tokens(tokenizer)
-        if settings.list_epochs and args.stage == "mrg":
+        if settings.list_epochs and command.stage == "mrg":
             tokenizer.add_tokens([*map(label_token, manifest.labels), LIST_END])
         return tokenizer, tiny_decoder(tokenizer), None
-    folder = find_folder(args.decoder, FILES)
+    folder = find_folder(command.decoder, FILES)
     tokenizer, config = load_tokenizer(folder), DecoderConfig.from_folder(folder)
     special = {"bos": config.bos_id, "eos": list(config.eos_ids), "pad": config.pad_id}
     check_fits(tokenizer, config.vocab, special, str(folder / "config.json"))
@@ -252,10 +184,10 @@ def text_side(
     add_image_tokens(tokenizer)
     # Read whole once, by one rank; from now on the fingerprint tells whether it is the same.
     sha256, prints = distributed.on_main(
-        lambda: [decoder_hashes(args.decoder, of) for of in (file_sha256, fingerprint)]
+        lambda: [decoder_hashes(command.decoder, of) for of in (file_sha256, fingerprint)]
     )
     known = {
-        "name": located(args.decoder),
+        "name": located(command.decoder),
         "sha256": sha256,
         "fingerprint": prints,
         "added": len(tokenizer) - own,
@@ -263,11 +195,24 @@ def text_side(
     return tokenizer, replace(config, vocab=len(tokenizer)), known
 
 
-def text_length(args: argparse.Namespace, config: MllmConfig) -> int:
-    """Tokens of an input: visual ones, and the published number of others or --max-text."""
-    with torch.device("meta"):
-        visual = build_mllm(config).visual_tokens
-    length = visual + (args.max_text or TEXT_LENGTH[args.stage] - PUBLISHED_VISUAL_TOKENS)
+def training_texts(stage: str, manifest: Manifest, settings: TrainConfig) -> list[str]:
+    """Return the texts that a new decoder's vocabulary is made from."""
+    if stage == "mrg":
+        texts = [clean_report(entry["text"]) for entry in manifest.entries("train")] + list(report_prompts())
+        return [*texts, LIST_QUESTION] if settings.list_epochs else texts
+    asked = [row for _, row in questions(manifest, "train", settings.questions)]
+    texts = [
+        text
+        for row in asked
+        for text in (row.get("question", ""), row["answer"], row["abnormality"], row["anatomy"])
+    ]
+    return [*texts, *(settings.templates or templates(settings.questions))]
+
+
+def text_length(command: Command, config: MllmConfig) -> int:
+    """Return the tokens of an input: visual ones, and the published number of others or --max-text."""
+    visual = visual_tokens(config)
+    length = visual + (command.max_text or TEXT_LENGTH[command.stage] - PUBLISHED_VISUAL_TOKENS)
     if length > config.decoder.context:
         raise InputError(
             f"--max-text: {visual} visual tokens and {length - visual} of text do not fit the decoder's "
@@ -276,8 +221,11 @@ def text_length(args: argparse.Namespace, config: MllmConfig) -> int:
     return length
 
 
-def feature_folder(args, config: MllmConfig, settings: TrainConfig, manifest: Manifest) -> Path | None:
-    if not args.cache_features:
+def feature_folder(
+    command: Command, config: MllmConfig, settings: TrainConfig, manifest: Manifest
+) -> Path | None:
+    """Return the folder of --cache-features. Raises InputError where features would not stay the same."""
+    if not command.cache_features:
         return None
     if config.train_vision:
         raise InputError(
@@ -289,56 +237,5 @@ def feature_folder(args, config: MllmConfig, settings: TrainConfig, manifest: Ma
         raise InputError(
             "--cache-features: features under dropout are others each time; leave --frozen-dropout out"
         )
-    return (
-        manifest.folder / "features" if args.cache_features is True else Path(args.cache_features)
-    ).absolute()
-
-
-def resumed_language_setup(args: argparse.Namespace, run: Run, ranks: Ranks) -> LanguageSetup:
-    """Everything from the run's config.json; a flag that would change what is trained is refused."""
-    values = resumable(run)
-    model = "reaf" if values["model"].get("vision") == "reaf" else "hsenet"
-    if (values["stage"], model) != (args.stage, args.model):
-        raise InputError(
-            f"{run.folder}: is a {values['stage']} run of {model}, not {args.stage} of {args.model}"
-        )
-    source, origin = str(run.config), values["origin"] or {}
-    if not origin.get("encoders"):
-        raise InputError(
-            f"{source}: its origin has no encoders, which a language run sees through; put the run's own back"
-        )
-    config, settings = (
-        from_dict(MllmConfig, values["model"], source),
-        from_dict(TrainConfig, values["train"], source),
-    )
-    manifest = load_manifest(args.data or Path(values["data"]))
-    manifest.require(from_dict(Recipe, values["recipe"], source), str(run.folder))
-    if values["slices"]:
-        manifest.require_slices(values["slices"], str(run.folder))
-    fixed = {
-        **vars(settings),
-        **vars(config),
-        **{f"lora_{name}": getattr(config, name) for name in ("r", "alpha", "dropout")},
-    }
-    fixed |= {"preset": values["preset"], "max_steps": values["max_steps"], "init": origin.get("init")}
-    fixed |= {"decoder": (origin.get("decoder") or {}).get("name"), "shared_projector": config.shared}
-    fixed |= {"no_augment": settings.augment == NO_AUGMENTATION, "slices_stay": not settings.slices_follow}
-    fixed["teacher"] = origin["encoders"][0]["run"] if config.vision == "dual" else None
-    features = Path(values["features"]) if values["features"] else None
-    named = args.cache_features
-    same = features and named and (named is True or Path(named).absolute() == features)
-    fixed["cache_features"] = named if same else values["features"]
-    if args.max_text:
-        fixed["max_text"] = config.max_text - (text_length(args, config) - args.max_text)
-    refuse_changes(args, FIXED_FLAGS, fixed, run)
-    settings = resumed_settings(args, run, values, ranks)
-    return LanguageSetup(
-        values["preset"],
-        manifest,
-        config,
-        settings,
-        load_tokenizer(run.folder),
-        origin,
-        features,
-        values["max_steps"],
-    )
+    named = command.cache_features
+    return (manifest.folder / "features" if named is True else named).absolute()

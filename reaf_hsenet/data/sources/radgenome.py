@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from reaf_hsenet.config import KINDS
 from reaf_hsenet.data.sources.tables import csv_rows
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import visible
 
 SPLITS = ("train", "validation")
-KINDS = ("location", "abnormality", "presence", "size")
 COLUMNS = {
     "location": ("volumename", "anatomy", "abnormality"),
     "abnormality": ("volumename", "anatomy", "abnormality"),
