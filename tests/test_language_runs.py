@@ -348,7 +348,7 @@ def test_wrong_flags_are_named(stages, decoder_folder, finished, tmp_path):
         ["--stage", "mrg", "--out", finished, "--resume", "--teacher", tmp_path],
         "--teacher: with --resume.*has .*clip1",
     )
-    wrong(["--stage", "clip1", "--no-train-vision"], "--train-vision: is an option of --stage mrg and vqa")
+    wrong(["--stage", "clip1", "--no-train-vision"], "--no-train-vision: is an option of --stage mrg and vqa")
     wrong(["--stage", "vqa", "--out", finished, "--resume"], "is a mrg run of hsenet, not vqa")
 
 
