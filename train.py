@@ -41,7 +41,6 @@ from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.script import run_script
 from reaf_hsenet.settings import from_dict, to_dict
 from reaf_hsenet.train.command import Command, parse
-from reaf_hsenet.train.grad_cache import cached_backward
 from reaf_hsenet.train.optimizer import learning_rate
 from reaf_hsenet.train.setup import Setup, keep_slice_encoder, resumed_setup
 from reaf_hsenet.train.stability import clip_gradients, diagnosis, not_finite
@@ -223,13 +222,8 @@ def train_step(
     this rank has received, or 0; it is called after the backward pass. Returns the same outcome on every
     rank.
     """
-    job, config, model, optimizer, scaler = (
-        state.job,
-        state.config,
-        state.model,
-        state.optimizer,
-        state.scaler,
-    )
+    job, config, model = state.job, state.config, state.model
+    optimizer, scaler = state.optimizer, state.scaler
     for parameters in optimizer.param_groups:
         parameters["lr"] = rate * parameters["rate"]
 
@@ -242,24 +236,20 @@ def train_step(
     loss = norm = torch.zeros((), device=state.ranks.device)
     for i, batch in enumerate(group):
         last = i == len(group) - 1  # gradients are averaged over ranks once, in the last backward pass
-        result = {}
+
+        # Forward: the whole micro-batch at once, or in chunks (--grad-cache), whose gradients are the same.
+        if config.grad_cache is None:
+            cache, outputs = None, state.encode(batch, sync=last)
+        else:
+            cache = state.encode_chunks(batch, sync=last)
+            outputs = cache.features
 
         # Loss over the gathered batch of all ranks, and the backward pass from it.
-        def backward(outputs, batch=batch, result=result) -> None:
-            result["loss"], result["numbers"] = job.loss(outputs, batch, step)
-            scaler.scale(result["loss"] / len(group)).backward()
-
-        # Forward: the whole micro-batch at once, or in chunks of --grad-cache, whose gradients are the same.
-        if config.grad_cache is None:
-            backward(state.encode(batch, sync=last))
-        else:
-            chunks = batch.split(config.grad_cache)
-
-            def encode(k, chunks=chunks, last=last):
-                return state.encode(chunks[k].to(state.ranks.device), sync=last and k == len(chunks) - 1)
-
-            cached_backward(encode, len(chunks), backward, state.ranks.device)
-        loss = loss + result["loss"].detach() / len(group)
+        value, numbers = job.loss(outputs, batch, step)
+        scaler.scale(value / len(group)).backward()
+        if cache is not None:
+            cache.backward()
+        loss = loss + value.detach() / len(group)
 
     # Clip the gradients' norm, in their own scale.
     if group:
@@ -286,7 +276,7 @@ def train_step(
         trouble = None if overflow else diagnosis(losses, names)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return Outcome(sum(losses) / len(losses), result["numbers"], norms[0], stop, trouble, overflow)
+    return Outcome(sum(losses) / len(losses), numbers, norms[0], stop, trouble, overflow)
 
 
 def validate(training: Training) -> bool:

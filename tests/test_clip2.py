@@ -14,7 +14,7 @@ from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.slice_guidance import ViT2E3
 from reaf_hsenet.train.contrastive import Contrastive, Guided, Teacher, encode
-from reaf_hsenet.train.grad_cache import cached_backward
+from reaf_hsenet.train.grad_cache import GradCache
 from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss, relation_loss
 from reaf_hsenet.weights import initial_state, load_matching, load_strictly, m3d_clip_state, teacher_state
 from test_models import TINY
@@ -130,12 +130,9 @@ def test_cached_gradients_of_stage_2_are_those_of_one_pass():
     expected = {n: p.grad.clone() for n, p in student.named_parameters()}
     student.zero_grad()
     parts = batch.split(4)
-    cached_backward(
-        lambda i: encode(student, parts[i]),
-        len(parts),
-        lambda outputs: stage.loss(outputs, batch, 0)[0].backward(),
-        CPU,
-    )
+    cache = GradCache(lambda i: encode(student, parts[i]), len(parts), CPU)
+    stage.loss(cache.features, batch, 0)[0].backward()
+    cache.backward()
     for name, parameter in student.named_parameters():
         assert torch.allclose(parameter.grad, expected[name], atol=1e-7), name
 

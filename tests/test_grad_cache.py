@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from reaf_hsenet import distributed
 from reaf_hsenet.config import ClipConfig, TextConfig
 from reaf_hsenet.models.clip import build_dual_encoder, set_grad_checkpoint
-from reaf_hsenet.train.grad_cache import cached_backward
+from reaf_hsenet.train.grad_cache import GradCache
 from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss, gather_with_grad
 from test_reaf import SMALL
 
@@ -55,7 +55,9 @@ def cached(model, batch, chunk=CHUNK, ddp=None):
         with nullcontext() if i == len(parts) - 1 else ddp.no_sync():
             return ddp(*parts[i])
 
-    cached_backward(encode, len(parts), lambda features: loss_of(*features).backward(), torch.device("cpu"))
+    cache = GradCache(encode, len(parts), torch.device("cpu"))
+    loss_of(*cache.features).backward()
+    cache.backward()
     return gradients(model)
 
 

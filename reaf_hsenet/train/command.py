@@ -17,7 +17,6 @@ from reaf_hsenet.config import (
     TrainConfig,
     VisionConfig,
 )
-from reaf_hsenet.data.questions import read_templates
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.presets import PRESETS
@@ -111,6 +110,8 @@ def parse(argv: list[str], description: str) -> Command:
     args = parser.parse_args(argv)
     values = given(args, FLAGS, args.stage)
     if "templates" in values:
+        from reaf_hsenet.data.questions import read_templates
+
         values["templates"] = read_templates(
             values["templates"], values.get("questions", TrainConfig.questions)
         )

@@ -12,8 +12,43 @@ import torch
 from torch import Tensor
 
 
+class GradCache:
+    """The features of a batch, without a graph, whose gradients are taken back to the parameters in chunks.
+
+    encode(i) returns the outputs of chunk i, each with the chunk's rows first, or a scalar that all chunks
+    share. features: leaf tensors that a loss is computed from; backward() continues from their gradients.
+    """
+
+    def __init__(self, encode: Callable[[int], tuple[Tensor, ...]], chunks: int, device: torch.device):
+        self.encode, self.device = encode, device
+        self.states, parts = [], []
+        with torch.no_grad():
+            for i in range(chunks):
+                self.states.append(random_state(device))
+                parts.append(encode(i))
+        self.rows = [len(part[0]) for part in parts]
+        joined = [torch.cat(p) if p[0].ndim else p[0] for p in zip(*parts, strict=True)]
+        self.features = [f.detach().requires_grad_() for f in joined]
+
+    def backward(self) -> None:
+        """Accumulate the parameters' gradients, from those of the features."""
+        start, last = 0, len(self.rows) - 1
+        for i, rows in enumerate(self.rows):
+            set_random_state(self.states[i], self.device)
+            outputs = self.encode(i)
+            own = slice(start, start + rows)
+            start = own.stop
+            # A scalar's gradient is that of the whole batch: it is handed over once.
+            pairs = [
+                (out, feature.grad[own] if out.ndim else feature.grad)
+                for out, feature in zip(outputs, self.features, strict=True)
+                if out.requires_grad and feature.grad is not None and (out.ndim or i == last)
+            ]
+            torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+
+
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """State of torch's generators, of the processor and of the GPU that is in use."""
+    """Return the state of torch's generators, of the processor and of the GPU that is in use."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
@@ -21,38 +56,3 @@ def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) 
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
-
-
-def cached_backward(
-    encode: Callable[[int], tuple[Tensor, ...]],
-    chunks: int,
-    backward: Callable[[list[Tensor]], None],
-    device: torch.device,
-) -> None:
-    """Accumulate the gradients of backward(features) into the parameters behind `encode`.
-
-    encode(i): the outputs of chunk i, each with the chunk's rows first, or a scalar that all chunks share.
-    backward(features): computes the loss of all rows and calls its backward, which fills the features'
-    gradients.
-    """
-    states, parts = [], []
-    with torch.no_grad():
-        for i in range(chunks):
-            states.append(random_state(device))
-            parts.append(encode(i))
-    joined = [torch.cat(p) if p[0].ndim else p[0] for p in zip(*parts, strict=True)]
-    features = [f.detach().requires_grad_() for f in joined]
-    backward(features)
-    row = 0
-    for i in range(chunks):
-        set_random_state(states[i], device)
-        outputs = encode(i)
-        rows = slice(row, row + len(parts[i][0]))
-        row = rows.stop
-        # A scalar's gradient is that of the whole batch: it is handed over once.
-        pairs = [
-            (out, feature.grad[rows] if out.ndim else feature.grad)
-            for out, feature in zip(outputs, features, strict=True)
-            if out.requires_grad and feature.grad is not None and (out.ndim or i == chunks - 1)
-        ]
-        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from reaf_hsenet import distributed
 from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.data.sources.datasets import read_ct_rate
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.presets import TINY_RECIPES
 
@@ -27,9 +25,10 @@ def phantom_manifest(ranks: Ranks, model: str, size: tuple[int, int, int]) -> Ma
         spacing = tuple(s * n / m for s, n, m in zip(recipe.spacing, recipe.size, size, strict=True))
         recipe = replace(recipe, spacing=spacing)
     if ranks.main and not (out / "manifest.json").is_file():
-        from reaf_hsenet.data.phantom.dataset import (
-            write_phantom_dataset,  # a run with --data needs none of it
-        )
+        # What makes phantoms is loaded when they are made.
+        from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
+        from reaf_hsenet.data.prepare import Options, prepare
+        from reaf_hsenet.data.sources.datasets import read_ct_rate
 
         cores = len(os.sched_getaffinity(0))
         write_phantom_dataset(

@@ -15,6 +15,7 @@ from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.files import named
+from reaf_hsenet.train.grad_cache import GradCache
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.optimizer import parameter_groups
 from reaf_hsenet.train.sharding import load_whole_state, shard, whole_state
@@ -78,6 +79,15 @@ class TrainingState:
         # have no gradient.
         with self.autocast(), nullcontext() if sync or self.ddp is self.model else self.ddp.no_sync():
             return self.job.encode(model, batch)
+
+    def encode_chunks(self, batch: Batch, sync: bool) -> GradCache:
+        """Return the model's outputs for a batch, computed without a graph, --grad-cache volumes at a time."""
+        chunks = batch.split(self.config.grad_cache)
+
+        def encode(i: int) -> tuple[Tensor, ...]:
+            return self.encode(chunks[i].to(self.ranks.device), sync=sync and i == len(chunks) - 1)
+
+        return GradCache(encode, len(chunks), self.ranks.device)
 
     def autocast(self):
         return torch.autocast(
