@@ -6,7 +6,7 @@ windows are HU. Sources: HSENet (commit c7198f3) and REAF (commit f9475f8), as t
 """
 
 import math
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +82,11 @@ def _size(default, help: str = "", **flag):
 def _encoder(default, help: str, **how):
     """Return the field of an encoder's setting that has a flag."""
     return setting(default, help, stages=CONTRASTIVE, **how)
+
+
+def _kept(default, help: str, **how):
+    """Return the field of a setting that a resumed run may change."""
+    return setting(default, help, free=True, **how)
 
 
 def _whole_heads(config) -> None:
@@ -307,27 +312,21 @@ class TrainConfig:
     betas: tuple[float, float] = setting(least=0, most=0.999999)
     eps: float = setting(least=0, most=1)
     warmup: float = setting(MISSING, "share of all steps", least=0, most=1)
-    epochs: int = setting(MISSING, "passes over the training split", above=0, free=True)
+    epochs: int = _kept(MISSING, "passes over the training split", above=0)
     batch_size: int = setting(MISSING, "volumes per process", above=0)
     no_decay: Literal["hsenet", "reaf"] = "hsenet"
     clip_norm: float | None = setting(1.0, "largest norm of the gradients", above=0)
     accumulate: int = setting(1, "batches per optimizer step", above=0)
-    precision: Literal["fp32", "bf16", "fp16"] = setting(
-        "bf16", "default: the recipe's on a GPU, else fp32", free=True
-    )
-    grad_checkpoint: bool = setting(False, "less memory, a third more time", free=True)
+    precision: Literal["fp32", "bf16", "fp16"] = _kept("bf16", "of products (default: fp32 on a CPU)")
+    grad_checkpoint: bool = _kept(False, "less memory, a third more time")
     seed: int = setting(42, "of weights, order, augmentation and dropout", least=0, most=2**31)
     augment: Augmentation = setting(
         Augmentation(), "train on the volumes as they are", flag="no_augment", const=NO_AUGMENTATION
     )
-    validate_every: float = setting(
-        0.04, "share of all steps between validations", above=0, most=1e6, free=True
-    )
-    validate_samples: int = setting(512, "first N of the validation split", metavar="N", above=0, free=True)
-    save_every: int = setting(1000, "steps between checkpoints", above=0, free=True)
-    keep: int = setting(
-        2, "checkpoints to keep, beside the best and the last good one (default: 2)", above=0, free=True
-    )
+    validate_every: float = _kept(0.04, "share of all steps between validations", above=0, most=1e6)
+    validate_samples: int = _kept(512, "first N of the validation split", metavar="N", above=0)
+    save_every: int = _kept(1000, "steps between checkpoints", above=0)
+    keep: int = _kept(2, "checkpoints to keep, beside the best and the last good one (default: 2)", above=0)
     first_step: Literal[0, 1] = 0
     text_blocks: int | None = setting(
         None,
@@ -338,17 +337,14 @@ class TrainConfig:
         least=0,
         stages=CONTRASTIVE,
     )
-    grad_cache: int | None = setting(
+    grad_cache: int | None = _kept(
         None,
         "the whole batch's gradients, CHUNK volumes at a time",
         metavar="CHUNK",
         above=0,
-        free=True,
         stages=CONTRASTIVE,
     )
-    relation: float = setting(
-        0.0, "weight of the relation loss at the first step", least=0, most=1000, stages=GUIDED
-    )
+    relation: float = setting(0.0, "weight of the relation loss at step 0", least=0, most=1000, stages=GUIDED)
     relation_steps: int = setting(5000, "steps until that weight is 0", above=0, stages=GUIDED)
     slices_follow: bool = setting(
         True,
@@ -369,25 +365,22 @@ class TrainConfig:
         stages=("vqa",),
     )
     frozen_dropout: bool = setting(False, "frozen encoders keep their dropout, as published", stages=LANGUAGE)
-    max_bad: int = setting(
+    max_bad: int = _kept(
         0,
         "volumes that may be left out, each by name, because they cannot be read (default: 0, the run stops)",
         metavar="N",
         least=0,
-        free=True,
     )
-    shard: bool = setting(
+    shard: bool = _kept(
         False,
         "with --full: every GPU holds a part of the weights and the optimizer's states (FSDP)",
-        free=True,
         stages=LANGUAGE,
     )
-    max_skipped: int = setting(
+    max_skipped: int = _kept(
         10,
         "steps to skip as their loss or gradients are not finite, before the run stops (default: 10)",
         metavar="N",
         least=0,
-        free=True,
     )
     best_by: str | None = setting(
         None,
@@ -403,49 +396,22 @@ class TrainConfig:
 
 # The published settings of every stage, per process. HSENet's README has 8 processes for the contrastive
 # stages, its files force one in clip1, mrg and vqa; REAF's example has one.
+_HSENET = TrainConfig(
+    lr=1e-4,
+    weight_decay=0.1,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    warmup=0.03,
+    epochs=50,
+    batch_size=3,
+    start="published",
+)
+_LANGUAGE = replace(_HSENET, weight_decay=0.0, save_every=2000, start="xavier")
 STAGES = {
-    ("clip1", "hsenet"): TrainConfig(
-        lr=1e-4,
-        weight_decay=0.1,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        warmup=0.03,
-        epochs=50,
-        batch_size=3,
-        start="published",
-    ),
-    ("clip2", "hsenet"): TrainConfig(
-        lr=1e-4,
-        weight_decay=0.1,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        warmup=0.03,
-        epochs=50,
-        batch_size=3,
-        relation=0.1,
-        start="published",
-    ),
-    ("mrg", "hsenet"): TrainConfig(
-        lr=1e-4,
-        weight_decay=0.0,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        warmup=0.03,
-        epochs=6,
-        batch_size=2,
-        save_every=2000,
-    ),
-    ("vqa", "hsenet"): TrainConfig(
-        lr=5e-5,
-        weight_decay=0.0,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        warmup=0.03,
-        epochs=4,
-        batch_size=5,
-        save_every=2000,
-        validate_samples=1024,
-    ),
+    ("clip1", "hsenet"): _HSENET,
+    ("clip2", "hsenet"): replace(_HSENET, relation=0.1),
+    ("mrg", "hsenet"): replace(_LANGUAGE, epochs=6, batch_size=2),
+    ("vqa", "hsenet"): replace(_LANGUAGE, lr=5e-5, epochs=4, batch_size=5, validate_samples=1024),
     # REAF's train.sh says warmup 313, which its code reads as epochs, so that the published run of 2 epochs
     # never leaves the warm-up. Its README's example (2 of 50 epochs) is taken instead; our README has
     # train.sh as a command.

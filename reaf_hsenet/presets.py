@@ -55,47 +55,15 @@ PRESETS = {
 # What the tiny presets change, so that a stage ends within minutes on two cores. No augmentation: flips
 # contradict the sides that phantom reports name, and a shift of all voxels is larger than most findings in a
 # mean over tokens.
+_TINY = {"lr": 1e-3, "weight_decay": 0.3, "warmup": 0.1, "batch_size": 64, "precision": "fp32"}
+_TINY |= {"start": "xavier", "validate_every": 0.125, "augment": NO_AUGMENTATION}
+_TINY_REAF = {"clip_norm": 1.0, "grad_checkpoint": False, "text_blocks": None}
 TINY_STAGES = {
-    ("clip1", "hsenet"): {
-        "start": "xavier",
-        "lr": 1e-3,
-        "weight_decay": 0.3,
-        "warmup": 0.1,
-        "epochs": 14,
-        "batch_size": 64,
-        "precision": "fp32",
-        "validate_every": 0.125,
-        "augment": NO_AUGMENTATION,
-        "calibrate": 256,
-    },
-    ("clip2", "hsenet"): {
-        "start": "xavier",
-        "lr": 1e-3,
-        "weight_decay": 0.3,
-        "warmup": 0.1,
-        "epochs": 10,
-        "batch_size": 64,
-        "precision": "fp32",
-        "validate_every": 0.125,
-        "augment": NO_AUGMENTATION,
-        "relation_steps": 150,
-    },
-    ("clip1", "reaf"): {
-        "start": "xavier",
-        "lr": 1e-3,
-        "weight_decay": 0.3,
-        "warmup": 0.1,
-        "epochs": 14,
-        "batch_size": 64,
-        "clip_norm": 1.0,
-        "precision": "fp32",
-        "grad_checkpoint": False,
-        "validate_every": 0.125,
-        "text_blocks": None,
-        "calibrate": 256,
-    },
+    ("clip1", "hsenet"): {**_TINY, "epochs": 14, "calibrate": 256},
+    ("clip2", "hsenet"): {**_TINY, "epochs": 10, "relation_steps": 150},
+    ("clip1", "reaf"): {**_TINY, **_TINY_REAF, "epochs": 14, "calibrate": 256},
 }
-# A decoder from nothing, whose encoders are trained on: a few voxels to and fro keep them from learning the
+# A decoder from scratch, whose encoders are trained on: a few voxels to and fro keep them from learning the
 # patients by heart, and contradict no report.
 TINY_LANGUAGE = {
     "lr": 2e-3,

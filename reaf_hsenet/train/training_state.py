@@ -81,7 +81,7 @@ class TrainingState:
             return self.job.encode(model, batch)
 
     def encode_chunks(self, batch: Batch, sync: bool) -> GradCache:
-        """Return the model's outputs for a batch, computed without a graph, --grad-cache volumes at a time."""
+        """Return a batch's outputs, computed without a graph, --grad-cache volumes at a time."""
         chunks = batch.split(self.config.grad_cache)
 
         def encode(i: int) -> tuple[Tensor, ...]:
