@@ -11,13 +11,13 @@ from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.trained import DualEncoderRun, is_published, load_source
+from reaf_hsenet.runs.trained import Trained, is_published, load_source
 from reaf_hsenet.tokenizer.tokenizer import WordPiece
 from reaf_hsenet.train.phantom_data import phantom_folder
 from reaf_hsenet.train.phantom_slices import add_phantom_slices
 
 
-def find_teacher(args: argparse.Namespace, init_run: DualEncoderRun | None) -> DualEncoderRun:
+def find_teacher(args: argparse.Namespace, init_run: Trained | None) -> Trained:
     """The stage-1 run that stage 2 learns from: --teacher, or --init when it is one, or its teacher, or
     the default.
     """
@@ -35,9 +35,7 @@ def find_teacher(args: argparse.Namespace, init_run: DualEncoderRun | None) -> D
     return load_teacher(args.teacher or known or default, words, had)
 
 
-def load_teacher(
-    folder: str | Path, text_model: str | None = None, sha256: str | None = None
-) -> DualEncoderRun:
+def load_teacher(folder: str | Path, text_model: str | None = None, sha256: str | None = None) -> Trained:
     """A clip1 run, or a published stage-1 file or folder. text_model: where the vocabulary of the latter is,
     if not beside it.
 
@@ -55,7 +53,7 @@ def load_teacher(
     return teacher
 
 
-def resumed_teacher(args: argparse.Namespace, origin: dict, tokenizer: WordPiece) -> DualEncoderRun:
+def resumed_teacher(args: argparse.Namespace, origin: dict, tokenizer: WordPiece) -> Trained:
     """The teacher that a run had, wherever it lies now."""
     had = origin.get("teacher_sha256")
     teacher = load_teacher(args.teacher or origin["teacher"], origin.get("text_model"), had)
@@ -68,7 +66,7 @@ def resumed_teacher(args: argparse.Namespace, origin: dict, tokenizer: WordPiece
     return teacher
 
 
-def require_vocabulary(tokenizer: WordPiece, source: str, teacher: DualEncoderRun) -> None:
+def require_vocabulary(tokenizer: WordPiece, source: str, teacher: Trained) -> None:
     """Raises InputError unless the student reads reports as the teacher does."""
     if tokenizer.vocab != teacher.tokenizer.vocab:
         raise InputError(
@@ -77,9 +75,7 @@ def require_vocabulary(tokenizer: WordPiece, source: str, teacher: DualEncoderRu
         )
 
 
-def guided_config(
-    args, config: ClipConfig, teacher: DualEncoderRun, manifest: Manifest, ranks, say
-) -> ClipConfig:
+def guided_config(args, config: ClipConfig, teacher: Trained, manifest: Manifest, ranks, say) -> ClipConfig:
     """The student's configuration: the teacher's, with slice guidance. Phantoms without slice features
     get some.
     """

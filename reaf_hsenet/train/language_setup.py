@@ -22,7 +22,7 @@ from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.models.mllm_config import TINY_KERNEL, MllmConfig, build_mllm, tiny_decoder
 from reaf_hsenet.presets import stage_config
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.trained import DualEncoderRun, decoder_hashes, load_dual_encoder
+from reaf_hsenet.runs.trained import DUAL, Trained, decoder_hashes, load_trained
 from reaf_hsenet.settings import from_dict, to_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits
@@ -186,7 +186,7 @@ def new_language_setup(args: argparse.Namespace, ranks: Ranks, say) -> LanguageS
     )
 
 
-def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
+def encoder_runs(args: argparse.Namespace, vision: str) -> list[Trained]:
     """The dual-encoder runs that `vision` takes its encoders from, in their order."""
     default = Path("runs/clip2-hsenet" if vision in ("dual", "2e3") else f"runs/clip1-{args.model}")
     folder = Path(args.init) if args.init else default
@@ -196,7 +196,7 @@ def encoder_runs(args: argparse.Namespace, vision: str) -> list[DualEncoderRun]:
             f"{folder}: no run of stage {stage}, whose encoder --vision {vision} sees; train it first, or "
             f"name one with --init"
         )
-    run = load_dual_encoder(folder)
+    run = load_trained(folder, stages=DUAL)
     wanted = {"dual": "clip2", "2e3": "clip2", "stage1": "clip1", "reaf": "clip1"}[vision]
     if (run.stage, run.config.model) != (wanted, args.model) or (wanted == "clip2" and not run.guided):
         guided = " without slices" if run.stage == "clip2" and not run.guided else ""

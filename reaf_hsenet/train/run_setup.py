@@ -17,15 +17,16 @@ from reaf_hsenet.files import find_folder
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.presets import PRESETS, stage_config
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.dual import TEXT_FILES
-from reaf_hsenet.runs.trained import DualEncoderRun, is_published, load_dual_encoder
+from reaf_hsenet.runs.published import TEXT_FILES
+from reaf_hsenet.runs.trained import DUAL, Trained, is_published, load_trained
 from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.loading import has_wordpiece, load_wordpiece
 from reaf_hsenet.tokenizer.tokenizer import WordPiece, train_wordpiece
 from reaf_hsenet.train.guided_setup import find_teacher, guided_config, require_vocabulary
 from reaf_hsenet.train.phantom_data import PHANTOM, phantom_manifest
-from reaf_hsenet.weights import bert_config, bert_state, initial_state, read_checkpoint, read_weights
-from reaf_hsenet.weights.reading import SUFFIXES
+from reaf_hsenet.weights.files import SUFFIXES, read_checkpoint, read_weights
+from reaf_hsenet.weights.names import BERT, import_state
+from reaf_hsenet.weights.shapes import bert_config, initial_state
 
 VISION_FLAGS = (
     "size",
@@ -55,7 +56,7 @@ class Setup:
     max_steps: int | None = None
     text_weights: dict | None = None
     origin: dict | None = None  # what the weights started from
-    teacher: DualEncoderRun | None = None
+    teacher: Trained | None = None
     init_state: dict | None = None
     init_account: str = ""  # what of --init was left out of init_state
 
@@ -163,20 +164,20 @@ def new_setup(args: argparse.Namespace, ranks: Ranks, say) -> Setup:
     )
 
 
-def data_of(args: argparse.Namespace, run: DualEncoderRun) -> Path:
+def data_of(args: argparse.Namespace, run: Trained) -> Path:
     """--data, or the data set that a run was trained on."""
     if args.data is None and run.data is None:
         raise InputError(f"--data: {run.folder} has no data set of its own; name a prepared one")
     return args.data or run.data
 
 
-def starting_run(args: argparse.Namespace) -> DualEncoderRun | None:
+def starting_run(args: argparse.Namespace) -> Trained | None:
     """The run of --init; or its published folder that has a vocabulary, unless --text-model names another."""
     if not args.init or not Run(args.init).exists:
         return None
     if is_published(args.init) and (args.text_model or not has_wordpiece(Path(args.init))):
         return None
-    return load_dual_encoder(Path(args.init))
+    return load_trained(args.init, stages=DUAL)
 
 
 def resampled(published: dict, grid: tuple[int, int, int]) -> str:
@@ -198,7 +199,7 @@ def text_side(
     args: argparse.Namespace,
     config: ClipConfig,
     manifest: Manifest,
-    words: DualEncoderRun | None,
+    words: Trained | None,
     preset: str,
     say,
 ) -> tuple[WordPiece, ClipConfig, dict | None]:
@@ -217,7 +218,7 @@ def text_side(
                 f"{text.vocab}; fetch both again"
             )
         config = replace(config, text=text, max_text=min(config.max_text, text.positions))
-        return tokenizer, config, None if bare else bert_state(read_weights(folder))
+        return tokenizer, config, None if bare else import_state(BERT, read_weights(folder))
     if words is not None:
         return words.tokenizer, replace(config, text=words.config.text, max_text=words.config.max_text), None
     reports = sorted({entry["text"] for entry in manifest.entries("train")})
