@@ -45,7 +45,7 @@ from reaf_hsenet.metrics.retrieval import cross_retrieval, cross_retrieval_per_s
 from reaf_hsenet.runs.answering import check_context, usual_new_tokens
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.embedding import embed
-from reaf_hsenet.runs.trained import DualEncoderRun, MllmRun, is_published, load_dual_encoder, load_mllm
+from reaf_hsenet.runs.trained import DUAL, STAGES, Trained, is_published, load_trained
 from reaf_hsenet.script import run_script
 
 PRECISIONS = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,7 +80,7 @@ def results_folder(args: argparse.Namespace) -> Path:
     )
 
 
-def say_checkpoint(args: argparse.Namespace, run: DualEncoderRun | MllmRun) -> None:
+def say_checkpoint(args: argparse.Namespace, run: Trained) -> None:
     """Print the notes of published weights, and which checkpoint is evaluated."""
     print(*run.origin.get("notes", ()), sep="\n", end="\n" if run.origin.get("notes") else "")
     chosen = run.checkpoint.chosen_on == args.split
@@ -90,7 +90,7 @@ def say_checkpoint(args: argparse.Namespace, run: DualEncoderRun | MllmRun) -> N
     )
 
 
-def find_data(args: argparse.Namespace, run: DualEncoderRun | MllmRun, reports: bool) -> Manifest:
+def find_data(args: argparse.Namespace, run: Trained, reports: bool) -> Manifest:
     """The data set, checked to be what the run's model takes."""
     if not (args.data or run.data):
         raise InputError(f"--data: {args.run} has no data set of its own; name a prepared one")
@@ -103,7 +103,7 @@ def find_data(args: argparse.Namespace, run: DualEncoderRun | MllmRun, reports: 
 
 
 def dual_encoder(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    run = load_dual_encoder(args.run, args.checkpoint, args.text_model)
+    run = load_trained(args.run, args.checkpoint, DUAL, text_model=args.text_model)
     if ranks.main:
         say_checkpoint(args, run)
     manifest = find_data(args, run, reports=args.task == "retrieval")
@@ -123,7 +123,7 @@ def dual_encoder(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
 
 def retrieval(
     args: argparse.Namespace,
-    run: DualEncoderRun,
+    run: Trained,
     manifest: Manifest,
     dataset: CTReportDataset,
     ranks: distributed.Ranks,
@@ -167,7 +167,7 @@ def retrieval(
 
 def classify(
     args: argparse.Namespace,
-    run: DualEncoderRun,
+    run: Trained,
     manifest: Manifest,
     dataset: CTReportDataset,
     ranks: distributed.Ranks,
@@ -207,8 +207,15 @@ def classify(
 
 
 def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    names = args.decoder, args.encoders, args.text_model
-    run = load_mllm(args.run, args.checkpoint, PRECISIONS[args.precision], *names)
+    run = load_trained(
+        args.run,
+        args.checkpoint,
+        STAGES,
+        dtype=PRECISIONS[args.precision],
+        text_model=args.text_model,
+        decoder=args.decoder,
+        encoders=args.encoders,
+    )
     if ranks.main:
         say_checkpoint(args, run)
     reports = args.task == "mrg"
@@ -274,7 +281,7 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
 
 @torch.inference_mode()
 def saliency_figures(
-    args: argparse.Namespace, run: DualEncoderRun, manifest: Manifest, device: torch.device
+    args: argparse.Namespace, run: Trained, manifest: Manifest, device: torch.device
 ) -> None:
     vision, recipe = run.model.vision, manifest.recipe
     entries = manifest.entries(args.split)[: args.figure_volumes]

@@ -54,15 +54,9 @@ from reaf_hsenet.train.losses import (  # noqa: E402
     relation_loss,
     relation_weight,
 )
-from reaf_hsenet.weights import (  # noqa: E402
-    bert_config,
-    bert_state,
-    load_strictly,
-    mae_state,
-    reaf_vision_state,
-    slice_encoder_state,
-    vit3d_state,
-)
+from reaf_hsenet.weights.files import load_strictly  # noqa: E402
+from reaf_hsenet.weights.names import BERT, TRUNK, VIT2D, VIT3D, import_state  # noqa: E402
+from reaf_hsenet.weights.shapes import bert_config, flat_reaf, inflated  # noqa: E402
 
 
 def check_fill(case: Case) -> Iterator[Check]:
@@ -94,7 +88,7 @@ def check_vit3d(case: Case) -> Iterator[Check]:
     model = (
         ViT2E3(*sizes, slices=config["num_slices"], slice_width=slices.shape[-1]) if guided else ViT3D(*sizes)
     )
-    load_strictly(model, vit3d_state(case.weights()), case.name)
+    load_strictly(model, import_state(VIT3D, case.weights()), case.name)
     model.eval()
     volume = case.input("volume")
     for dtype, allowed, suffix in ((torch.float32, STRICT32, ""), (torch.float64, STRICT64, "__f64")):
@@ -122,7 +116,7 @@ def check_slice_attention(case: Case) -> Iterator[Check]:
     inputs = case.input("query"), case.input("slices")
     module = SliceGuidedAttention(width, width).eval()
     published = {f"slice_guided_attention.{n}": t for n, t in case.weights().items()}
-    state = {n.removeprefix("guidance."): t for n, t in vit3d_state(published).items()}
+    state = {n.removeprefix("guidance."): t for n, t in import_state(VIT3D, published).items()}
     load_strictly(module, state, case.name)
     for dtype, allowed, suffix in ((torch.float32, STRICT32, ""), (torch.float64, STRICT64, "__f64")):
         query, slices = (x.to(dtype) for x in inputs)
@@ -138,7 +132,7 @@ def check_slice_encoder(case: Case) -> Iterator[Check]:
     model = SliceEncoder(
         c["img_size"], c["patch_size"], width, c["depth"], c["num_heads"], width * c["mlp_ratio"]
     )
-    load_strictly(model, slice_encoder_state(case.weights()), case.name)
+    load_strictly(model, import_state(VIT2D, case.weights()), case.name)
     model.eval()
     images = case.input("images")
     for dtype, allowed, suffix in ((torch.float32, STRICT32, ""), (torch.float64, STRICT64, "__f64")):
@@ -198,7 +192,7 @@ def check_text_encoder(case: Case) -> Iterator[Check]:
     config = _text_config(case)
     published = case.weights()
     model = TextEncoder(**vars(config)).eval()
-    load_strictly(model, bert_state(published), case.name)
+    load_strictly(model, import_state(BERT, published), case.name)
     pooler = Pooler(config.width)
     pooler.load_state_dict(
         {n.removeprefix("pooler."): t for n, t in published.items() if n.startswith("pooler.")}
@@ -249,7 +243,7 @@ def _check_gradients(expected: dict, gradients: dict[str, Tensor], published: li
     for name in published:
         if expected[name] is None:
             continue
-        ours = next(iter(bert_state({name: torch.zeros(3)}))) if ".self." not in name else None
+        ours = next(iter(import_state(BERT, {name: torch.zeros(3)}))) if ".self." not in name else None
         if ours is None:
             layer, part, kind = re.match(
                 r"encoder\.layer\.(\d+)\.attention\.self\.(\w+)\.(\w+)", name
@@ -332,7 +326,8 @@ def check_reaf(case: Case) -> Iterator[Check]:
         config["scan_attn_indexes"],
         saliency=saliency,
     )
-    state = reaf_vision_state(case.weights(), tuple(config["grid"]))
+    state = flat_reaf(import_state(TRUNK, case.weights()), tuple(config["grid"]))
+    state = {name.removeprefix("vision."): tensor for name, tensor in state.items()}
     fixed = {n: t for n, t in model.state_dict().items() if n == "pos_embed" or n.startswith("fusion.")}
     load_strictly(model, state | fixed, case.name)
     model.eval()
@@ -387,7 +382,7 @@ def check_fusion_saliency(case: Case) -> Iterator[Check]:
 def check_mae(case: Case) -> Iterator[Check]:
     config = case["config"]
     patch, grid = tuple(config["patch_size"]), tuple(config["grid"])
-    found = mae_state({name: case.input(name) for name in case["inputs"]}, patch, grid)
+    found = inflated({name: case.input(name) for name in case["inputs"]}, patch, grid)
     yield equal(
         "names",
         sorted(found),

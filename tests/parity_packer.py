@@ -15,10 +15,11 @@ from reaf_hsenet.models.packer import (
     SpatialPacker,
     cut_cells,
 )
+from reaf_hsenet.models.projectors import PROJECTORS as KINDS
 from reaf_hsenet.models.qformer import QFormer
 from reaf_hsenet.models.text_guided import TextGuidedProjector
-from reaf_hsenet.weights import load_strictly
-from reaf_hsenet.weights.packer import packer_state, published_packer_state
+from reaf_hsenet.weights.files import load_strictly
+from reaf_hsenet.weights.names import PROJECTORS, Row, export_state, import_state
 
 PRECISIONS = ((torch.float32, STRICT32, ""), (torch.float64, STRICT64, "__f64"))
 BFLOAT16 = 5e-2  # of the output's standard deviation: the kit's own tolerance
@@ -27,7 +28,9 @@ BFLOAT16 = 5e-2  # of the output's standard deviation: the kit's own tolerance
 def check_packer_attention(case: Case) -> Iterator[Check]:
     grid, kernel, width = case["config"]["grid"], case["config"]["kernel_size"], case["config"]["emb_dim"]
     module = CellAttention(width).eval()
-    state = packer_state({f"resolution_attention.{n}": t for n, t in case.weights().items()})
+    state = import_state(
+        PROJECTORS["spatial_packer"], {f"resolution_attention.{n}": t for n, t in case.weights().items()}
+    )
     load_strictly(module, {n.removeprefix("cell_attn."): t for n, t in state.items()}, case.name)
     tokens = case.input("tokens").flatten(1, 3)
     for dtype, allowed, suffix in PRECISIONS:
@@ -120,9 +123,16 @@ def _build(case: Case) -> Projector:
 
 def _load(projector: Projector, case: Case) -> Iterator[Check]:
     """Load the case's weights, which must fit exactly and come back under their published names."""
-    published = case.weights()
-    load_strictly(projector, packer_state(published), case.name)
-    back = published_packer_state(projector)
+    published, table = case.weights(), _table(projector, case)
+    load_strictly(projector, import_state(table, published), case.name)
+    back = export_state(table, projector.state_dict())
     same = back.keys() == published.keys() and all(torch.equal(back[n], published[n]) for n in published)
     yield equal("tensors given back", same, True)
     yield equal("visual tokens", projector.visual_tokens, case["outputs"]["out"]["shape"][1])
+
+
+def _table(projector: Projector, case: Case) -> tuple[Row, ...]:
+    """The names of the projector; a head of linear layers alone numbers them without gaps."""
+    if case["config"].get("layer_type") == "linear":
+        return tuple(Row(f"projector.{i}.", f"head.fc{i + 1}.") for i in range(3))
+    return PROJECTORS[next(name for name, kind in KINDS.items() if kind is type(projector))]

@@ -32,16 +32,9 @@ from reaf_hsenet.train.contrastive import Contrastive, Guided, Teacher, encode
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.optimizer import learning_rate
 from reaf_hsenet.train.training_state import TrainingState
-from reaf_hsenet.weights import load_strictly
-from reaf_hsenet.weights.names import (
-    BERT_IGNORED,
-    TEACHER,
-    m3d_clip_state,
-    reaf_names,
-    reaf_state,
-    sources,
-    teacher_state,
-)
+from reaf_hsenet.weights.files import load_strictly
+from reaf_hsenet.weights.names import BERT, M3D_CLIP, REAF, TEACHER, import_state, places, teacher_tensors
+from reaf_hsenet.weights.shapes import flat_reaf
 from train import train_step
 
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -62,7 +55,7 @@ def check_training(case: Case) -> Iterator[Check]:
         teacher = build_dual_encoder(
             replace(model_config, vision=VisionConfig(*_sizes(config["vision"])))
         ).double()
-        load_strictly(teacher, teacher_state(published), case.name)
+        load_strictly(teacher, import_state(M3D_CLIP, teacher_tensors(published)), case.name)
         stage = Guided(
             Teacher(teacher, CPU.device, None, config["batch"], True),
             settings.relation,
@@ -162,8 +155,9 @@ def _renamed(
     """(the state_dict, our name -> the published names whose tensors it joins). computed: fixed tables."""
     if config.model == "reaf":
         fixed = {n: t for n, t in model.state_dict().items() if n == "vision.pos_embed" or ".fusion." in n}
-        return reaf_state(published, config.vision.grid) | fixed, sources([*published, *computed], reaf_names)
-    return m3d_clip_state(published), sources(published, m3d_clip_state)
+        state = flat_reaf(import_state(REAF, published), config.vision.grid)
+        return state | fixed, places(REAF, [*published, *computed])
+    return import_state(M3D_CLIP, published), places(M3D_CLIP, published)
 
 
 def _published(model: DualEncoder, names: dict[str, list[str]]) -> dict[str, Tensor]:
@@ -231,4 +225,4 @@ def _check_updates(case: Case, start: dict, end: dict, settings: TrainConfig) ->
             yield equal(f"{name} unmoved", end[name].equal(start[name]), True)
         else:  # the teacher, which is no part of what is trained, or a pooler, which has no place here
             inner = re.sub(r"^(stage1_pretrained_CLIP\.)?(language_encoder|text\.transformer)\.", "", name)
-            yield equal(f"{name} is used", name.startswith(TEACHER) or bool(BERT_IGNORED.match(inner)), True)
+            yield equal(f"{name} is used", name.startswith(TEACHER) or not places(BERT, [inner]), True)

@@ -14,7 +14,8 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.metrics.bertscore import load_text_reader
 from reaf_hsenet.metrics.clinical import attribute_agreement, clinical_report, load_classifier, phantom_labels
 from reaf_hsenet.models.text_encoder import TextEncoder
-from reaf_hsenet.weights import bert_config, bert_state
+from reaf_hsenet.weights.names import BERT, import_state
+from reaf_hsenet.weights.shapes import bert_config
 from test_text_metrics import bert_folder
 
 TEXTS = ["A nodule in the left lung.", "", "Ground-glass opacities in both lungs, 12 mm.", "心脏", "  "]
@@ -158,7 +159,7 @@ def test_every_published_classifier_gives_its_labels(tmp_path, layout):
     bare = bert_folder(tmp_path / "bare", kind)
     published = load_file(bare / "model.safetensors")
     encoder = TextEncoder(**vars(bert_config(bare))).eval()
-    encoder.load_state_dict(bert_state(published))
+    encoder.load_state_dict(import_state(BERT, published))
     dense = (
         ROBERTA_DENSE
         if layout.startswith("Roberta")

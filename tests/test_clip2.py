@@ -16,7 +16,9 @@ from reaf_hsenet.models.slice_guidance import ViT2E3
 from reaf_hsenet.train.contrastive import Contrastive, Guided, Teacher, encode
 from reaf_hsenet.train.grad_cache import GradCache
 from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss, relation_loss
-from reaf_hsenet.weights import initial_state, load_matching, load_strictly, m3d_clip_state, teacher_state
+from reaf_hsenet.weights.files import load_matching, load_strictly
+from reaf_hsenet.weights.names import M3D_CLIP, import_state, teacher_tensors
+from reaf_hsenet.weights.shapes import initial_state
 from test_models import TINY
 
 SLICES, SLICE_WIDTH = 5, 12
@@ -239,8 +241,8 @@ def test_a_published_stage_2_checkpoint_gives_student_and_teacher():
     assert "stage1_pretrained_CLIP.language_encoder.encoder.layer.1.attention.self.key.weight" in published
     torch.manual_seed(9)
     other_teacher, other = build_dual_encoder(TINY).double(), build_dual_encoder(STUDENT).double()
-    load_strictly(other, m3d_clip_state(published), "stage 2")
-    load_strictly(other_teacher, teacher_state(published), "stage 2")
+    load_strictly(other, import_state(M3D_CLIP, published), "stage 2")
+    load_strictly(other_teacher, import_state(M3D_CLIP, teacher_tensors(published)), "stage 2")
     for mine, loaded in ((student, other), (teacher, other_teacher)):
         assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in mine.state_dict().items())
     again = published_stage2(other, other_teacher)

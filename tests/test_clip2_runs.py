@@ -19,7 +19,7 @@ from reaf_hsenet.data.slice_features import add_slice_features
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.trained import load_dual_encoder
+from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.train import contrastive, contrastive_setup, phantom_slices
 from reaf_hsenet.train.phantom_slices import train_slice_encoder
 from reaf_hsenet.weights.slice_encoder import describe
@@ -193,7 +193,7 @@ def test_another_vocabulary_than_the_teachers_is_refused(teacher, tmp_path):
 
 @pytest.mark.slow
 def test_the_phantoms_slice_encoder_learns_from_the_teachers_reports(teacher, sliced):
-    run, manifest = load_dual_encoder(teacher), load_manifest(sliced)
+    run, manifest = load_trained(teacher), load_manifest(sliced)
     one, two = (train_slice_encoder(manifest, run, torch.device("cpu"), workers=1, steps=s) for s in (2, 2))
     assert all(torch.equal(t, two.state_dict()[n]) for n, t in one.state_dict().items())
     assert one.width == 128 and not one.training
@@ -400,7 +400,7 @@ def test_what_a_published_file_does_not_give_is_named_and_the_text_tower_is_the_
 ):
     from test_clip2 import published_stage2
 
-    model = load_dual_encoder(teacher).model
+    model = load_trained(teacher).model
     published = published_stage2(model, model)
     published = {n: t + 1 if "language" in n else t for n, t in published.items()}
     torch.save(published, tmp_path / "clip.bin")

@@ -23,7 +23,7 @@ from reaf_hsenet.evaluate.search_index import SearchIndex
 from reaf_hsenet.files import DAMAGED, named, read_json
 from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
-from reaf_hsenet.weights.reading import read_weights_file
+from reaf_hsenet.weights.files import read_weights_file
 from test_header import image
 from test_wild_tables import table
 

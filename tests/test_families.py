@@ -18,14 +18,14 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.presets import PRESETS
-from reaf_hsenet.runs.dual import expected_state, open_source
-from reaf_hsenet.runs.export import m3d_clip_tensors, reaf_tensors, under_published_names
+from reaf_hsenet.runs.published import expected_state, open_source
+from reaf_hsenet.weights import names
 from reaf_hsenet.weights.__main__ import main
 from reaf_hsenet.weights.adapters import save_adapter
 from reaf_hsenet.weights.decoder import load_decoder
-from reaf_hsenet.weights.families import FAMILIES, identify
-from reaf_hsenet.weights.names import bert_state, classifier_state, m3d_clip_state, reaf_names, sources
-from reaf_hsenet.weights.shapes import Reader, dual_config, text_shapes
+from reaf_hsenet.weights.names import M3D_CLIP, classifier_table, export_state, places
+from reaf_hsenet.weights.published import FAMILIES, Published, open_published, recognise
+from reaf_hsenet.weights.shapes import dual_config, text_shapes, with_axes
 from reaf_hsenet.weights.slice_encoder import save_slice_encoder
 from test_weights_convert import new_run, write_reaf
 
@@ -85,6 +85,13 @@ MADE = {
         "cls_token",
         ("vision.cls_token", 1, 1),
     ),
+    "m3d-trunk": (
+        lambda f: published.write(
+            f / "v.bin", {n: t for n, t in published.m3d_clip().items() if n.startswith("vision_encoder.")}
+        ),
+        "vision_encoder.blocks.0.attn.out_proj.bias",
+        ("vision.blocks.0.attn.proj.bias", 1, 1),
+    ),
     "hsenet-language": (
         lambda f: published.write(f / "mm_projector_and_lora.bin", published.language()),
         "base_model.model.model.mm_projector2.proj_mpls.2.bias",
@@ -128,9 +135,9 @@ MADE = {
     "adapter": (
         adapter,
         "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight",
-        ("decoder.layers.0.mlp.down_proj.lora_a", 1, 1),
+        ("base_model.model.model.layers.0.mlp.down_proj.lora_A.weight", 1, 1),
     ),
-    "decoder": (decoder, "model.norm.weight", ("norm.weight", 1, 1)),
+    "decoder": (decoder, "model.norm.weight", ("model.norm.weight", 1, 1)),
     "run-dual": (dual_run, "vision.cls_token", ("vision.cls_token", 1, 1)),
 }
 
@@ -140,9 +147,9 @@ def test_a_checkpoint_is_recognised_by_its_names_and_its_tensors_have_places(tmp
     make, name, place = MADE[key]
     source = open_source(str(make(tmp_path)))
     assert source.family.key == key
-    places = sources(source.state, source.family.names)
-    found = [(ours, parts.index(name) + 1, len(parts)) for ours, parts in places.items() if name in parts]
-    assert name in source.state and found == ([place] if place else [])
+    found = places(source.family.table, source.tensors)
+    found = [(ours, parts.index(name) + 1, len(parts)) for ours, parts in found.items() if name in parts]
+    assert name in source.tensors and found == ([place] if place else [])
 
 
 def test_every_family_but_a_language_run_is_made_above_and_that_is_recognised_too(prepared, tmp_path):
@@ -151,21 +158,18 @@ def test_every_family_but_a_language_run_is_made_above_and_that_is_recognised_to
 
 
 def test_a_roberta_classifiers_two_layers_have_their_places():
-    places = sources(published.classifier(roberta=True), classifier_state)
-    assert places["pooler.dense.weight"] == ["classifier.dense.weight"] and places["head.weight"] == [
-        "classifier.out_proj.weight"
-    ]
+    tensors = published.classifier(roberta=True)
+    found = places(classifier_table(tensors), tensors)
+    assert found["pooler.dense.weight"] == ["classifier.dense.weight"]
+    assert found["head.weight"] == ["classifier.out_proj.weight"]
 
 
-def shapes_only(config, names, renaming):
+def shapes_only(config):
     """A published checkpoint of a configuration without data."""
     state = {n: t for n, t in expected_state(config).items() if not n.startswith("vision.fusion.")}
-    found = under_published_names(state, list(names), renaming, "shapes")
     if config.model == "reaf":
-        kernel, table = "visual.trunk.patch_embed.proj.weight", "visual.trunk.spatial_posemb"
-        found[kernel] = found[kernel].reshape(-1, 1, *config.vision.patch)
-        found[table] = found[table].unflatten(1, config.vision.grid)
-    return found
+        return export_state(names.REAF, with_axes(state, config.vision))
+    return export_state(M3D_CLIP, state)
 
 
 HLIP = replace(PRESETS["reaf-base"], vision=ReafVisionConfig(fusion=None, regions=0, region_size=(1, 1, 1)))
@@ -182,21 +186,14 @@ HLIP = replace(PRESETS["reaf-base"], vision=ReafVisionConfig(fusion=None, region
     ],
     ids=["M3D-CLIP", "2E3", "REAF", "HLIP 8,24,24", "HLIP 8,16,16"],
 )
-def test_the_published_sizes_are_read_from_the_shapes_alone(config):
-    reaf = config.model == "reaf"
-    names, renaming = (reaf_tensors, reaf_names) if reaf else (m3d_clip_tensors, m3d_clip_state)
-    found = shapes_only(config, names(config.vision, config.text), renaming)
+def test_the_published_sizes_are_read_from_the_shapes_alone(config, tmp_path):
+    reaf, tensors = config.model == "reaf", shapes_only(config)
+    source = Published("shapes", tmp_path / "file", tensors, recognise(tensors))
     vision = replace(config.vision, drop_path=ReafVisionConfig.drop_path) if reaf else config.vision
-    reader = Reader(renaming(found), "shapes")
-    assert dual_config(found, reader) == replace(config, vision=vision)
-    assert any("12 heads, by the published rule" in note for note in reader.notes)
-    assert identify(found, "shapes").key == (
-        ("hlip" if config.vision.fusion is None else "reaf")
-        if reaf
-        else "hsenet-2e3"
-        if hasattr(config.vision, "slices")
-        else "m3d-clip"
-    )
+    assert dual_config(source) == replace(config, vision=vision)
+    assert any("12 heads, by the published rule" in note for note in source.notes)
+    hsenet = "hsenet-2e3" if hasattr(config.vision, "slices") else "m3d-clip"
+    assert source.family.key == (hsenet if not reaf else "reaf" if config.vision.fusion else "hlip")
 
 
 def test_a_dry_run_says_what_a_checkpoint_is_and_writes_nothing(tmp_path, capsys):
@@ -240,7 +237,7 @@ def test_a_dry_run_names_what_is_missing_left_over_misshapen_and_not_finite(tmp_
 
 def test_a_dry_run_says_what_a_file_is_before_what_it_lacks(tmp_path, capsys):
     file = published.write(tmp_path / "mm_projector_and_lora.bin", published.language())
-    with pytest.raises(InputError, match="--decoder: .* holds packers and adapters only"):
+    with pytest.raises(InputError, match="lora.bin: holds packers and adapters only"):
         main(["convert", str(file), "--dry-run"])
     assert "HSENet's packers and adapters (HSENet-Phi-4-4B)\nfile: " in capsys.readouterr().out
 
@@ -265,10 +262,10 @@ def test_an_unknown_family_is_refused_with_what_its_names_look_like(tmp_path):
         open_source(str(file))
 
 
-def test_a_text_config_of_roberta_is_told_by_its_single_token_type():
+def test_a_text_config_of_roberta_is_told_by_its_single_token_type(tmp_path):
     state = {n: t for n, t in published.bert("").items()}
     state["embeddings.token_type_embeddings.weight"] = torch.ones(1, 64)
-    found = text_shapes(Reader(bert_state(state), "roberta"))
+    found = text_shapes(open_published("roberta", published.write(tmp_path / "roberta.bin", state)))
     assert (found.kind, found.pad_id, found.layer_norm_eps, found.vocab) == ("roberta", 1, 1e-5, 200)
 
 

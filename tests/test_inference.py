@@ -305,8 +305,8 @@ def test_an_answer_is_as_long_as_asked_for_or_as_the_context_allows(runs, scans,
 
 
 def test_what_is_wrong_with_the_input_is_said_before_weights_are_read(runs, scans, tmp_path, monkeypatch):
-    for name in ("load_mllm", "load_dual_encoder"):
-        monkeypatch.setattr(inference, name, lambda *a: pytest.fail("weights were read"))
+    for name in ("load_trained",):
+        monkeypatch.setattr(inference, name, lambda *a, **k: pytest.fail("weights were read"))
     nib.save(nib.Nifti1Image(np.full((8, 8, 8), np.nan, np.float32), np.eye(4)), tmp_path / "nan.nii")
     language, dual = ScanModel(runs / "mrg-hsenet"), ScanModel(runs / "clip1-hsenet")
     wrong("nan.nii: 512 voxels are NaN", language.report, tmp_path / "nan.nii")

@@ -39,7 +39,7 @@ from reaf_hsenet.runs import answering
 from reaf_hsenet.runs.answering import answer
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.generation import generate
-from reaf_hsenet.runs.trained import load_dual_encoder, load_mllm
+from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 from reaf_hsenet.weights.slice_encoder import describe
@@ -113,7 +113,7 @@ def whole(vqa_run, tmp_path_factory) -> Path:
 
 def asked(run: Path, data: Path, kind: str = "location") -> tuple:
     """(the loaded run, the rows of the validation split, each row's volume (B, 1, D, H, W))."""
-    loaded, manifest = load_mllm(run), load_manifest(data)
+    loaded, manifest = load_trained(run), load_manifest(data)
     dataset = LanguageDataset(
         manifest, "validation", kind, loaded.tokenizer, loaded.model.visual_tokens, CONTEXT
     )
@@ -147,7 +147,7 @@ def test_an_answer_ends_before_its_stop_token_and_has_no_special_tokens(vqa_run,
     values = json.loads((folder / "config.json").read_text())
     values["model"]["decoder"]["eos_ids"].append(stop)
     (folder / "config.json").write_text(json.dumps(values))
-    again = load_mllm(folder)
+    again = load_trained(folder)
     first, *others = answer(again.model, again.tokenizer, [row.question for row in rows], volume, None, NEW)
     assert first == before and any(len(text) > len(first) for text in others)
     assert answering.answer_text(
@@ -191,7 +191,7 @@ def test_the_answers_csv_and_json_have_the_published_columns_and_all_scores(prep
     assert set(scores["chance"]) == {"acc_anatomy", "acc_text", "acc_class", "acc_class_strict"}
     assert sum(a["support"] for a in scores["classification"]["anatomies"].values()) == len(rows)
     assert (scores["split"], scores["new_tokens"], scores["prompt"]) == ("validation", NEW, None)
-    assert scores["checkpoint_sha256"] == load_mllm(vqa_run).sha256()
+    assert scores["checkpoint_sha256"] == load_trained(vqa_run).sha256()
     assert not list(whole.glob("*.jsonl"))
     language_scores.print_answers(scores)
     shown = capsys.readouterr().out
@@ -212,7 +212,7 @@ def test_a_question_without_words_of_its_own_is_drawn_as_in_the_data_set(prepare
             row.pop("question")
     (data / "manifest.json").write_text(json.dumps(values))
     rows, _ = evaluated("vqa", vqa_run, tmp_path / "a", "--data", data)
-    run, manifest = load_mllm(vqa_run), load_manifest(data)
+    run, manifest = load_trained(vqa_run), load_manifest(data)
     dataset = LanguageDataset(manifest, "validation", "location", run.tokenizer, 8, CONTEXT)
     drawn = [dataset.text(i, np.random.default_rng((0, 0, i)))[0] for i in range(len(dataset))]
     assert [row["Question"] for row in rows] == drawn and len(set(drawn)) > 3
@@ -554,7 +554,7 @@ def test_bf16_is_of_the_decoder_and_other_answers_are_not_mixed_with_its_own(vqa
 def test_the_usual_number_of_new_tokens_is_cut_to_the_context(mrg_run, tmp_path):
     flags = ["--task", "mrg", "--run", mrg_run, "--out", tmp_path, "--device", "cpu", "--limit", 1]
     assert evaluate.main(list(map(str, flags))) == 0
-    run = load_mllm(mrg_run)
+    run = load_trained(mrg_run)
     length = len(answering.question_ids(run.model, run.tokenizer, [GENERATION["mrg"]["prompt"]])[0])
     assert read("mrg", tmp_path)[1]["new_tokens"] == CONTEXT - length
 
@@ -581,7 +581,7 @@ def test_embeddings_say_which_model_made_them(prepared, tmp_path):
     assert evaluate.main(["--task", "retrieval", "--run", str(run.folder), "--device", "cpu"]) == 0
     with safe_open(run.folder / "eval/embeddings.safetensors", "pt") as file:
         found = file.metadata()
-    assert found["model"] == load_dual_encoder(run.folder).sha256()
+    assert found["model"] == load_trained(run.folder).sha256()
     assert found["ids"].split("\n") == [e["id"] for e in manifest.entries("validation")]
 
 

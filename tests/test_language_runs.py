@@ -18,7 +18,7 @@ from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.int8 import Int8Linear
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.trained import load_dual_encoder, load_mllm
+from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.tokenizer.word_tokenizer import train_words
 from reaf_hsenet.weights.decoder import save_decoder
 from reaf_hsenet.weights.slice_encoder import describe
@@ -94,8 +94,8 @@ def decoder_folder(stages) -> Path:
 @pytest.mark.slow
 def test_report_generation_trains_encoders_packers_and_a_new_decoder(stages, finished, capsys):
     run, stage_1, stage_2 = (
-        load_mllm(finished, "last"),
-        *(load_dual_encoder(stages / name) for name in ("clip1", "clip2")),
+        load_trained(finished, "last"),
+        *(load_trained(stages / name) for name in ("clip1", "clip2")),
     )
     assert run.config.vision == "dual" and run.guided and run.model.visual_tokens == 4
     saved = weights(finished)
@@ -106,10 +106,10 @@ def test_report_generation_trains_encoders_packers_and_a_new_decoder(stages, fin
     )
     first = train.main(language(stages, stages / "start", "--max-steps", 1, "--lr", 1e-12))
     assert first == 0
-    learned = load_mllm(stages / "start").model.encoders  # of the labels, before the first step
+    learned = load_trained(stages / "start").model.encoders  # of the labels, before the first step
     assert not torch.allclose(learned[0].cls_token, stage_1.model.vision.cls_token, atol=1e-9)
     assert train.main(language(stages, stages / "frozen", "--max-steps", 1, "--no-train-vision")) == 0
-    start = load_mllm(stages / "frozen").model
+    start = load_trained(stages / "frozen").model
     assert torch.allclose(start.encoders[0].cls_token, stage_1.model.vision.cls_token, atol=1e-9)
     assert torch.allclose(start.encoders[1].cls_token, stage_2.model.vision.cls_token, atol=1e-9)
     losses = [r["loss"] for r in Run(finished).read_log() if "loss" in r]
@@ -155,14 +155,14 @@ def test_a_published_decoder_gets_adapters_and_only_what_is_trained_is_saved(
     saved = weights(out)
     assert all(name.startswith("projectors.") or "lora_" in name for name in saved)
     assert any(t.abs().max() > 0 for n, t in saved.items() if "lora_b" in n)
-    run = load_mllm(out)
+    run = load_trained(out)
     assert run.config.r == 2 and not run.config.full
     base = load_file(decoder_folder / "model.safetensors")
     own = run.model.decoder.embed_tokens.weight
     rows = len(run.tokenizer) - 4
     assert torch.equal(own[:rows], base["model.embed_tokens.weight"][:rows])
     assert torch.allclose(own[rows], base["model.embed_tokens.weight"][:rows].mean(0))
-    stage_1 = load_dual_encoder(stages / "clip1").model.vision
+    stage_1 = load_trained(stages / "clip1").model.vision
     assert torch.equal(run.model.encoders[0].cls_token, stage_1.cls_token)
     again = [
         "--stage",
@@ -185,7 +185,7 @@ def test_a_base_that_has_changed_is_refused(stages, decoder_folder, tmp_path):
     out = tmp_path / "run"
     flags = ("--max-steps", 1, "--decoder", folder, "--vision", "stage1", "--int8")
     assert train.main(language(root, out, *flags, start="clip1")) == 0
-    assert any(isinstance(layer, Int8Linear) for layer in load_mllm(out).model.modules())
+    assert any(isinstance(layer, Int8Linear) for layer in load_trained(out).model.modules())
     path = Run(root / "clip1").pointer("last") / "model.safetensors"
     kept = path.read_bytes()
     path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
@@ -193,13 +193,13 @@ def test_a_base_that_has_changed_is_refused(stages, decoder_folder, tmp_path):
     with pytest.raises(
         InputError, match="clip1: none of its checkpoints is the encoder that the run was trained on"
     ):
-        load_mllm(out)
+        load_trained(out)
     path.write_bytes(kept)
     path = folder / "model.safetensors"
     kept = path.read_bytes()
     path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     with pytest.raises(InputError, match="decoder: its weights are not those that the run was trained on"):
-        load_mllm(out)
+        load_trained(out)
 
 
 @pytest.mark.slow
@@ -285,7 +285,7 @@ def test_questions_are_learned_by_kind(stages, tmp_path):
     assert values["train"]["questions"] == "presence" and values["stage"] == "vqa"
     entry = next(e for e in load_manifest(stages / "data").entries("train") if e.get("qa"))
     row = next(r for r in entry["qa"] if r["kind"] == "presence")
-    tokenizer = load_mllm(out).tokenizer
+    tokenizer = load_trained(out).tokenizer
     assert tokenizer.decode(tokenizer.encode(row["question"], special_tokens=False)) == row["question"]
 
 

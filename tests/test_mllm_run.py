@@ -12,12 +12,12 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256, fingerprint
 from reaf_hsenet.models.mllm_config import trained_state
 from reaf_hsenet.models.packed import PackedLinear
-from reaf_hsenet.runs.trained import load_mllm
+from reaf_hsenet.runs.trained import load_trained
 
 
 def test_a_run_is_rebuilt_from_its_folder(prepared, tmp_path):
     folder = write_language_run(tmp_path / "run", prepared)
-    run, again = load_mllm(folder), load_mllm(folder)
+    run, again = load_trained(folder), load_trained(folder)
     assert (run.stage, run.config.vision, run.guided, run.data) == ("mrg", "stage1", False, prepared)
     assert not run.model.training and run.model.visual_tokens == 8
     for name, tensor in trained_state(run.model).items():
@@ -29,7 +29,7 @@ def test_a_run_is_rebuilt_from_its_folder(prepared, tmp_path):
 
 
 def test_a_processors_decoder_is_packed_for_its_kernels(prepared, tmp_path):
-    run = load_mllm(write_language_run(tmp_path / "run", prepared))
+    run = load_trained(write_language_run(tmp_path / "run", prepared))
     run.place(torch.device("cpu"))
     packed = sum(isinstance(layer, PackedLinear) for layer in run.model.decoder.modules())
     assert packed == 4 * len(run.model.decoder.layers) + 1 and not run.compiled

@@ -13,7 +13,7 @@ import evaluate
 import train
 from reaf_hsenet.data.questions import question_answer, read_templates
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.runs.trained import load_mllm
+from reaf_hsenet.runs.trained import load_trained
 from test_language_runs import decoder_folder, language, stages  # noqa: F401
 
 # In the form of HSENet's prompt_templates.py; the wordings are the test's.
@@ -130,7 +130,7 @@ def test_a_run_keeps_its_templates_and_is_evaluated_with_them(stages, decoder_fo
 def test_frozen_encoders_keep_their_dropout_when_that_is_asked_for(stages, decoder_folder, tmp_path):
     flags = ("--decoder", decoder_folder, "--max-steps", 1)
     assert train.main(language(stages, tmp_path / "run", *flags)) == 0
-    model = load_mllm(tmp_path / "run").model
+    model = load_trained(tmp_path / "run").model
     guidance = model.encoders[1].guidance
     assert model.train() and not guidance.training and guidance.dropout.p > 0
     model.frozen_dropout = True

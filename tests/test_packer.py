@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.packer import CellAttention, SpatialPacker, count_cells
 from reaf_hsenet.models.projectors import PROJECTORS, build_projector
-from reaf_hsenet.weights import load_strictly
-from reaf_hsenet.weights.packer import packer_state, published_packer_state
+from reaf_hsenet.weights.files import load_strictly
+from reaf_hsenet.weights.names import PROJECTORS as NAMES
+from reaf_hsenet.weights.names import Row, below, export_state, import_state, language_table
 
 GRID, WIDTH, OUT = (4, 4, 8), 16, 12
 OPTIONS = {"qformer": {"mlp": 24}, "text_guided": {"slices": 6, "slice_width": 10}}
@@ -192,9 +192,9 @@ def test_a_sample_does_not_depend_on_its_batch(name):
 def test_published_names_there_and_back_give_the_same_weights(name):
     projector = build(name)
     other = build_projector(name, WIDTH, OUT, GRID, (2, 2, 4), **OPTIONS.get(name, {})).double()
-    published = published_packer_state(projector, "base_model.model.model.mm_projector.")
+    published = export_state(NAMES[name], projector.state_dict())
     assert len(published) == len(projector.state_dict())
-    load_strictly(other, packer_state(published), name)
+    load_strictly(other, import_state(NAMES[name], published), name)
     assert all(torch.equal(other.state_dict()[n], t) for n, t in projector.state_dict().items())
 
 
@@ -202,29 +202,31 @@ def test_the_packers_published_names_are_those_of_hsenets_checkpoints():
     attention = [f"resolution_attention.{n}" for n in ("Wq", "Wk", "Wv", "output_linear", "norm")]
     layers = (*attention, "proj_mpls.0", "proj_mpls.2")
     expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    assert set(published_packer_state(build("spatial_packer"))) == expected
+    assert set(export_state(NAMES["spatial_packer"], build("spatial_packer").state_dict())) == expected
 
 
 def test_each_packer_of_a_checkpoint_is_taken_by_its_name():
     first, second = build("spatial_packer"), SpatialPacker(WIDTH, OUT, GRID, (2, 2, 4))
-    both = published_packer_state(first, "model.mm_projector.")
-    both |= published_packer_state(second, "model.mm_projector2.")
-    both["model.layers.0.self_attn.qkv_proj.lora_A.default.weight"] = torch.zeros(1)
-    for packer, name in ((first, "mm_projector"), (second, "mm_projector2")):
-        state = packer_state(both, name)
-        assert state.keys() == packer.state_dict().keys()
-        assert all(torch.equal(state[n], t) for n, t in packer.state_dict().items())
-    with pytest.raises(InputError, match="no mm_projector2, it has mm_projector:"):
-        packer_state(published_packer_state(first, "mm_projector."), "mm_projector2")
+    table, names = NAMES["spatial_packer"], language_table("spatial_packer")
+    adapter = "model.layers.0.self_attn.qkv_proj.lora_A.default.weight"
+    for model in ("base_model.model.model.", "model.", ""):
+        both = {adapter: torch.zeros(1)}
+        for packer, name in ((first, "mm_projector"), (second, "mm_projector2")):
+            both |= export_state(below(f"{model}{name}.", "", table), packer.state_dict())
+        state = import_state(names, both)
+        assert adapter in state and len(state) == len(both)
+        for i, packer in enumerate((first, second)):
+            assert all(torch.equal(state[f"projectors.{i}.{n}"], t) for n, t in packer.state_dict().items())
+    state.pop(adapter)
+    assert {n.split(".")[3] for n in export_state(names, state)} == {"mm_projector", "mm_projector2"}
 
 
 def test_linear_heads_have_no_activation_and_published_numbers_without_gaps():
     pool, x = build("m3d_pool", head="linear", layers=3), tokens()
     head, mean = pool.head, pool.pack(x)
     assert torch.allclose(pool(x), head.fc3(head.fc2(head.fc1(mean))))
-    published = published_packer_state(pool)
-    assert set(published) == {f"projector.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
-    assert packer_state(published).keys() == pool.state_dict().keys()
+    table = tuple(Row(f"projector.{i}.", f"head.fc{i + 1}.") for i in range(3))
+    assert len(export_state(table, pool.state_dict())) == 6
     with pytest.raises(ValueError, match="conv.*mlp or linear"):
         build("m3d_pool", head="conv")
 
@@ -238,7 +240,7 @@ def test_published_query_attention_is_one_over_the_batch_axis():
     """torch's own attention, given (B, K, C) where it expects (length, batch, channels)."""
     projector = build("qformer")
     reference = torch.nn.MultiheadAttention(WIDTH, 8).double().eval()
-    published = published_packer_state(projector)
+    published = export_state(NAMES["qformer"], projector.state_dict())
     names = {n.removeprefix("self_attn."): t for n, t in published.items() if n.startswith("self_attn.")}
     reference.load_state_dict(names)
     queries = projector.queries.expand(3, -1, -1)

@@ -15,7 +15,9 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import find_folder
 from reaf_hsenet.models.text_encoder import TextEncoder
 from reaf_hsenet.runs.trained import locate_run
-from reaf_hsenet.weights import bert_config, bert_state, load_strictly, read_checkpoint, read_weights
+from reaf_hsenet.weights.files import load_strictly, read_checkpoint, read_weights
+from reaf_hsenet.weights.names import BERT, import_state
+from reaf_hsenet.weights.shapes import bert_config
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE = json.loads((GOLDEN / "bert_tiny.json").read_text())
@@ -68,7 +70,7 @@ def write_folder(folder: Path, state, file: str, **config) -> Path:
 def test_every_published_layout_gives_the_golden_hidden_states(tmp_path, layout):
     folder = write_folder(tmp_path / "bert", *LAYOUTS[layout])
     model = TextEncoder(**vars(bert_config(folder))).eval()
-    load_strictly(model, bert_state(read_weights(folder)), str(folder))
+    load_strictly(model, import_state(BERT, read_weights(folder)), str(folder))
     with torch.no_grad():
         hidden = model(STORED["input.ids"], STORED["input.mask"], STORED["input.token_type_ids"])
     assert (hidden - STORED["last_hidden_state"]).abs().max() < 1e-5
@@ -127,7 +129,7 @@ def test_a_folder_that_does_not_fit_lists_tensors_by_name(tmp_path):
     folder = write_folder(tmp_path / "bert", state, "model.safetensors")
     model = TextEncoder(**vars(bert_config(folder)))
     with pytest.raises(InputError) as caught:
-        load_strictly(model, bert_state(read_weights(folder)), "the folder")
+        load_strictly(model, import_state(BERT, read_weights(folder)), "the folder")
     for words in (
         "blocks.1.mlp.fc2.bias is missing",
         "adapter.weight is not known",

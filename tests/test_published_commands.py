@@ -15,12 +15,12 @@ from published import BERT
 from reaf_hsenet.config import STAGES
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.runs.trained import load_dual_encoder
+from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.train.command import parse
 from reaf_hsenet.train.optimizer import learning_rate
 from reaf_hsenet.train.setup import recipe_settings
 from reaf_hsenet.weights.__main__ import main as convert
-from reaf_hsenet.weights.names import m3d_clip_state
+from reaf_hsenet.weights.names import M3D_CLIP, import_state
 from test_weights_start import data  # noqa: F401
 
 README = (ROOT / "README.md").read_text()
@@ -66,8 +66,8 @@ def test_stage_2s_command_starts_the_student_from_m3d_clip_as_published(data, tm
     arguments = [str(files.get(word, word)) for word in arguments]
     assert train.main([*arguments, "--batch-size", "4", "--max-steps", "1", "--device", "cpu"]) == 0
     assert "left at their start: vision.guidance" in capsys.readouterr().out
-    run, teacher = load_dual_encoder(tmp_path / "run"), load_dual_encoder(tmp_path / "teacher")
-    found, start = run.model.state_dict(), m3d_clip_state(published.m3d_clip())
+    run, teacher = load_trained(tmp_path / "run"), load_trained(tmp_path / "teacher")
+    found, start = run.model.state_dict(), import_state(M3D_CLIP, published.m3d_clip())
     assert all(torch.equal(found[n], t) for n, t in start.items())  # text too; the first step's rate is 0
     assert run.origin["teacher_sha256"] == teacher.sha256() and run.origin["init"] == str(m3d_clip)
     assert found["vision.guidance.query.weight"].abs().max() <= 48**-0.5  # torch's start of a Linear

@@ -10,7 +10,7 @@ import pytest
 
 from reaf_hsenet import files
 from reaf_hsenet.runs import checkpoint
-from reaf_hsenet.runs.trained import load_mllm
+from reaf_hsenet.runs.trained import load_trained
 from test_killed_runs import forks, one_rank, start  # noqa: F401
 from test_language_runs import decoder_folder, language, stages  # noqa: F401
 
@@ -84,7 +84,7 @@ def test_a_run_that_is_read_again_hashes_its_own_checkpoint_and_no_decoder(
     monkeypatch.setattr(
         files, "_sha256", lambda path, *unchanged: (hashed.append(path), whole(path, *unchanged))[1]
     )
-    run = load_mllm(tmp_path / "run")
+    run = load_trained(tmp_path / "run")
     run.sha256(), run.base_sha256()
     assert not any("decoder" in path for path in hashed)
     assert sum(path.startswith(str(tmp_path / "run")) for path in hashed) == 1

@@ -22,7 +22,9 @@ from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.positions import resample_3d
-from reaf_hsenet.weights import initial_state, load_matching, load_strictly, read_checkpoint, reaf_state
+from reaf_hsenet.weights.files import load_matching, load_strictly, read_checkpoint
+from reaf_hsenet.weights.names import REAF, import_state
+from reaf_hsenet.weights.shapes import flat_reaf, initial_state
 
 CONFIG = ClipConfig(
     "reaf",
@@ -143,7 +145,7 @@ def fixed(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_the_whole_dual_encoder_loads_strictly_under_reafs_names(prefix):
     model, source = build_dual_encoder(CONFIG), published(prefix=prefix)
-    load_strictly(model, reaf_state(source, GRID) | fixed(model), "REAF")
+    load_strictly(model, flat_reaf(import_state(REAF, source), GRID) | fixed(model), "REAF")
     state, plain = model.state_dict(), published()
     kernel = plain["visual.trunk.patch_embed.proj.weight"]
     conv = torch.nn.functional.conv3d(torch.ones(1, 1, 8, 16, 16), kernel, stride=(4, 8, 8)).flatten(2).mT
@@ -158,11 +160,13 @@ def test_the_whole_dual_encoder_loads_strictly_under_reafs_names(prefix):
 def test_every_tensor_of_the_checkpoint_has_a_place():
     """Each changes the model when it is changed, except BERT's pooler, which REAF does not use."""
     model = build_dual_encoder(CONFIG)
-    expected = {n: t.clone() for n, t in (reaf_state(published(), GRID) | fixed(model)).items()}
+    expected = {
+        n: t.clone() for n, t in (flat_reaf(import_state(REAF, published()), GRID) | fixed(model)).items()
+    }
     for name in published_shapes():
         other = published()
         other[name] = other[name] + 1
-        state = reaf_state(other, GRID)
+        state = flat_reaf(import_state(REAF, other), GRID)
         changed = [n for n in state if not torch.equal(state[n], expected[n])]
         assert len(changed) == (0 if "pooler" in name else 1), name
 
@@ -171,13 +175,13 @@ def test_a_missing_tensor_is_named():
     model, source = build_dual_encoder(CONFIG), published()
     del source["visual.trunk.blocks.1.attn.qkv.bias"]
     with pytest.raises(InputError, match=r"vision.blocks.1.attn.qkv.bias is missing"):
-        load_strictly(model, reaf_state(source, GRID) | fixed(model), "REAF")
+        load_strictly(model, flat_reaf(import_state(REAF, source), GRID) | fixed(model), "REAF")
 
 
 def test_a_position_table_of_another_grid_is_resampled():
     source = published()
     table = source["visual.trunk.spatial_posemb"]
-    state = reaf_state(source, (2, 3, 3))
+    state = flat_reaf(import_state(REAF, source), (2, 3, 3))
     assert torch.equal(state["vision.pos_embed"], resample_3d(table, (2, 3, 3)).flatten(1, 3))
 
 

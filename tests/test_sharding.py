@@ -17,7 +17,7 @@ from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm
-from reaf_hsenet.runs.trained import load_mllm
+from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.train.sharding import require_shardable, shard, whole
 from reaf_hsenet.train.stability import clip_gradients, not_finite
 from test_bad_volumes import bad_records, spoil, volume
@@ -141,7 +141,9 @@ def test_two_sharded_processes_reach_the_weights_of_one(pair):
     ]
     half = len(values) // 2
     assert values[:half] == pytest.approx(values[half:], rel=1e-5) and half > 1
-    one, two = (load_mllm(pair / name, "last") for name in ("one", "two"))  # as evaluate.py and infer.py do
+    one, two = (
+        load_trained(pair / name, "last") for name in ("one", "two")
+    )  # as evaluate.py and infer.py do
     assert torch.allclose(one.model.decoder.norm.weight, two.model.decoder.norm.weight, atol=1e-5)
 
 

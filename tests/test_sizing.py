@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 import train
 from conftest import ROOT
 from reaf_hsenet.presets import PRESETS
-from reaf_hsenet.runs.trained import load_mllm
+from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.train.training_state import TrainingState
 from test_language_runs import decoder_folder, language, stages  # noqa: F401  (fixtures)
 from test_train import keep_signal_handlers, tiny, weights  # noqa: F401  (a fixture)
@@ -123,7 +123,7 @@ def test_a_step_of_a_language_stage_sends_the_predicted_bytes(stages, decoder_fo
     argv = language(stages, tmp_path / "run", *flags, *(["--shard"] if shard else []), start="clip1")
     argv[argv.index("--batch-size") + 1] = "2"
     found = sent(argv, tmp_path / "sent")
-    model = load_mllm(tmp_path / "run", "last").model
+    model = load_trained(tmp_path / "run", "last").model
     model.encoders.requires_grad_(False)
     if shard:
         expected = sizing.sharded_traffic(model, 2, half=False, accumulate=2)

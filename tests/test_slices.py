@@ -30,7 +30,8 @@ from reaf_hsenet.data.volume import Volume, read_volume
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
-from reaf_hsenet.weights import load_strictly, slice_encoder_state
+from reaf_hsenet.weights.files import load_strictly
+from reaf_hsenet.weights.names import VIT2D, import_state
 from reaf_hsenet.weights.slice_encoder import describe, load_slice_encoder, save_slice_encoder
 
 HSENET = SLICE_RECIPES["hsenet"]
@@ -506,10 +507,10 @@ def test_a_published_vit_is_recognised_by_its_shapes(tmp_path, prefix):
 )
 def test_heads_of_a_vit_are_left_out_and_other_tensors_refused(tmp_path, encoder, known):
     state = {n.replace("patch_embed.", "patch_embed.proj."): t for n, t in encoder.state_dict().items()}
-    assert slice_encoder_state(state | {known: torch.ones(24)}).keys() == encoder.state_dict().keys()
+    assert import_state(VIT2D, state | {known: torch.ones(24)}).keys() == encoder.state_dict().keys()
     for unknown in ("norm_pre.weight", "reg_token", "blocks.0.ls1.gamma"):  # computed with, in other ViTs
         with pytest.raises(InputError, match=f"{unknown} is not known"):
-            load_strictly(encoder, slice_encoder_state(state | {unknown: torch.ones(24)}), "vit")
+            load_strictly(encoder, import_state(VIT2D, state | {unknown: torch.ones(24)}), "vit")
 
 
 def test_what_is_no_slice_encoder_is_refused(tmp_path, encoder):

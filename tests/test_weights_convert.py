@@ -26,13 +26,14 @@ from reaf_hsenet.models.clip import adapt, build_dual_encoder
 from reaf_hsenet.models.packer import SpatialPacker
 from reaf_hsenet.models.positions import resample_3d
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.dual import fusion_constants, load_published_dual
-from reaf_hsenet.runs.trained import load_dual_encoder, load_mllm
+from reaf_hsenet.runs.published import fusion_constants, open_source, published_run
+from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
-from reaf_hsenet.weights import bert_config, load_strictly, read_checkpoint, reaf_state
+from reaf_hsenet.weights import names
 from reaf_hsenet.weights.__main__ import main
-from reaf_hsenet.weights.packer import packer_state
+from reaf_hsenet.weights.files import load_strictly, read_checkpoint
+from reaf_hsenet.weights.shapes import bert_config, flat_reaf
 
 OWN = {"reaf_hsenet": {"model": to_dict(REAF)}}
 
@@ -85,7 +86,7 @@ def test_m3d_clip_becomes_a_run_with_the_golden_outputs_of_both_towers(tmp_path,
     file = published.write_m3d_clip(tmp_path / "m3d", file="pytorch_model.bin")
     assert cli("convert", file, tmp_path / "run", "--text-model", text_model) == 0
     assert "M3D-CLIP or HSENet-CLIP, stage clip1" in capsys.readouterr().out
-    run = load_dual_encoder(tmp_path / "run")
+    run = load_trained(tmp_path / "run")
     assert (run.stage, run.preset, run.guided) == ("clip1", "hsenet-base", False)
     assert run.recipe == replace(RECIPES["hsenet"], size=(16, 64, 64))
     assert golden_tokens(run.model.vision, "hsenet_vit_stage1_tiny") < 1e-5
@@ -101,10 +102,10 @@ def test_m3d_clip_becomes_a_run_with_the_golden_outputs_of_both_towers(tmp_path,
 def test_2e3_becomes_a_guided_run_and_its_stage_1_a_run_of_its_own(tmp_path, text_model):
     file = published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3())
     assert cli("convert", file, tmp_path / "run", "--text-model", text_model) == 0
-    run = load_dual_encoder(tmp_path / "run")
+    run = load_trained(tmp_path / "run")
     assert (run.stage, run.guided, run.slices) == ("clip2", True, {"slices": 32, "width": 48})
     assert golden_tokens(run.model.vision, "hsenet_vit_stage2_tiny") < 1e-5
-    teacher = load_dual_encoder(run.origin["teacher"])
+    teacher = load_trained(run.origin["teacher"])
     assert teacher.stage == "clip1" and teacher.sha256() == run.origin["teacher_sha256"]
     assert golden_tokens(teacher.model.vision, "hsenet_vit_stage1_tiny") < 1e-5
     assert teacher.model.scale() != run.model.scale()
@@ -126,11 +127,14 @@ def test_a_slice_encoder_that_is_named_is_described_and_one_of_another_width_ref
 @pytest.mark.parametrize(("fusion", "prefix"), [(True, ""), (True, "module."), (False, "")])
 def test_reaf_and_hlip_become_runs_with_the_outputs_of_the_model_built_directly(tmp_path, fusion, prefix):
     assert cli("convert", write_reaf(tmp_path / "reaf", fusion, prefix), tmp_path / "run") == 0
-    run = load_dual_encoder(tmp_path / "run")
+    run = load_trained(tmp_path / "run")
     config = replace(REAF, vision=replace(REAF.vision, fusion="weighted_mean" if fusion else None))
     model = build_dual_encoder(config).eval()
     load_strictly(
-        model, reaf_state(published.reaf(fusion), REAF.vision.grid) | fusion_constants(config.vision), "REAF"
+        model,
+        flat_reaf(names.import_state(names.REAF, published.reaf(fusion)), REAF.vision.grid)
+        | fusion_constants(config.vision),
+        "REAF",
     )
     volume = torch.from_numpy(fill.volume("volume", (2, 1, 8, 16, 16), 0))
     ids = torch.from_numpy(fill.token_ids("ids", (2, 9), 40, 0))
@@ -152,7 +156,7 @@ def test_another_input_size_resamples_the_position_table_and_says_so(tmp_path, t
         words = ("--text-model", text_model) if kind == "hsenet" else ()
         assert cli("convert", file, tmp_path / kind, "--size", *size, *words) == 0
         assert "the position table is resampled from the grid" in capsys.readouterr().out
-        run = load_dual_encoder(tmp_path / kind)
+        run = load_trained(tmp_path / kind)
         assert run.config.vision.size == run.recipe.size == size and run.config.vision.grid == grid
         table = published.m3d_clip()["vision_encoder.patch_embedding.position_embeddings"].unflatten(
             1, (4, 4, 4)
@@ -230,7 +234,7 @@ def test_a_run_that_is_exported_and_converted_computes_the_same(tmp_path, kind):
     folder = new_run(tmp_path / "run", config, recipe, "clip2" if kind == "2e3" else "clip1", kind == "lora")
     assert cli("export", folder, tmp_path / "out", "--format", "reaf" if kind == "reaf" else "m3d-clip") == 0
     assert cli("convert", tmp_path / "out", tmp_path / "again") == 0
-    first, second = load_dual_encoder(folder), load_dual_encoder(tmp_path / "again")
+    first, second = load_trained(folder), load_trained(tmp_path / "again")
     assert (second.recipe, second.slices) == (first.recipe, first.slices) and second.config == replace(
         first.config, lora=None
     )
@@ -250,7 +254,7 @@ def test_a_runs_text_encoder_is_exported_as_the_bert_folder_it_came_from(tmp_pat
     same(load_file(tmp_path / "bert/model.safetensors"), BERT.weights())
     assert bert_config(tmp_path / "bert") == bert_config(text_model)
     assert (
-        load_published_dual(str(file), str(tmp_path / "bert")).config.text.heads
+        published_run(open_source(str(file)), str(tmp_path / "bert")).config.text.heads
         == BERT["config"]["num_attention_heads"]
     )
 
@@ -279,7 +283,7 @@ def language_run(tmp_path_factory, text_model):
 
 
 def test_hsenets_packers_and_adapters_become_a_run_with_the_golden_logits(language_run):
-    run, case = load_mllm(language_run / "run"), CASES["lora_phi3_tiny"]
+    run, case = load_trained(language_run / "run"), CASES["lora_phi3_tiny"]
     assert (run.stage, run.config.vision, run.config.kernel, run.config.alpha) == (
         "mrg",
         "dual",
@@ -293,7 +297,10 @@ def test_hsenets_packers_and_adapters_become_a_run_with_the_golden_logits(langua
     volume, slices = golden.input("volume"), golden.input("image_2d")
     for i, packer in enumerate(("mm_projector", "mm_projector2")):
         direct = SpatialPacker(48, 96, (4, 4, 4), (1, 4, 4)).eval()
-        load_strictly(direct, packer_state(published.language(), packer), packer)
+        state = names.import_state(names.language_table("spatial_packer"), published.language())
+        mine = f"projectors.{i}."
+        state = {n.removeprefix(mine): t for n, t in state.items() if n.startswith(mine)}
+        load_strictly(direct, state, packer)
         tokens = CASES[f"hsenet_vit_stage{i + 1}_tiny"].stored["tokens"][:, 1:]
         with torch.no_grad():
             found = run.model.projector(i)(run.model.features(volume, slices)[i])
@@ -321,7 +328,7 @@ def test_the_language_run_goes_back_to_its_published_files_bit_for_bit(language_
         language_run / "decoder",
     )
     assert cli(*again, "--encoders", language_run / "run/encoder", "--stage", "vqa") == 0
-    run, first = load_mllm(tmp_path / "again"), load_mllm(language_run / "run")
+    run, first = load_trained(tmp_path / "again"), load_trained(language_run / "run")
     assert run.stage == "vqa" and run.config.max_text == 8 + 330 - 256
     same(run.model.state_dict(), first.model.state_dict())
 
@@ -345,8 +352,9 @@ def test_a_decoders_text_is_split_as_gpt_2_does_where_its_folder_has_that_vocabu
 
 def test_what_packers_stand_on_must_be_named_and_fit(language_run, tmp_path, text_model):
     packers, decoder = language_run / "packers/mm_projector_and_lora.bin", language_run / "decoder"
-    assert "--decoder: " in line("convert", packers, tmp_path / "r")
-    assert "--encoders: " in line("convert", packers, tmp_path / "r", "--decoder", decoder)
+    for known in ((), ("--decoder", decoder), ("--encoders", "x")):
+        needed = line("convert", packers, tmp_path / "r", *known)
+        assert "name what they stand on: --decoder" in needed and "--encoders" in needed
     m3d = published.write_m3d_clip(tmp_path / "m3d")
     words = ("--text-model", text_model)
     assert "without a stage-1 model" in line(

@@ -20,7 +20,7 @@ from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.data.sources.datasets import read_ct_rate
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.answered_rows import AnsweredRows
-from reaf_hsenet.runs.trained import load_dual_encoder, load_mllm
+from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.weights.__main__ import main as convert
 
 
@@ -120,7 +120,9 @@ def test_packers_and_adapters_write_the_report_that_their_converted_run_writes(
 ):
     packers, flags = language
     assert convert(["convert", str(packers), str(tmp_path / "run"), *flags]) == 0
-    model, run = load_mllm(packers, None, None, *flags[1::2]), load_mllm(tmp_path / "run")
+    decoder, encoders, text_model = flags[1::2]
+    model = load_trained(packers, text_model=text_model, decoder=decoder, encoders=encoders)
+    run = load_trained(tmp_path / "run")
     assert all(
         torch.equal(tensor, run.model.state_dict()[name]) for name, tensor in model.model.state_dict().items()
     )
@@ -218,13 +220,13 @@ def test_what_packers_stand_on_is_asked_for_in_one_line(language, m3d_clip, word
         "holds packers and adapters only; name what they stand on: --decoder",
     )
     retrieval = ["--task", "retrieval", "--data", data, "--device", "cpu"]
-    wrong(evaluate.main, [*retrieval, "--run", packers], "holds packers and adapters only")
+    wrong(evaluate.main, [*retrieval, "--run", packers], "HSENet-Phi-4-4B.; expected a dual encoder")
     wrong(
         evaluate.main,
         [*common, "--run", m3d_clip, "--text-model", words],
-        "M3D-CLIP: is a dual encoder, which has no decoder",
+        "M3D-CLIP: is M3D-CLIP or HSENet-CLIP, which has no decoder",
     )
-    wrong(evaluate.main, [*common, "--run", m3d_clip, *flags], "--decoder: is of HSENet's packers")
+    wrong(evaluate.main, [*common, "--run", m3d_clip, *flags], "M3D-CLIP: .* has no decoder")
     run = tmp_path / "run"
     assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(words)]) == 0
     wrong(
@@ -246,7 +248,7 @@ def test_a_missing_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_its_hash_is_that_of_its_file(m3d_clip, words):
-    run = load_dual_encoder(m3d_clip, text_model=str(words))
+    run = load_trained(m3d_clip, text_model=str(words))
     assert run.weights.is_file() and len(run.sha256()) == 64 and run.stage == "clip1"
 
 

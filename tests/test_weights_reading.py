@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import find_folder
-from reaf_hsenet.weights import initial_state, read_checkpoint, read_weights, read_weights_file
-from reaf_hsenet.weights.names import bert_state, reaf_state, sources
+from reaf_hsenet.weights.files import read_checkpoint, read_weights, read_weights_file
+from reaf_hsenet.weights.names import BERT, import_state, places
+from reaf_hsenet.weights.shapes import flat_reaf, initial_state
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
@@ -48,7 +49,7 @@ def test_shards_are_read_by_their_index_and_a_missing_one_is_named(tmp_path):
     index.write_text(json.dumps({"weight_map": places}))
     assert set(read_weights(tmp_path)) == set(TENSORS)
     index.write_text(json.dumps({"weight_map": {**places, "b": "two.safetensors"}}))
-    assert "lists b, which the shards do not have" in line(read_weights, tmp_path)
+    assert "places b in two.safetensors, which does not have it" in line(read_weights, tmp_path)
     (tmp_path / "two.safetensors").unlink()
     assert "two.safetensors: this shard is missing" in line(read_weights, tmp_path)
 
@@ -146,15 +147,15 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path):
 def test_tensors_that_cannot_be_joined_or_laid_out_are_named_not_crashed_on():
     names = [f"encoder.layer.0.attention.self.{part}.weight" for part in ("query", "key", "value")]
     uneven = dict(zip(names, (torch.ones(3, 4), torch.ones(5, 4), torch.ones(4, 4)), strict=True))
-    assert "have the shapes [(3, 4), (4, 4), (5, 4)]; expected one shape" in line(bert_state, uneven)
+    assert "have the shapes [(3, 4), (4, 4), (5, 4)]; expected one shape" in line(import_state, BERT, uneven)
     assert "has two tensors for " in line(
-        bert_state, {"embeddings.x": torch.ones(1), "bert.embeddings.x": torch.ones(1)}
+        import_state, BERT, {"embeddings.x": torch.ones(1), "bert.embeddings.x": torch.ones(1)}
     )
     assert "patch_embed.proj.weight is (3,)" in line(
-        reaf_state, {"visual.trunk.patch_embed.proj.weight": torch.ones(3)}, (1, 1, 1)
+        flat_reaf, {"vision.patch_embed.proj.weight": torch.ones(3)}, (1, 1, 1)
     )
     assert "spatial_posemb is (1, 8, 3)" in line(
-        reaf_state, {"visual.trunk.spatial_posemb": torch.ones(1, 8, 3)}, (2, 2, 2)
+        flat_reaf, {"vision.pos_embed": torch.ones(1, 8, 3)}, (2, 2, 2)
     )
     ragged = {
         "pos_embed": torch.ones(1, 12, 6),
@@ -166,11 +167,13 @@ def test_tensors_that_cannot_be_joined_or_laid_out_are_named_not_crashed_on():
     )
 
 
-def test_what_one_of_our_tensors_is_made_of_is_read_off_the_renaming():
+def test_what_one_of_our_tensors_is_made_of_is_read_off_the_table():
     names = [f"bert.encoder.layer.3.attention.self.{part}.bias" for part in ("value", "query", "key")] + [
         "bert.pooler.dense.bias"
     ]
-    assert sources(names, bert_state) == {"blocks.3.attn.qkv.bias": [names[1], names[2], names[0]]}
+    assert places(BERT, names) == {"blocks.3.attn.qkv.bias": [names[1], names[2], names[0]]}
+    with pytest.raises(InputError, match="has 2 of 3 parts of blocks.3.attn.qkv.bias"):
+        places(BERT, names[:2])
 
 
 def test_a_hub_id_is_downloaded_at_its_revision_and_offline_the_line_says_what_to_fetch(

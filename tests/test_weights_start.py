@@ -17,11 +17,12 @@ from reaf_hsenet.data.sources.datasets import read_ct_rate
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.positions import resample_3d
 from reaf_hsenet.presets import PRESETS
-from reaf_hsenet.runs.trained import load_dual_encoder
+from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.train.contrastive_setup import resampled
-from reaf_hsenet.weights import initial_state, read_checkpoint
 from reaf_hsenet.weights.__main__ import main as convert
-from reaf_hsenet.weights.names import TEACHER, m3d_clip_state
+from reaf_hsenet.weights.files import read_checkpoint
+from reaf_hsenet.weights.names import M3D_CLIP, TEACHER, import_state
+from reaf_hsenet.weights.shapes import initial_state
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_stage_2_learns_from_a_published_stage_1_file_whose_vocabulary_lies_else
         == 0
     )
     assert "text encoder: of the teacher" in capsys.readouterr().out
-    run, teacher = load_dual_encoder(tmp_path / "run"), load_dual_encoder(file, text_model=str(words))
+    run, teacher = load_trained(tmp_path / "run"), load_trained(file, text_model=str(words))
     assert (
         run.guided and run.origin["teacher"] == str(file) and run.origin["teacher_sha256"] == teacher.sha256()
     )
@@ -151,8 +152,8 @@ def test_a_published_folder_without_vocabulary_starts_a_run_with_that_of_text_mo
     ]
     flags += ["--init", folder, "--text-model", words, "--out", tmp_path / "run"]
     assert train.main(list(map(str, flags))) == 0
-    found = load_dual_encoder(tmp_path / "run").model.state_dict()
-    expected = m3d_clip_state(published.m3d_clip())
+    found = load_trained(tmp_path / "run").model.state_dict()
+    expected = import_state(M3D_CLIP, published.m3d_clip())
     assert all(torch.allclose(found[n], t, atol=1e-6) for n, t in expected.items())
 
 

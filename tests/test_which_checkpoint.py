@@ -16,8 +16,8 @@ from reaf_hsenet.data.slice_features import add_slice_features
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.scan_model import ScanModel
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.dual import open_source
-from reaf_hsenet.runs.trained import is_published, load_dual_encoder, load_mllm
+from reaf_hsenet.runs.published import open_source
+from reaf_hsenet.runs.trained import is_published, load_trained
 from reaf_hsenet.weights.slice_encoder import describe
 from test_clip2_runs import encoder, stage2
 from test_language_runs import language
@@ -86,7 +86,7 @@ def test_a_comparison_says_which_checkpoints_were_evaluated(run, tmp_path, capsy
 @pytest.mark.parametrize("name, step", [("last", 8), ("best", 3), ("step-000006", 6)])
 def test_a_flag_and_a_path_name_a_checkpoint_alike(run, name, step):
     path = run / "checkpoints" / name
-    for loaded in (load_dual_encoder(run, name), load_dual_encoder(path)):
+    for loaded in (load_trained(run, name), load_trained(path)):
         assert (loaded.checkpoint.name, loaded.checkpoint.step) == (name, step)
         assert torch.equal(loaded.model.state_dict()["logit_scale"], weights(run)["logit_scale"]) == (
             step == 8
@@ -106,24 +106,24 @@ def test_the_best_is_the_default_where_a_development_split_chose_it(run):
 def test_a_checkpoint_that_is_not_there_is_one_line(run):
     wrong(
         "run: has no checkpoint step-000007; there are step-000001, step-000002",
-        load_dual_encoder,
+        load_trained,
         run,
         "step-000007",
     )
     wrong(
         "--checkpoint newest: expected last, best or a step such as step-000100",
-        load_dual_encoder,
+        load_trained,
         run,
         "newest",
     )
     wrong(
         "--checkpoint best: the path names another, last; leave one of them out",
-        load_dual_encoder,
+        load_trained,
         run / "checkpoints/last",
         "best",
     )
     (run / "checkpoints/best").unlink()
-    wrong("run: has no checkpoint best; there are step-000001", load_dual_encoder, run, "best")
+    wrong("run: has no checkpoint best; there are step-000001", load_trained, run, "best")
     wrong(
         "--out .*checkpoints/last: is a checkpoint of a run; name the run's folder, .*run",
         train.main,
@@ -173,11 +173,11 @@ def test_what_a_run_was_made_from_is_found_by_its_hash_whichever_checkpoint_that
     assert train.main(language(tmp_path, third, *flags, start="second")) == 0
     origin = json.loads((third / "config.json").read_text())["origin"]
     assert (
-        origin["encoders"][0]["sha256"]
-        == config["origin"]["teacher_sha256"]
-        == load_dual_encoder(best).sha256()
+        origin["encoders"][0]["sha256"] == config["origin"]["teacher_sha256"] == load_trained(best).sha256()
     )
-    assert torch.equal(load_mllm(third).model.encoders[0].pos_embed, weights(run, "best")["vision.pos_embed"])
+    assert torch.equal(
+        load_trained(third).model.encoders[0].pos_embed, weights(run, "best")["vision.pos_embed"]
+    )
     shutil.rmtree(Run(run).at(3))
     wrong(
         "none of its checkpoints is the teacher that the run had",

@@ -26,7 +26,7 @@ from reaf_hsenet.evaluate.zeroshot import combine, define_task, load_prompts
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.trained import load_dual_encoder
+from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 
@@ -143,7 +143,7 @@ def test_the_table_the_json_and_the_scores_agree(run, prepared, tmp_path, capsys
 
 def test_a_score_is_the_softmax_of_the_two_prompts_encoded_one_by_one(run, prepared, tmp_path):
     evaluated(run, tmp_path, "--prompts", "organ")
-    loaded = load_dual_encoder(run)
+    loaded = load_trained(run)
     model, tokenizer = loaded.model, loaded.tokenizer
 
     def vector(text: str) -> torch.Tensor:
@@ -472,7 +472,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run):
 
 
 def test_a_model_that_gives_nan_is_refused(run):
-    loaded = load_dual_encoder(run)
+    loaded = load_trained(run)
     with pytest.raises(InputError, match="step-000001: gives embeddings with NaN"):
         zeroshot.score(loaded, torch.full((2, 128), torch.nan), None)
 

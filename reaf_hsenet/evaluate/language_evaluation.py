@@ -22,7 +22,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.answered_rows import AnsweredRows
 from reaf_hsenet.progress import progress_bar
 from reaf_hsenet.runs.answering import answer, image_features
-from reaf_hsenet.runs.trained import MllmRun
+from reaf_hsenet.runs.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class AskedVolumes(Dataset):
 
 @worker_deaths_named()
 def generate_answers(
-    run: MllmRun,
+    run: Trained,
     data: LanguageDataset,
     rows: list[Asked],
     new_tokens: int,
@@ -134,7 +134,7 @@ def generate_answers(
 
 @torch.inference_mode()
 def _answer_batch(
-    run: MllmRun, rows: list[Asked], part: tuple, new_tokens: int, device: torch.device
+    run: Trained, rows: list[Asked], part: tuple, new_tokens: int, device: torch.device
 ) -> list[str]:
     numbers, volume, slices, place = part
     slices, place = None if slices is None else slices.to(device), place.to(device)

@@ -32,16 +32,7 @@ from reaf_hsenet.evaluate.search_index import SearchIndex, read_index
 from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.generation import Sampling
-from reaf_hsenet.runs.trained import (
-    STAGES,
-    DualEncoderRun,
-    MllmRun,
-    check_compiled,
-    is_published,
-    load_dual_encoder,
-    load_mllm,
-    load_published,
-)
+from reaf_hsenet.runs.trained import DUAL, STAGES, Trained, check_compiled, is_published, load_trained
 from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 
@@ -89,7 +80,7 @@ class ScanModel:
         self.reading, self.table, self.say = reading or Reading(), table or TableRow(), say
         names = {"text_model": text_model, "decoder": decoder, "encoders": encoders}
         if is_published(self.folder):  # its settings are read from its weights
-            self.run = run = load_published(self.folder, dtype=PRECISIONS.get(precision), **names)
+            self.run = run = load_trained(self.folder, dtype=PRECISIONS.get(precision), **names)
             self.checkpoint, self.stage, self.data, self.made_of = (
                 run.checkpoint,
                 run.stage,
@@ -110,7 +101,7 @@ class ScanModel:
                     f"--{flag}: is of published weights; the run {folder} knows its own, leave it out"
                 )
             self.stage, self.data, self.made_of = values["stage"], values["data"], values.get("slices")
-            if self.stage not in ("clip1", "clip2", *STAGES):
+            if self.stage not in (*DUAL, *STAGES):
                 raise InputError(
                     f"{folder}: is a run of stage {self.stage!r}; expected one of clip1, clip2, mrg and vqa"
                 )
@@ -127,7 +118,7 @@ class ScanModel:
         self.compiled = compiled
         check_compiled(compiled, self.device)
         if "run" in vars(self):
-            self.placed(self.run)
+            self.run.place(self.device, compiled)
         self.encoders = self.config.encoders if self.has_decoder else (self.config.vision,)
         self.guided = any(isinstance(encoder, GuidedVisionConfig) for encoder in self.encoders)
         if slice_encoder is not None and not self.guided:
@@ -138,17 +129,9 @@ class ScanModel:
         return self.stage in STAGES
 
     @cached_property
-    def run(self) -> MllmRun | DualEncoderRun:
-        if self.has_decoder:
-            return self.placed(load_mllm(self.folder, self.which, PRECISIONS.get(self.precision)))
-        return self.placed(load_dual_encoder(self.folder, self.which))
-
-    def placed(self, run: MllmRun | DualEncoderRun) -> MllmRun | DualEncoderRun:
-        """The run with its model on the device, ready to answer."""
-        if self.has_decoder:
-            run.place(self.device, self.compiled)
-        else:
-            run.model.to(self.device)
+    def run(self) -> Trained:
+        run = load_trained(self.folder, self.which, dtype=PRECISIONS.get(self.precision))
+        run.place(self.device, self.compiled)
         return run
 
     @cached_property

@@ -18,7 +18,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write, read_json
 from reaf_hsenet.metrics.classification import AT_A_CUT, both_values
 from reaf_hsenet.runs.checkpoint import Choice
-from reaf_hsenet.runs.trained import DualEncoderRun
+from reaf_hsenet.runs.trained import Trained
 
 PROMPTS = ("volume", "organ")
 
@@ -152,7 +152,7 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
 
 
 @torch.inference_mode()
-def score(run: DualEncoderRun, image: Tensor, task: Task) -> np.ndarray:
+def score(run: Trained, image: Tensor, task: Task) -> np.ndarray:
     """image: (N, C) unit vectors. Returns the (N, classes) float32 probabilities of the task's classes."""
     if not image.isfinite().all():
         raise InputError(

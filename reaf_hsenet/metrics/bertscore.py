@@ -23,7 +23,9 @@ from reaf_hsenet.metrics.text import check_pairs, cleaned_pairs
 from reaf_hsenet.models.text_encoder import TextEncoder
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits
-from reaf_hsenet.weights import bert_config, bert_state, load_strictly, read_weights
+from reaf_hsenet.weights.files import load_strictly, read_weights
+from reaf_hsenet.weights.names import BERT, import_state
+from reaf_hsenet.weights.shapes import bert_config
 
 AROUND = {"bert": ("[CLS]", "[SEP]"), "roberta": ("<s>", "</s>")}
 
@@ -77,7 +79,7 @@ def load_bert(folder: Path, layer: int | None = None, device: torch.device | str
     if layer is not None and not 1 <= layer <= depth:
         raise InputError(f"BERTScore's layer {layer}: {folder} has {depth} layers; expected 1 to {depth}")
     model = TextEncoder(**vars(reader.config))
-    load_strictly(model, bert_state(read_weights(folder)), str(folder))
+    load_strictly(model, import_state(BERT, read_weights(folder)), str(folder))
     model.blocks = model.blocks[:layer]
     variant = f"{folder.name}, layer {layer or depth} of {depth}, no idf, not rescaled"
     return Bert(reader, model.eval().to(device), variant)

@@ -21,8 +21,8 @@ from reaf_hsenet.files import read_object
 from reaf_hsenet.metrics.bertscore import load_text_reader
 from reaf_hsenet.metrics.text import check_pairs
 from reaf_hsenet.models.text_encoder import Pooler, TextEncoder
-from reaf_hsenet.weights import load_strictly, read_weights, read_weights_file
-from reaf_hsenet.weights.names import classifier_state
+from reaf_hsenet.weights.files import load_strictly, read_weights
+from reaf_hsenet.weights.names import classifier_table, import_state
 
 CT_RATE_FILE = "RadBertClassifier.pth"
 SIZE_TOLERANCE = (2.0, 0.1)  # mm, or of the reference's size: whichever is more
@@ -161,10 +161,10 @@ def load_classifier(
     order = _label_order(folder / "config.json")
     # A RadBERT folder that CT-RATE's file was put into has weights of its own, without a classifier.
     file = folder / CT_RATE_FILE
-    published = read_weights_file(file) if file.is_file() else read_weights(folder)
-    source = str(file if file.is_file() else folder)
+    source = file if file.is_file() else folder
+    published = read_weights(source)
     model = ReportClassifier(reader.config)
-    load_strictly(model, classifier_state(published), source)
+    load_strictly(model, import_state(classifier_table(published), published), str(source))
     model.eval().to(device)
 
     @torch.no_grad()

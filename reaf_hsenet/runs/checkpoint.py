@@ -27,7 +27,7 @@ from reaf_hsenet.errors import InputError, OutputError, first_six
 from reaf_hsenet.files import atomic_write, file_sha256, folder_lock, read_json, read_object, write_json
 from reaf_hsenet.pickles import load_pickle
 from reaf_hsenet.settings import check_ranges, from_dict, setting
-from reaf_hsenet.weights import read_weights_file
+from reaf_hsenet.weights.files import read_weights_file
 
 FILES = ("model.safetensors", "trainer.pt")  # of a step
 

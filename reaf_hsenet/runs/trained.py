@@ -5,7 +5,7 @@ nothing is converted or written.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,192 +21,66 @@ from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm, trained_state
 from reaf_hsenet.models.packed import pack
 from reaf_hsenet.runs.checkpoint import Choice, Run, weights_sha256
-from reaf_hsenet.runs.dual import load_published_dual, open_source
-from reaf_hsenet.runs.language import load_published_language
+from reaf_hsenet.runs.published import PublishedRun, open_source, published_run
 from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer, load_wordpiece
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, WordPiece
-from reaf_hsenet.weights import load_strictly
 from reaf_hsenet.weights.decoder import FILES, load_decoder, resize_vocabulary
-from reaf_hsenet.weights.loading import require_fit
-from reaf_hsenet.weights.reading import SUFFIXES
+from reaf_hsenet.weights.files import SUFFIXES, State, load_strictly, require_fit
 
-STAGES = ("mrg", "vqa")
-
-
-@dataclass
-class DualEncoderRun:
-    """A trained dual encoder with what its inputs must be. origin: what its weights started from."""
-
-    folder: Path
-    stage: str
-    preset: str
-    model: DualEncoder
-    config: ClipConfig
-    recipe: Recipe
-    tokenizer: WordPiece
-    checkpoint: Choice
-    weights: Path
-    data: Path | None
-    origin: dict
-    slices: dict | None
-
-    @property
-    def guided(self) -> bool:
-        """Whether volumes come with slice features."""
-        return isinstance(self.config.vision, GuidedVisionConfig)
-
-    def sha256(self) -> str:
-        """Of the checkpoint's weights, by which a run knows its teacher wherever that is moved to."""
-        return weights_sha256(self.weights)
-
-
-def load_dual_encoder(
-    folder: Path, which: str | None = None, text_model: str | None = None
-) -> DualEncoderRun:
-    """Rebuild a clip1 or clip2 run's model; or that of a published checkpoint, a file or a folder.
-
-    which: the checkpoint, as of Run.choose. text_model: where a published text encoder's vocab.txt is, when
-    not beside its checkpoint. Raises InputError when the folder holds no such run or its weights do not fit.
-    """
-    if is_published(folder):
-        run = load_published(folder, text_model)
-        if not isinstance(run, DualEncoderRun):
-            raise InputError(f"{folder}: is HSENet's language model; expected a dual encoder")
-        return run
-    if text_model is not None:
-        raise InputError(
-            f"--text-model: is of published weights; the run {folder} knows its own vocabulary, leave it out"
-        )
-    run = Run(folder)
-    values = run.read_config()
-    if values.get("stage") not in ("clip1", "clip2"):
-        raise InputError(
-            f"{folder}: is a run of stage {values.get('stage')!r}; expected a dual encoder, stage clip1 or "
-            f"clip2"
-        )
-    source = str(run.folder / "config.json")
-    config, recipe = (
-        from_dict(ClipConfig, values["model"], source),
-        from_dict(Recipe, values["recipe"], source),
-    )
-    state, checkpoint = run.load_model(which)
-    with torch.device("meta"):  # sizes that the weights do not have are not built
-        require_fit(state, _run_model(config).state_dict(), str(checkpoint.folder / "model.safetensors"))
-    tokenizer, origin = load_wordpiece(run.folder), values.get("origin") or {}
-    short = len(tokenizer.vocab) < config.text.vocab and not origin.get(
-        "text_model"
-    )  # a published one may have spare rows
-    if short or len(tokenizer.vocab) > config.text.vocab:
-        raise InputError(
-            f"{run.folder / 'vocab.txt'}: has {len(tokenizer.vocab)} tokens, the run's text encoder "
-            f"{config.text.vocab}; put the run's own back"
-        )
-    model = _run_model(config)
-    model.load_state_dict(state)
-    return DualEncoderRun(
-        folder=Path(folder),
-        stage=values["stage"],
-        preset=values.get("preset", ""),
-        model=model.eval(),
-        config=config,
-        recipe=recipe,
-        tokenizer=tokenizer,
-        checkpoint=checkpoint,
-        weights=checkpoint.folder / "model.safetensors",
-        data=Path(values["data"]) if values["data"] else None,
-        origin=origin,
-        slices=values.get("slices"),
-    )
-
-
-def _run_model(config: ClipConfig) -> DualEncoder:
-    model = build_dual_encoder(config)
-    if config.lora:
-        adapt(model, config.lora)
-    return model
-
-
-def is_published(path: Path) -> bool:
-    """Whether this is a file, or a folder with weights that no run of ours wrote."""
-    path = Path(path)
-    if Run(path).named:  # one of a run's checkpoints
-        return False
-    if path.is_dir() and not (path / "checkpoints").is_dir():
-        return any(file.suffix in SUFFIXES for file in path.iterdir())
-    return path.is_file() and path.suffix in SUFFIXES
-
-
-def load_source(path: Path | str, text_model: str | None, sha256: str | None = None) -> DualEncoderRun:
-    """Load a run that another run came from, or published weights, whose vocabulary lies where that run's
-    did.
-
-    sha256: hash of the weights that the other run had. The checkpoint with these is taken, whichever the path
-    names now.
-    """
-    path = Path(path)
-    if is_published(path):
-        return load_dual_encoder(path, None, text_model)
-    run = Run(path)
-    had = run.holding(sha256) if sha256 else None
-    return load_dual_encoder(run.folder, had) if had else load_dual_encoder(path)
-
-
-def locate_run(name: str) -> Path:
-    """A path as it is; a hub id, fetched."""
-    if Path(name).exists() or not is_hub_id(name):
-        return Path(name)
-    return find_folder(name, [*(f"*{suffix}" for suffix in SUFFIXES), "*.json", "vocab.txt"])
+DUAL, STAGES = ("clip1", "clip2"), ("mrg", "vqa")  # of dual encoders, of language models that see
 
 
 @dataclass
-class MllmRun:
-    """A trained language model that sees, with what its inputs must be.
+class Trained:
+    """A trained model with what its inputs must be.
 
-    origin: what it started from. compiled: whether steps of generation run as one compiled graph.
+    model: of the stages clip1 and clip2 a dual encoder, else a language model that sees. weights: the file
+    that identifies it. origin: what its weights started from. compiled: whether steps of generation run as
+    one compiled graph.
     """
 
     folder: Path
     stage: str
     preset: str
-    model: Mllm
-    config: MllmConfig
+    model: DualEncoder | Mllm
+    config: ClipConfig | MllmConfig
     recipe: Recipe
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | WordPiece
     checkpoint: Choice
     weights: Path
     data: Path | None
     origin: dict
     slices: dict | None
-    train: dict
+    train: dict = field(default_factory=dict)
     compiled: bool = False
 
     @property
     def guided(self) -> bool:
         """Whether volumes come with slice features."""
-        return any(isinstance(encoder, GuidedVisionConfig) for encoder in self.config.encoders)
+        encoders = self.config.encoders if self.stage in STAGES else (self.config.vision,)
+        return any(isinstance(encoder, GuidedVisionConfig) for encoder in encoders)
 
     def sha256(self) -> str:
-        """Of the checkpoint's weights."""
+        """Return the hash of the weights, by which a run knows its teacher wherever that is moved to."""
         return weights_sha256(self.weights)
 
+    def base_sha256(self) -> dict:
+        """Return hashes of the weights that a language model stands on: encoders, and the decoder's files."""
+        encoders, decoder = (self.origin.get(part) or {} for part in ("encoders", "decoder"))
+        known = decoder.get("sha256") or decoder.get("fingerprint")
+        return {"encoders": [encoder["sha256"] for encoder in encoders], "decoder": known}
+
     def place(self, device: torch.device, compiled: bool = False) -> None:
-        """Put the model on its device for inference: on a processor its decoder's weights are packed for its
-        kernels.
+        """Put the model on its device for inference; on a processor its decoder is packed for its kernels.
 
         compiled: run the steps of generation as one compiled graph, on a GPU.
         """
         check_compiled(compiled, device)
         self.compiled = compiled
         self.model.to(device)
-        if device.type == "cpu":
+        if device.type == "cpu" and self.stage in STAGES:
             pack(self.model.decoder)
-
-    def base_sha256(self) -> dict:
-        """Of the weights that the checkpoint's stand on: encoders, and the decoder's files."""
-        encoders, decoder = (self.origin.get(part) or {} for part in ("encoders", "decoder"))
-        known = decoder.get("sha256") or decoder.get("fingerprint")
-        return {"encoders": [encoder["sha256"] for encoder in encoders], "decoder": known}
 
 
 def check_compiled(compiled: bool, device: torch.device) -> None:
@@ -217,66 +91,61 @@ def check_compiled(compiled: bool, device: torch.device) -> None:
         )
 
 
-def load_mllm(
-    folder: Path | str,
+def load_trained(
+    name: Path | str,
     which: str | None = None,
+    stages: tuple[str, ...] = (*DUAL, *STAGES),
     dtype: torch.dtype | None = None,
+    text_model: str | None = None,
     decoder: str | None = None,
     encoders: str | None = None,
-    text_model: str | None = None,
-) -> MllmRun:
-    """Rebuild an mrg or vqa run's model: what it trained from its checkpoint, the rest from where its
-    config.json points.
+) -> Trained:
+    """Rebuild the model of a run, or of published weights: a file or a folder.
 
-    which: the checkpoint, as of Run.choose. dtype: of the decoder; None keeps that of its files. decoder,
-    encoders,
-    text_model: of HSENet's published packers and adapters, a file or folder in place of a run, what they
-    stand on. Raises InputError when the folder holds no such run, or when something does not fit, is absent
-    or has changed since.
+    Of a language model, what was trained is in the checkpoint, the rest where config.json points. which: the
+    checkpoint, as of Run.choose. stages: those expected, DUAL or STAGES. dtype: of a decoder; None keeps that
+    of its files. text_model, decoder, encoders: of published weights, see `published_run`. Raises InputError
+    when there is no such model, or when something does not fit, is absent or has changed since.
     """
-    if is_published(Path(folder)):
-        run = load_published(folder, text_model, decoder, encoders, dtype)
-        if not isinstance(run, MllmRun):
-            raise InputError(
-                f"{folder}: is a dual encoder, which has no decoder; expected HSENet's packers and adapters"
-            )
-        return run
-    for name, value in (("decoder", decoder), ("encoders", encoders), ("text-model", text_model)):
+    named = {"text_model": text_model, "decoder": decoder, "encoders": encoders}
+    if is_published(Path(name)):
+        return _load_published(name, stages, dtype, named)
+    for flag, value in named.items():
         if value is not None:
             raise InputError(
-                f"--{name}: is of published weights; the run {folder} knows its own, leave it out"
+                f"--{flag.replace('_', '-')}: is of published weights; the run {name} knows its own, leave "
+                f"it out"
             )
-    run = Run(folder)
-    values = run.read_config()
-    if values.get("stage") not in STAGES:
-        raise InputError(
-            f"{folder}: is a run of stage {values.get('stage')!r}, which has no decoder; expected one of "
-            f"stage mrg or vqa"
-        )
-    config = from_dict(MllmConfig, values["model"], str(run.folder / "config.json"))
-    origin, tokenizer = values.get("origin") or {}, load_tokenizer(run.folder)
-    frozen = [
-        name for name, trained in (("decoder", config.full), ("encoders", config.train_vision)) if not trained
-    ]
-    if absent := [name for name in frozen if not origin.get(name)]:
-        raise InputError(
-            f"{run.folder / 'config.json'}: origin does not say where the {absent[0]} lies; restore the file"
-        )
-    states = None if config.train_vision else encoder_states(origin["encoders"])
+    run = Run(name)
+    values, source = run.read_config(), str(run.folder / "config.json")
+    stage, origin = values.get("stage"), values.get("origin") or {}
+    if stage not in stages or stage not in (*DUAL, *STAGES):
+        raise InputError(f"{name}: is a run of stage {stage!r}{_expected(stages)}")
+    language = stage in STAGES
+    config = from_dict(MllmConfig if language else ClipConfig, values["model"], source)
+    tokenizer = load_tokenizer(run.folder) if language else _own_vocabulary(run.folder, config, origin)
+    states = None
+    if language:
+        for part, trained in (("decoder", config.full), ("encoders", config.train_vision)):
+            if not trained and not origin.get(part):
+                raise InputError(f"{source}: origin does not say where the {part} lies; restore the file")
+        states = None if config.train_vision else encoder_states(origin["encoders"])
     state, checkpoint = run.load_model(which)
-    model = build_run_model(
-        config, origin, state, states, str(checkpoint.folder / "model.safetensors"), dtype
-    )
-    return MllmRun(
-        folder=Path(folder),
-        stage=values["stage"],
+    weights = checkpoint.folder / "model.safetensors"
+    if language:
+        model = build_language_model(config, origin, state, states, str(weights), dtype)
+    else:
+        model = build_encoders(config, state, str(weights))
+    return Trained(
+        folder=Path(name),
+        stage=stage,
         preset=values.get("preset", ""),
         model=model,
         config=config,
-        recipe=from_dict(Recipe, values["recipe"], str(run.folder / "config.json")),
+        recipe=from_dict(Recipe, values["recipe"], source),
         tokenizer=tokenizer,
         checkpoint=checkpoint,
-        weights=checkpoint.folder / "model.safetensors",
+        weights=weights,
         data=Path(values["data"]) if values["data"] else None,
         origin=origin,
         slices=values.get("slices"),
@@ -284,15 +153,121 @@ def load_mllm(
     )
 
 
-def build_run_model(
+def _expected(stages: tuple[str, ...]) -> str:
+    if stages == DUAL:
+        return "; expected a dual encoder, stage clip1 or clip2"
+    return f"{', which has no decoder' if stages == STAGES else ''}; expected one of {', '.join(stages)}"
+
+
+def _own_vocabulary(folder: Path, config: ClipConfig, origin: dict) -> WordPiece:
+    tokenizer = load_wordpiece(folder)
+    spare = config.text.vocab - len(tokenizer.vocab)  # rows that a published text encoder may have
+    if spare < 0 or spare and not origin.get("text_model"):
+        raise InputError(
+            f"{folder / 'vocab.txt'}: has {len(tokenizer.vocab)} tokens, the run's text encoder "
+            f"{config.text.vocab}; put the run's own back"
+        )
+    return tokenizer
+
+
+def _load_published(
+    name: Path | str, stages: tuple[str, ...], dtype: torch.dtype | None, named: dict
+) -> Trained:
+    """Rebuild M3D-CLIP, HSENet's two stages, HLIP, REAF, or HSENet's language model."""
+    source = open_source(str(name))
+    language = source.family.kind == "language"
+    if source.family.kind in ("dual", "language") and ("mrg" if language else "clip1") not in stages:
+        raise InputError(f"{name}: is {source.family.name}{_expected(stages)}")
+    published = published_run(source, **named)
+    origin = {"published": source.family.key, "notes": list(published.notes)}
+    if language:
+        hashes, states = _encoders_beneath(published)
+        origin |= {"decoder": published.decoder, "encoders": [{"sha256": sha256} for sha256 in hashes]}
+        model = build_language_model(published.config, origin, published.state, states, source.name, dtype)
+    else:
+        text_model = named["text_model"]
+        there = text_model and Path(text_model).exists()
+        origin["text_model"] = str(Path(text_model).resolve()) if there else text_model
+        model = build_encoders(published.config, published.state, source.name)
+    return Trained(
+        folder=Path(name),
+        stage=published.stage,
+        preset=f"{source.family.starts or 'hsenet'}-base",
+        model=model,
+        config=published.config,
+        recipe=published.recipe,
+        tokenizer=published.tokenizer,
+        checkpoint=Choice(source.file),
+        weights=source.file,
+        data=None,
+        origin=origin,
+        slices=published.slices,
+    )
+
+
+def _encoders_beneath(published: PublishedRun) -> tuple[list[str], list[State]]:
+    """Return hashes and tensors of the dual encoders that published packers stand on."""
+    if isinstance(published.beneath[-1], PublishedRun):  # one file has both
+        return [file_sha256(published.beneath[-1].source.file)], [run.state for run in published.beneath]
+    runs = [load_trained(path, stages=DUAL) for path in published.beneath]
+    return [run.sha256() for run in runs], [merged_state(run.model) for run in runs]
+
+
+def is_published(path: Path) -> bool:
+    """Return whether this is a file, or a folder with weights that no run of ours wrote."""
+    path = Path(path)
+    if Run(path).named:  # one of a run's checkpoints
+        return False
+    if path.is_dir() and not (path / "checkpoints").is_dir():
+        return any(file.suffix in SUFFIXES for file in path.iterdir())
+    return path.is_file() and path.suffix in SUFFIXES
+
+
+def load_source(path: Path | str, text_model: str | None, sha256: str | None = None) -> Trained:
+    """Load the dual encoder that another run came from.
+
+    text_model: where its vocabulary lay, of published weights. sha256: hash of the weights that the other run
+    had; the checkpoint with these is taken, whichever the path names now.
+    """
+    if is_published(Path(path)):
+        return load_trained(path, stages=DUAL, text_model=text_model)
+    run = Run(path)
+    had = run.holding(sha256) if sha256 else None
+    return load_trained(run.folder if had else path, had, DUAL)
+
+
+def locate_run(name: str) -> Path:
+    """Return a path as it is; of a hub id, the folder that it was fetched into."""
+    if Path(name).exists() or not is_hub_id(name):
+        return Path(name)
+    return find_folder(name, [*(f"*{suffix}" for suffix in SUFFIXES), "*.json", "vocab.txt"])
+
+
+def build_encoders(config: ClipConfig, state: State, source: str) -> DualEncoder:
+    """Build a dual encoder with these weights. Raises InputError when they do not fit."""
+
+    def build() -> DualEncoder:
+        model = build_dual_encoder(config)
+        if config.lora:
+            adapt(model, config.lora)
+        return model
+
+    with torch.device("meta"):  # sizes that the weights do not have are not built
+        require_fit(state, build().state_dict(), source)
+    model = build()
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def build_language_model(
     config: MllmConfig,
     origin: dict,
-    state: dict,
-    encoders: Iterable[dict] | None,
+    state: State,
+    encoders: Iterable[State] | None,
     source: str,
     dtype: torch.dtype | None,
 ) -> Mllm:
-    """state: what was trained; encoders: dual encoders' tensors, where the encoders are not among it."""
+    """Build a language model. state: what was trained; encoders: dual encoders' tensors, if not among it."""
     model = build_mllm(config, None if config.full else base_decoder(config, origin, dtype))
     if encoders is not None:
         fill_encoders(model, encoders, source)
@@ -303,13 +278,11 @@ def build_run_model(
 
 
 def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = None) -> Decoder:
-    """The published decoder that training starts from, or adapters stand on, with rows for the added
-    tokens.
-    """
+    """Load the published decoder below adapters or training, with rows for the added tokens."""
     known = origin["decoder"]
-    kind, of = (
-        ("fingerprint", fingerprint) if "fingerprint" in known else ("sha256", file_sha256)
-    )  # of earlier versions
+    kind, of = "fingerprint", fingerprint
+    if kind not in known:  # earlier versions
+        kind, of = "sha256", file_sha256
     if decoder_hashes(known["name"], of) != known[kind]:
         raise InputError(
             f"{known['name']}: its weights are not those that the run was trained on; fetch that revision"
@@ -320,21 +293,23 @@ def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = N
 
 
 def decoder_hashes(name: str, of: Callable[[Path], str]) -> dict[str, str]:
-    """Return a hash of each file of a decoder folder's weights; of: file_sha256, which reads all of it,
-    or fingerprint.
+    """Return a hash of each file of a decoder folder's weights; of: file_sha256, which reads all, or
+    fingerprint.
     """
     return {path.name: of(path) for path in visible(find_folder(name, FILES), "*.safetensors")}
 
 
-def fill_encoders(model: Mllm, states: Iterable[dict[str, Tensor]], source: str) -> None:
-    """Vision encoders from the tensors of their dual encoders."""
+def fill_encoders(model: Mllm, states: Iterable[State], source: str) -> None:
+    """Fill the vision encoders with the vision part of dual encoders' tensors."""
     for encoder, state in zip(model.encoders, states, strict=True):
-        load_strictly(encoder, encoder_state(state), source)
+        vision = {n.removeprefix("vision."): t for n, t in state.items() if n.startswith("vision.")}
+        load_strictly(encoder, vision, source)
 
 
 def encoder_states(sources: list[dict]) -> Iterator[dict[str, Tensor]]:
-    """Tensors of the dual-encoder runs that the vision encoders come from, by what origin["encoders"]
-    says of each.
+    """Yield the tensors of the dual-encoder runs that the vision encoders come from.
+
+    sources: origin["encoders"] of the run.
     """
     for source in sources:
         run = load_source(source["run"], source.get("text_model"), source["sha256"])
@@ -344,70 +319,3 @@ def encoder_states(sources: list[dict]) -> Iterator[dict[str, Tensor]]:
                 f"that one back"
             )
         yield merged_state(run.model)
-
-
-def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The vision encoder's part of a dual encoder's tensors."""
-    return {name.removeprefix("vision."): t for name, t in state.items() if name.startswith("vision.")}
-
-
-def load_published(
-    path: Path | str,
-    text_model: str | None = None,
-    decoder: str | None = None,
-    encoders: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> DualEncoderRun | MllmRun:
-    """M3D-CLIP, HSENet's two stages, HLIP, REAF, or HSENet's language model, under their published names.
-
-    text_model: where the text encoder's vocab.txt is, when not beside its weights. decoder, encoders: what
-    packers and adapters stand on, Phi-4-mini and HSENet-2E3-CLIP. dtype: of the decoder; None keeps that of
-    its files.
-    Raises InputError for all that does not fit.
-    """
-    source = open_source(str(path))
-    if source.family.kind == "language":
-        if decoder is None or encoders is None:
-            raise InputError(
-                f"{path}: holds packers and adapters only; name what they stand on: --decoder "
-                "microsoft/Phi-4-mini-instruct --encoders HSENET-2E3-CLIP"
-            )
-        published = load_published_language(source, decoder, encoders, text_model=text_model)
-        if published.encoder is not None:
-            states = [published.encoder.teacher.state, published.encoder.state]
-            hashes = [file_sha256(published.encoder.source.file)]
-        else:
-            runs = [load_dual_encoder(run) for run in published.encoder_runs]
-            states, hashes = [merged_state(run.model) for run in runs], [run.sha256() for run in runs]
-        origin = {
-            "published": source.family.key,
-            "notes": list(published.notes),
-            "decoder": published.decoder,
-        }
-        origin["encoders"] = [{"sha256": sha256} for sha256 in hashes]
-        model = build_run_model(published.config, origin, published.state, states, source.name, dtype)
-        known = {"stage": published.stage, "origin": origin, "train": {}}
-    else:
-        for name, value in (("decoder", decoder), ("encoders", encoders)):
-            if value is not None:
-                raise InputError(
-                    f"--{name}: is of HSENet's packers and adapters; {path} is {source.family.name}, leave "
-                    f"it out"
-                )
-        published = load_published_dual(source, text_model)
-        where = str(Path(text_model).resolve()) if text_model and Path(text_model).exists() else text_model
-        origin = {"published": source.family.key, "notes": list(published.notes), "text_model": where}
-        model, known = published.model(), {"stage": published.stage, "origin": origin}
-    return (MllmRun if source.family.kind == "language" else DualEncoderRun)(
-        folder=Path(path),
-        preset=f"{'reaf' if source.family.key in ('reaf', 'hlip') else 'hsenet'}-base",
-        model=model,
-        config=published.config,
-        recipe=published.recipe,
-        tokenizer=published.tokenizer,
-        checkpoint=Choice(source.file),
-        weights=source.file,
-        data=None,
-        slices=published.slices,
-        **known,
-    )

@@ -39,7 +39,7 @@ from reaf_hsenet.train.losses import (
 )
 from reaf_hsenet.train.setup import Setup
 from reaf_hsenet.train.training_state import PRECISIONS
-from reaf_hsenet.weights import load_matching, load_strictly
+from reaf_hsenet.weights.files import load_matching, load_strictly
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from reaf_hsenet import distributed
-from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, LoraConfig, ReafVisionConfig, TrainConfig
+from reaf_hsenet.config import (
+    CONTRASTIVE,
+    ClipConfig,
+    GuidedVisionConfig,
+    LoraConfig,
+    ReafVisionConfig,
+    TrainConfig,
+)
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
@@ -18,16 +25,17 @@ from reaf_hsenet.files import find_folder
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.dual import TEXT_FILES
-from reaf_hsenet.runs.trained import DualEncoderRun, is_published, load_dual_encoder, load_source
+from reaf_hsenet.runs.published import TEXT_FILES
+from reaf_hsenet.runs.trained import Trained, is_published, load_source, load_trained
 from reaf_hsenet.settings import changed, flag_values, flags
 from reaf_hsenet.tokenizer.loading import has_wordpiece, load_wordpiece
 from reaf_hsenet.tokenizer.tokenizer import WordPiece, train_wordpiece
 from reaf_hsenet.train.command import Command
 from reaf_hsenet.train.phantom_data import PHANTOM, phantom_folder, phantom_manifest
 from reaf_hsenet.train.setup import Setup, data_of, fitting_batch, located, recipe_settings
-from reaf_hsenet.weights import bert_config, bert_state, initial_state, read_checkpoint, read_weights
-from reaf_hsenet.weights.reading import SUFFIXES
+from reaf_hsenet.weights.files import SUFFIXES, read_checkpoint, read_weights
+from reaf_hsenet.weights.names import BERT, import_state
+from reaf_hsenet.weights.shapes import bert_config, initial_state
 
 
 def new_setup(command: Command, ranks: Ranks, say) -> Setup:
@@ -94,13 +102,13 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
     return setup
 
 
-def starting_run(command: Command) -> DualEncoderRun | None:
+def starting_run(command: Command) -> Trained | None:
     """Return the run that --init names, or its published folder, if that has the vocabulary to use."""
     if not command.init or not Run(command.init).exists:
         return None
     if is_published(command.init) and (command.text_model or not has_wordpiece(Path(command.init))):
         return None
-    run = load_dual_encoder(Path(command.init))
+    run = load_trained(command.init, stages=CONTRASTIVE)
     if run.config.model != command.model:
         raise InputError(
             f"--init {command.init}: is a run of {run.config.model}; it cannot start --model {command.model}"
@@ -108,7 +116,7 @@ def starting_run(command: Command) -> DualEncoderRun | None:
     return run
 
 
-def find_teacher(command: Command, init: DualEncoderRun | None) -> DualEncoderRun:
+def find_teacher(command: Command, init: Trained | None) -> Trained:
     """Return the stage-1 run to learn from: --teacher, or --init when it is one, or its teacher, or the
     usual.
     """
@@ -127,9 +135,7 @@ def find_teacher(command: Command, init: DualEncoderRun | None) -> DualEncoderRu
     return load_teacher(command.teacher or known or default, words, had)
 
 
-def load_teacher(
-    folder: str | Path, text_model: str | None = None, sha256: str | None = None
-) -> DualEncoderRun:
+def load_teacher(folder: str | Path, text_model: str | None = None, sha256: str | None = None) -> Trained:
     """Load a clip1 run, or a published stage-1 file or folder.
 
     text_model: where the latter's vocabulary is, if not beside it. sha256: hash of the checkpoint to take.
@@ -146,7 +152,7 @@ def load_teacher(
     return teacher
 
 
-def resumed_teacher(command: Command, setup: Setup) -> DualEncoderRun:
+def resumed_teacher(command: Command, setup: Setup) -> Trained:
     """Load the teacher that a run had, wherever it lies now, and note the place."""
     origin = setup.origin
     had = origin.get("teacher_sha256")
@@ -161,7 +167,7 @@ def resumed_teacher(command: Command, setup: Setup) -> DualEncoderRun:
     return teacher
 
 
-def require_vocabulary(tokenizer: WordPiece, source: str, teacher: DualEncoderRun) -> None:
+def require_vocabulary(tokenizer: WordPiece, source: str, teacher: Trained) -> None:
     """Raise InputError unless the student reads reports as the teacher does."""
     if tokenizer.vocab != teacher.tokenizer.vocab:
         raise InputError(
@@ -170,7 +176,7 @@ def require_vocabulary(tokenizer: WordPiece, source: str, teacher: DualEncoderRu
         )
 
 
-def find_preset(command: Command, teacher: DualEncoderRun | None) -> str:
+def find_preset(command: Command, teacher: Trained | None) -> str:
     """Return --preset, the teacher's, or the usual one: tiny on phantoms, base on data."""
     usual = teacher.preset if teacher else f"{command.model}-{'base' if command.data else 'tiny'}"
     preset = command.preset or usual
@@ -185,7 +191,7 @@ def find_preset(command: Command, teacher: DualEncoderRun | None) -> str:
     return preset
 
 
-def model_config(command: Command, preset: str, teacher: DualEncoderRun | None) -> ClipConfig:
+def model_config(command: Command, preset: str, teacher: Trained | None) -> ClipConfig:
     """Return the preset, or the teacher's configuration, with the command line's changes."""
     # A teacher's adapters are merged into what the student starts from; its own are its command line's.
     config = replace(teacher.config, lora=None) if teacher else PRESETS[preset]
@@ -221,7 +227,7 @@ def model_config(command: Command, preset: str, teacher: DualEncoderRun | None) 
 
 
 def sliced(
-    manifest: Manifest, config: ClipConfig, teacher: DualEncoderRun, command: Command, ranks: Ranks, say
+    manifest: Manifest, config: ClipConfig, teacher: Trained, command: Command, ranks: Ranks, say
 ) -> Manifest:
     """Return the manifest with slice features. Phantoms without them get some; other data must have them."""
     if manifest.slices is None:
@@ -268,7 +274,7 @@ def train_settings(
 
 
 def text_side(
-    command: Command, config: ClipConfig, manifest: Manifest, words: DualEncoderRun | None, preset: str, say
+    command: Command, config: ClipConfig, manifest: Manifest, words: Trained | None, preset: str, say
 ) -> tuple[WordPiece, ClipConfig, dict | None]:
     """Return tokenizer, configuration with a text encoder, and the weights of it that --text-model has."""
     if command.text_model:
@@ -283,7 +289,7 @@ def text_side(
                 f"encoder {text.vocab}; fetch both again"
             )
         config = replace(config, text=text, max_text=min(config.max_text, text.positions))
-        return tokenizer, config, None if bare else bert_state(read_weights(folder))
+        return tokenizer, config, None if bare else import_state(BERT, read_weights(folder))
     if words is not None:
         return words.tokenizer, replace(config, text=words.config.text, max_text=words.config.max_text), None
     reports = sorted({entry["text"] for entry in manifest.entries("train")})
@@ -296,7 +302,7 @@ def text_side(
     return tokenizer, replace(config, text=replace(config.text, vocab=len(tokenizer.vocab))), None
 
 
-def take_weights(setup: Setup, command: Command, init: DualEncoderRun | None) -> None:
+def take_weights(setup: Setup, command: Command, init: Trained | None) -> None:
     """Read the weights of --init, or else of the teacher, into the setup, with a note of what is left out."""
     start, origin, teacher = init, setup.origin, setup.teacher
     if init is None and not command.init:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from reaf_hsenet import distributed
-from reaf_hsenet.config import NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH, TrainConfig
+from reaf_hsenet.config import CONTRASTIVE, NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH, TrainConfig
 from reaf_hsenet.data.language import LIST_END, add_image_tokens, label_token
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, questions, report_prompts, templates
@@ -16,7 +16,7 @@ from reaf_hsenet.models.decoder_config import DecoderConfig
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.models.mllm_config import TINY_KERNEL, MllmConfig, tiny_decoder, visual_tokens
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.trained import DualEncoderRun, decoder_hashes, load_dual_encoder
+from reaf_hsenet.runs.trained import Trained, decoder_hashes, load_trained
 from reaf_hsenet.settings import changed
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits
@@ -89,7 +89,7 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
     )
 
 
-def encoder_runs(command: Command, vision: str) -> list[DualEncoderRun]:
+def encoder_runs(command: Command, vision: str) -> list[Trained]:
     """Return the dual-encoder runs that `vision` takes its encoders from, in their order."""
     wanted = ENCODER_STAGE[vision]
     folder = Path(command.init or f"runs/{wanted}-{command.model}")
@@ -98,7 +98,7 @@ def encoder_runs(command: Command, vision: str) -> list[DualEncoderRun]:
             f"{folder}: no run of stage {wanted}, whose encoder --vision {vision} sees; train it first, or "
             "name one with --init"
         )
-    run = load_dual_encoder(folder)
+    run = load_trained(folder, stages=CONTRASTIVE)
     if (run.stage, run.config.model) != (wanted, command.model) or (wanted == "clip2" and not run.guided):
         guided = " without slices" if run.stage == "clip2" and not run.guided else ""
         raise InputError(

@@ -23,7 +23,7 @@ from reaf_hsenet.data.slice_features import add_slice_features, normalise
 from reaf_hsenet.data.slices import SLICE_RECIPES
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.progress import progress_bar
-from reaf_hsenet.runs.trained import DualEncoderRun
+from reaf_hsenet.runs.trained import Trained
 from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss
 from reaf_hsenet.weights.slice_encoder import describe, load_slice_encoder, save_slice_encoder
 
@@ -32,7 +32,7 @@ ENCODER = {"size": 64, "patch": 16, "width": 128, "depth": 2, "heads": 4, "mlp":
 STEPS, BATCH, SLICES_A_STEP, LEARNING_RATE, SEED = 240, 64, 8, 1e-3, 0
 
 
-def add_phantom_slices(folder: Path, teacher: DualEncoderRun, device: torch.device, say) -> None:
+def add_phantom_slices(folder: Path, teacher: Trained, device: torch.device, say) -> None:
     """Train the encoder on the folder's training split, unless it is there, and store the features of all
     volumes.
     """
@@ -50,7 +50,7 @@ def add_phantom_slices(folder: Path, teacher: DualEncoderRun, device: torch.devi
 
 
 def train_slice_encoder(
-    manifest: Manifest, teacher: DualEncoderRun, device: torch.device, workers: int, steps: int
+    manifest: Manifest, teacher: Trained, device: torch.device, workers: int, steps: int
 ) -> SliceEncoder:
     """Contrastive training of slices against reports; some slices of every volume a step."""
     text = report_features(manifest, teacher, device)
@@ -93,7 +93,7 @@ def train_slice_encoder(
 
 
 @torch.inference_mode()
-def report_features(manifest: Manifest, teacher: DualEncoderRun, device: torch.device) -> Tensor:
+def report_features(manifest: Manifest, teacher: Trained, device: torch.device) -> Tensor:
     """(n, C) unit vectors of the training reports."""
     reports = CTReportDataset(manifest, "train", teacher.tokenizer, teacher.config.max_text)
     rng, model, found = np.random.default_rng(SEED), teacher.model.to(device), []

@@ -11,7 +11,7 @@ from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.models.mllm_config import MllmConfig, visual_tokens
 from reaf_hsenet.presets import stage_config
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.trained import DualEncoderRun
+from reaf_hsenet.runs.trained import Trained
 from reaf_hsenet.settings import changed, flag_values, from_dict, spelled, to_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer, load_wordpiece
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ class Setup:
     max_steps: int | None = None
     resumed: bool = False
     features: Path | None = None
-    teacher: DualEncoderRun | None = None
+    teacher: Trained | None = None
     text_weights: dict | None = None
     init_state: dict | None = None
     init_note: str = ""
@@ -66,7 +66,7 @@ def located(name: str | Path | None) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).exists() else name and str(name)
 
 
-def data_of(command: Command, run: DualEncoderRun) -> Path:
+def data_of(command: Command, run: Trained) -> Path:
     """Return --data, or the data set that a run was trained on."""
     if command.data is None and run.data is None:
         raise InputError(f"--data: {run.folder} has no data set of its own; name a prepared one")

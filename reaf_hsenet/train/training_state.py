@@ -20,7 +20,7 @@ from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.optimizer import parameter_groups
 from reaf_hsenet.train.sharding import load_whole_state, shard, whole_state
 from reaf_hsenet.train.step_log import count_flops
-from reaf_hsenet.weights.loading import require_fit
+from reaf_hsenet.weights.files import require_fit
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

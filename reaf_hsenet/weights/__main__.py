@@ -15,12 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.runs.conversion import write_dual_run, write_language_run
-from reaf_hsenet.runs.dual import load_published_dual, open_source
-from reaf_hsenet.runs.export import FORMATS, export
-from reaf_hsenet.runs.language import load_published_language
+from reaf_hsenet.runs.conversion import FORMATS, export, write_run
+from reaf_hsenet.runs.published import open_source, published_run
 from reaf_hsenet.script import Command, Parser, run_script
-from reaf_hsenet.weights.reading import summary
+from reaf_hsenet.weights.files import summary
 
 PROGRAM = "python -m reaf_hsenet.weights"
 
@@ -75,9 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def convert(args: argparse.Namespace) -> list[str]:
-    """Load all of a published checkpoint and write it as a run, or with --dry-run say what it is; return
-    the notes.
-    """
+    """Write a published checkpoint as a run, or with --dry-run say what it is. Returns the notes."""
     if (args.out is None) != args.dry_run:
         raise InputError(
             f"{'RUN' if args.dry_run else '--dry-run'}: expected either a folder to write or --dry-run; "
@@ -86,41 +82,28 @@ def convert(args: argparse.Namespace) -> list[str]:
     source = open_source(args.file)
     if args.dry_run:
         # First what needs nothing but the file: what it lacks is an error of what follows.
-        print(f"{source.name}: {source.family.name}\nfile: {source.file}, {len(source.state)} tensors")
+        print(f"{source.name}: {source.family.name}\nfile: {source.file}, {len(source.tensors)} tensors")
         for use in source.family.uses:
             print("for: " + use.replace("FILE", source.name).replace("FOLDER", str(source.folder)))
         if source.family.kind not in ("dual", "language"):
             return []
-    if source.family.kind == "language":
-        for name in ("decoder", "encoders"):
-            if getattr(args, name) is None:
-                raise InputError(
-                    f"--{name}: {args.file} holds packers and adapters only; name what they stand on"
-                )
-        if args.size:
-            raise InputError("--size: packers are made for one grid of patches; leave it out")
-        made = load_published_language(
-            source, args.decoder, args.encoders, args.stage or "mrg", args.text_model, args.slice_encoder
-        )
-        write = write_language_run
-    else:
-        for name in ("decoder", "encoders", "stage"):
-            if getattr(args, name) is not None:
-                raise InputError(
-                    f"--{name}: is of HSENet's packers and adapters; {args.file} is {source.family.name}"
-                )
-        made = load_published_dual(source, args.text_model, args.size, args.slice_encoder)
-        if args.slice_encoder and not made.slices:
-            raise InputError(f"--slice-encoder: {args.file} takes no slice features; leave it out")
-        write = write_dual_run
+    made = published_run(
+        source,
+        text_model=args.text_model,
+        size=args.size,
+        slice_encoder=args.slice_encoder,
+        decoder=args.decoder,
+        encoders=args.encoders,
+        stage=args.stage,
+    )
     if args.dry_run:
         print(f"stage {made.stage}")
         for key, value in settings(asdict(made.config)):
             print(f"  {key} {value}")
-        if unused := getattr(made, "not_used", None):
-            print(f"known, not used here: {summary(sorted(unused))}")
+        if made.not_used:
+            print(f"known, not used here: {summary(sorted(made.not_used))}")
     else:
-        write(made, args.out)
+        write_run(made, args.out)
         print(f"{args.file}: {source.family.name}, stage {made.stage}")
     return list(made.notes)
 

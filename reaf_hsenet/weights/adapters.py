@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from reaf_hsenet.errors import InputError, first_six
-from reaf_hsenet.files import atomic_write, find_folder, read_object, write_json
+from reaf_hsenet.files import find_folder, read_object, write_json
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.int8 import Int8Linear
 from reaf_hsenet.models.lora import LoraLinear, add_lora
-from reaf_hsenet.weights import read_weights_file
+from reaf_hsenet.weights.files import read_weights_file, write_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -256,6 +255,5 @@ def save_adapter(decoder: Decoder, folder: Path, base: str = "") -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with atomic_write(folder / WEIGHTS, "wb") as file:
-        file.write(save({n: t.to("cpu", copy=True).contiguous() for n, t in state.items()}, {"format": "pt"}))
+    write_weights(folder / WEIGHTS, state)
     write_json(folder / CONFIG, config)

@@ -1,253 +1,272 @@
-"""Names of published checkpoints -> ours.
+"""Names of published checkpoints and ours: one table a family, read in both directions.
 
-The functions `*_names` only rename, and join a BERT's query, key and value; `sources` reads from them which
-published tensors one of ours is made of, so that what is shown and what is exported follow the same rules.
-The functions `*_state` also give tensors our shapes: a flattened patch kernel, a position table of another
-grid.
+`import_state` and `export_state` take a table and go there and back, bit for bit. A new family is a new
+table.
 """
 
-import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.models.positions import depth_plus_2d, resample_3d
-from reaf_hsenet.weights.reading import State
 
-TEACHER = "stage1_pretrained_CLIP."  # the prefix of the stage-1 model inside HSENet's stage 2
-
-VIT3D_NAMES = (
-    (r"^patch_embedding\.position_embeddings$", "pos_embed"),
-    (r"^patch_embedding\.patch_embeddings\.1\.", "patch_embed.proj."),
-    (r"\.mlp\.linear([12])\.", r".mlp.fc\1."),
-    (r"\.attn\.out_proj\.", ".attn.proj."),
-    (r"^slice_guided_attention\.Wq\.", "guidance.query."),
-    (r"^slice_guided_attention\.Wk\.", "guidance.key."),
-    (r"^slice_guided_attention\.Wv\.", "guidance.value."),
-    (r"^slice_guided_attention\.output_linear\.", "guidance.proj."),
-    (r"^slice_guided_attention\.norm\.", "guidance.norm."),
-    (r"^patch_score_proj\.", "score."),
-)
-
-BERT_NAMES = (
-    (r"\.gamma$", ".weight"),  # the oldest files' names of LayerNorm parameters
-    (r"\.beta$", ".bias"),
-    (r"^embeddings\.word_embeddings\.", "word_embed."),
-    (r"^embeddings\.position_embeddings\.", "pos_embed."),
-    (r"^embeddings\.token_type_embeddings\.", "type_embed."),
-    (r"^embeddings\.LayerNorm\.", "norm."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
-    (r"\.attention\.self\.", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.attention\.output\.LayerNorm\.", ".norm1."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-    (r"^(blocks\.\d+)\.output\.LayerNorm\.", r"\1.norm2."),
-)
-# Heads of timm's ViTs, and MAE's decoder, which a slice encoder does not use.
-VIT_IGNORED = re.compile(r"^(head|fc_norm|pre_logits)\.|^decoder_|^mask_token$")
-
-# Heads of masked-language models and CXR-BERT's projection, which the dual encoders do not use.
-BERT_IGNORED = re.compile(r"^(cls\.|cls_projection_head\.|lm_head\.|pooler\.|.*position_ids$)")
+State = dict[str, Tensor]
 
 
-def sources(names: Iterable[str], renaming: Callable[[State], State]) -> dict[str, list[str]]:
-    """Our name -> the published names, in the order in which they are joined. What is not used has no
-    entry.
+class Row(NamedTuple):
+    """A published prefix, our prefix, and pairs (theirs, ours) that are replaced, in order, in what follows
+    it.
+
+    ours: None for tensors that no model here takes. A pair whose first entry is a tuple joins these tensors,
+    in that order, along the first axis. In both directions the longest prefix decides, of equal ones the
+    first. A published name without a row is kept as it is.
     """
-    names = list(names)
-    tagged = {name: torch.full((1, 1), i, dtype=torch.int64) for i, name in enumerate(names)}
-    return {ours: [names[i] for i in tags.flatten().tolist()] for ours, tags in renaming(tagged).items()}
+
+    theirs: str
+    ours: str | None
+    pairs: tuple[tuple[str | tuple[str, ...], str], ...] = ()
 
 
-def rename(state: State, rules: tuple[tuple[str, str], ...]) -> State:
-    """Apply every rule, in order, to every name."""
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        if name in renamed:
+Table = tuple[Row, ...]
+
+
+def below(theirs: str, ours: str, table: Table) -> Table:
+    """Return a table for the same tensors inside of a larger model."""
+    return tuple(
+        Row(theirs + row.theirs, row.ours if row.ours is None else ours + row.ours, row.pairs)
+        for row in table
+    )
+
+
+BERT: Table = (
+    Row(
+        "",
+        "",
+        (
+            ("embeddings.word_embeddings.", "word_embed."),
+            ("embeddings.position_embeddings.", "pos_embed."),
+            ("embeddings.token_type_embeddings.", "type_embed."),
+            ("embeddings.LayerNorm.", "norm."),
+            ("encoder.layer.", "blocks."),
+            (".attention.output.dense.", ".attn.proj."),
+            (".attention.output.LayerNorm.", ".norm1."),
+            (".intermediate.dense.", ".mlp.fc1."),
+            (".output.dense.", ".mlp.fc2."),
+            (".output.LayerNorm.", ".norm2."),
+            (
+                (".attention.self.query.", ".attention.self.key.", ".attention.self.value."),
+                ".attn.qkv.",
+            ),
+        ),
+    ),
+    # Heads of masked-language models, and CXR-BERT's projection.
+    Row("cls.", None),
+    Row("cls_projection_head.", None),
+    Row("lm_head.", None),
+    Row("pooler.", None),
+    Row("embeddings.position_ids", None),
+)
+
+# Of transformers' BertForSequenceClassification and of CT-RATE's RadBertClassifier (`model.`).
+CLASSIFIER: Table = (
+    *below("", "encoder.", BERT),
+    *below("model.", "encoder.", BERT),
+    Row("pooler.dense.", "pooler.dense."),
+    Row("model.pooler.dense.", "pooler.dense."),
+    Row("classifier.", "head."),
+)
+# RobertaForSequenceClassification has the pooler in its head.
+ROBERTA_CLASSIFIER: Table = (
+    *below("", "encoder.", BERT),
+    Row("classifier.dense.", "pooler.dense."),
+    Row("classifier.out_proj.", "head."),
+)
+
+# monai's ViT, and what HSENet's stage 2 adds to it.
+VIT3D: Table = (
+    Row(
+        "",
+        "",
+        (
+            ("patch_embedding.position_embeddings", "pos_embed"),
+            ("patch_embedding.patch_embeddings.1.", "patch_embed.proj."),
+            (".mlp.linear", ".mlp.fc"),
+            (".attn.out_proj.", ".attn.proj."),
+        ),
+    ),
+    Row("slice_guided_attention.Wq.", "guidance.query."),
+    Row("slice_guided_attention.Wk.", "guidance.key."),
+    Row("slice_guided_attention.Wv.", "guidance.value."),
+    Row("slice_guided_attention.output_linear.", "guidance.proj."),
+    Row("slice_guided_attention.norm.", "guidance.norm."),
+    Row("patch_score_proj.", "score."),
+)
+
+TEACHER = "stage1_pretrained_CLIP."  # before the names of the stage-1 model inside HSENet's stage 2
+
+M3D_CLIP: Table = (
+    *below("vision_encoder.", "vision.", VIT3D),
+    *below("language_encoder.", "text.", BERT),
+    Row("mm_vision_proj.", "vision_proj."),
+    Row("mm_language_proj.", "text_proj."),
+    Row("logit_scale", "logit_scale"),
+    Row(TEACHER, None),
+    Row("visual_encoder_2D.", None),  # BiomedCLIP's, as it is published
+)
+
+# REAF and HLIP, whose dual encoder is open_clip's; `TRUNK` is its vision encoder alone.
+TRUNK: Table = (Row("", "vision.", (("spatial_posemb", "pos_embed"),)),)
+REAF: Table = (
+    *below("visual.trunk.", "", TRUNK),
+    *below("text.transformer.", "text.", BERT),
+    Row("visual.head.proj.weight", "vision_proj.weight"),
+    Row("text.proj.weight", "text_proj.weight"),
+    Row("logit_scale", "logit_scale"),
+)
+
+# timm's and MAE's ViT without heads and decoder; BiomedCLIP's is the only part of it that is used.
+VIT2D: Table = (
+    Row("", "", (("patch_embed.proj.", "patch_embed."),)),
+    *(Row(head, None) for head in ("head.", "fc_norm.", "pre_logits.", "decoder_", "mask_token")),
+)
+BIOMEDCLIP: Table = (*below("visual.trunk.", "", VIT2D), Row("", None))
+
+# HSENet's packer and the projectors it is compared with. A head's layers are numbered with its activations.
+_ATTENTION = (("in_proj_", "qkv."), ("out_proj.", "proj."), (".linear", ".fc"))
+_POOL: Table = (Row("projector.0.", "head.fc1."), Row("projector.2.", "head.fc2."))
+PROJECTORS: dict[str, Table] = {
+    "spatial_packer": (
+        Row("resolution_attention.Wq.", "cell_attn.query."),
+        Row("resolution_attention.Wk.", "cell_attn.key."),
+        Row("resolution_attention.Wv.", "cell_attn.value."),
+        Row("resolution_attention.output_linear.", "cell_attn.proj."),
+        Row("resolution_attention.norm.", "cell_attn.norm."),
+        Row("proj_mpls.0.", "head.fc1."),
+        Row("proj_mpls.2.", "head.fc2."),
+    ),
+    "qformer": (
+        Row("query_embeds", "queries"),
+        Row("self_attn.", "self_attn.", _ATTENTION),
+        Row("cross_attn.", "cross_attn.", _ATTENTION),
+        Row("layers.", "blocks.", _ATTENTION),
+        Row("proj_mpls.0.", "head.fc1."),
+        Row("proj_mpls.2.", "head.fc2."),
+    ),
+    "text_guided": (
+        Row("projector_3d.0.", "head.fc1."),
+        Row("projector_3d.2.", "head.fc2."),
+        Row("projector_2d.0.", "slice_head.fc1."),
+        Row("projector_2d.2.", "slice_head.fc2."),
+    ),
+    "average_pool": _POOL,
+    "m3d_pool": _POOL,
+    "sequence_pool": _POOL,
+}
+PACKERS = ("mm_projector", "mm_projector2")  # of the stage-1 encoder, of the stage-2 encoder
+
+
+def language_table(projector: str) -> Table:
+    """Return the table of HSENet's language model: two packers. Adapters have theirs in adapters.py."""
+    return tuple(
+        row
+        for model in ("base_model.model.model.", "model.", "")
+        for i, packer in enumerate(PACKERS)
+        for row in below(f"{model}{packer}.", f"projectors.{i}.", PROJECTORS[projector])
+    )
+
+
+def places(table: Table, names: Iterable[str]) -> dict[str, list[str]]:
+    """Return our name -> the published names of the tensors that it is made of. Unused names are absent.
+
+    Raises InputError for two tensors in one place, and for a join that lacks one.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        ours, part, _ = _our_name(table, name)
+        if ours is None:
+            continue
+        parts = found.setdefault(ours, {})
+        if part in parts:
             raise InputError(
-                f"the checkpoint has two tensors for {name}: export one model's state_dict alone"
+                f"the checkpoint has two tensors for {ours}, {parts[part]} and {name}: export one model's "
+                f"state_dict alone"
             )
-        renamed[name] = tensor
-    return renamed
+        parts[part] = name
+    for ours, parts in found.items():
+        count = _our_name(table, next(iter(parts.values())))[2]
+        if len(parts) < count:
+            raise InputError(f"the checkpoint has {len(parts)} of {count} parts of {ours}; fetch it again")
+    return {ours: [parts[i] for i in sorted(parts)] for ours, parts in found.items()}
 
 
-def slice_encoder_state(published: State) -> State:
-    """Names of BiomedCLIP's checkpoint (`visual.trunk.`), or of timm's and MAE's ViT -> SliceEncoder's.
+def _our_name(table: Table, name: str) -> tuple[str | None, int, int]:
+    """Return our name of a published tensor, which part of ours it is, and of how many."""
+    for prefix in ("module.", "bert.", "roberta."):  # of some files
+        name = name.removeprefix(prefix)
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        name = name.replace(old, new)  # of the oldest files
+    row = max(
+        (row for row in table if name.startswith(row.theirs)),
+        key=lambda row: len(row.theirs),
+        default=Row("", ""),
+    )
+    if row.ours is None:
+        return None, 0, 1
+    rest, part, count = name.removeprefix(row.theirs), 0, 1
+    for theirs, ours in row.pairs:
+        pieces = theirs if isinstance(theirs, tuple) else (theirs,)
+        for i, piece in enumerate(pieces):
+            if piece in rest:
+                rest, part, count = rest.replace(piece, ours), i, len(pieces)
+                break
+    return row.ours + rest, part, count
 
-    Only known heads are left out: a tensor that this encoder has no place for is for load_strictly to name.
+
+def import_state(table: Table, published: State) -> State:
+    """Return published tensors under our names; those that a row joins are one.
+
+    Raises InputError, see `places`.
     """
-    names = {n.removeprefix("visual.trunk."): n for n in published if n.startswith("visual.trunk.")}
-    names = names or {n: n for n in published}
-    state = {n: published[full] for n, full in names.items() if not VIT_IGNORED.match(n)}
-    return rename(state, ((r"^patch_embed\.proj\.", "patch_embed."),))
-
-
-def vit3d_state(published: State) -> State:
-    """Names of monai's ViT (M3D-CLIP, HSENet's two stages) -> ViT3D's and ViT2E3's."""
-    return rename(published, VIT3D_NAMES)
-
-
-def decoder_names(published: State) -> State:
-    """Names of transformers' Phi and Llama -> Decoder's, whose q, k, v and gate, up are one matrix each."""
-    state = {re.sub(r"^model\.", "", name): tensor for name, tensor in published.items()}
-    for whole, parts in (
-        ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-        ("gate_up_proj", ("gate_proj", "up_proj")),
-    ):
-        for name in [n for n in state if f".{parts[0]}." in n]:
-            pieces = [name.replace(parts[0], part) for part in parts]
-            if (
-                all(piece in state for piece in pieces)
-                and len({state[piece].shape[1:] for piece in pieces}) == 1
-            ):
-                state[name.replace(parts[0], whole)] = torch.cat([state.pop(piece) for piece in pieces])
-    return state
-
-
-def bert_state(published: State) -> State:
-    """Names of transformers' BERT and RoBERTa, with or without prefix -> TextEncoder's; q, k and v become
-    one matrix.
-    """
-    inner = rename(published, ((r"^(bert|roberta)\.", ""),))
-    state = rename({n: t for n, t in inner.items() if not BERT_IGNORED.match(n)}, BERT_NAMES)
-    for name in [n for n in state if ".attn.query." in n]:
-        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        missing = [p for p in parts if p not in state]
-        if missing:
-            raise InputError(f"the checkpoint has {name} but no {missing[0]}")
-        shapes = {tuple(state[p].shape) for p in parts}
+    state = {}
+    for ours, names in places(table, published).items():
+        parts = [published[name] for name in names]
+        shapes = {tuple(part.shape) for part in parts}
         if len(shapes) > 1:
             raise InputError(
-                f"the checkpoint's query, key and value of {name} have the shapes {sorted(shapes)}; "
-                f"expected one shape"
+                f"the checkpoint's {' and '.join(names)} have the shapes {sorted(shapes)}; expected one shape"
             )
-        state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(p) for p in parts])
+        state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return state
 
 
-def reaf_names(published: State) -> State:
-    """Names of REAF's and HLIP's dual encoder (open_clip), with or without `module.`, or of its vision
-    trunk alone.
+def export_state(table: Table, state: State) -> State:
+    """Return our tensors under their published names.
+
+    Raises InputError for one that the table has no row for.
     """
-    parts: dict[str, State] = {"visual.trunk.": {}, "text.transformer.": {}}
-    renamed = {
-        "visual.head.proj.weight": "vision_proj.weight",
-        "text.proj.weight": "text_proj.weight",
-        "logit_scale": "logit_scale",
-    }
-    inner = {name.removeprefix("module."): tensor for name, tensor in published.items()}
-    if "spatial_posemb" in inner:
-        parts["visual.trunk."], inner = inner, {}
-    state: State = {}
-    for name, tensor in inner.items():
-        prefix = next((p for p in parts if name.startswith(p)), None)
-        if prefix:
-            parts[prefix][name.removeprefix(prefix)] = tensor
-        else:
-            state[renamed.get(name, name)] = tensor
-    vision = rename(parts["visual.trunk."], ((r"^spatial_posemb$", "pos_embed"),))
-    state |= {f"vision.{n}": t for n, t in vision.items()}
-    return state | {f"text.{n}": t for n, t in bert_state(parts["text.transformer."]).items()}
+    published = {}
+    for ours, tensor in state.items():
+        rows = [row for row in table if row.ours is not None and ours.startswith(row.ours)]
+        row = max(rows, key=lambda row: len(row.ours), default=None)
+        if row is None:
+            raise InputError(f"the published format has no place for {ours}; export another one")
+        names = [ours.removeprefix(row.ours)]
+        for theirs, mine in reversed(row.pairs):
+            pieces = theirs if isinstance(theirs, tuple) else (theirs,)
+            names = list(dict.fromkeys(name.replace(mine, piece) for name in names for piece in pieces))
+        parts = tensor.chunk(len(names)) if len(names) > 1 else (tensor,)
+        published |= {row.theirs + name: part.clone() for name, part in zip(names, parts, strict=True)}
+    return published
 
 
-def reaf_vision_state(published: State, grid: tuple[int, int, int]) -> State:
-    """Names of REAF's and HLIP's trunk -> REAF's; a position table of another grid is resampled to `grid`."""
-    trunk = {f"visual.trunk.{n}": t for n, t in published.items()}
-    return {n.removeprefix("vision."): t for n, t in reaf_state(trunk, grid).items()}
+def classifier_table(names: Iterable[str]) -> Table:
+    """Return the table of a report classifier, a BERT's or a RoBERTa's."""
+    roberta = any("classifier.dense." in name for name in names)
+    return ROBERTA_CLASSIFIER if roberta else CLASSIFIER
 
 
-def reaf_state(published: State, grid: tuple[int, int, int]) -> State:
-    """Names and shapes of REAF's and HLIP's dual encoder -> DualEncoder's, as reaf_vision_state."""
-    state = reaf_names(published)
-    if (weight := state.get("vision.patch_embed.proj.weight")) is not None:
-        if weight.ndim != 5:
-            raise InputError(
-                f"patch_embed.proj.weight is {tuple(weight.shape)}; expected channels, 1, and the patch's "
-                f"D, H, W"
-            )
-        state["vision.patch_embed.proj.weight"] = weight.flatten(1)  # a Conv3d whose stride is its kernel
-    if (table := state.get("vision.pos_embed")) is not None:
-        if table.ndim != 5:
-            raise InputError(
-                f"spatial_posemb is {tuple(table.shape)}; expected 1, depth, height, width, channels"
-            )
-        state["vision.pos_embed"] = resample_3d(table, grid).flatten(1, 3)
-    return state
-
-
-def mae_state(published: State, patch: tuple[int, int, int], grid: tuple[int, int, int]) -> State:
-    """A 2D MAE or timm ViT -> REAF's encoder, as HLIP and REAF inflate it.
-
-    The patch kernel is resized in the plane (bicubic, no antialiasing), summed over colours and spread evenly
-    over depth; the position table is resampled and gets a sine-cosine over depth; the class token takes its
-    position with it.
-    """
-    state = dict(published)
-    table, kernel = state.pop("pos_embed"), state["patch_embed.proj.weight"]
-    if (table.ndim, kernel.ndim) != (3, 4) or math.isqrt(table.shape[1]) ** 2 not in (
-        table.shape[1],
-        table.shape[1] - 1,
-    ):
-        raise InputError(
-            f"pos_embed is {tuple(table.shape)}; expected 1, rows of a square with or without a class "
-            f"token's, channels"
-        )
-    if round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:  # one row more: the class token's
-        state["cls_token"] = state["cls_token"] + table[:, :1]
-        table = table[:, 1:]
-    state["pos_embed"] = depth_plus_2d(table, grid).flatten(1, 3)
-    if tuple(kernel.shape[2:]) != tuple(patch[1:]):
-        kernel = F.interpolate(kernel.float(), size=patch[1:], mode="bicubic")
-    kernel = kernel.sum(1).unsqueeze(1).expand(-1, patch[0], -1, -1) / patch[0]  # (C, p_d, p_h, p_w)
-    return state | {"patch_embed.proj.weight": kernel.flatten(1)}
-
-
-def m3d_clip_state(published: State) -> State:
-    """Names of M3D-CLIP's and HSENet's dual encoders -> DualEncoder's; of stage 2 without what it carries."""
-    state: State = {}
-    parts: dict[str, State] = {"vision_encoder.": {}, "language_encoder.": {}}
-    renamed = (("mm_vision_proj.", "vision_proj."), ("mm_language_proj.", "text_proj."))
-    for name, tensor in published.items():
-        if name.startswith((TEACHER, "visual_encoder_2D.")):  # the second is BiomedCLIP's, as it is published
-            continue
-        prefix = next((p for p in parts if name.startswith(p)), None)
-        if prefix:
-            parts[prefix][name.removeprefix(prefix)] = tensor
-        else:
-            for old, new in renamed:
-                name = name.replace(old, new) if name.startswith(old) else name
-            state[name] = tensor
-    state |= {f"vision.{n}": t for n, t in vit3d_state(parts["vision_encoder."]).items()}
-    return state | {f"text.{n}": t for n, t in bert_state(parts["language_encoder."]).items()}
-
-
-def teacher_state(published: State) -> State:
-    """The stage-1 dual encoder inside a published stage-2 checkpoint, under DualEncoder's names; empty if
-    there is none.
-    """
-    return m3d_clip_state({n.removeprefix(TEACHER): t for n, t in published.items() if n.startswith(TEACHER)})
-
-
-def classifier_state(published: State) -> State:
-    """Names of transformers' two classifiers and of RadBertClassifier (`model.`) -> ReportClassifier's."""
-    inner = {re.sub(r"^(module\.)?(bert|roberta|model)\.", "", name): t for name, t in published.items()}
-    roberta = "classifier.dense.weight" in inner  # RoBERTa's head has the pooler in it
-    renamed = (
-        {"classifier.dense.": "pooler.dense.", "classifier.out_proj.": "head."}
-        if roberta
-        else {"pooler.dense.": "pooler.dense.", "classifier.": "head."}
-    )
-    state, encoder = {}, {}
-    for name, tensor in inner.items():
-        prefix = next((p for p in renamed if name.startswith(p)), None)
-        if prefix:
-            state[renamed[prefix] + name.removeprefix(prefix)] = tensor
-        else:
-            encoder[name] = tensor
-    return state | {f"encoder.{n}": t for n, t in bert_state(encoder).items()}
+def teacher_tensors(published: State) -> State:
+    """Return the stage-1 model inside a published stage 2, under M3D-CLIP's names; empty without one."""
+    return {n.removeprefix(TEACHER): t for n, t in published.items() if n.startswith(TEACHER)}

@@ -34,12 +34,13 @@ from reaf_hsenet.evaluate.zeroshot import load_prompts
 from reaf_hsenet.models.decoder_config import DecoderConfig
 from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.dual import load_published_dual
+from reaf_hsenet.runs.published import open_source, published_run
 from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
-from reaf_hsenet.weights import bert_config, read_weights_file
 from reaf_hsenet.weights.adapters import adapter_settings
 from reaf_hsenet.weights.decoder import stored_tensors
+from reaf_hsenet.weights.files import read_weights_file
+from reaf_hsenet.weights.shapes import bert_config
 
 RECIPE = from_dict(type(RECIPES["hsenet"]), {**vars(RECIPES["hsenet"]), "size": [4, 8, 8]})
 ODD = [
@@ -314,7 +315,13 @@ def test_a_thousand_mutated_safetensors(tmp_path):
     feed(150, "decoder", make, path, lambda: [stored.read() for stored in stored_tensors(tmp_path).values()])
     whole = save(published.m3d_clip())
     published.write_vocabulary(tmp_path, published.BERT["config"]["vocab_size"], published.HEADS)
-    feed(150, "m3d-clip", lambda rng: mutated_safetensors(whole, rng), path, load_published_dual, str(path))
+    feed(
+        150,
+        "m3d-clip",
+        lambda rng: mutated_safetensors(whole, rng),
+        path,
+        lambda: published_run(open_source(str(path))),
+    )
 
 
 def test_hundreds_of_mutated_pickles(tmp_path):
