@@ -29,7 +29,8 @@ from decoder_loading import make
 from reaf_hsenet.config import RECIPES, GuidedVisionConfig
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.files import file_sha256
-from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm, trained_state
+from reaf_hsenet.models.build import build_mllm, trained_state
+from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.checkpoint import Run

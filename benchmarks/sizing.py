@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from decoder import phi4mini
 from reaf_hsenet.config import RECIPES, TEXT_LENGTH, ClipConfig, GuidedVisionConfig
+from reaf_hsenet.models.build import build_mllm
 from reaf_hsenet.models.clip import build_dual_encoder, freeze_text, set_grad_checkpoint
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm
+from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.presets import PRESETS, stage_config
 
 DOCUMENT = Path(__file__).parent.parent / "docs/clusters.md"

@@ -8,8 +8,9 @@ from reaf_hsenet.config import GuidedVisionConfig, VisionConfig
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.questions import report_prompts
+from reaf_hsenet.models.build import build_mllm, trained_state
 from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
-from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm, trained_state
+from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.word_tokenizer import train_words

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from parity_case import STRICT32, STRICT64, Case, Check, NotBuilt, equal
+from reaf_hsenet.models.build import PROJECTORS as KINDS
 from reaf_hsenet.models.packer import (
     AveragePool,
     CellAttention,
@@ -15,7 +16,6 @@ from reaf_hsenet.models.packer import (
     SpatialPacker,
     cut_cells,
 )
-from reaf_hsenet.models.projectors import PROJECTORS as KINDS
 from reaf_hsenet.models.qformer import QFormer
 from reaf_hsenet.models.text_guided import TextGuidedProjector
 from reaf_hsenet.weights.files import load_strictly

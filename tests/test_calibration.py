@@ -2,9 +2,9 @@
 
 import torch
 
+from reaf_hsenet.models.build import build_projector
 from reaf_hsenet.models.clip import build_dual_encoder, build_vision
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.models.projectors import build_projector
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.train.calibration import calibrate, calibrate_tokens
 from test_models import TINY, batch

@@ -10,9 +10,9 @@ from reaf_hsenet.config import VisionConfig
 from reaf_hsenet.data.bad_volumes import BadVolumes, Unreadable
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.models.build import build_projector
 from reaf_hsenet.models.clip import build_vision
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.models.projectors import build_projector
 from reaf_hsenet.presets import stage_config
 from reaf_hsenet.train import label_start
 from reaf_hsenet.train.calibration import calibrate_vision

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from reaf_hsenet.models.build import build_projector
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.models.projectors import build_projector
 from reaf_hsenet.models.reaf import REAF
 from reaf_hsenet.models.slice_guidance import ViT2E3
 from reaf_hsenet.models.vit3d import ViT3D

@@ -8,8 +8,10 @@ import torch
 
 from reaf_hsenet.config import GuidedVisionConfig
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.models import build, mllm_config
+from reaf_hsenet.models.build import build_mllm, trained_state
 from reaf_hsenet.models.lora import LoraLinear
-from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm, trained_state
+from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.settings import from_dict, to_dict
 from test_decoder import SMALL
@@ -65,3 +67,7 @@ def test_a_decoder_with_weights_is_taken_as_it_is():
 def test_wrong_settings_are_named(changes, named):
     with pytest.raises(InputError, match=named):
         build_mllm(replace(DUAL, **changes))
+
+
+def test_settings_name_the_projectors_that_are_built():
+    assert tuple(build.PROJECTORS) == mllm_config.PROJECTORS

@@ -10,7 +10,7 @@ from language_run import write_language_run
 from reaf_hsenet import files
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256, fingerprint
-from reaf_hsenet.models.mllm_config import trained_state
+from reaf_hsenet.models.build import trained_state
 from reaf_hsenet.models.packed import PackedLinear
 from reaf_hsenet.runs.trained import load_trained
 

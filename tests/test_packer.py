@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from reaf_hsenet.models.build import PROJECTORS, build_projector
 from reaf_hsenet.models.packer import CellAttention, SpatialPacker, count_cells
-from reaf_hsenet.models.projectors import PROJECTORS, build_projector
 from reaf_hsenet.weights.files import load_strictly
 from reaf_hsenet.weights.names import PROJECTORS as NAMES
 from reaf_hsenet.weights.names import Row, below, export_state, import_state, language_table

@@ -15,8 +15,9 @@ import train
 from reaf_hsenet.config import VisionConfig
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.models.build import build_mllm
 from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
-from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm
+from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.train.sharding import require_shardable, shard, whole
 from reaf_hsenet.train.stability import clip_gradients, not_finite

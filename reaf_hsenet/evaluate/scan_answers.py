@@ -7,8 +7,9 @@ from torch import Tensor
 
 from reaf_hsenet.data.language import LIST_END
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.models.build import build_mllm
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm
+from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.answering import answer_text, check_context, prompt_embeddings, question_ids, stop_ids
 from reaf_hsenet.runs.generation import Sampling, steps
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer

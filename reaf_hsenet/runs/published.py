@@ -24,11 +24,12 @@ from reaf_hsenet.config import (
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import find_folder, fingerprint, read_object, visible
+from reaf_hsenet.models.build import build_mllm, trained_state
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.decoder_config import DecoderConfig
 from reaf_hsenet.models.fusion import build_fusion
-from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm, trained_state
+from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer.loading import FORMS, has_wordpiece, load_tokenizer, load_wordpiece

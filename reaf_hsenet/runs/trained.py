@@ -14,11 +14,12 @@ from torch import Tensor
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256, find_folder, fingerprint, is_hub_id, visible
+from reaf_hsenet.models.build import build_mllm, trained_state
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.models.mllm_config import MllmConfig, build_mllm, trained_state
+from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.models.packed import pack
 from reaf_hsenet.runs.checkpoint import Choice, Run, weights_sha256
 from reaf_hsenet.runs.published import PublishedRun, open_source, published_run

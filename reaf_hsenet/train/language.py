@@ -14,8 +14,8 @@ from reaf_hsenet.data.samplers import InOrder
 from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.models.build import build_mllm, trained_state
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.models.mllm_config import build_mllm, trained_state
 from reaf_hsenet.runs.trained import base_decoder, encoder_states, fill_encoders
 from reaf_hsenet.train.calibration import calibrate_tokens
 from reaf_hsenet.train.command import Command

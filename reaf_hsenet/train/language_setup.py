@@ -12,9 +12,10 @@ from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256, find_folder, fingerprint
-from reaf_hsenet.models.decoder_config import DecoderConfig
+from reaf_hsenet.models.build import visual_tokens
+from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.lora import merged_state
-from reaf_hsenet.models.mllm_config import TINY_KERNEL, MllmConfig, tiny_decoder, visual_tokens
+from reaf_hsenet.models.mllm_config import TINY_KERNEL, MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import Trained, decoder_hashes, load_trained
 from reaf_hsenet.settings import changed
@@ -193,6 +194,25 @@ def text_side(
         "added": len(tokenizer) - own,
     }
     return tokenizer, replace(config, vocab=len(tokenizer)), known
+
+
+def tiny_decoder(tokenizer: Tokenizer) -> DecoderConfig:
+    """A decoder that two cores train from nothing."""
+    return DecoderConfig(
+        family="llama",
+        vocab=len(tokenizer),
+        width=128,
+        layers=3,
+        heads=4,
+        kv_heads=4,
+        head_dim=32,
+        mlp=384,
+        context=1024,
+        rope=RopeConfig(dims=32),
+        tied=True,
+        bos_id=tokenizer.bos_id,
+        eos_ids=(tokenizer.eos_id,),
+    )
 
 
 def training_texts(stage: str, manifest: Manifest, settings: TrainConfig) -> list[str]:

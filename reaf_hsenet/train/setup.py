@@ -8,7 +8,7 @@ from reaf_hsenet.config import LANGUAGE, ClipConfig, Recipe, TrainConfig
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError, OutputError
-from reaf_hsenet.models.mllm_config import MllmConfig, visual_tokens
+from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.presets import stage_config
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import Trained
@@ -138,7 +138,10 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
         have["decoder"] = (origin.get("decoder") or {}).get("name")
         have["teacher"] = origin["encoders"][0]["run"] if config.vision == "dual" else None
         have["cache_features"] = _cached(command.cache_features, features)
-        have["max_text"] = command.max_text and config.max_text - visual_tokens(config)
+        if command.max_text:
+            from reaf_hsenet.models.build import visual_tokens  # with the decoder, which clip1 does without
+
+            have["max_text"] = config.max_text - visual_tokens(config)
     else:  # a teacher may have been moved: its weights tell that it is the same
         have["teacher"] = located(command.teacher)
     free = {name for name in command.given if FLAGS[name][0].metadata.get("free")}
