@@ -30,6 +30,7 @@ from reaf_hsenet.data.header import HEADERS
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
 from reaf_hsenet.data.questions import add_questions
+from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.slices import SLICE_RECIPES, SLICES, require_pillow
 from reaf_hsenet.data.sources.bimcv import read_bimcv
 from reaf_hsenet.data.sources.datasets import Source, read_ct_rate, read_nifti_folder
@@ -169,18 +170,14 @@ def prepare_volumes(args: argparse.Namespace) -> list[tuple[str, str]]:
     if args.fit:
         changes["fit"] = args.fit
     recipe = replace((TINY_RECIPES if args.dataset == "phantom" else RECIPES)[name], **changes)
-    options = Options(
-        recipe, args.rescale, args.orientation, args.assume_orientation, args.dtype, args.header
-    )
-    text = "findings and impressions" if args.impressions else "findings"
-    if args.dataset in ("reaf", "bimcv-r"):
-        text = "report"
+    reading = Reading(args.rescale, args.orientation, args.assume_orientation, args.header)
+    options = Options(recipe, reading, args.dtype)
     try:
         source = read_source(args)
         if args.as_is:
-            manifest, refused = list_as_is(source, args.out, options, text)
+            manifest, refused = list_as_is(source, args.out, options)
         else:
-            manifest, refused = prepare(source, args.out, options, text, args.workers)
+            manifest, refused = prepare(source, args.out, options, args.workers)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None
     report(manifest, refused)

@@ -12,9 +12,10 @@ import torch
 
 from conftest import error_line, script
 from reaf_hsenet.config import RECIPES
+from reaf_hsenet.data.each_volume import Journal, read_refused
 from reaf_hsenet.data.loader import _load
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.data.prepare import Journal, Options, differs, prepare, read_refused
+from reaf_hsenet.data.prepare import Options, differs, prepare
 from reaf_hsenet.data.reading import load_tensor, read_input
 from reaf_hsenet.data.sources.datasets import read_nifti_folder
 from reaf_hsenet.data.workers import batches

@@ -502,7 +502,7 @@ def test_a_nifti_folder_as_is_keeps_its_reading_options(nifti, tmp_path):
     (folder / "reports.csv").write_text("id,text\na,A report.\n")
     made = {}
     for name in ("header", "stored"):
-        list_as_is(read_nifti_folder(folder, None), tmp_path / name, Options(RECIPE, "header", name))
+        list_as_is(read_nifti_folder(folder, None), tmp_path / name, Options(RECIPE, Reading("header", name)))
         made[name] = load_manifest(tmp_path / name)
         assert made[name].reading == Reading("header", name)
     turned = nib.load(nifti)

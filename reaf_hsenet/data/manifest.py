@@ -92,6 +92,9 @@ class Manifest:
             },
         )
 
+    def all_entries(self) -> list[dict]:
+        return [entry for entries in self.splits.values() for entry in entries]
+
     def entries(self, split: str) -> list[dict]:
         """The entries of a split. Raises InputError when there are none."""
         entries = self.splits.get(split, [])
@@ -225,13 +228,15 @@ def make_entry(case: Case, folder: Path, volume: Path, source: dict) -> dict:
 
 
 def as_is_manifest(
-    source: Source, folder: Path, recipe: Recipe, reading: Reading, text: str, dtype: str = "float16"
+    source: Source, folder: Path, recipe: Recipe, reading: Reading, dtype: str = "float16"
 ) -> tuple[Manifest, list[tuple[str, str]]]:
     """A manifest whose volumes are the source files themselves, and the refused (file, reason) pairs.
 
     Nothing is opened: reading and processing are left to training.
     """
-    manifest = Manifest(folder, source.kind, recipe, dtype, text, list(source.label_names), {}, reading)
+    manifest = Manifest(
+        folder, source.kind, recipe, dtype, source.text, list(source.label_names), {}, reading
+    )
     refused = [(str(case.path), case.problem) for case in source.by_id().values() if case.problem]
     for split, cases in source.splits.items():
         manifest.splits[split] = [
@@ -392,7 +397,7 @@ def _published_hsenet(path: Path) -> Manifest:
 
 
 def _published_reaf(folder: Path) -> Manifest:
-    manifest, refused = as_is_manifest(read_reaf(folder), folder, RECIPES["reaf"], Reading(), "report")
+    manifest, refused = as_is_manifest(read_reaf(folder), folder, RECIPES["reaf"], Reading())
     if refused:
         path, reason = refused[0]
         raise InputError(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from reaf_hsenet.data.each_volume import Refused, write_refused
 from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.data.prepare import read_refused, write_refused
 from reaf_hsenet.data.sources.radgenome import KINDS, SPLITS, find_tables, read_questions, refusal
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import folder_lock, read_json
@@ -145,7 +145,7 @@ def questions(manifest: Manifest, split: str, kind: str) -> list[tuple[int, dict
 
 def add_questions(
     folder: Path, root: Path, kinds: tuple[str, ...] = KINDS, allow_refused: bool = False
-) -> tuple[Manifest, list[tuple[str, str]]]:
+) -> tuple[Manifest, Refused]:
     """Give the volumes of a prepared folder the questions of RadGenome's tables at `root`, in place of any
     they had.
 
@@ -175,14 +175,13 @@ def add_questions(
                 refused,
                 "prepare these volumes, correct the table, or leave its rows out with --allow-refused",
             )
-        if not any("qa" in e for entries in manifest.splits.values() for e in entries):
+        if not any("qa" in entry for entry in manifest.all_entries()):
             raise InputError(
                 f"{tables}: no row of its tables of {', '.join(kinds)} is of a volume of {folder}; "
                 f"expected some"
             )
         lines = [(str(table), f"{REFUSED}{volume} {reason}") for table, volume, reason in refused]
-        others = [line for line in read_refused(folder) if not line[1].startswith(REFUSED)]
-        write_refused(folder, [*others, *lines])
+        write_refused(folder, lines, REFUSED)
         manifest.save()
     return manifest, lines
 

@@ -5,9 +5,7 @@ Restartable: what is done is in slices.jsonl and on disk. The manifest says whic
 """
 
 import json
-from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -15,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reaf_hsenet.data.each_volume import Journal, Refused, each_volume, write_refused
 from reaf_hsenet.data.manifest import Manifest, different_slices, load_manifest, origin
-from reaf_hsenet.data.pool import worker_pool
-from reaf_hsenet.data.prepare import Journal, entry_slices, read_refused, remove_half_written, write_refused
+from reaf_hsenet.data.prepare import entry_slices
 from reaf_hsenet.data.reading import SlicesWanted, ending
 from reaf_hsenet.data.slices import MEAN, SLICE_RECIPES, SLICES, STD
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write, folder_lock
 from reaf_hsenet.models.slice_encoder import SliceEncoder
-from reaf_hsenet.progress import progress_bar
 
+JOURNAL = "slices.jsonl"
 REFUSED = "slices: "  # begins the reasons of refused.csv that are of this step
 
 
@@ -43,13 +41,13 @@ def add_slice_features(
     progress: bool = True,
     batch: int = 64,
     replace: bool = False,
-) -> list[tuple[str, str]]:
+) -> Refused:
     """Encode what is missing of a prepared folder's volumes, then list it in manifest.json.
 
     provenance: of load_slice_encoder or describe. batch: slices per forward pass.
     replace: remove features that the folder has of another encoder, or that were made in another way.
-    Returns the refused (file, reason) pairs, which refused.csv has too: these volumes get no features. Raises
-    InputError when the folder has such features and `replace` is not given.
+    Returns what was refused, which refused.csv has too: these volumes get no features. Raises InputError when
+    the folder has such features and `replace` is not given.
     """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
@@ -57,67 +55,48 @@ def add_slice_features(
             f"{folder / 'manifest.json'}: no such file; prepare volumes first, with preprocess.py --dataset"
         )
     with folder_lock(folder):
-        remove_half_written(folder)
         manifest = load_manifest(folder)
-        entries = [e for split in manifest.splits.values() for e in split]
-        others = [line for line in read_refused(folder) if not line[1].startswith(REFUSED)]
-        _refuse_tensors(entries)
-        if other := different_slices(_held(manifest, entries), provenance):
-            if not replace:
-                raise InputError(
-                    f"{folder}: holds slice features with another {other}; choose another --out, or replace "
-                    "them with --replace-slices"
-                )
-            _remove(manifest, entries)
-        if not _held(manifest, entries):
-            (folder / "slices.jsonl").unlink(missing_ok=True)  # of an encoder that made nothing
-        manifest.slices = provenance
-        origins = {e["id"]: _origin(e) for e in entries}
-        journal = Journal(folder / "slices.jsonl", provenance, "slice features", ignored=("encoder",))
+        _make_way(manifest, provenance, replace)
+        entries = {entry["id"]: entry for entry in manifest.all_entries()}
+        origins = {i: _origin(entry) for i, entry in entries.items()}
+        encoder = encoder.to(device).eval()
 
         def whole(record: dict) -> bool:
             path = folder / slices_name(record["id"])
             same = origins.get(record["id"]) == record.get("origin")
             return same and path.is_file() and path.stat().st_size == manifest.slices_size
 
-        done = journal.read(whole)
-        todo = [e for e in entries if e["id"] not in done]
-        refused: list[tuple[str, str]] = []
-        encoder = encoder.to(device).eval()
-        waiting: list[tuple[dict, np.ndarray]] = []
-
-        def encode_waiting() -> None:
-            features = _encode(encoder, np.concatenate([images for _, images in waiting]), device, batch)
-            for (entry, _), rows in zip(waiting, np.split(features, len(waiting)), strict=True):
+        def encode(taken: list[tuple[dict, np.ndarray]]) -> Iterator[dict]:
+            """Write the features of some volumes and give their records."""
+            features = _encode(encoder, np.concatenate([images for _, images in taken]), device, batch)
+            for (entry, _), rows in zip(taken, np.split(features, len(taken)), strict=True):
                 if not np.isfinite(rows).all():
                     raise InputError(
                         f"{provenance['encoder']}: gives {entry['id']} NaN, or values beyond float16's"
                     )
                 with atomic_write(folder / slices_name(entry["id"]), "wb") as file:
                     np.save(file, rows)
-                done[entry["id"]] = {"id": entry["id"], "origin": origins[entry["id"]]}
-                journal.add(done[entry["id"]])
-            waiting.clear()
+                yield {"id": entry["id"], "origin": origins[entry["id"]]}
 
-        with (
-            progress_bar(len(todo), "slices", "volume", shown=progress and bool(todo)) as bar,
-            closing(_pictures(todo, manifest, encoder.size, workers)) as pictures,
-        ):
-            for entry, images, reason in pictures:
-                if images is None:
-                    refused.append((entry["source"]["file"], REFUSED + reason))
-                else:
-                    waiting.append((entry, images))
-                if len(waiting) * SLICES >= batch:
-                    encode_waiting()
-                bar.update()
-            if waiting:
-                encode_waiting()
-        for entry in entries:
+        wanted = slices_wanted(provenance, encoder.size)
+        done, reasons = each_volume(
+            entries,
+            partial(entry_slices, reading=manifest.reading, wanted=wanted),
+            Journal(folder / JOURNAL, provenance, "slice features", ignored=("encoder",)),
+            whole,
+            what="slices",
+            workers=workers,
+            progress=progress,
+            finish=encode,
+            together=-(-batch // SLICES),
+        )
+        for i, entry in entries.items():
             entry.pop("slices", None)
-            if entry["id"] in done:
-                entry["slices"] = slices_name(entry["id"])
-        write_refused(folder, [*others, *refused])
+            if i in done:
+                entry["slices"] = slices_name(i)
+        files = {i: entry["source"]["file"] for i, entry in entries.items()}
+        refused = [(files[i], REFUSED + why.removeprefix(f"{files[i]}: ")) for i, why in reasons.items()]
+        write_refused(folder, refused, REFUSED)
         manifest.save()
     return refused
 
@@ -126,28 +105,33 @@ def slices_name(volume_id: str) -> str:
     return f"slices/{volume_id}.npy"
 
 
-def _held(manifest: Manifest, entries: list[dict]) -> dict:
-    """The provenance of the features that a folder has, whether listed or half made; empty where it has
-    none.
-    """
-    journal = manifest.folder / "slices.jsonl"
-    if manifest.slices is not None:
-        return manifest.slices
-    if not journal.is_file() or not any((manifest.folder / slices_name(e["id"])).is_file() for e in entries):
-        return {}
-    return next(iter(Journal(journal, {}, "slice features").lines()), {})
+def _make_way(manifest: Manifest, provenance: dict, replace: bool) -> None:
+    """See that the folder can have features of this provenance, and only of it.
 
-
-def _remove(manifest: Manifest, entries: list[dict]) -> None:
-    """Features leave the manifest first, so that an interrupt does not leave two encoders' listed as
-    one's.
+    Raises InputError for volumes without a CT of their own, and for features that are not to be replaced.
     """
-    manifest.slices = None
-    for entry in entries:
-        entry.pop("slices", None)
-    manifest.save()
-    for entry in entries:
-        (manifest.folder / slices_name(entry["id"])).unlink(missing_ok=True)
+    entries, journal = manifest.all_entries(), manifest.folder / JOURNAL
+    _refuse_tensors(entries)
+    made = [path for e in entries if (path := manifest.folder / slices_name(e["id"])).is_file()]
+    held = manifest.slices
+    if held is None and made and journal.is_file():  # features that are half made
+        held = next(iter(Journal(journal, {}, "slice features").lines()), None)
+    if other := different_slices(held or {}, provenance):
+        if not replace:
+            raise InputError(
+                f"{manifest.folder}: holds slice features with another {other}; choose another --out, or "
+                "replace them with --replace-slices"
+            )
+        # They leave the manifest first, so that an interrupt does not leave two encoders' listed as one's.
+        manifest.slices = held = None
+        for entry in entries:
+            entry.pop("slices", None)
+        manifest.save()
+        for path in made:
+            path.unlink()
+    if not held:
+        journal.unlink(missing_ok=True)  # of an encoder that made nothing
+    manifest.slices = provenance
 
 
 def _refuse_tensors(entries: list[dict]) -> None:
@@ -173,26 +157,6 @@ def slices_wanted(provenance: dict, size: int) -> SlicesWanted:
     pictures.
     """
     return SlicesWanted(SLICE_RECIPES[provenance["recipe"]], size, provenance["jpeg"])
-
-
-def _pictures(
-    todo: list[dict], manifest: Manifest, size: int, workers: int
-) -> Iterator[tuple[dict, np.ndarray | None, str | None]]:
-    """entry_slices of each entry, in order, made in `workers` processes that are at most two volumes each
-    ahead.
-    """
-    take = partial(entry_slices, reading=manifest.reading, wanted=slices_wanted(manifest.slices, size))
-    if workers == 1 or len(todo) < 2:
-        yield from map(take, todo)
-        return
-    with worker_pool(workers) as pool:
-        ahead = deque()
-        for entry in todo:
-            ahead.append(pool.submit(take, entry))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 @torch.inference_mode()

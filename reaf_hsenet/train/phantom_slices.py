@@ -59,7 +59,7 @@ def train_slice_encoder(
     take = partial(entry_slices, reading=manifest.reading, wanted=wanted)
     images = []
     with worker_pool(workers) as pool, progress_bar(len(entries), "slices to learn from", "volume") as bar:
-        for _, pictures, _ in pool.map(take, entries, chunksize=16):
+        for pictures in pool.map(take, entries, chunksize=16):
             images.append(torch.from_numpy(pictures))
             bar.update()
     torch.manual_seed(SEED)

@@ -53,7 +53,7 @@ def read_bimcv(root: Path, table: Path | None) -> Source:
     }
     # Volumes without a report are refused, in whichever split.
     cases["train"] += [_case(root, file, "", f"has no row in {table.name}") for file in by_key[""]]
-    return Source("bimcv-r", cases)
+    return Source("bimcv-r", cases, text="report")
 
 
 def _reports(table: Path) -> dict[str, str]:

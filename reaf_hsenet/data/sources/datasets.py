@@ -42,12 +42,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: cases per split, names of the label columns, orientation of files with a blank header."""
+    """A data set: cases per split, names of the label columns, orientation of files with a blank header.
+
+    text: what of a report the cases' texts are.
+    """
 
     kind: str
     splits: dict[str, list[Case]]
     label_names: tuple[str, ...] = ()
     blank_orientation: str | None = None
+    text: str = "findings"
 
     def by_id(self) -> dict[str, Case]:
         """Return all cases. Raises InputError when two have one id or one file, and for an id that leaves
@@ -146,7 +150,8 @@ def read_ct_rate(root: Path, impressions: bool = False) -> Source:
             f"{root}: no CT-RATE data set; expected dataset/radiology_text_reports/train_reports.csv "
             "or validation_reports.csv below it"
         )
-    return Source("ct-rate", splits, label_names, blank_orientation="LPS")
+    text = "findings and impressions" if impressions else "findings"
+    return Source("ct-rate", splits, label_names, blank_orientation="LPS", text=text)
 
 
 def read_nifti_folder(root: Path, table: Path | None, validation: float = 0.1) -> Source:

@@ -74,7 +74,7 @@ def read_reaf(root: Path) -> Source:
     if len(label_names) > 1:
         one, two = list(label_names.values())[:2]
         raise InputError(f"{two}: its columns differ from those of {one}; give all tables of labels the same")
-    return Source("reaf", splits, next(iter(label_names), ()))
+    return Source("reaf", splits, next(iter(label_names), ()), text="report")
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
