@@ -96,7 +96,7 @@ def gather_objects(value) -> list:
 
 
 def gather_equal(value: torch.Tensor) -> torch.Tensor:
-    """Every rank's tensor, of one shape on all, stacked in rank order: (world, ...)."""
+    """Return the tensors of all ranks, of one shape on all, stacked in rank order: (world, ...)."""
     if not dist.is_initialized():
         return value[None]
     gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
@@ -105,9 +105,7 @@ def gather_equal(value: torch.Tensor) -> torch.Tensor:
 
 
 def on_main(work: Callable):
-    """What `work` returns on rank 0, on every rank; an InputError that it raises there is raised on every
-    rank.
-    """
+    """Return on every rank what `work` returns on rank 0. An InputError of rank 0 is raised on every rank."""
     done = error = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -121,7 +119,7 @@ def on_main(work: Callable):
 
 
 def job_store(timeout: timedelta = timedelta(seconds=20)) -> dist.Store | None:
-    """What all processes of a torchrun share, those of its restarts too; None without torchrun.
+    """Return the store that all processes of a torchrun share, restarted ones too; None without torchrun.
 
     timeout: how long to wait for it, and for another process that has not set a value yet.
     """
@@ -132,9 +130,7 @@ def job_store(timeout: timedelta = timedelta(seconds=20)) -> dist.Store | None:
 
 
 def first_to_fail() -> bool:
-    """Whether none of torchrun's other processes has ended with an error: theirs is the same, or the
-    cause of this one.
-    """
+    """Return whether no other process of torchrun has failed yet; a later failure follows from the first."""
     try:
         store = job_store(timedelta(seconds=2))
         return store is None or store.add(f"failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1

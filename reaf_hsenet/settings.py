@@ -22,7 +22,7 @@ class Range:
     most: float | None = None
 
     def expected(self, value) -> str:
-        """What is wrong with a number, or with one of a tuple or list, in words; empty when nothing is."""
+        """Return what a number, or one of a tuple or list, is expected to be; empty when it is."""
         for x in value if isinstance(value, tuple | list) else (value,):
             if type(x) not in (int, float):
                 continue
@@ -167,7 +167,7 @@ def changed(config, values: dict):
 
 
 def to_dict(config) -> dict:
-    """The JSON form of a dataclass and of those in it."""
+    """Return the JSON form of a dataclass and of those in it."""
     return dataclasses.asdict(config)
 
 
@@ -212,7 +212,7 @@ def from_dict(cls, values: dict, source: str = "config.json"):
 
 
 def _rebuilt(value, hint, source: str):
-    """Lists as tuples, and objects as the dataclass that an annotation names."""
+    """Return lists as tuples, and objects as the dataclass that an annotation names."""
     if isinstance(value, list):
         parts = typing.get_args(hint)
         return tuple(_rebuilt(x, parts[0] if parts else None, source) for x in value)
@@ -221,7 +221,7 @@ def _rebuilt(value, hint, source: str):
 
 
 def _fits(value, hint) -> bool:
-    """Whether a value is of an annotation: a class, a tuple, a Literal, or a union of these."""
+    """Return whether a value is of an annotation: a class, a tuple, a Literal, or a union of these."""
     parts, origin = typing.get_args(hint), typing.get_origin(hint)
     if origin is typing.Literal:
         return any(type(value) is type(part) and value == part for part in parts)

@@ -33,7 +33,7 @@ PROJECTORS: dict[str, type[Projector]] = {
 def build_projector(
     name: str, width: int, out_width: int, grid: Size3, kernel: Size3 | None = None, **options
 ) -> Projector:
-    """A projector by name, C -> C_out. options: of its class. Raises ValueError for another name."""
+    """Build a projector by name, C -> C_out. options: of its class. Raises ValueError for another name."""
     if name not in PROJECTORS:
         raise ValueError(f"projector {name!r}, expected one of {', '.join(PROJECTORS)}")
     return PROJECTORS[name](width, out_width, grid, kernel, **options)
@@ -46,9 +46,7 @@ def visual_tokens(config: MllmConfig) -> int:
 
 
 def new_decoder(config: DecoderConfig) -> Decoder:
-    """To be trained from nothing: of every product the outputs are as large as the inputs, whatever the
-    width.
-    """
+    """Build a decoder to train from scratch. A product's outputs are as large as its inputs, at any width."""
     decoder = Decoder(config)
     for parameter in decoder.parameters():
         if parameter.dim() > 1:
@@ -57,7 +55,7 @@ def new_decoder(config: DecoderConfig) -> Decoder:
 
 
 def build_mllm(config: MllmConfig, decoder: Decoder | None = None) -> Mllm:
-    """decoder: with its weights and the rows of the image tokens; without one a new decoder is made."""
+    """Build the model. decoder: with its weights and the rows of the image tokens; None makes a new one."""
     decoder = new_decoder(config.decoder) if decoder is None else decoder
     encoders = [build_vision(encoder) for encoder in config.encoders]
     projectors = []
@@ -84,8 +82,10 @@ def build_mllm(config: MllmConfig, decoder: Decoder | None = None) -> Mllm:
 
 
 def adapt_decoder(decoder: Decoder, config: MllmConfig) -> None:
-    """Adapters for every linear layer of the blocks, as published: of fused matrices one adapter for Phi,
-    one for each part for Llama, whose files have the parts separately.
+    """Adapt every linear layer of the blocks, as published.
+
+    Fused matrices get one adapter for Phi, and one for each part for Llama, whose files have the parts
+    separately.
     """
     fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     targets = [
@@ -97,9 +97,7 @@ def adapt_decoder(decoder: Decoder, config: MllmConfig) -> None:
 
 
 def trained_state(model: Mllm) -> dict[str, torch.Tensor]:
-    """What a checkpoint of this model holds: what is trained. The rest is in the files that the run
-    points to.
-    """
+    """Return the tensors that a checkpoint holds, those that are trained. The run points to the others."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = {name for name, _ in model.named_parameters()} - trained
     state = model.state_dict()

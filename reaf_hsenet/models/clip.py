@@ -20,8 +20,9 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class DualEncoder(nn.Module):
-    """logit_scale `raw`: the parameter multiplies the cosines as it is, as HSENet does; `exp`: its
-    exponential, CLIP.
+    """The two encoders, with a projection each into the space of both.
+
+    logit_scale: `raw`, the parameter multiplies the cosines as it is, as HSENet does; `exp`, as CLIP does.
     """
 
     def __init__(
@@ -44,23 +45,21 @@ class DualEncoder(nn.Module):
             init_weights(projection)
 
     def encode_image(self, volume: Tensor, slices: Tensor | None = None) -> Tensor:
-        """(B, 1, D, H, W), and slice features (B, S, C_2d) for a 2E3 encoder -> unit vectors (B, embed)."""
+        """Return unit vectors (B, embed) of volumes (B, 1, D, H, W). slices: (B, S, C_2d), for 2E3."""
         tokens = self.vision(volume) if slices is None else self.vision(volume, slices)
         return F.normalize(self.vision_proj(tokens[:, 0]), dim=-1)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, T), (B, T) -> unit vectors (B, embed)."""
+        """Return unit vectors (B, embed) of reports: ids (B, T), mask (B, T)."""
         return F.normalize(self.text_proj(self.text(ids, mask)[:, 0]), dim=-1)
 
     def scale(self) -> Tensor:
-        """The factor of the cosines, a scalar."""
+        """Return the factor of the cosines, a scalar."""
         return self.logit_scale if self.scale_kind == "raw" else self.logit_scale.exp()
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Keep an exponential scale within 1 and 100, after an optimizer step; a raw one is left alone,
-        as published.
-        """
+        """Keep an exponential scale within 1 and 100, after an optimizer step; a raw one stays."""
         if self.scale_kind == "exp":
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
@@ -105,8 +104,9 @@ def start_as_published(model: DualEncoder) -> None:
 
 
 def freeze_text(model: DualEncoder, blocks: int) -> None:
-    """Freeze the text encoder but for its LayerNorms and its last `blocks` blocks (one more: the embeddings
-    too).
+    """Freeze the text encoder but for its LayerNorms and its last `blocks` blocks.
+
+    One block more than there are: the embeddings are trained too.
 
     Source: open_clip's lock_text_tower, as REAF uses it; the projection is always trained.
     """
@@ -119,9 +119,7 @@ def freeze_text(model: DualEncoder, blocks: int) -> None:
 
 
 def adapt(model: DualEncoder, lora) -> None:
-    """Give the towers of a LoraConfig their adapters; of their blocks only these and the LayerNorms are
-    then trained.
-    """
+    """Give the towers of a LoraConfig their adapters, and freeze the rest of their blocks but LayerNorms."""
     for name in lora.towers:
         tower = getattr(model, name)
         for module in tower.blocks.modules():
@@ -131,7 +129,7 @@ def adapt(model: DualEncoder, lora) -> None:
 
 
 def build_vision(config) -> ViT3D | REAF:
-    """Build from a VisionConfig, GuidedVisionConfig or ReafVisionConfig."""
+    """Build the vision encoder of a VisionConfig, GuidedVisionConfig or ReafVisionConfig."""
     common = (config.size, config.patch, config.width, config.depth, config.heads, config.mlp)
     if hasattr(config, "slice_width"):
         return ViT2E3(
@@ -148,7 +146,7 @@ def build_vision(config) -> ViT3D | REAF:
 
 
 def build_dual_encoder(config) -> DualEncoder:
-    """Build from a ClipConfig, without its adapters: pretrained weights come first, then adapt()."""
+    """Build a dual encoder without its adapters: pretrained weights come first, then adapt()."""
     return DualEncoder(
         build_vision(config.vision),
         TextEncoder(**vars(config.text)),

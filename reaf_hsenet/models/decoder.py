@@ -1,10 +1,9 @@
-"""The language decoder of Phi-3, Phi-4(-mini), Llama-2 and Llama-3: pre-norm blocks of rotary, grouped-query
-attention and a gated MLP, with a static cache of keys and values.
+"""Language decoder of Phi-3, Phi-4(-mini), Llama-2 and Llama-3, with a static cache of keys and values.
 
-ids (B, T) or embeddings (B, T, C) -> logits (B, T, V). Modules are named as the published tensors are, so
-that a state_dict has the published names without `model.`; separate q, k, v and gate, up are one matrix each
-in memory. Source: transformers 4.49 (Phi3ForCausalLM, LlamaForCausalLM), Su et al. 2021 (rotary), Ding et al.
-2024 (LongRoPE).
+ids (B, T) or embeddings (B, T, C) -> logits (B, T, V). Pre-norm blocks of rotary, grouped-query attention
+and a gated MLP. Modules are named as the published tensors are, so that a state_dict has the published names
+without `model.`; separate q, k, v and gate, up are one matrix each in memory. Source: transformers 4.49
+(Phi3ForCausalLM, LlamaForCausalLM), Su et al. 2021 (rotary), Ding et al. 2024 (LongRoPE).
 """
 
 import torch
@@ -27,16 +26,15 @@ class RMSNorm(nn.Module):
 
 
 class Rope:
-    """cos and sin of positions. Not a module: its frequencies stay float32 when a model is moved to
-    another dtype.
-    """
+    """Cosines and sines of positions. No module: frequencies stay float32 when a model changes its dtype."""
 
     def __init__(self, config: RopeConfig, head_dim: int):
         self.config, self.head_dim, self.tables = config, head_dim, {}
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(B or 1, T) -> what `rotate` takes: (B or 1, T, 1, head_dim) and (B or 1, T, 1, R). LongRoPE
-        has one set of factors for the whole call: the long ones as soon as any position reaches the
+        """Return the cos (B or 1, T, 1, head_dim) and sin (B or 1, T, 1, R) of positions (B or 1, T).
+
+        LongRoPE has one set of factors for the whole call: the long ones as soon as any position reaches the
         original context.
         """
         if positions.device not in self.tables:
@@ -52,8 +50,9 @@ class Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, T, heads, head_dim): features i and i + R / 2 of the first R turn into (a cos - b sin, b cos +
-    a sin); the rest passes. cos: 1 for the rest; sin: with its signs.
+    """Rotate pairs of features of (B, T, heads, head_dim), i and i + R / 2 of the first R; the rest passes.
+
+    (a, b) turns into (a cos - b sin, b cos + a sin). cos: 1 for the rest; sin: with its signs.
     """
     rotated = x[..., : sin.shape[-1]]
     out = x * cos
@@ -78,7 +77,7 @@ class KVCache:
         self.next = torch.zeros(1, dtype=torch.long, device=device)
 
     def slots(self, tokens: int) -> tuple[Tensor, int]:
-        """Where the next tokens go, (T,), and up to where keys are read."""
+        """Return where the next tokens go, (T,), and the end of the keys that are read."""
         if self.fixed:
             return self.next + self.place[:tokens], self.size
         if self.length + tokens > self.size:
@@ -120,7 +119,7 @@ class DecoderAttention(nn.Module):
         return self.o_proj(self.attend(q, k, v, mask, causal).transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """(B, heads, T, head_dim), in torch's fused kernel."""
+        """Return the heads' outputs (B, heads, T, head_dim), by torch's fused kernel."""
         group = self.heads // self.kv_heads
         if (
             q.shape[2] == 1
@@ -165,7 +164,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tied models have no lm_head: the embedding gives the logits."""
+    """The whole decoder. A tied one has no lm_head: the embedding gives the logits."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -188,7 +187,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         last: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V); with `last` of the last token alone, (B, 1, V). Arguments as of `hidden`."""
+        """Return logits (B, T, V), or (B, 1, V) of the last token with `last`. Arguments: see `hidden`."""
         x = self.hidden(self.embed_tokens(ids) if embeddings is None else embeddings, mask, positions, cache)
         return self.logits(x[:, -1:] if last else x)
 
@@ -199,7 +198,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C) after the final norm.
+        """Return (B, T, C) after the final norm, from embeddings (B, T, C).
 
         mask: (B, S), nonzero at real tokens, of the cached ones and these (a fixed cache: of its whole size).
         positions: (B, T); without them tokens are numbered 0, 1, ... by column, whatever the mask.
@@ -220,9 +219,7 @@ class Decoder(nn.Module):
     def visible(
         self, slots: Tensor, end: int, mask: Tensor | None, fixed: bool
     ) -> tuple[Tensor | None, bool]:
-        """Which keys each token sees, (B or 1, 1, T, S) or None for all, and whether the causal rule is
-        the kernel's.
-        """
+        """Return (mask, causal): the keys that each token sees, (B or 1, 1, T, S), None for all."""
         window, tokens = self.config.window, len(slots)
         if mask is None and not fixed and (window is None or end <= window) and tokens in (1, end):
             return None, tokens > 1

@@ -1,5 +1,4 @@
-"""A language decoder's sizes and rules, read from and written as the config.json of Phi-3, Phi-4 and Llama
-folders.
+"""Sizes and rules of a language decoder, read from the config.json of Phi-3, Phi-4 and Llama folders.
 
 What a config.json asks for and models/decoder.py does not do is refused by name. Source: transformers 4.49.
 """
@@ -122,7 +121,7 @@ class RopeConfig:
 
     @property
     def frequencies(self) -> tuple[list[float], list[float]]:
-        """Radians a position, of each pair of features: up to `original` tokens, and for more."""
+        """Return radians a position of each pair of features: up to `original` tokens, and for more."""
         plain = [self.theta ** (-2 * i / self.dims) for i in range(self.dims // 2)]
         if self.kind == "longrope":
             return tuple(
@@ -133,7 +132,7 @@ class RopeConfig:
         return plain, plain
 
     def _llama3(self, frequency: float) -> float:
-        """Long waves are stretched by `factor`, short ones stay, those between are a mix."""
+        """Return a frequency as Llama 3 changes it: long waves are stretched by `factor`, short ones stay."""
         turns = self.original * frequency / (2 * math.pi)  # in the original context
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = min(max(kept, 0.0), 1.0)
@@ -141,14 +140,16 @@ class RopeConfig:
 
     @property
     def amplitude(self) -> float:
-        """What longrope multiplies cos and sin by, at every length."""
+        """The factor that longrope multiplies cos and sin by, at every length."""
         ratio = self.context / self.original if self.kind == "longrope" else 1.0
         return math.sqrt(1 + math.log(ratio) / math.log(self.original)) if ratio > 1 else 1.0
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """family: `phi3` (qkv and gate_up are one matrix each on disk) or `llama` (separate). window: None or
+    """Sizes of a decoder.
+
+    family: `phi3` (qkv and gate_up are one matrix each on disk) or `llama` (separate). window: None or
     tokens seen, the query's own included. Ids: eos may be several, pad and bos may be absent.
     """
 
@@ -176,8 +177,9 @@ class DecoderConfig:
 
     @classmethod
     def from_json(cls, values: dict, source: str = "config.json") -> "DecoderConfig":
-        """The values of a config.json. Raises InputError, naming the key, for what is missing, of another
-        kind or not implemented.
+        """Read the values of a config.json.
+
+        Raises InputError, naming the key, for what is missing, of another kind or not implemented.
         """
         if not isinstance(values, dict):
             raise InputError(f"{source}: expected an object of settings, found {type(values).__name__}")
@@ -273,7 +275,7 @@ class DecoderConfig:
             )
 
     def to_json(self, dtype: str) -> dict:
-        """The same as a config.json, in the form that transformers 4.49 writes and later releases read."""
+        """Return the values of a config.json, as transformers 4.49 writes them."""
         rope, scaling = self.rope, None
         if rope.kind != "default":
             scaling = {"type" if rope.kind == "longrope" else "rope_type": rope.kind}
@@ -320,12 +322,12 @@ def _listed(value):
 
 
 def _positive(value) -> bool:
-    """A number, neither so large nor so small that formulas overflow."""
+    """Return a number that is neither so large nor so small that formulas overflow."""
     return type(value) in (int, float) and 1e-30 <= value <= 1e30
 
 
 def _rope(left: dict, take, head_dim: int, context: int, family: str, source: str) -> RopeConfig:
-    """`rope_scaling` beside `rope_theta`, or `rope_parameters` with both, as transformers 5 writes them."""
+    """Read `rope_scaling` beside `rope_theta`, or, of transformers 5, `rope_parameters` with both."""
     found = [left.pop(key) for key in ("rope_scaling", "rope_parameters") if key in left]
     if len(found) > 1 or not all(isinstance(scaling, dict) for scaling in found):
         raise InputError(

@@ -14,7 +14,7 @@ METHODS = ("mean", "max", "weighted_mean", "inverse_weighted_mean", "random_weig
 
 
 def layer_weights(method: str, layers: int, seed: int = 0) -> Tensor:
-    """(L,) float32 weights of the layers, first block first; they sum to 1.
+    """Return (L,) float32 weights of the layers, first block first; they sum to 1.
 
     `inverse_weighted_mean` weighs the first layer most, `random_weighted_mean` is a softmax of normal numbers
     drawn from `seed`, `last` (no fusion) is the last layer alone. Raises ValueError for another name.

@@ -14,7 +14,7 @@ FEW_ROWS = 8  # of a step; a processor's kernel then multiplies without writing 
 
 
 class _Product(torch.autograd.Function):
-    """x W^t, W dequantised anew in the backward pass: only the int8 matrix is kept for it."""
+    """x W^t. W is dequantised again in the backward pass: only the int8 matrix is kept for it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, quantised: Tensor, scale: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix itself, in the Linear's type."""
+        """The dequantised matrix, in the Linear's type."""
         return dequantise(self.quantised, self.scale, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,9 +67,7 @@ def quantise(module: nn.Module, name: str) -> None:
 
 
 def quantise_decoder(decoder: nn.Module) -> None:
-    """Every linear layer but the head, whose logits would suffer most (the published loading leaves it
-    too).
-    """
+    """Quantise every linear layer but the head, whose logits would suffer most, as published loading does."""
     for name, layer in list(decoder.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
             quantise(decoder, name)

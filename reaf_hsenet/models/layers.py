@@ -1,4 +1,4 @@
-"""The parts that every encoder here is built of: attention, MLP, pre-norm block, 3D patch embedding.
+"""Parts that every encoder here is built of: attention, MLP, pre-norm block, 3D patch embedding.
 
 Shapes: x (B, N, C) in and out, unless said otherwise. N tokens, C width.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class FusedLinear(nn.Linear):
-    """Several linear layers of one input as one matrix. parts: the rows of each, by name, in their order."""
+    """Several linear layers of one input as one matrix. parts: the rows of each, by name, in order."""
 
     def __init__(self, inputs: int, parts: dict[str, int], bias: bool = True):
         super().__init__(inputs, sum(parts.values()), bias)
@@ -49,9 +49,7 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a sequence's branch is 0 with probability p, and scaled by 1 / (1 -
-    p) otherwise.
-    """
+    """Stochastic depth: in training a sample's branch is 0 with probability p, else scaled by 1 / (1 - p)."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -108,8 +106,9 @@ class PatchEmbed3D(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices, zero biases, embeddings of std 0.02: what is built has these until a run
-    starts or weights are loaded (models/clip.py: start_as_published).
+    """Initialise matrices Xavier-uniform, biases 0, embeddings with std 0.02.
+
+    A run from scratch may draw others (models/clip.py: start_as_published).
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -124,7 +123,7 @@ def count_parameters(module: nn.Module, trained: bool = False) -> int:
 
 
 def run_block(block: nn.Module, x: Tensor, grad_checkpoint: bool, *args) -> Tensor:
-    """One block; with `grad_checkpoint` its inner activations are computed again in the backward pass."""
+    """Run a block; with `grad_checkpoint` its inner activations are computed again in the backward pass."""
     if grad_checkpoint and torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(block, x, *args, use_reentrant=False)
     return block(x, *args)

@@ -15,11 +15,12 @@ from reaf_hsenet.models.int8 import Int8Linear
 
 
 class LoraLinear(nn.Module):
-    """An adapted Linear. adapted: the parts of a fused matrix that change, each with an adapter of its own;
-    none means that one adapter changes the whole matrix.
+    """An adapted Linear, (..., in) -> (..., out).
 
-    x (..., in) -> (..., out). lora_a: (n * r, in), lora_b: (rows of the n adapted parts, r), part after part.
-    Adapters are float32 whatever the base's type; outside autocast they compute in that of x.
+    adapted: parts of a fused matrix that change, each with an adapter of its own; none: all of it, with one.
+    lora_a: (n * r, in), lora_b: (rows of the n adapted parts, r), part after part. Adapters are float32;
+    outside
+    autocast they compute in the type of x.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class LoraLinear(nn.Module):
         self.train(base.training)
 
     def pairs(self) -> list[tuple[int, int, Tensor, Tensor]]:
-        """(first row, end row, A (r, in), B (rows, r)) of each adapter."""
+        """Yield (first row, end row, A (r, in), B (rows, r)) of each adapter."""
         b = self.lora_b.split([end - start for start, end in self.spans])
         return [
             (*span, *ab)
@@ -56,7 +57,7 @@ class LoraLinear(nn.Module):
         ]
 
     def merged_weight(self) -> Tensor:
-        """W + (alpha / r) B A, (out, in)."""
+        """Return W + (alpha / r) B A, (out, in)."""
         weight = self.base.weight.detach().clone()
         for start, end, a, b in self.pairs():
             weight[start:end] += (self.scale * b @ a).to(weight.dtype)
@@ -77,19 +78,16 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute with W + (alpha / r) B A, as fast as the base. W itself stays, and is what state_dict
-        holds.
-        """
+        """Compute with W + (alpha / r) B A from now on, as fast as the base. state_dict still holds W."""
         self.merged = self.merged_weight()
 
     def unmerge(self) -> None:
-        """Back to W and its adapters."""
+        """Compute with W and its adapters again."""
         self.merged = None
 
 
 def add_lora(module: nn.Module, targets: tuple[str, ...], r: int, alpha: float, dropout: float = 0.0) -> int:
-    """Adapt the Linear layers of `module` that `targets` name, and freeze them. Returns how many were
-    adapted.
+    """Adapt and freeze the Linear layers of `module` that `targets` name. Returns how many were adapted.
 
     A target is the last part of a layer's name (proj, fc1, qkv_proj, ...), or a part of a fused matrix (query
     of qkv, gate_proj of gate_up_proj). Raises ValueError for a target that names no layer.
@@ -129,7 +127,7 @@ def unmerge_lora(module: nn.Module) -> None:
 
 @torch.no_grad()
 def merged_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of the same model without adapters, which are added to the matrices they adapt."""
+    """Return the state_dict of a model without adapters: they are added to the matrices that they adapt."""
     state = module.state_dict()
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLinear):

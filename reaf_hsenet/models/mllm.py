@@ -15,7 +15,10 @@ from reaf_hsenet.models.slice_guidance import ViT2E3
 
 
 class Mllm(nn.Module):
-    """encoders: in the order of their visual tokens. projectors: one for each, or one that all share."""
+    """Encoders, projectors and decoder.
+
+    encoders: in the order of their visual tokens. projectors: one for each, or one that all share.
+    """
 
     def __init__(self, encoders: list[nn.Module], projectors: list[Projector], decoder: Decoder):
         super().__init__()
@@ -33,9 +36,7 @@ class Mllm(nn.Module):
         return self.projectors[i % len(self.projectors)]
 
     def train(self, mode: bool = True) -> "Mllm":
-        """Frozen encoders stay in evaluation mode, so that a volume's features are always the same,
-        unless `frozen_dropout`.
-        """
+        """Switch to training. Frozen encoders stay in evaluation mode, unless `frozen_dropout`."""
         super().train(mode)
         for encoder in self.encoders:
             encoder.train(
@@ -44,9 +45,7 @@ class Mllm(nn.Module):
         return self
 
     def features(self, volume: Tensor, slices: Tensor | None = None) -> list[Tensor]:
-        """Patch tokens (B, N, C) of every encoder, without its class token. slices: (B, S, C_2d), for the
-        2E3 encoder.
-        """
+        """Return patch tokens (B, N, C) of every encoder, without class token. slices: (B, S, C_2d)."""
         found = []
         for encoder in self.encoders:
             with torch.set_grad_enabled(
@@ -63,15 +62,14 @@ class Mllm(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, K, W): the encoders' packed tokens, one encoder after the other."""
+        """Return visual tokens (B, K, W): the packed tokens of one encoder after the other."""
         packed = [self.projector(i)(x, slices, text, text_mask) for i, x in enumerate(features)]
         return torch.cat(packed, dim=1)
 
     def embed(
         self, ids: Tensor, features: list[Tensor], slices: Tensor | None = None, asked: Tensor | None = None
     ) -> Tensor:
-        """(B, T) with bos, K image tokens and the text -> (B, T, W) with the visual tokens in the image
-        tokens' places.
+        """Return embeddings (B, T, W) of ids (B, T), with visual tokens in the places of the K image tokens.
 
         asked: (B, T), nonzero at the question's tokens, for a projector that is guided by them.
         """
@@ -93,10 +91,10 @@ class Mllm(nn.Module):
         slices: Tensor | None = None,
         features: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(sum of the answers' cross-entropies, number of answer tokens), both scalars.
+        """Return the sum of the answers' cross-entropies and the number of target tokens, both scalars.
 
-        labels: (B, T), -100 where nothing is learned. features: of `features`, where they are known already.
-        Logits are made of the learned tokens only: a vocabulary of 200,000 for all of them would be the
+        labels: (B, T), -100 where nothing is learned. features: as `features` returns them, if known already.
+        Logits are computed at the target tokens only: a vocabulary of 200,000 at all of them would be the
         largest tensor by far.
         """
         features = self.features(volume, slices) if features is None else features

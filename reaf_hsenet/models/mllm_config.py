@@ -29,12 +29,12 @@ def _language(default, help: str, **how):
 
 @dataclass(frozen=True)
 class MllmConfig:
-    """vision: one of VISION; encoders: theirs, in that order. kernel: tokens that the projector packs into
-    one.
+    """Encoders, projectors and decoder of a model, and what of it is trained.
 
-    shared: one projector for both encoders. full: the whole decoder is trained; otherwise adapters of rank r,
-    with alpha and dropout (published: 16, 32, 0.05), on a frozen decoder, which int8 may hold in eight bits.
-    train_vision: the encoders are trained too (published: frozen).
+    vision: one of VISION; encoders: theirs, in that order. kernel: tokens that the projector packs into one.
+    full: the whole decoder is trained; otherwise adapters of rank r, with alpha and dropout (published: 16,
+    32,
+    0.05), on a frozen decoder. train_vision: the encoders are trained too (published: frozen).
     """
 
     vision: Literal[tuple(VISION)] = _language(

@@ -1,6 +1,6 @@
 """Linear layers whose matrix lies as the processor's kernels read it, for inference on CPUs.
 
-torch arranges a matrix anew for every product, or takes a kernel that uses one core when there are few rows.
+torch rearranges a matrix for every product, or takes a kernel that uses one core when there are few rows.
 Arranged once (oneDNN, what torch.compile does to frozen weights), a decoder's step takes half the time, in
 the same memory and with the same numbers.
 """
@@ -15,7 +15,7 @@ ROWS = 4  # of a typical step: the arrangement is chosen for it
 
 
 def packable(weight: Tensor) -> bool:
-    """Whether this torch has the kernel for a matrix of this type and place."""
+    """Return whether this torch has the kernel for a matrix of this type and place."""
     if (
         weight.device.type != "cpu"
         or not torch.backends.mkldnn.is_available()
@@ -53,8 +53,7 @@ class PackedLinear(nn.Module):
 
 
 class WidenedLinear(nn.Linear):
-    """A Linear in half precision that multiplies more than ROWS rows in float32, and returns them in its own
-    precision.
+    """A Linear in half precision that computes products of more than ROWS rows in float32.
 
     A processor without instructions for bfloat16 (all that end at AVX2) multiplies it 7 times as slowly as
     float32, while few rows wait for the matrix from memory anyway.

@@ -17,14 +17,14 @@ Size3 = tuple[int, int, int]
 
 
 def count_cells(grid: Size3, kernel: Size3) -> int:
-    """K. Raises ValueError when the kernel does not divide the grid."""
+    """Return K. Raises ValueError when the kernel does not divide the grid."""
     if len(kernel) != 3 or any(k < 1 or n % k for n, k in zip(grid, kernel, strict=False)):
         raise ValueError(f"a kernel of {tuple(kernel)} tokens does not divide the token grid {tuple(grid)}")
     return math.prod(grid) // math.prod(kernel)
 
 
 def cut_cells(tokens: Tensor, grid: Size3, kernel: Size3) -> Tensor:
-    """(B, N, C) -> (B, K, M, C)."""
+    """Cut (B, N, C) into cells (B, K, M, C)."""
     (d, h, w), (kd, kh, kw) = grid, kernel
     x = tokens.reshape(len(tokens), d // kd, kd, h // kh, kh, w // kw, kw, -1)
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6).flatten(1, 3)
@@ -43,7 +43,7 @@ def build_head(width: int, out_width: int, layers: int = 2, kind: str = "mlp") -
 
 
 class Projector(nn.Module):
-    """What all have in common: y = head(pack(x)), (B, N, C) -> (B, K, C) -> (B, K, C_out).
+    """Base of all projectors: y = head(pack(x)), (B, N, C) -> (B, K, C) -> (B, K, C_out).
 
     visual_tokens: K. kernel: None takes the published one. layers, head: of the head, see build_head.
     """
@@ -82,7 +82,10 @@ class Projector(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
-        """slices (B, S, C_2d), text (B, T, C_out), text_mask (B, T): for the text-guided projector alone."""
+        """Return (B, K, C_out).
+
+        slices (B, S, C_2d), text (B, T, C_out), text_mask (B, T): for the text-guided projector alone.
+        """
         if tokens.shape[1] != math.prod(self.grid):
             expected = f"the grid {self.grid} has {math.prod(self.grid)} (without the class token)"
             raise ValueError(f"{tokens.shape[1]} tokens, {expected}")
@@ -107,7 +110,7 @@ class CellAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def weights(self, query: Tensor, cells: Tensor) -> Tensor:
-        """Projected queries (B, K, C), cells (B, K, M, C) -> a (B, K, 1, M)."""
+        """Return a (B, K, 1, M) from projected queries (B, K, C) and cells (B, K, M, C)."""
         logits = (query @ self.key.weight)[:, :, None] @ cells.mT  # (B, K, 1, M)
         logits = logits + (query @ self.key.bias)[..., None, None]
         return (logits / query.shape[-1] ** 0.5).softmax(-1)
@@ -122,7 +125,7 @@ class CellAttention(nn.Module):
         return self.norm(query + self.dropout(self.proj(value)))
 
     def attention(self, centroids: Tensor, cells: Tensor) -> Tensor:
-        """The weights of the cells' tokens, (B, K, M), depth-major; for pictures and checks."""
+        """Return the weights of the cells' tokens, (B, K, M), depth-major; for pictures and checks."""
         return self.weights(self.query(centroids), cells).squeeze(2)
 
 
@@ -143,7 +146,7 @@ class SpatialPacker(Projector):
         return self.cell_attn(cells.mean(2), cells)
 
     def attention(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) -> the weights of the tokens of every cell (B, K, M)."""
+        """Return the weights of the tokens of every cell, (B, K, M), for tokens (B, N, C)."""
         cells = self.cells(tokens)
         return self.cell_attn.attention(cells.mean(2), cells)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def sincos_1d(count: int, width: int) -> Tensor:
-    """Positions 0 .. count - 1 -> (count, C)."""
+    """Return (count, C) of the positions 0 .. count - 1."""
     if width % 2:
         raise ValueError(f"width {width} is odd; sines and cosines need an even one")
     # numpy's float32 throughout, as the published tables were made: a table rounded from float64 differs by
@@ -58,9 +58,7 @@ def resample_2d(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def depth_plus_2d(table: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Pretrained 2D table (1, n*n, C) -> (1, d, h, w, C): the plane's rows plus a 1D sine-cosine over
-    depth.
-    """
+    """Return (1, d, h, w, C) of a 2D table (1, n*n, C): the plane's rows plus sines over depth."""
     plane = resample_2d(table, grid[1:])[:, None]  # (1, 1, h, w, C)
     depth = sincos_1d(grid[0], table.shape[-1])[None, :, None, None]  # (1, d, 1, 1, C)
     return plane + depth

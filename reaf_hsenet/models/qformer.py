@@ -1,6 +1,4 @@
-"""A Q-Former as projector: learned queries attend to the patch tokens. What projectors have in common:
-packer.py.
-"""
+"""A Q-Former as projector: learned queries attend to the patch tokens (see packer.py)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +9,11 @@ from reaf_hsenet.models.packer import Projector, Size3
 
 
 class BatchAttention(Attention):
-    """Self-attention over the batch axis, where all samples have the same queries: a mean of equal values,
-    proj(value(x)). W_q and W_k change nothing; they are parameters because published weights have them."""
+    """Self-attention over the batch axis, where all samples have the same queries.
+
+    That is a mean of equal values, proj(value(x)). W_q and W_k change nothing; they are parameters because
+    published weights have them.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.qkv.weight.chunk(3)[2], self.qkv.bias.chunk(3)[2]

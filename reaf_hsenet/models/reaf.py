@@ -1,5 +1,4 @@
-"""REAF's encoder: a 3D ViT whose blocks attend within slices or within the whole scan, and pool what is
-salient.
+"""REAF's encoder: a 3D ViT whose blocks attend within slices or within the scan, and pool what is salient.
 
 (B, 1, D, H, W) -> (B, 1 + N, C); token 0 is the feature. d slices of h * w patches, N = d * h * w. Slice
 blocks see B * d sequences of 1 + h * w tokens, scan blocks B sequences of 1 + N. Of both kinds the block
@@ -24,9 +23,7 @@ LAYER_NORM_EPS = 1e-6
 
 @dataclass
 class Branch:
-    """What the slice or the scan blocks see: fused (B, 1 + N, C), map (B, 1 + N) before its softmax,
-    pooled (B, C).
-    """
+    """One kind of blocks: fused (B, 1 + N, C), map (B, 1 + N) before its softmax, pooled (B, C)."""
 
     fused: Tensor
     map: Tensor
@@ -96,15 +93,13 @@ class REAF(nn.Module):
         return torch.cat((cls_token.expand(-1, self.grid[0], -1, -1), patches), dim=2).flatten(0, 1)
 
     def to_scan(self, x: Tensor, slice_class: str = "mean") -> Tensor:
-        """(B * d, 1 + h * w, C) -> (B, 1 + N, C); the class token is the slices' mean, or that of the
-        first.
-        """
+        """(B * d, 1 + h * w, C) -> (B, 1 + N, C); the class token is the slices' mean, or the first one's."""
         x = x.unflatten(0, (-1, self.grid[0]))  # (B, d, 1 + h * w, C)
         cls_token = x[:, :, 0].mean(1, keepdim=True) if slice_class == "mean" else x[:, :1, 0]
         return torch.cat((cls_token, x[:, :, 1:].flatten(1, 2)), dim=1)
 
     def encode(self, volume: Tensor) -> Encoding:
-        """The tokens, and what the branches hold on the way."""
+        """Return the tokens, and the branches' parts on the way."""
         if volume.shape[2:] != self.size:
             raise ValueError(f"volume of {tuple(volume.shape[2:])}, this encoder takes {self.size}")
         x = self.patch_embed(volume) + self.pos_embed  # (B, N, C)
@@ -129,9 +124,7 @@ class REAF(nn.Module):
         return Encoding(self.norm(x), branches)
 
     def pool(self, name: str, outputs: list[Tensor]) -> Branch:
-        """Fuse the outputs of one kind of blocks, and pool the last of them by the saliency of the fused
-        tokens.
-        """
+        """Fuse the outputs of one kind of blocks, and pool the last of them by the fused tokens' saliency."""
         fused, last = self.fusion[name](outputs), outputs[-1]
         if (
             name == "slice"
@@ -145,10 +138,9 @@ class REAF(nn.Module):
         return self.encode(volume).tokens
 
     def salient_regions(self, volume: Tensor) -> dict[str, Tensor]:
-        """By branch (B, d, h, w): the fused tokens' norms inside the chosen regions, 0 elsewhere; for
-        pictures.
+        """Return norms of the fused tokens inside the chosen regions, 0 elsewhere: {branch: (B, d, h, w)}.
 
-        Empty when no regions are chosen.
+        For pictures. Empty when no regions are chosen.
         """
         found = {}
         if not isinstance(self.enhancer, RegionalSaliency):

@@ -49,7 +49,7 @@ class RegionalSaliency(nn.Module):
         )
 
     def region_mask(self, norms: Tensor) -> Tensor:
-        """Norms of the patch tokens (B, N) -> (B, N) True inside the chosen regions."""
+        """Return (B, N), True inside the chosen regions, from norms of the patch tokens (B, N)."""
         volume = norms.detach().unflatten(1, self.grid)[:, None]  # (B, 1, d, h, w)
         sums = F.avg_pool3d(volume, self.region_size, ceil_mode=self.partial, divisor_override=1).flatten(1)
         best = sums.topk(self.regions, dim=1).indices  # (B, regions)
@@ -65,7 +65,7 @@ class RegionalSaliency(nn.Module):
 
 
 class PlainSaliency(nn.Module):
-    """The norms alone, no region enhanced: what is left of the map without the enhancer."""
+    """The norms alone, no region enhanced: the map without the enhancer."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return torch.linalg.vector_norm(tokens, dim=-1)

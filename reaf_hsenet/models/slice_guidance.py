@@ -15,7 +15,7 @@ from reaf_hsenet.models.vit3d import ViT3D
 
 
 class SliceGuidedAttention(nn.Module):
-    """dropout: of the attention weights and of the output projection, in training."""
+    """Attention of patches to slices. dropout: of its weights and of the output projection, in training."""
 
     def __init__(self, width: int, slice_width: int, dropout: float = 0.1):
         super().__init__()
@@ -32,13 +32,13 @@ class SliceGuidedAttention(nn.Module):
         return self.norm(query + self.dropout(self.proj(attended)))
 
     def attention(self, patches: Tensor, slices: Tensor) -> Tensor:
-        """The weights of the slices for every patch, (B, N, S); for pictures and checks."""
+        """Return the weights of the slices for every patch, (B, N, S); for pictures and checks."""
         query, key = self.query(patches), self.key(slices)
         return (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
 
 
 class ViT2E3(ViT3D):
-    """ViT3D whose patches are weighted by what the slices say of them; the other names are ViT3D's."""
+    """ViT3D whose patches are weighted by slices; the other names are ViT3D's."""
 
     def __init__(self, *args, slices: int = 32, slice_width: int = 768, dropout: float = 0.1):
         super().__init__(*args)
@@ -50,7 +50,7 @@ class ViT2E3(ViT3D):
         init_weights(self.score)
 
     def patch_scores(self, patches: Tensor, slices: Tensor) -> Tensor:
-        """(B, N, C), (B, S, C_2d) -> (B, N) in (0, 1)."""
+        """Return scores (B, N) in (0, 1) of patches (B, N, C), from slices (B, S, C_2d)."""
         if slices.shape[1:] != (self.slices, self.slice_width):
             expected = (self.slices, self.slice_width)
             raise ValueError(f"slice features of {tuple(slices.shape[1:])}, this encoder takes {expected}")

@@ -58,7 +58,7 @@ class TextEncoder(nn.Module):
         self.apply(init_weights)
 
     def position_ids(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T) rows of the position table; a RoBERTa pad gets pad_id, wherever it stands."""
+        """Return (B, T) rows of the position table; a RoBERTa pad gets pad_id, wherever it stands."""
         if self.kind == "bert":
             return ids.new_ones(ids.shape).cumsum(1) - 1
         real = (ids != self.pad_id).long()
@@ -71,9 +71,7 @@ class TextEncoder(nn.Module):
         token_types: Tensor | None = None,
         embeddings: Tensor | None = None,
     ) -> Tensor:
-        """ids: (B, T), or `embeddings` (B, T, C) in the place of word embeddings. mask: (B, T), nonzero
-        at real tokens.
-        """
+        """Encode ids (B, T), or `embeddings` (B, T, C) instead. mask: (B, T), nonzero at real tokens."""
         if embeddings is None:
             positions, embeddings = self.position_ids(ids), self.word_embed(ids)
         else:
@@ -89,9 +87,7 @@ class TextEncoder(nn.Module):
 
 
 class Pooler(nn.Module):
-    """BERT's pooler: tanh of a Linear of the first token, (B, T, C) -> (B, C). The dual encoders do not
-    use it.
-    """
+    """BERT's pooler: tanh of a Linear of the first token, (B, T, C) -> (B, C); not for dual encoders."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Med-2E3's projector, which weights slices by the text. What projectors have in common: packer.py."""
+"""Med-2E3's projector, which weights slices by the text (see packer.py)."""
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class TextGuidedProjector(AveragePool):
     def slice_logits(
         self, packed: Tensor, slices: Tensor, text: Tensor, text_mask: Tensor | None = None
     ) -> Tensor:
-        """p (B, N / M, C_out), u (B, S, C_out), text (B, T, C_out) -> v t^t (B, S)."""
+        """Return v t^t (B, S) of p (B, N / M, C_out), u (B, S, C_out), text (B, T, C_out)."""
         slots = packed.unflatten(1, (self.depth_slots, -1))  # (B, d / kd, tokens of a slot, C_out)
         around = slots.sum(2)[:, self.slot_of_slice]  # (B, S, C_out)
         visual = (around + slices) / (slots.shape[2] + 1)

@@ -33,7 +33,7 @@ class ViT3D(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def embed(self, volume: Tensor) -> Tensor:
-        """(B, 1, D, H, W) -> patch tokens with their positions (B, N, C)."""
+        """Return patch tokens with their positions (B, N, C) of volumes (B, 1, D, H, W)."""
         if volume.shape[2:] != self.size:
             raise ValueError(f"volume of {tuple(volume.shape[2:])}, this encoder takes {self.size}")
         return self.patch_embed(volume) + self.pos_embed
