@@ -78,8 +78,7 @@ def train(command: Command, ranks: Ranks) -> int:
 
 
 def start(command: Command, run: Run, ranks: Ranks) -> Training | None:
-    """Build all that the loop needs, of a new run or of the one that --resume continues, and write
-    config.json.
+    """Build all that the loop needs, of a new run or of the one to resume, and write config.json.
 
     Returns None when the command's run is finished already.
     """
@@ -215,12 +214,11 @@ def train_step(
     rate: float,
     signal: Callable[[], int],
 ) -> Outcome:
-    """Run one optimizer step on the micro-batches of `group`, or leave the weights as they are where it is
-    not finite.
+    """Run one optimizer step on the micro-batches of `group`, or skip it where it is not finite.
 
     step: number of steps before this one. rate: learning rate. signal: returns the number of a signal that
-    this rank has received, or 0; it is called after the backward pass. Returns the same outcome on every
-    rank.
+    this
+    rank has received, or 0; it is called after the backward pass. Returns the same outcome on every rank.
     """
     job, config, model = state.job, state.config, state.model
     optimizer, scaler = state.optimizer, state.scaler
@@ -280,9 +278,7 @@ def train_step(
 
 
 def validate(training: Training) -> bool:
-    """Measure the validation split and log it. Returns whether it is the best so far; one that is not
-    finite never is.
-    """
+    """Measure the validation split and log it. Returns whether it is finite and the best so far."""
     progress, stability, by = training.progress, training.stability, training.config.best_by
     training.state.model.eval()
     progress.validated = progress.step

@@ -25,15 +25,14 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: list) -> list:
-        """This rank's part of what all ranks do together: every world-th."""
+        """Return this rank's part of what all ranks do together: every world-th."""
         return items[self.rank :: self.world]
 
 
 def start(device: str | None = None, hours: float = 0.5) -> Ranks:
     """Join torchrun's process group (nccl on GPUs, gloo on processors), or be the only process.
 
-    hours: how long a rank waits for another. Between steps of training that is short, after generation it may
-    be long.
+    hours: how long a rank waits for another. Between training steps that is short, after generation long.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -66,7 +65,7 @@ def stop() -> None:
     """Leave the process group. No DistributedDataParallel may be in use any more.
 
     One that outlives its group holds the group's last reference, and frees it with the interpreter locked: it
-    then waits for a thread of gloo's that waits for the interpreter, for ever.
+    then waits for ever, for a thread of gloo's that waits for the interpreter.
     """
     if dist.is_initialized():
         gc.collect()  # those that only a cycle of references still holds
@@ -87,7 +86,7 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 def gather_objects(value) -> list:
-    """Every rank's value, in rank order, on every rank."""
+    """Return the values of all ranks, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     gathered = [None] * dist.get_world_size()

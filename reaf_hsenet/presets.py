@@ -1,6 +1,4 @@
-"""Named sizes of dual encoders: `-base`, as published, and `-tiny`, with the recipes that train it within
-minutes.
-"""
+"""Named sizes of dual encoders: `-base`, as published, and `-tiny`, which train within minutes."""
 
 from dataclasses import replace
 
@@ -89,7 +87,7 @@ TINY_RECIPES = {
 
 
 def stage_config(stage: str, model: str, preset: str) -> TrainConfig:
-    """The recipe of a stage, with a tiny preset's changes."""
+    """Return the recipe of a stage, with a tiny preset's changes."""
     if (stage, model) not in STAGES:
         known = ", ".join(sorted({s for s, m in STAGES if m == model}))
         raise InputError(f"--stage {stage}: {model} has the stages {known}")

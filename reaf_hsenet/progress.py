@@ -1,6 +1,4 @@
-"""How far a long job is: a bar on a terminal; elsewhere, as in a job's log, a line every 30 seconds and
-one at the end.
-"""
+"""Progress of a long job: a bar on a terminal; elsewhere, as in a job's log, a line every 30 seconds."""
 
 import sys
 import time
@@ -55,10 +53,9 @@ class Lines:
 
 
 def progress_bar(total: int, what: str, unit: str, done: int = 0, shown: bool = True) -> "tqdm | Lines":
-    """A context manager that is told of steps by update() and of a remark by set_postfix_str().
+    """Return a context manager with update(), for steps, and set_postfix_str(), for a remark.
 
-    done: steps of an earlier process. shown: False on ranks that stay silent, and where there is nothing to
-    do.
+    done: steps of an earlier process. shown: False on ranks that stay silent.
     """
     if sys.stderr.isatty():
         return tqdm(total=total, desc=what, unit=unit, initial=done, disable=not shown, dynamic_ncols=True)

@@ -14,9 +14,7 @@ from reaf_hsenet.errors import InputError, OutputError
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised where the program can still put things in order: remove temporary files, release
-    locks.
-    """
+    """SIGTERM as an exception, so that temporary files are removed and locks released."""
 
 
 def _terminate(number, frame):
@@ -43,7 +41,7 @@ def start_script(*later: signal.Signals) -> None:
 
 
 def early_signal() -> int:
-    """The number of a signal that came since start_script and was to wait, else 0."""
+    """Return the number of a signal that came since start_script and was to wait, else 0."""
     return _early[-1] if _early else 0
 
 
@@ -86,9 +84,7 @@ class Output(io.FileIO):
 
 
 def _guard_output(result: bool) -> None:
-    """Put Output below the process's own standard output and error; streams that somebody has replaced
-    stay.
-    """
+    """Put Output below the process's own standard output and error; streams that were replaced stay."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None:  # it was closed when the process started
@@ -118,7 +114,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Command(Parser):
-    """The flags of one command of a script that has several."""
+    """Flags of one command of a script that has several."""
 
     def __init__(self, prog: str, description: str | None = None):
         super().__init__(description)
@@ -138,9 +134,7 @@ def _first_to_fail() -> bool:
 
 
 def _ending(error: BaseException) -> tuple[int, str]:
-    """The exit code for an exception, and its line; 1 for a mistake of the program's own, which has a
-    traceback.
-    """
+    """Return the exit code for an exception, and its line; 1 for a bug, which has a traceback."""
     if (
         isinstance(error, OSError) and error.filename is not None
     ):  # a disk that is full, a permission, a name too long
@@ -155,10 +149,11 @@ def _ending(error: BaseException) -> tuple[int, str]:
 def run_script(
     main: Callable[[list[str]], int | None], argv: list[str] | None = None, result: bool = False
 ) -> None:
-    """Run a script's main and exit: 2 and one line for an InputError, or an OSError that names a file; 130
-    for Ctrl-C, 143 for SIGTERM.
+    """Run a script's main and exit.
 
-    result: what main prints is what the script is for (Output). `--debug` shows tracebacks. Of torchrun's
+    The code is 2, with one line, for an InputError or an OSError that names a file; 130 for Ctrl-C, 143 for
+    SIGTERM. result: what main prints is what the script is for (Output). `--debug` shows tracebacks. Of
+    torchrun's
     processes only the first that fails speaks.
     """
     arguments = sys.argv[1:] if argv is None else argv

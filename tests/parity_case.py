@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -100,3 +101,12 @@ STRICT32, STRICT64 = 1e-5, 1e-9  # of the output's standard deviation
 ATTENTION32 = (
     2e-5  # of softmax weights, whose spread is small: what the kit measured of a plain implementation
 )
+
+
+def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the next token, a scalar, in float32. logits: (B, T, V).
+
+    labels: (B, T), the ids themselves, -100 where nothing is learned; the logits at t are compared with t +
+    1.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

@@ -6,11 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from parity_case import Case, Check, equal
+from parity_case import Case, Check, equal, language_loss
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.decoder_config import DecoderConfig
 from reaf_hsenet.runs.generation import steps
-from reaf_hsenet.train.losses import language_loss
 from reaf_hsenet.weights.decoder import decoder_state, load_decoder_state
 
 LOGITS, GRADIENT = 1e-4, 1e-3  # the kit's own tolerances: absolute on logits, relative on gradient norms

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 import torch
 
 import fill as kit
-from parity_case import Case, Check, equal
+from parity_case import Case, Check, equal, language_loss
 from parity_decoder import GRADIENT, _close, build
 from reaf_hsenet.models.lora import add_lora, merge_lora, unmerge_lora
-from reaf_hsenet.train.losses import language_loss
 from reaf_hsenet.weights.adapters import adapter_state, load_adapter_state
 from reaf_hsenet.weights.decoder import decoder_state
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from parity_case import language_loss
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models import packed
 from reaf_hsenet.models.decoder import Decoder, KVCache
@@ -13,7 +14,6 @@ from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.int8 import Int8Linear, quantise_decoder
 from reaf_hsenet.models.lora import LoraLinear, add_lora, merge_lora
 from reaf_hsenet.models.packed import PackedLinear, WidenedLinear, pack, packable
-from reaf_hsenet.train.losses import language_loss
 from reaf_hsenet.weights.decoder import save_decoder
 
 SMALL = DecoderConfig("phi3", 96, 48, 2, 6, 2, 8, 64, 128, RopeConfig(dims=6), tied=True, pad_id=0)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from parity_case import language_loss
 from reaf_hsenet.models.build import build_projector
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.reaf import REAF
 from reaf_hsenet.models.slice_guidance import ViT2E3
 from reaf_hsenet.models.vit3d import ViT3D
-from reaf_hsenet.train.losses import language_loss
 from test_decoder import SMALL
 
 SIZES = ((8, 32, 32), (2, 8, 8), 24, 2, 2, 48)  # a grid of 4 x 4 x 4

@@ -1,9 +1,9 @@
-"""A data-dependent start for a dual encoder, or for a decoder that sees, that is trained from nothing.
+"""A data-dependent start for a dual encoder, or for a decoder that sees, that is trained from scratch.
 
-With the usual start the class tokens of all volumes (and of all reports) point the same way: their mean is
-several times larger than what tells them apart. The contrastive loss then first shrinks what little differs,
-and a small run spends its whole time on the plateau at log B. Here the first layer and the last norm are set
-from a sample so that what differs between patients is what the network starts from. Nothing about the model
+With the usual initialisation the class tokens of all volumes (and of all reports) point the same way: their
+mean is several times larger than what tells them apart. The contrastive loss then first shrinks what little
+differs, and a small run spends its whole time on the plateau at log B. Here the first layer and the last norm
+are set from a sample, so that the network starts from what differs between patients. Nothing about the model
 or the loss changes. Likewise a new decoder learns to do without visual tokens whose common part outweighs
 what tells patients apart.
 """
@@ -39,8 +39,9 @@ def calibrate_vision(vision: ViT3D | REAF, volumes: Tensor) -> None:
 
 @torch.no_grad()
 def standardise(norm: nn.LayerNorm, features: Tensor) -> None:
-    """Set the affine part of `norm` so that its outputs `features` (n, C) or (n, N, C) would have mean 0
-    and, about the mean of each of the N places, std 1 a channel.
+    """Set the affine part of `norm` so that features have mean 0 and std 1 a channel.
+
+    features: (n, C) or (n, N, C), outputs of `norm`. The std is taken about the mean of each of the N places.
     """
     std = (features - features.mean(0)).flatten(0, -2).std(0)
     if std.max() < LEAST_STD:
@@ -54,9 +55,7 @@ def standardise(norm: nn.LayerNorm, features: Tensor) -> None:
 def calibrate(
     model: DualEncoder, volumes: Tensor, ids: Tensor | None, mask: Tensor | None, chunk: int = 32
 ) -> None:
-    """Calibrate the vision encoder on volumes (n, 1, D, H, W), and the text encoder on reports (n, T)
-    when given.
-    """
+    """Calibrate the vision encoder on volumes (n, 1, D, H, W), the text encoder on reports (n, T)."""
     model.eval()
     calibrate_vision(model.vision, volumes)
     image = torch.cat([model.vision(part)[:, 0] for part in volumes.split(chunk)])
@@ -68,9 +67,7 @@ def calibrate(
 
 @torch.no_grad()
 def calibrate_tokens(model: Mllm, volumes: Tensor, slices: Tensor | None, chunk: int = 32) -> None:
-    """Standardise the patch tokens that the projectors see, on volumes (n, 1, D, H, W) and slices (n, S,
-    C) or None.
-    """
+    """Standardise the patch tokens that projectors see, on volumes (n, 1, D, H, W) and slices (n, S, C)."""
     model.eval()
     parts = volumes.split(chunk)
     guides = [None] * len(parts) if slices is None else slices.split(chunk)

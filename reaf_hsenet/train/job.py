@@ -11,14 +11,16 @@ from reaf_hsenet.data.bad_volumes import BadVolumes
 
 @dataclass
 class Job:
-    """encode(model, batch) returns outputs, each a scalar or with one row per sample. loss(outputs, batch,
-    step) returns (loss, {name: number or 0-d tensor}). validate(model) returns (score, {name: number}), a
-    higher score being better, and raises FloatingPointError when what it measures is not finite.
+    """A stage as the training loop takes it.
 
-    saved: the tensors of the model that a checkpoint holds.
-    measured: names of the validation's numbers, of which --best-by takes one; a `loss` is better when lower.
-    after_step: what is done to the model after every optimizer step. blocks: what --compile compiles. bad:
-    the volumes that could not be read so far.
+    encode(model, batch) returns outputs, each a scalar or with one row per sample. loss(outputs, batch, step)
+    returns (loss, {name: number or 0-d tensor}). validate(model) returns (score, {name: number}), where a
+    higher
+    score is better, and raises FloatingPointError when what it measures is not finite.
+
+    saved: returns the tensors that a checkpoint holds. measured: names of the validation's numbers, of which
+    --best-by takes one; a `loss` is better when lower. after_step: called after every optimizer step. blocks:
+    modules that --compile compiles. bad: volumes that could not be read so far.
     """
 
     model: nn.Module

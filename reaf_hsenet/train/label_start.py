@@ -1,8 +1,7 @@
-"""A start for encoders that a decoder from nothing will look through: they learn to tell the scans' labels
-first.
+"""A start for encoders that a decoder from scratch will look through: first they learn the scans' labels.
 
 The mean patch token of each encoder goes through a linear layer to the labels' logits, learned with binary
-cross-entropy. The layers are then thrown away. A new decoder does learn to look by itself, several times as
+cross-entropy. The layers are then thrown away. Without it a new decoder does learn to look, several times as
 slowly. Not published.
 """
 
@@ -30,9 +29,11 @@ def learn_labels(
     bad: BadVolumes,
     device: torch.device,
 ) -> None:
-    """settings.label_epochs passes over the training split; every rank makes the same ones.
+    """Train the encoders on the labels for settings.label_epochs passes over the training split.
 
-    guided: volumes come with slice features. The encoders' weights are changed in place, on the processor.
+    guided: volumes come with slice features. Every rank makes the same passes. The encoders' weights are
+    changed
+    in place, and lie on the processor afterwards.
     """
     entries = manifest.entries("train")
     encoders = model.encoders.to(device).train()
@@ -68,7 +69,7 @@ def learn_labels(
 
 
 def _sample(manifest: Manifest, row: int, epoch: int, settings: TrainConfig, guided: bool):
-    """(volume, slices or None, labels (18,)), augmented as in training, or Unreadable."""
+    """Return (volume, slices or None, labels (18,)), augmented as in training, or Unreadable."""
     entry = manifest.entries("train")[row]
     sample = read_sample(manifest, entry, guided)
     if not isinstance(sample, tuple):

@@ -1,6 +1,4 @@
-"""Training losses: contrastive, over the whole (global) batch, HSENet's relation between two models'
-logits, and the next token's cross-entropy.
-"""
+"""Training losses: contrastive, over the global batch, and HSENet's relation between two models' logits."""
 
 import torch
 import torch.distributed as dist
@@ -30,45 +28,32 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_with_grad(features: Tensor, counts: list[int] | None = None) -> Tensor:
-    """(B, C) on each rank -> (sum of counts, C) on every rank. counts: rows of every rank; None, as many
-    as this one has.
-    """
+    """Gather the ranks' rows (B, C) into (sum of counts, C). counts: rows of every rank; None: equal."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
     return _Gather.apply(features, counts or [len(features)] * dist.get_world_size())
 
 
 def contrastive_logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Unit vectors (B, C), (B, C) -> scale * image text^t, (B, B): row i are volume i's similarities to
-    all reports.
-    """
+    """Return scale * image text^t, (B, B), of unit vectors: row i are volume i's similarities to reports."""
     return scale * image @ text.T
 
 
 def contrastive_loss(logits: Tensor) -> Tensor:
-    """(B, B) logits whose diagonal holds the pairs -> mean of both directions' cross-entropy, a scalar."""
+    """Return the mean cross-entropy of both directions, for logits (B, B) whose diagonal holds the pairs."""
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Logits (B, B) of both stages -> their mean squared difference, a scalar.
+    """Return the mean squared difference of the logits (B, B) of both stages.
 
     HSENet averages it over both directions, which are each other's transpose, so that one is enough. The
-    teacher's logits are of its own features and the student's scale, and carry no gradient.
+    teacher's logits come from its own features and the student's scale, and carry no gradient.
     """
     return F.mse_loss(student, teacher.detach())
 
 
 def relation_weight(step: int, weight: float, steps: int) -> float:
-    """`weight` at step 0, falling linearly to 0 at `steps`, and 0 from then on."""
+    """Return `weight` at step 0, falling linearly to 0 at `steps`, and 0 from then on."""
     return weight * max(0.0, 1 - step / steps)
-
-
-def language_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, a scalar, in float32. logits: (B, T, V).
-
-    labels: (B, T), the ids themselves, -100 where nothing is learned; the logits at t are compared with t +
-    1.
-    """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

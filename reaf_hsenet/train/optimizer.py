@@ -1,4 +1,4 @@
-"""AdamW's groups of parameters and the course of the learning rate."""
+"""AdamW's groups of parameters and the schedule of the learning rate."""
 
 import math
 
@@ -9,10 +9,10 @@ from reaf_hsenet.models.decoder import RMSNorm
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Decayed and undecayed parameters by the published rule of each method.
+    """Return decayed and undecayed parameters by the published rule of each method.
 
     hsenet: norms and biases are not decayed (class token, positions and logit scale are). reaf: nothing with
-    fewer than two dimensions is, nor the logit scale. `rate` of a group: its share of the learning rate.
+    fewer than two dimensions is, nor the logit scale. `rate` of a group: its factor on the learning rate.
     """
     norms = {
         f"{name}.{parameter}".lstrip(".")
@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """Linear from 0 (or from the first step's share) over the warm-up, then half a cosine to 0."""
+    """Return the rate of a step: linear over the warm-up, then half a cosine to 0."""
     warmup = math.ceil(config.warmup * total)
     if step < warmup:
         return config.lr * (step + config.first_step) / warmup

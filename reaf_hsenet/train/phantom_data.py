@@ -14,12 +14,13 @@ PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 2000, 160, 0
 
 
 def phantom_folder(model: str, size: tuple[int, int, int]) -> Path:
+    """Return the folder of phantoms in a method's recipe and size."""
     shape = "x".join(map(str, size))
     return PHANTOM / (shape if model == "hsenet" else f"{model}-{shape}")
 
 
 def phantom_manifest(ranks: Ranks, model: str, size: tuple[int, int, int]) -> Manifest:
-    """The built-in phantom data set in the method's recipe, made by the first rank when it is missing."""
+    """Return the built-in phantom data set in a method's recipe; rank 0 makes it when it is missing."""
     recipe, out = TINY_RECIPES[model], phantom_folder(model, size)
     if recipe.fit == "crop":  # another size shows the same part of the chest
         spacing = tuple(s * n / m for s, n, m in zip(recipe.spacing, recipe.size, size, strict=True))

@@ -33,9 +33,7 @@ STEPS, BATCH, SLICES_A_STEP, LEARNING_RATE, SEED = 240, 64, 8, 1e-3, 0
 
 
 def add_phantom_slices(folder: Path, teacher: Trained, device: torch.device, say) -> None:
-    """Train the encoder on the folder's training split, unless it is there, and store the features of all
-    volumes.
-    """
+    """Train the encoder on the training split, unless it is there, and store all volumes' features."""
     saved, workers = folder / "slice_encoder", len(os.sched_getaffinity(0))
     if (saved / "model.safetensors").is_file():  # of a start that was interrupted: its features are kept too
         say(f"{folder}: continuing the slice features of {saved}")
@@ -52,7 +50,7 @@ def add_phantom_slices(folder: Path, teacher: Trained, device: torch.device, say
 def train_slice_encoder(
     manifest: Manifest, teacher: Trained, device: torch.device, workers: int, steps: int
 ) -> SliceEncoder:
-    """Contrastive training of slices against reports; some slices of every volume a step."""
+    """Train a slice encoder contrastively, slices against reports; some slices of every volume a step."""
     text = report_features(manifest, teacher, device)
     entries = manifest.entries("train")
     wanted = SlicesWanted(SLICE_RECIPES[RECIPE], ENCODER["size"])
@@ -94,7 +92,7 @@ def train_slice_encoder(
 
 @torch.inference_mode()
 def report_features(manifest: Manifest, teacher: Trained, device: torch.device) -> Tensor:
-    """(n, C) unit vectors of the training reports."""
+    """Return unit vectors (n, C) of the training reports."""
     reports = CTReportDataset(manifest, "train", teacher.tokenizer, teacher.config.max_text)
     rng, model, found = np.random.default_rng(SEED), teacher.model.to(device), []
     for start in range(0, len(reports), BATCH):

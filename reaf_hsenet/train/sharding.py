@@ -1,5 +1,4 @@
-"""Fully sharded training (--shard): every rank holds its part of the weights, gradients and AdamW's states
-(ZeRO-3).
+"""Fully sharded training (--shard): ranks share weights, gradients and AdamW's states (ZeRO-3).
 
 A decoder block is gathered when it computes, forward and backward, and its gradients are reduced to the
 ranks' parts. Checkpoints have the whole tensors, under the names and in the order of an unsharded run.
@@ -18,7 +17,7 @@ from reaf_hsenet.models.mllm import Mllm
 
 
 def require_shardable(ranks: Ranks, full: bool, precision: str, compiled: bool) -> None:
-    """Raises InputError where --shard has nothing to share, or no way to."""
+    """Raise InputError where --shard has nothing to share, or no way to."""
     if not full:
         raise InputError(
             "--shard: adapters and their states are small, every process holds them; add --full, or leave "
@@ -41,12 +40,13 @@ def require_shardable(ranks: Ranks, full: bool, precision: str, compiled: bool) 
 
 
 def shard(model: Mllm, ranks: Ranks, dtype: torch.dtype | None) -> None:
-    """Share the parameters of `model`, which every rank holds whole and alike, between the ranks, on their
-    devices.
+    """Share the parameters of `model`, which every rank holds whole, between the ranks, on their devices.
 
-    dtype: that the decoder and the projectors are gathered and computed in; gradients are reduced, and the
-    ranks' parts held, in float32. The encoders are gathered in float32: autocast computes with them as it
-    does without --shard.
+    dtype: the decoder and the projectors are gathered and computed in it; gradients are reduced, and the
+    ranks'
+    parts held, in float32. The encoders are gathered in float32: autocast computes with them as it does
+    without
+    --shard.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -69,9 +69,7 @@ def whole(tensor: Tensor) -> Tensor:
 def whole_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, names: Iterable[str]
 ) -> tuple[dict[str, Tensor], dict]:
-    """(tensors of `names`, state of the optimizer) as an unsharded run has them, on rank 0; elsewhere
-    empty.
-    """
+    """Return tensors `names` and the optimizer's state as an unsharded run has them; empty but on rank 0."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     tensors, state = get_state_dict(
@@ -92,9 +90,11 @@ def load_whole_state(
     optimizer: torch.optim.Optimizer,
     read: Callable[[], tuple[dict[str, Tensor], dict, dict]],
 ) -> dict:
-    """Take up what `whole_state`, or an unsharded run, has saved. read: (tensors, state of the optimizer,
-    the rest), called on rank 0 alone, which sends the others their parts. Returns the rest, on every
-    rank.
+    """Load what `whole_state`, or an unsharded run, has saved.
+
+    read() returns (tensors, optimizer's state, the rest). It is called on rank 0 alone, which sends the
+    others
+    their parts. Returns the rest, on every rank.
     """
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,

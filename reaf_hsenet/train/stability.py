@@ -1,6 +1,4 @@
-"""Numerical trouble: what a step's gradients and losses say, which steps are skipped, and when a run is
-stopped.
-"""
+"""Numerical trouble: finite gradients and losses, skipped steps, the way back to good weights."""
 
 import math
 from dataclasses import dataclass
@@ -16,10 +14,9 @@ from reaf_hsenet.train.sharding import whole
 
 
 def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
-    """The gradients' norm, a scalar on their device, before they are scaled down to `most`.
+    """Scale the gradients down to a norm of `most`. Returns the norm before that, a scalar on their device.
 
-    What is not finite is left as it is, so that it can be named: torch's clip_grad_norm_ would make NaN of
-    all.
+    What is not finite stays as it is, so that it can be named: torch's clip_grad_norm_ would make NaN of all.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = whole(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
@@ -31,14 +28,14 @@ def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """Names of the parameters whose gradients have NaN or infinite values."""
+    """Return names of the parameters whose gradients have NaN or infinite values."""
     return [
         n for n, p in model.named_parameters() if p.grad is not None and not whole(p.grad.isfinite().all())
     ]
 
 
 def diagnosis(losses: list[float], names: list[str]) -> str:
-    """Which losses (one a rank) and gradients were not finite, in words."""
+    """Return in words which losses (one a rank) and gradients were not finite."""
     found = [
         f"the loss is {loss} on rank {rank}" for rank, loss in enumerate(losses) if not math.isfinite(loss)
     ]
@@ -51,11 +48,13 @@ def diagnosis(losses: list[float], names: list[str]) -> str:
 class Stability:
     """Counts of a run's numerical trouble.
 
-    skipped: steps left out as numerical trouble. overflows: those of fp16's loss scale, which finds its size
-    so.
-    invalid: what was not finite in the last validation, or nothing. saved: step of the newest checkpoint that
-    was not written after such a validation; good: of the newest of these that a finite step or validation was
-    made from.
+    skipped: steps left out as numerical trouble. overflows: steps left out by fp16's loss scale, which finds
+    its
+    size so. invalid: what was not finite in the last validation, or nothing. saved: step of the newest
+    checkpoint
+    that was not written after such a validation; good: the newest of these that a finite step or validation
+    came
+    from.
     """
 
     skipped: int = setting(0, least=0)
@@ -69,13 +68,13 @@ class Stability:
         check_ranges(self)
 
     def checkpoint(self, step: int, validated: int) -> None:
-        """Take in that there is a checkpoint of this step, and the last step that was validated."""
+        """Note a checkpoint of this step. validated: the last step that was validated."""
         if not self.invalid:
             self.saved = step
             self.good = step if step == validated else self.good
 
     def way_back(self, run: Run) -> str:
-        """From weights that are of no use, in words."""
+        """Return in words how to continue from weights that are of use."""
         good, anew = run.at(self.good), "start anew with a lower --lr or another --precision"
         if not self.good:
             return f"no checkpoint is known to be good: {anew}"

@@ -1,6 +1,4 @@
-"""What a step costs: samples per second, the share of time that waits for data, model FLOPs utilisation,
-memory, a trace.
-"""
+"""Measurements of a step: samples per second, waiting for data, FLOPs utilisation, memory, a trace."""
 
 import re
 import resource
@@ -45,7 +43,7 @@ PROFILED = (5, 10)  # first and last step of --profile, counted from where the p
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
-    """Of a GPU that PEAKS has, in a 16-bit type; None where it is not known."""
+    """Return the peak FLOP/s in 16 bit of a GPU that PEAKS has; None for others."""
     if device.type != "cuda" or dtype is None:
         return None
     name = torch.cuda.get_device_name(device)
@@ -53,7 +51,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
 
 
 class Meter:
-    """Clocks the steps between two lines of the log. samples: of a step, on all ranks."""
+    """A clock of the steps between two lines of the log. samples: number in a step, over all ranks."""
 
     def __init__(self, samples: int, world: int, device: torch.device):
         self.samples, self.world, self.device = samples, world, device
@@ -61,7 +59,7 @@ class Meter:
         self.flops: float | None = None  # of a sample, forward and backward, once they have been counted
 
     def waiting(self, batches: Iterable) -> Iterator:
-        """The batches; the time until each is there counts as waiting."""
+        """Yield the batches; the time until each is there counts as waiting."""
         source = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -73,13 +71,13 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is not training, such as a validation."""
+        """Stop the clock during a block that is not training, such as a validation."""
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began
 
     def read(self, peak: float | None, name: str) -> dict[str, float]:
-        """What was measured since the last call. `name` is that of the share of `peak` that was used."""
+        """Return what was measured since the last call. name: key of the share of `peak` that was used."""
         now = time.perf_counter()
         seconds = now - self.started
         rate = self.samples * self.steps / seconds
@@ -95,8 +93,9 @@ class Meter:
 
 
 def count_flops(forward: Callable[[], tuple[Tensor, ...]]) -> int:
-    """Of matrix products, convolutions and attention in a forward and its backward pass. Gradients are
-    left behind.
+    """Return the FLOPs of a forward and its backward pass. Gradients are left behind.
+
+    Matrix products, convolutions and attention are counted.
     """
     with FlopCounterMode(display=False) as counter:
         sum(out.float().sum() for out in forward() if out.requires_grad).backward()
@@ -111,8 +110,9 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def profiler(folder: Path) -> profile:
-    """Writes a trace of the PROFILED steps into `folder`, for chrome://tracing or ui.perfetto.dev; step()
-    ends a step.
+    """Return a profiler that writes a trace of the PROFILED steps into `folder`; step() ends a step.
+
+    The trace is for chrome://tracing or ui.perfetto.dev.
     """
     first, last = PROFILED
 
@@ -128,7 +128,7 @@ def profiler(folder: Path) -> profile:
 
 
 def make_writer(name: str | None, run: Run, ranks: Ranks) -> Callable[[dict], None] | None:
-    """A function that also sends log records to TensorBoard or Weights & Biases."""
+    """Return a function that also sends log records to TensorBoard or Weights & Biases."""
     if name is None or not ranks.main:
         return None
     try:

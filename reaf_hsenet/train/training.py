@@ -36,8 +36,11 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass
 class Progress:
-    """Optimizer steps done, the epoch, batches of it already used, the last validated step, the best
-    score so far and its step.
+    """Where a run is.
+
+    step: optimizer steps done. epoch, batch: batches of the epoch already used. validated: last validated
+    step.
+    best, best_step: best score so far.
     """
 
     step: int = setting(0, least=0)
@@ -55,7 +58,7 @@ class Progress:
 
 @dataclass
 class Saved:
-    """What trainer.pt holds beside the optimizer's state. log_lines: of log.jsonl when it was written."""
+    """The content of trainer.pt beside the optimizer's state. log_lines: length of log.jsonl at that time."""
 
     progress: Progress
     scaler: dict[str, float]
@@ -71,8 +74,7 @@ class Training:
     """A run's job, its samples in order, its optimizer, and what is counted, logged and saved of it.
 
     max_steps: optimizer steps, in place of config.epochs. workers: loader processes. log_every: steps between
-    lines of the log. writer: also takes each record of the log. profile: write a trace of some steps into the
-    run's folder.
+    lines of the log. writer: also takes each record of the log. profile: write a trace of some steps.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class Training:
         return progress_bar(self.total, "train", "step", done=self.progress.step, shown=self.ranks.main)
 
     def resume(self, say: Callable[[str], None]) -> None:
-        """Take up the newest checkpoint that is whole, exactly."""
+        """Continue exactly from the newest checkpoint that is whole."""
         folder, reasons = distributed.on_main(self.run.newest_valid)
         for reason in reasons:
             say(f"{reason}; continuing from {folder.name}")
@@ -148,7 +150,7 @@ class Training:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the signals of STOPPING while the block runs, one that came before it too."""
+        """Note the signals of STOPPING while the block runs, also one that came before it."""
         handlers = {number: signal.signal(number, self._note_signal) for number in STOPPING}
         self.signal = self.signal or early_signal()
         try:
@@ -158,7 +160,7 @@ class Training:
                 signal.signal(number, handler)
 
     def groups(self) -> Iterator[list[Batch]]:
-        """The rest of the epoch, as lists of `accumulate` batches."""
+        """Yield the rest of the epoch, as lists of `accumulate` batches."""
         self.sampler.start_at(self.progress.epoch, self.progress.batch)
         group = []
         # With gradient caching only a chunk of the batch is ever on the device.
@@ -191,9 +193,7 @@ class Training:
             stability.good = stability.saved
 
     def _skipped(self, why: str, group: list[Batch]) -> None:
-        """Log a step that was left out, and stop when there have been too many. The weights are as before
-        it.
-        """
+        """Log a step that was left out, and stop when there have been too many."""
         self.stability.skipped += 1
         self.record({**self._place(), "skipped": why, "samples": self._samples(group)})
         self.say(f"step {self.progress.step}: skipped, {why}")
@@ -207,11 +207,12 @@ class Training:
             )
 
     def _samples(self, group: list[Batch]) -> list[str]:
-        """Names of the step's samples, of all ranks."""
+        """Return names of the step's samples, of all ranks."""
         rows = distributed.gather_objects([row for batch in group for row in batch.index])
         return [self.job.train_set.name(row) for part in rows for row in part]
 
     def log(self, done: Outcome, rate: float) -> None:
+        """Write a line of log.jsonl, and the bar's remark."""
         numbers = {"loss": done.loss, "lr": rate, "grad_norm": done.norm}
         numbers |= {name: float(value) for name, value in done.numbers.items()}
         counts = {"skipped_steps": self.stability.skipped, "overflows": self.stability.overflows}
@@ -236,12 +237,13 @@ class Training:
         return step > self.progress.validated and (step == self.total or step % self.validate_every == 0)
 
     def record_bad(self, step: int) -> None:
-        """Volumes that were found bad since, into the log of that step."""
+        """Log volumes that were found unreadable since the last call, at this step."""
         for one in self.job.bad.new:
             self.record({"step": step, "bad": one.id, "reason": one.reason})
         self.job.bad.new.clear()
 
     def record(self, record: dict) -> None:
+        """Write a record into log.jsonl and to the writer, on rank 0. A full disk is no reason to stop."""
         if not self.ranks.main:
             return
         try:

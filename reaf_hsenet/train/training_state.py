@@ -1,6 +1,4 @@
-"""What an optimizer step changes: the model, on its device and in its precision, its optimizer and fp16's
-loss scale.
-"""
+"""What an optimizer step changes: the model on its device, its optimizer, fp16's loss scale."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -43,7 +41,7 @@ class Outcome:
 
 
 def other_form(checkpoint: str):
-    """A block that reads trainer.pt: what it raises is one line."""
+    """Return a block that reads trainer.pt: an exception in it becomes one line."""
     advice = (
         "write the name of an older step's folder into checkpoints/last, or start again with another --out"
     )
@@ -51,7 +49,7 @@ def other_form(checkpoint: str):
 
 
 class TrainingState:
-    """model: on its device. ddp: the model, or DistributedDataParallel around it on several ranks."""
+    """Model, optimizer and loss scale. ddp: the model, with DistributedDataParallel on several ranks."""
 
     def __init__(self, job: Job, config: TrainConfig, ranks: Ranks):
         self.job, self.config, self.ranks = job, config, ranks
@@ -71,9 +69,7 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
 
     def encode(self, batch: Batch, sync: bool) -> tuple[Tensor, ...]:
-        """Return the model's outputs for a batch; with `sync` the backward pass from them averages
-        gradients over ranks.
-        """
+        """Return the model's outputs for a batch. sync: their backward pass averages gradients over ranks."""
         model = self.ddp if torch.is_grad_enabled() else self.model
         # Enter autocast anew for each call: it keeps the cast weights, and a copy made under no_grad would
         # have no gradient.
@@ -95,9 +91,7 @@ class TrainingState:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """(the tensors that a checkpoint holds, the optimizer's state); of a sharded model on rank 0, and
-        empty elsewhere.
-        """
+        """Return a checkpoint's tensors and the optimizer's state; of a sharded model on rank 0 alone."""
         saved = self.job.saved(self.model)
         return (
             whole_state(self.model, self.optimizer, saved)
@@ -106,7 +100,7 @@ class TrainingState:
         )
 
     def load(self, read: Callable[[], tuple[dict[str, Tensor], dict]], source: str) -> dict:
-        """Take up a checkpoint, what is in `read()`; returns what is not the model's or the optimizer's."""
+        """Load the checkpoint that read() returns. Returns the rest of it."""
 
         def fitting() -> tuple[dict[str, Tensor], dict, dict]:
             tensors, state = read()
@@ -122,8 +116,9 @@ class TrainingState:
         return rest
 
     def _moments(self, saved: dict) -> dict:
-        """The optimizer's state from a checkpoint, with this run's own settings. Raises ValueError where
-        it is another's.
+        """Return a checkpoint's optimizer state with this run's own settings.
+
+        Raises ValueError for the state of another optimizer.
         """
         own = self.optimizer.state_dict()["param_groups"]
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
@@ -140,7 +135,7 @@ class TrainingState:
         return {"state": saved["state"], "param_groups": own}
 
     def flops(self, batch: Batch) -> float:
-        """Of a sample, forward and backward, with what --grad-checkpoint computes again."""
+        """Return the FLOPs of a sample, forward and backward, with what --grad-checkpoint computes again."""
         self.ddp.train()
         part = (
             batch.split(self.config.grad_cache)[0].to(self.ranks.device) if self.config.grad_cache else batch
