@@ -10,9 +10,18 @@ from parity_case import Case, Check, equal, language_loss
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.decoder_config import DecoderConfig
 from reaf_hsenet.runs.generation import steps
-from reaf_hsenet.weights.decoder import decoder_state, load_decoder_state
+from reaf_hsenet.weights.decoder import DTYPES, Stored, decoder_state, fill
 
 LOGITS, GRADIENT = 1e-4, 1e-3  # the kit's own tolerances: absolute on logits, relative on gradient norms
+
+
+def load_decoder_state(decoder: Decoder, state: dict[str, Tensor], source: str) -> None:
+    """Fill a decoder with tensors in memory, under their published names, as its files fill it."""
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    stored = {
+        n: Stored(tuple(t.shape), kinds.get(t.dtype, str(t.dtype)), lambda t=t: t) for n, t in state.items()
+    }
+    fill(decoder, stored, source, decoder.norm.weight.dtype, "cpu")
 
 
 def build(case: Case, **changes) -> Decoder:

@@ -40,9 +40,7 @@ def check_lora(case: Case) -> Iterator[Check]:
 
     for form, state in (("", files), (", in-memory names", memory)):
         decoder = build(case).requires_grad_(False)
-        yield equal(
-            f"names not used{form}", load_adapter_state(decoder, state, lora["alpha"], source=case.name), []
-        )
+        load_adapter_state(decoder, state, lora["alpha"], source=case.name)
         logits = decoder(ids, mask=mask)
         yield _close(f"logits{form}", logits, outputs["logits"], mask, LORA)
         saved = adapter_state(decoder)

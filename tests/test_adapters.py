@@ -89,11 +89,10 @@ def test_the_settings_of_the_folder_are_those_of_the_adapters(tmp_path):
     assert decoder.train().layers[0].mlp.down_proj.training
 
 
-def test_in_memory_names_load_and_tensors_of_other_parts_are_given_back():
+def test_in_memory_names_load_as_those_of_files_do():
     state = {n.replace(".weight", ".default.weight"): t for n, t in PUBLISHED.items()}
-    packer = {"base_model.model.model.mm_projector.proj_mpls.0.weight": torch.ones(2, 2)}
     decoder, other = build(PHI), build(PHI)
-    assert load_adapter_state(decoder, {**packer, **state}, alpha=8) == list(packer)
+    load_adapter_state(decoder, state, alpha=8)
     load_adapter_state(other, PUBLISHED, alpha=8)
     assert torch.equal(logits(decoder), logits(other))
     assert list(adapter_state(decoder)) == list(adapter_state(other)) and set(adapter_state(decoder)) == set(

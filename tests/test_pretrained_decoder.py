@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parity_case import Case
-from parity_decoder import build
+from parity_decoder import build, load_decoder_state
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.decoder_config import LARGEST, DecoderConfig
@@ -28,7 +28,6 @@ from reaf_hsenet.weights.decoder import (
     SINGLE,
     decoder_state,
     load_decoder,
-    load_decoder_state,
     resize_vocabulary,
     save_decoder,
 )

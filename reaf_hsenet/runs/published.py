@@ -36,7 +36,7 @@ from reaf_hsenet.tokenizer.loading import FORMS, has_wordpiece, load_tokenizer, 
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, WordPiece, check_fits
 from reaf_hsenet.weights import decoder as decoder_files
 from reaf_hsenet.weights.adapters import CONFIG as ADAPTER_CONFIG
-from reaf_hsenet.weights.adapters import adapter_parameters, adapter_settings
+from reaf_hsenet.weights.adapters import adapter_parameters, adapter_settings, first_rank
 from reaf_hsenet.weights.files import State, check_finite, require_fit
 from reaf_hsenet.weights.names import PACKERS, TEACHER, places
 from reaf_hsenet.weights.published import Published, open_published
@@ -285,21 +285,21 @@ def language_model(
 
 def _adapter_size(source: Published) -> tuple[int, float]:
     """Return rank and alpha of the adapters, the latter by adapter_config.json or as published."""
-    ranks = [t.shape[0] for name, t in source.tensors.items() if ".lora_A." in name and t.ndim == 2]
-    if not ranks:
+    rank = first_rank(source.tensors)
+    if not rank:
         raise InputError(
             f"{source.name}: has no adapters (lora_A); expected packers and adapters in one file"
         )
     settings = source.folder / ADAPTER_CONFIG
     if settings.is_file():
         r, alpha, *_ = adapter_settings(settings)
-        if r != ranks[0]:
-            raise InputError(f"{settings}: r is {r}, the adapters have rank {ranks[0]}; fetch both again")
+        if r != rank:
+            raise InputError(f"{settings}: r is {r}, the adapters have rank {rank}; fetch both again")
         return r, alpha
     source.notes.append(
-        f"adapters: rank {ranks[0]}, alpha {2 * ranks[0]}, twice the rank as published; no shape tells it"
+        f"adapters: rank {rank}, alpha {2 * rank}, twice the rank as published; no shape tells it"
     )
-    return ranks[0], 2 * ranks[0]
+    return rank, 2 * rank
 
 
 def _encoders(name: str, text_model: str | None, slice_encoder: str | None, notes: list[str]):

@@ -68,7 +68,8 @@ def load_adapter(decoder: Decoder, source: str) -> None:
             else ""
         )
         raise InputError(f"{folder}: has no {WEIGHTS}{found}: save the adapter as safetensors")
-    _load(decoder, read_weights_file(folder / WEIGHTS), r, alpha, dropout, str(folder / WEIGHTS), targets)
+    state, source = read_weights_file(folder / WEIGHTS), str(folder / WEIGHTS)
+    load_adapter_state(decoder, state, alpha, dropout, source=source, targets=targets, r=r)
 
 
 def adapter_settings(path: Path) -> tuple[int, float, float, tuple[str, ...]]:
@@ -94,21 +95,20 @@ def adapter_settings(path: Path) -> tuple[int, float, float, tuple[str, ...]]:
 
 
 def load_adapter_state(
-    decoder: Decoder, state: dict[str, Tensor], alpha: float, dropout: float = 0.0, source: str = "adapter"
-) -> list[str]:
-    """The same from tensors under either form of peft's names, r being A's. Returns the names of those
-    that are no adapter's (no `lora_` in them), which are the caller's.
-    """
-    adapters = {name: tensor for name, tensor in state.items() if "lora_" in name}
-    ranks = [t.shape[0] for name, t in adapters.items() if ".lora_A." in name and t.ndim == 2]
-    _load(decoder, adapters, ranks[0] if ranks else 0, alpha, dropout, source)
-    return [name for name in state if name not in adapters]
-
-
-def _load(
-    decoder, state: dict[str, Tensor], r: int, alpha: float, dropout: float, source: str, targets=()
+    decoder: Decoder,
+    state: dict[str, Tensor],
+    alpha: float,
+    dropout: float = 0.0,
+    source: str = "adapter",
+    targets: tuple[str, ...] = (),
+    r: int | None = None,
 ) -> None:
-    """Check everything, then adapt and fill. targets: names of layers that all must have an adapter."""
+    """Adapt and fill the layers that tensors under either form of peft's names name; all is checked first.
+
+    targets: names of layers that all must have an adapter. r: None takes that of the first A. Raises
+    InputError.
+    """
+    r = first_rank(state) if r is None else r
     for layer, (parts, a, b) in _match(decoder, state, r, source, targets).items():
         parent, _, leaf = layer.rpartition(".")
         add_lora(decoder.get_submodule(parent), parts or (leaf,), r, alpha, dropout)
@@ -118,13 +118,18 @@ def _load(
             adapted.lora_b.copy_(b)
 
 
+def first_rank(state: dict[str, Tensor]) -> int:
+    """Return the rank of the first A; 0 without one."""
+    return next((t.shape[0] for name, t in state.items() if ".lora_A." in name and t.ndim == 2), 0)
+
+
 def adapter_parameters(decoder: Decoder, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The adapters' tensors under the names that an adapted decoder's parameters have, r being A's. The
-    decoder is not touched and may be without data (meta).
+    """Return the adapters' tensors under the names of an adapted decoder's parameters.
+
+    The decoder is not touched and may be without data (meta).
     """
-    ranks = [t.shape[0] for name, t in state.items() if ".lora_A." in name and t.ndim == 2]
     found = {}
-    for layer, (_, a, b) in _match(decoder, state, ranks[0] if ranks else 0, source).items():
+    for layer, (_, a, b) in _match(decoder, state, first_rank(state), source).items():
         found[f"{layer}.lora_a"], found[f"{layer}.lora_b"] = a, b
     return found
 

@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reaf_hsenet.errors import InputError, OutputError, first_six
-from reaf_hsenet.files import find_folder, read_json, write_json
+from reaf_hsenet.files import find_folder, write_json
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.decoder_config import DecoderConfig
 from reaf_hsenet.models.int8 import Int8Linear, quantise, quantise_decoder
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.models.packed import PackedLinear
+from reaf_hsenet.weights.files import gathered, read_index
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -95,24 +96,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
         found = f"; {pickled[0]} is a pickle, which is not read: save it as safetensors" if pickled else ""
         raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}{found}")
-    places = read_json(index)
-    places = places.get("weight_map") if isinstance(places, dict) else None
-    if (
-        not isinstance(places, dict)
-        or not places
-        or not all(isinstance(file, str) for file in places.values())
-    ):
-        raise InputError(f"{index}: has no weight_map of tensors to files; fetch it again")
-    files = {file: _contents(folder / file) for file in dict.fromkeys(places.values())}
-    absent = [name for name, file in places.items() if name not in files[file]]
-    if absent:
-        raise InputError(
-            f"{index}: places {first_six(absent)} in {places[absent[0]]}, which does not have it; fetch "
-            f"both again"
-        )
-    return {name: tensor for file in files.values() for name, tensor in file.items()} | {
-        name: files[file][name] for name, file in places.items()
-    }
+    places = read_index(index)
+    return gathered(
+        index, places, {file: _contents(folder / file) for file in dict.fromkeys(places.values())}
+    )
 
 
 def _contents(path: Path) -> dict[str, Stored]:
@@ -127,8 +114,6 @@ def _contents(path: Path) -> dict[str, Stored]:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: cannot be read any more ({error})") from error
 
-    if not path.is_file():
-        raise InputError(f"{path}: this shard is missing; fetch it again, or the whole folder")
     try:
         with safe_open(path, framework="pt") as file:
             views = {name: file.get_slice(name) for name in file.keys()}
@@ -140,18 +125,6 @@ def _contents(path: Path) -> dict[str, Stored]:
         raise InputError(
             f"{path}: is truncated or not safetensors ({' '.join(str(error).split())[:100]})"
         ) from error
-
-
-def load_decoder_state(decoder: Decoder, state: dict[str, Tensor], source: str) -> None:
-    """Fill a decoder with tensors under their published names; errors as of `load_decoder`."""
-    kinds = {dtype: name for name, dtype in DTYPES.items()}
-    stored = {
-        n: Stored(tuple(t.shape), kinds.get(t.dtype, str(t.dtype)), lambda t=t: t) for n, t in state.items()
-    }
-    like = decoder.norm.weight
-    fill(
-        decoder, stored, source, None if like.is_meta else like.dtype, "cpu" if like.is_meta else like.device
-    )
 
 
 def published_names(decoder: Decoder, names: Iterable[str] = ()) -> dict[str, tuple[str, int, int]]:
