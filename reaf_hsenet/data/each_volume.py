@@ -6,19 +6,19 @@ file of JSON lines. The first says how all volumes are made, each other that one
 
 import csv
 import json
-from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from reaf_hsenet.data.pool import worker_pool
+from reaf_hsenet.data.pool import map_in_order
 from reaf_hsenet.data.sources.tables import csv_rows
 from reaf_hsenet.errors import InputError, OutputError
 from reaf_hsenet.files import atomic_write, named
 from reaf_hsenet.progress import progress_bar
 
-AHEAD = 4  # volumes begun for each worker beyond the first that is not finished, which may be a large one
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Refused = list[tuple[str, str]]  # of file and reason
 
@@ -108,76 +108,52 @@ def each_volume(
     folder = journal.path.parent
     for path in (p for part in ("", "volumes/**/", "slices/**/") for p in folder.glob(f"{part}.*.tmp")):
         path.unlink(missing_ok=True)  # half written, by a process that was killed
-    done, refused = journal.read(whole), {}
+    done, refused, waiting = journal.read(whole), {}, []
     todo = {i: item for i, item in items.items() if i not in done}
-    waiting: list[tuple[Item, Result]] = []
-
-    def keep(records: Iterable[dict]) -> None:
-        for record in records:
-            journal.add(record)
-            done[record["id"]] = record
 
     def finish_waiting() -> None:
-        keep(finish(waiting))
+        for record in finish(waiting):
+            journal.add(record)
+            done[record["id"]] = record
         waiting.clear()
 
-    with progress_bar(len(todo), what, "volume", shown=progress and bool(todo)) as bar:
-
-        def take(i: str, result: Result | None, reason: str | None) -> None:
+    attempt = partial(_attempt, work, journal if finish is None else None)
+    with (
+        progress_bar(len(todo), what, "volume", shown=progress and bool(todo)) as bar,
+        closing(map_in_order(attempt, list(todo.values()), workers)) as outcomes,
+    ):
+        for i, (result, reason) in zip(todo, outcomes, strict=True):
             if reason is not None:
                 refused[i] = reason
             elif finish is None:
-                keep([result])
+                done[i] = result
             else:
                 waiting.append((todo[i], result))
             if len(waiting) >= together:
                 finish_waiting()
             bar.update()
-
-        if workers == 1 or len(todo) < 2:
-            for i, item in todo.items():
-                take(i, *_attempt(work, item))
-        else:
-            _in_processes(work, todo, workers, take, leave=finish is not None)
         if waiting:
             finish_waiting()
     return done, refused
 
 
-def _in_processes(work, todo: dict[str, Item], workers: int, take: Callable[..., None], leave: bool) -> None:
-    """Call take(id, *outcome) for each item in order. leave: drop what is not taken when an error ends it."""
-    ahead = deque()
+def _attempt(work: Callable[[Item], Result], journal: Journal | None, item: Item):
+    """Return (result, None), or (None, why the volume is refused).
 
-    def take_first() -> None:
-        take(ahead[0][0], *ahead[0][1].result())
-        ahead.popleft()
-
+    A worker ends what it has begun when Ctrl-C ends the process that waits for it. So a result that is a record
+    is added to the journal here.
+    """
     try:
-        with worker_pool(workers) as pool:
-            for i, item in todo.items():
-                ahead.append((i, pool.submit(_attempt, work, item)))
-                if len(ahead) > AHEAD * workers:
-                    take_first()
-            while ahead:
-                take_first()
-    except BaseException:
-        # After Ctrl-C the pool has ended what was begun: a volume that is on disk must be in the journal.
-        finished = [(i, f) for i, f in ahead if f.done() and not f.cancelled() and not f.exception()]
-        for i, future in () if leave else finished:
-            take(i, *future.result())
-        raise
-
-
-def _attempt(work: Callable[[Item], Result], item: Item) -> tuple[Result | None, str | None]:
-    """Return (result, None), or (None, why the volume is refused)."""
-    try:
-        return work(item), None
+        result = work(item)
     except OutputError:
         raise
     except InputError as error:
         return None, str(error)
     except MemoryError:
         return None, "needs more memory than there is; use fewer --workers"
+    if journal is not None:
+        journal.add(result)
+    return result, None
 
 
 def write_refused(folder: Path, refused: Refused, step: str = "") -> None:

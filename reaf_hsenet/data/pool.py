@@ -4,12 +4,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 from reaf_hsenet.errors import InputError
+
+AHEAD = 4  # items begun for each worker beyond the first that is not finished, which may be a large one
 
 
 @contextmanager
@@ -35,6 +38,21 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
         for name in threads:
             del os.environ[name]
+
+
+def map_in_order(function: Callable, items: Sequence, workers: int) -> Iterator:
+    """Give function(item) of every item, in order, computed in `workers` processes, or here by one."""
+    if workers == 1 or len(items) < 2:
+        yield from map(function, items)
+        return
+    with worker_pool(workers) as pool:
+        ahead = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > AHEAD * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _begin() -> None:
