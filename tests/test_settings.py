@@ -9,7 +9,9 @@ from typing import Literal
 
 import pytest
 
+from conftest import ROOT
 from reaf_hsenet.config import (
+    LANGUAGE,
     NO_AUGMENTATION,
     STAGES,
     Augmentation,
@@ -17,6 +19,7 @@ from reaf_hsenet.config import (
     GuidedVisionConfig,
     LoraConfig,
     ReafVisionConfig,
+    Recipe,
     TextConfig,
     TrainConfig,
     VisionConfig,
@@ -199,3 +202,13 @@ def test_what_earlier_versions_counted_is_passed_over():
     assert from_dict(Stability, earlier) == Stability(skipped=2)
     with pytest.raises(InputError, match="Stability has no setting men"):
         from_dict(Stability, {**earlier, "men": 1})
+
+
+@pytest.mark.parametrize("name", ["clip1", "clip2", "reaf", "mrg", "vqa"])
+def test_runs_of_earlier_versions_are_read(name):
+    """What a run wrote before flags came from the fields: every value is still that of a setting."""
+    run = json.loads((ROOT / "tests/golden/earlier_runs.json").read_text())[name]
+    model = MllmConfig if run["stage"] in LANGUAGE else ClipConfig
+    for cls, part in ((model, "model"), (TrainConfig, "train"), (Recipe, "recipe")):
+        read = json.loads(json.dumps(to_dict(from_dict(cls, run[part], "config.json"))))
+        assert {key: read[key] for key in run[part]} == run[part]
