@@ -28,7 +28,7 @@ def answer(
     features: list[Tensor] | None = None,
     compiled: bool = False,
 ) -> list[str]:
-    """An answer of at most `new_tokens` tokens to each question, as plain text without special tokens.
+    """Return an answer of at most `new_tokens` tokens to each question, as plain text without special tokens.
 
     volume: (B, 1, D, H, W), one a question; slices: (B, S, C), for an encoder or a projector that is guided
     by them.
@@ -68,7 +68,7 @@ def prompt_embeddings(
     slices: Tensor | None,
     features: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What generation.steps takes: embeddings (B, T, W), padded on the left, and mask (B, T)."""
+    """Return what generation.steps takes: embeddings (B, T, W), padded on the left, and mask (B, T)."""
     features = image_features(model, volume, slices) if features is None else features
     device = features[0].device
     ids, mask = (t.to(device) for t in tokenizer.batch(question_ids(model, tokenizer, questions)))
@@ -82,13 +82,13 @@ def prompt_embeddings(
 
 
 def question_ids(model: Mllm, tokenizer: Tokenizer, questions: list[str]) -> list[list[int]]:
-    """Of each question: bos, the image tokens, and the text."""
+    """Return ids of each question: bos, the image tokens, and the text."""
     texts = [question_text(tokenizer, question, model.visual_tokens) for question in questions]
     return [tokenizer.encode(text, special_tokens=False) for text in texts]
 
 
 def usual_new_tokens(model: Mllm, tokenizer: Tokenizer, questions: list[str], task: str) -> int:
-    """How many new tokens `task` (mrg or vqa) is published with, or as many as the decoder's context
+    """Return how many new tokens `task` (mrg or vqa) is published with, or as many as the decoder's context
     leaves.
     """
     return max(1, min(GENERATION[task]["new_tokens"], _room(model, tokenizer, questions)))
@@ -113,12 +113,12 @@ def _room(model: Mllm, tokenizer: Tokenizer, questions: list[str]) -> int:
 
 
 def stop_ids(model: Mllm, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends an answer: the token that training puts there, and those that the decoder's config names."""
+    """Return the tokens that end an answer: training's, and those that the decoder's config names."""
     return tuple(dict.fromkeys((tokenizer.eos_id, *model.decoder.config.eos_ids)))
 
 
 def answer_text(model: Mllm, tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text before the first stop token, after the list of labels where there is one; no special
+    """Return the text before the first stop token, after the list of labels where there is one; no special
     tokens, no outer spaces.
     """
     stops = stop_ids(model, tokenizer)

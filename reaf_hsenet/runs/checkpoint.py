@@ -176,7 +176,7 @@ class Run:
         return self.config.is_file()
 
     def read_config(self) -> dict:
-        """The config.json, with what it leaves out. Raises InputError when this is not a run."""
+        """Return the config.json, with what it leaves out. Raises InputError when this is not a run."""
         if not self.exists:
             raise InputError(
                 f"{self.folder}: holds no run (no config.json); train one with train.py, or name one "
@@ -214,7 +214,7 @@ class Run:
         self.unwritten.clear()
 
     def read_log(self) -> list[dict]:
-        """The records, each with its step. Other lines are left out."""
+        """Return the records, each with its step. Other lines are left out."""
         path, records = self.folder / "log.jsonl", []
         for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
             try:
@@ -243,7 +243,7 @@ class Run:
             file.writelines(json.dumps(r) + "\n" for r in records)
 
     def pointer(self, name: str) -> Path | None:
-        """The folder that `last` or `best` points to; None when there is none."""
+        """Return the folder that `last` or `best` points to; None when there is none."""
         path = self.checkpoints / name
         if not path.is_file():
             return None
@@ -263,11 +263,11 @@ class Run:
             file.write(self.at(step).name + "\n")
 
     def at(self, step: int) -> Path:
-        """The folder of a step's checkpoint."""
+        """Return the folder of a step's checkpoint."""
         return self.checkpoints / f"step-{step:06d}"
 
     def all(self) -> list[Path]:
-        """The steps' folders, in order. Others, such as a copy that somebody made, are left alone."""
+        """Return the steps' folders, in order. Others, such as a copy that somebody made, are left alone."""
         return sorted((path for path in self.checkpoints.glob("step-*") if _is_step(path.name)), key=_step)
 
     def save(self, step: int, model: dict, trainer: dict, keep: int, best: bool, good: int = 0) -> None:
@@ -341,7 +341,7 @@ class Run:
         return Choice(folder, name, chosen_on if name == "best" else None)
 
     def holding(self, sha256: str) -> str | None:
-        """The name of the checkpoint whose weights have this hash; None when there is none."""
+        """Return the name of the checkpoint whose weights have this hash; None when there is none."""
         for path in reversed(self.all()):
             with suppress(InputError, OSError):
                 if weights_sha256(path / "model.safetensors") == sha256:
@@ -359,8 +359,8 @@ class Run:
         return read_weights_file(found.folder / "model.safetensors"), found
 
     def newest_valid(self) -> tuple[Path, list[str]]:
-        """(the newest checkpoint that is as it was written, not later than `last`; why those after it are not
-        taken).
+        """Return (the newest checkpoint that is as it was written, not later than `last`; why those after it
+        are not taken).
 
         Raises InputError when there is none.
         """
@@ -379,12 +379,12 @@ class Run:
         raise InputError(f"{self.folder}: has no checkpoint to resume from; start it again without --resume")
 
     def load_trainer(self, folder: Path) -> tuple[dict, dict]:
-        """(model, trainer state) of a checkpoint."""
+        """Return (model, trainer state) of a checkpoint."""
         return read_weights_file(folder / "model.safetensors"), load_pickle(folder / "trainer.pt")
 
 
 def damage(folder: Path, names: tuple[str, ...] | None = None) -> str | None:
-    """What of a checkpoint's files (or of `names`) is not as it was written, a sentence; None when all is.
+    """Say which of a checkpoint's files (or of `names`) is not as it was written; None when all are.
 
     Without a checkpoint.json, as earlier versions saved, only what is absent is found.
     """
@@ -414,7 +414,7 @@ def _is_step(name: str) -> bool:
 
 
 def _is_name(name: str) -> bool:
-    """Whether a file of RUN/checkpoints can be a checkpoint's name."""
+    """Return whether a file of RUN/checkpoints can be a checkpoint's name."""
     return name in ("last", "best") or _is_step(name)
 
 
@@ -434,12 +434,12 @@ def weights_sha256(weights: Path) -> str:
 
 
 def _step(path: Path) -> int:
-    """The number of `step-000123`."""
+    """Return the number of `step-000123`."""
     return int(path.name.removeprefix("step-"))
 
 
 def _remove(folder: Path) -> None:
-    """Of a checkpoint: under another name first, so that no part of it is ever taken for one."""
+    """Delete a checkpoint, renamed first so that a half-deleted folder is never read as one."""
     hidden = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     with suppress(OSError):
@@ -448,7 +448,7 @@ def _remove(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Onto the disk: a file, or a folder's names."""
+    """Write a file, or a folder's names, onto the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -66,7 +66,7 @@ def embed(
 
 
 def retrieval_score(image: Tensor, text: Tensor) -> tuple[float, dict[str, float]]:
-    """(mean R@5 of both directions, the numbers to show), for choosing the best checkpoint."""
+    """Return (mean R@5 of both directions, the numbers to show), for choosing the best checkpoint."""
     tables = cross_retrieval(image, text).tables
     numbers = {f"{direction}/R@{k}": tables[direction][f"R@{k}"] for direction in tables for k in (1, 5, 10)}
     return sum(table["R@5"] for table in tables.values()) / 2, numbers

@@ -41,7 +41,7 @@ class Sampling:
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """(B, V) -> a token each, (B,)."""
+    """Choose a token for each row of logits (B, V) -> (B,)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities, tokens = (
@@ -68,7 +68,7 @@ def left_padded(
 
 
 def row_positions(mask: Tensor) -> Tensor:
-    """(B, T) mask -> each row's positions, counted from its first real token; pads get 1."""
+    """Return, for a (B, T) mask, each row's positions, counted from its first real token; pads get 1."""
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)
 
 

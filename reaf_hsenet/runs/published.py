@@ -38,7 +38,7 @@ from reaf_hsenet.weights import decoder as decoder_files
 from reaf_hsenet.weights.adapters import CONFIG as ADAPTER_CONFIG
 from reaf_hsenet.weights.adapters import adapter_parameters, adapter_settings, first_rank
 from reaf_hsenet.weights.files import State, check_finite, require_fit
-from reaf_hsenet.weights.names import PACKERS, TEACHER, places
+from reaf_hsenet.weights.names import PACKERS, TEACHER, places, teacher_tensors
 from reaf_hsenet.weights.published import Published, open_published
 from reaf_hsenet.weights.shapes import OWN, bert_config, dual_config, flat_reaf, on_grid, shape
 from reaf_hsenet.weights.slice_encoder import load_slice_encoder
@@ -155,7 +155,7 @@ def dual_encoder(
         raise InputError(f"--slice-encoder: {source.name} takes no slice features; leave it out")
     used = {name for names in places(source.family.table, source.tensors).values() for name in names}
     not_used = {n: t for n, t in source.tensors.items() if n not in used and not n.startswith(TEACHER)}
-    inner = {n.removeprefix(TEACHER): t for n, t in source.tensors.items() if n.startswith(TEACHER)}
+    inner = teacher_tensors(source.tensors)
     teacher = Published(source.name, source.file, inner, source.family)
     return PublishedRun(
         source=source,

@@ -73,7 +73,7 @@ def load_adapter(decoder: Decoder, source: str) -> None:
 
 
 def adapter_settings(path: Path) -> tuple[int, float, float, tuple[str, ...]]:
-    """r, alpha, dropout and the layers' names (none when they are a pattern) of an adapter_config.json."""
+    """Return r, alpha, dropout and target layers (none for a pattern) of an adapter_config.json."""
     config = read_object(path)
     for key, value in {"peft_type": None, **config}.items():
         if value not in ONLY[key] if key in ONLY else value and key not in INERT:
@@ -214,9 +214,9 @@ def _published(layer: str) -> str:
 
 
 def adapter_state(decoder: Decoder) -> dict[str, Tensor]:
-    """The adapters under the names of peft's files. One adapter of a whole matrix that Llama has in parts
-    becomes one of each part, with the same A. (Phi's matrices, where adapted in parts, are written so; only
-    this project reads that.)
+    """Return the adapters under the names of peft's files. One adapter of a whole matrix that Llama has in
+    parts becomes one of each part, with the same A. (Phi's matrices, where adapted in parts, are written
+    so; only this project reads that.)
     """
     state = {}
     for layer, module in decoder.named_modules():

@@ -50,7 +50,7 @@ class Stored:
 
 
 def load_decoder(name: str, dtype: torch.dtype | None = None, device="cpu", int8: bool = False) -> Decoder:
-    """The decoder of a folder or hub id. dtype: None keeps the files' own. int8: weight-only int8
+    """Load the decoder of a folder or hub id. dtype: None keeps the files' own. int8: weight-only int8
     (models/int8.py).
 
     Raises InputError, naming the file or the tensors, when something is absent, damaged, of another shape or
@@ -103,8 +103,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _contents(path: Path) -> dict[str, Stored]:
-    """A file's tensors. Each is read by its own mapping of the file, so that no page of another one stays
-    in memory.
+    """Return a file's tensors. Each is read by its own mapping of the file, so that no page of another one
+    stays in memory.
     """
 
     def read(name: str) -> Tensor:
@@ -211,7 +211,7 @@ def check(places: dict, parameters: dict, stored: dict[str, Stored], source: str
 
 
 def decoder_state(decoder: Decoder, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights (or other tensors by our parameters' names: gradients) under their published names.
+    """Return the weights (or other tensors by our parameters' names: gradients) under their published names.
     Adapters are added to the matrices they adapt.
     """
     if any(isinstance(layer, (Int8Linear, PackedLinear)) for layer in decoder.modules()):

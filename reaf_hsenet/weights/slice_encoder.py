@@ -17,7 +17,7 @@ SETTINGS = ("size", "patch", "width", "depth", "heads", "mlp")
 
 
 def describe(encoder: SliceEncoder, name: str, jpeg: bool = False, recipe: str = "hsenet") -> dict:
-    """The provenance of features: `name` of the encoder, the hash of its weights, its settings, how
+    """Return the provenance of features: `name` of the encoder, the hash of its weights, its settings, how
     slices are taken.
     """
     digest = hashlib.sha256()
