@@ -50,7 +50,7 @@ def items(dataset, world: int, workers: int) -> list[tuple]:
             sampler.start_at(epoch, 0)
         for parts in zip(*(batches(loader, torch.device("cpu")) for loader in loaders), strict=True):
             for batch in parts:
-                labels = getattr(batch, "labels", batch.mask)
+                labels = batch.mask if batch.labels is None else batch.labels
                 for i, row in enumerate(batch.index):
                     length = 1 + int((batch.mask[i] + (labels[i] > 0)).nonzero().max())
                     found.append((row, batch.volume[i], batch.ids[i, :length], labels[i, :length]))

@@ -12,7 +12,6 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 import train
 from reaf_hsenet.data.bad_volumes import BadVolumes
-from reaf_hsenet.data.language_loader import LanguageBatch
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.train import training
@@ -39,10 +38,10 @@ def test_the_loader_pins_every_tensor_of_a_batch(pinned, kind):
     if kind == "contrastive":
         batch, tensors = Batch(volume, ids, mask, [3, 4], slices, counts=[2]), (volume, ids, mask, slices)
     elif kind == "language":
-        batch = LanguageBatch(ids, mask, ids.clone(), volume, slices, [3, 4])
+        batch = Batch(volume, ids, mask, [3, 4], slices, labels=ids.clone())
         tensors = ids, mask, batch.labels, volume, slices
     else:
-        batch = LanguageBatch(ids, mask, ids.clone(), None, None, [3, 4], features)
+        batch = Batch(None, ids, mask, [3, 4], labels=ids.clone(), features=features)
         tensors = ids, mask, batch.labels, *features
     made = pin_memory(batch)
     assert {id(t) for t in pinned} == {id(t) for t in tensors}

@@ -53,7 +53,7 @@ def test_a_row_is_bos_image_tokens_prompt_report_and_stop(manifest, tokenizer):
 def test_prompts_and_augmentation_are_a_function_of_seed_epoch_and_row(manifest, tokenizer):
     one, two, other = (reports(manifest, tokenizer, seed=s, augmentation=Augmentation()) for s in (1, 1, 2))
     a, b = one[3, 5], two[3, 5]
-    assert a[0] == b[0] and torch.equal(a[1], b[1])
+    assert a.text == b.text and torch.equal(a.volume, b.volume)
     drawn = lambda data, epoch: [
         data.text(row, np.random.default_rng((data.seed, epoch, row)))[0] for row in range(12)
     ]
@@ -70,15 +70,15 @@ def test_questions_are_rows_of_their_own(manifest, tokenizer):
     total = sum(q["kind"] == "location" for e in manifest.entries("train") for q in e["qa"])
     assert len(data) == total > 0
     entry, asked = data.rows[-1]
-    example, volume, _, row, _ = data[0, total - 1]
-    assert row == total - 1 and volume.shape == (1, 16, 32, 32)
-    learned = [label for label in example.labels if label != -100]
+    sample = data[0, total - 1]
+    assert sample.row == total - 1 and sample.volume.shape == (1, 16, 32, 32)
+    learned = [label for label in sample.text.labels if label != -100]
     assert tokenizer.decode(learned[:-1]).strip() == asked["answer"]
 
 
 def test_a_report_is_cut_at_the_text_length_and_a_question_without_room_is_refused(manifest, tokenizer):
     data = reports(manifest, tokenizer, max_text=60)
-    example = data[0, 0][0]
+    example = data[0, 0].text
     assert len(example.ids) == 60 and example.labels[-1] != tokenizer.eos_id
     data = reports(manifest, tokenizer, max_text=8)
     found = data.collate([data[0, 0]])
@@ -111,7 +111,7 @@ def test_the_first_epochs_ask_for_the_list_of_labels(manifest, tokenizer):
     rng = np.random.default_rng(0)
     assert data.text(row, rng, 1) == ("Which abnormalities does this scan show?", ", ".join(named))
     assert data.text(row, rng, 2)[0] in report_prompts() and data.text(row, rng)[0] in report_prompts()
-    listed, written = data[1, row][0], data[2, row][0]
+    listed, written = data[1, row].text, data[2, row].text
     assert len(listed.ids) < len(written.ids)
 
 
@@ -129,7 +129,7 @@ def test_with_tokens_for_labels_a_report_is_learned_after_their_list_and_evaluat
     assert data.text(row, rng)[1] == plain
     assert data.text(row, rng, 1)[1] == named + plain
     assert data.text(row, rng, 0) == ("Which abnormalities does this scan show?", named)
-    learned = [label for label in data[0, row][0].labels if label != -100]
+    learned = [label for label in data[0, row].text.labels if label != -100]
     assert (
         len(learned) == len(label_list(manifest, data.entries[row]).split(", ")) + 3
     )  # and a space, the ends of list and answer

@@ -126,10 +126,9 @@ def dataset(prepared):
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_row(dataset):
-    volume, ids, row = dataset[2, 5]
-    again, ids_again, _ = dataset[2, 5]
-    other, _, _ = dataset[3, 5]
-    assert row == 5 and torch.equal(volume, again) and ids == ids_again and not torch.equal(volume, other)
+    one, again, other = dataset[2, 5], dataset[2, 5], dataset[3, 5]
+    assert one.row == 5 and torch.equal(one.volume, again.volume) and one.text == again.text
+    assert not torch.equal(one.volume, other.volume)
 
 
 @pytest.fixture
@@ -156,14 +155,11 @@ def test_slice_features_come_with_their_volume_and_follow_its_depth(dataset, wit
     )
     reversed_rows = 0
     for row in range(len(plain)):
-        volume, ids, _, slices = following[0, row]
-        assert (
-            torch.equal(volume, plain[0, row][0])
-            and ids == plain[0, row][1]
-            and slices.dtype == torch.float32
-        )
+        sample, slices = following[0, row], following[0, row].slices
+        assert torch.equal(sample.volume, plain[0, row].volume) and sample.text == plain[0, row].text
+        assert slices.dtype == torch.float32
         rows = (10 * row + torch.arange(4.0))[:, None].expand(4, 3)
-        assert torch.equal(stiff[0, row][3], rows)
+        assert torch.equal(stiff[0, row].slices, rows)
         assert torch.equal(slices, rows) or torch.equal(slices, rows.flip(0))
         reversed_rows += torch.equal(slices, rows.flip(0))
     assert 0 < reversed_rows < len(plain)

@@ -140,8 +140,8 @@ def each_volume(
 def _attempt(work: Callable[[Item], Result], journal: Journal | None, item: Item):
     """Return (result, None), or (None, why the volume is refused).
 
-    A worker ends what it has begun when Ctrl-C ends the process that waits for it. So a result that is a
-    record is added to the journal here.
+    A worker ends what it has begun when Ctrl-C ends the process that waits for it. So a record is added to
+    the journal here.
     """
     try:
         result = work(item)

@@ -1,20 +1,8 @@
-"""Prepared volumes with a question and its answer -> batches for the language model: of reports, or of
-questions.
-
-As in loader.py an item is asked for as (epoch, row), and its randomness (prompt, augmentation) depends on
-seed and both.
-"""
-
-from dataclasses import dataclass, field
+"""Volumes with a question and its answer -> batches for the language model: of reports, or of questions."""
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from reaf_hsenet.config import Augmentation
-from reaf_hsenet.data.augment import augment_with_slices
-from reaf_hsenet.data.bad_volumes import Unreadable
 from reaf_hsenet.data.feature_cache import FeatureCache
 from reaf_hsenet.data.language import (
     IGNORED,
@@ -25,7 +13,7 @@ from reaf_hsenet.data.language import (
     language_example,
     question_text,
 )
-from reaf_hsenet.data.loader import empty_sample, part_unreadable, read_sample, read_slices, with_tensors
+from reaf_hsenet.data.loader import Sample, VolumeDataset, read_slices
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.questions import LIST_QUESTION, label_list, question_answer, questions, report_prompt
 from reaf_hsenet.data.text import clean_report
@@ -33,42 +21,15 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 
-@dataclass
-class LanguageBatch:
-    """ids, mask, labels: (B, T), labels -100 where nothing is learned. volume: (B, 1, D, H, W), or in its
-    place
-    features: (B, N, C) of every encoder. slices: (B, S, C) or None. index: rows of the data set; empty when
-    the one row is a stand-in, of whose tokens none is learned. bad: what could not be read. counts: rows of
-    every rank's batch.
-    """
+class LanguageDataset(VolumeDataset):
+    """task `mrg`: every volume with its report. A kind of questions: every one with its volume.
 
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
-    volume: Tensor | None
-    slices: Tensor | None
-    index: list[int]
-    features: list[Tensor] | None = None
-    bad: list[Unreadable] = field(default_factory=list)
-    counts: list[int] | None = None
-
-    def to(self, device: torch.device) -> "LanguageBatch":
-        return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "LanguageBatch":
-        return with_tensors(self, Tensor.pin_memory)
-
-
-class LanguageDataset(Dataset):
-    """task `mrg`: every volume with its report. Otherwise a kind of questions: every question with its
-    volume.
-
-    image_tokens: visual tokens that the model makes of a volume. max_text: tokens, image tokens included.
-    prompt: one for all reports, in place of the published ones that are drawn. cache: of the encoders'
-    features, read in place of volumes.
-    templates: of questions, in place of the tables' own. list_epochs: in these first epochs every row asks
-    for the list of its scan's labels. Where the tokenizer has tokens for labels, a report to be learned
-    begins with that list.
+    image_tokens: visual tokens that the model makes of a volume, which max_text includes.
+    prompt: one for all reports, in place of the published ones that are drawn.
+    cache: the encoders' features, read in place of volumes.
+    templates: of questions, in place of the tables' own.
+    list_epochs: in these first epochs every row asks for the list of its scan's labels. Where the tokenizer
+        has tokens for labels, a report to be learned begins with that list.
     """
 
     def __init__(
@@ -79,32 +40,23 @@ class LanguageDataset(Dataset):
         tokenizer: Tokenizer,
         image_tokens: int,
         max_text: int,
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
-        slices: bool = False,
-        slices_follow: bool = True,
         prompt: str | None = None,
         cache: FeatureCache | None = None,
         list_epochs: int = 0,
         templates: tuple[str, ...] | None = None,
+        **more,
     ):
-        self.manifest, self.entries, self.task = manifest, manifest.entries(split), task
-        self.rows = (
-            [(i, None) for i in range(len(self.entries))]
-            if task == "mrg"
-            else questions(manifest, split, task)
-        )
-        self.tokenizer, self.image_tokens, self.max_text = tokenizer, image_tokens, max_text
-        self.augmentation, self.seed, self.prompt, self.cache = augmentation, seed, prompt, cache
-        self.slices, self.slices_follow, self.list_epochs = slices, slices_follow, list_epochs
-        self.templates = templates
-        self.listed = LIST_END in tokenizer.ids
+        super().__init__(manifest, split, tokenizer, max_text, **more)
+        every = [(i, None) for i in range(len(self.entries))]
+        self.rows = every if task == "mrg" else questions(manifest, split, task)
+        self.task, self.image_tokens, self.prompt, self.cache = task, image_tokens, prompt, cache
+        self.list_epochs, self.templates, self.listed = list_epochs, templates, LIST_END in tokenizer.ids
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def name(self, row: int) -> str:
-        return self.entries[self.rows[row][0]]["id"]
+    def entry(self, row: int) -> dict:
+        return self.entries[self.rows[row][0]]
 
     def check_questions(self) -> None:
         """Raises InputError for a question of the tables that leaves no room for an answer: now, not when
@@ -125,7 +77,7 @@ class LanguageDataset(Dataset):
         """(question, answer) of a row, in an epoch of training; a report without quotes and brackets, as
         published.
         """
-        entry, asked = self.entries[self.rows[row][0]], self.rows[row][1]
+        entry, asked = self.entry(row), self.rows[row][1]
         if epoch is not None and epoch < self.list_epochs:
             return LIST_QUESTION, self.label_tokens(entry) if self.listed else label_list(
                 self.manifest, entry
@@ -139,54 +91,25 @@ class LanguageDataset(Dataset):
         present = zip(self.manifest.labels, entry["labels"], strict=True)
         return "".join(label_token(name) for name, value in present if value) + LIST_END
 
-    def __getitem__(self, key: tuple[int, int]):
-        epoch, row = key
-        rng = np.random.default_rng((self.seed, epoch, row))
-        entry = self.entries[self.rows[row][0]]
-        sample = self.read(entry)
-        if isinstance(sample, Unreadable):
-            return sample
-        volume, slices, features = sample
-        try:
-            prompt, answer = self.text(row, rng, epoch)
-            question = question_text(self.tokenizer, prompt, self.image_tokens)
-            example = language_example(self.tokenizer, question, answer, self.max_text)
-        except InputError as error:
-            return error  # raised by the main process: a worker's exception would carry its traceback
-        if self.augmentation is not None and volume is not None:
-            volume, following = augment_with_slices(volume, slices, self.augmentation, rng)
-            slices = following if self.slices_follow else slices
-        return example, volume, slices, row, features
+    def with_text(self, sample: Sample, epoch: int, rng: np.random.Generator) -> Sample:
+        prompt, answer = self.text(sample.row, rng, epoch)
+        question = question_text(self.tokenizer, prompt, self.image_tokens)
+        example = language_example(self.tokenizer, question, answer, self.max_text)
+        return self.augmented(sample._replace(text=example), rng)
 
-    def read(self, entry: dict) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None] | Unreadable:
-        """(volume, slices, features) of an entry, as far as this data set has them."""
-        if self.cache is None:
-            sample = read_sample(self.manifest, entry, self.slices)
-            return sample if isinstance(sample, Unreadable) else (*sample, None)
-        try:
-            return None, read_slices(self.manifest, entry) if self.slices else None, self.cache.read(entry)
-        except InputError as error:
-            return Unreadable(entry["id"], str(error))
+    def collate_text(self, texts: tuple[LanguageExample]) -> dict[str, Tensor]:
+        return dict(zip(("ids", "mask", "labels"), collate_examples(self.tokenizer, texts), strict=True))
 
-    def collate(self, items: list) -> LanguageBatch | InputError:
-        for item in items:
-            if isinstance(item, InputError):
-                return item
-        good, bad = part_unreadable(items)
-        examples, volumes, slices, index, features = zip(*(good or [self.stand_in()]), strict=True)
-        text = collate_examples(self.tokenizer, [LanguageExample(*e) for e in examples])
-        return LanguageBatch(
-            *text,
-            None if self.cache else torch.stack(volumes),
-            torch.stack(slices) if self.slices else None,
-            list(index) if good else [],
-            [torch.stack(encoder) for encoder in zip(*features, strict=True)] if self.cache else None,
-            bad,
-        )
-
-    def stand_in(self) -> tuple:
-        volume, slices = empty_sample(self.manifest, self.slices)
+    def empty_text(self) -> LanguageExample:
         question = question_text(self.tokenizer, LIST_QUESTION, self.image_tokens)
         ids = self.tokenizer.encode(question, self.max_text, special_tokens=False)
-        example = LanguageExample(ids, [1] * len(ids), [IGNORED] * len(ids))
-        return example, None if self.cache else volume, slices, -1, self.cache and self.cache.empty()
+        return LanguageExample(ids, [1] * len(ids), [IGNORED] * len(ids))
+
+    def read(self, entry: dict) -> tuple:
+        if self.cache is None:
+            return super().read(entry)
+        return None, read_slices(self.manifest, entry) if self.slices else None, self.cache.read(entry)
+
+    def empty(self) -> tuple:
+        volume, slices = super().empty()
+        return (volume, slices) if self.cache is None else (None, slices, self.cache.empty())

@@ -1,10 +1,13 @@
-"""Prepared volumes and reports -> batches. What a step sees depends on (seed, epoch, step), not on ranks
-or workers.
+"""Volumes with text -> batches. What a step sees depends on (seed, epoch, step), not on ranks or workers.
+
+`VolumeDataset` reads, augments and collates; a subclass gives the text: here a report for contrastive
+training, in language_loader.py a question with its answer.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,23 +22,26 @@ from reaf_hsenet.data.reading import load_tensor, read_input
 from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import named
-from reaf_hsenet.tokenizer.tokenizer import WordPiece
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass
 class Batch:
-    """volume: (B, 1, D, H, W) float32. ids, mask: (B, T). index: rows of the split; empty when the one row is
-    a stand-in.
+    """Samples of a rank, (B, ...). index: their rows of the data set; empty when the one row is a stand-in.
 
-    slices: (B, S, C) or None. bad: what could not be read. counts: rows of every rank's batch, where that is
-    known.
+    volume: (B, 1, D, H, W) float32. features: (B, N, C) of every encoder, in place of volumes. slices: (B, S,
+    C).
+    ids, mask: (B, T). labels: (B, T), -100 where nothing is learned; None in contrastive training.
+    bad: what could not be read. counts: rows of every rank's batch, where that is known.
     """
 
-    volume: Tensor
+    volume: Tensor | None
     ids: Tensor
     mask: Tensor
     index: list[int]
     slices: Tensor | None = None
+    labels: Tensor | None = None
+    features: list[Tensor] | None = None
     bad: list[Unreadable] = field(default_factory=list)
     counts: list[int] | None = None
 
@@ -43,93 +49,136 @@ class Batch:
         return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by torch's loader, which knows no dataclass. A copy from unpinned memory would wait for
-        the GPU.
-        """
+        """Called by torch's loader. A copy from memory that is not pinned would wait for the GPU."""
         return with_tensors(self, Tensor.pin_memory)
 
     def split(self, rows: int) -> list["Batch"]:
-        """Parts of `rows` volumes; the last may have fewer."""
+        """Return parts of `rows` volumes with their reports; the last may have fewer."""
         parts = [t.split(rows) for t in (self.volume, self.ids, self.mask)]
         index = [self.index[i : i + rows] for i in range(0, len(self.volume), rows)]
         slices = [None] * len(index) if self.slices is None else self.slices.split(rows)
         return [Batch(*p) for p in zip(*parts, index, slices, strict=True)]
 
 
-def with_tensors(batch, change: Callable[[Tensor], Tensor]):
-    """Return a copy of a batch, a dataclass, with every tensor changed, those in its lists too."""
+def with_tensors(value, change: Callable[[Tensor], Tensor]):
+    """Return a copy of a dataclass, list or tuple with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(with_tensors(part, change) for part in value)
+    if is_dataclass(value):
+        return replace(value, **{name: with_tensors(part, change) for name, part in vars(value).items()})
+    return value
 
-    def changed(value):
-        if isinstance(value, list):
-            return [changed(part) for part in value]
-        return change(value) if isinstance(value, Tensor) else value
 
-    return replace(batch, **{f.name: changed(getattr(batch, f.name)) for f in fields(batch)})
+class Sample(NamedTuple):
+    """Row `row` of a data set: what Batch holds of it, without the batch's axis. text: the subclass's own."""
+
+    row: int
+    volume: Tensor | None
+    slices: Tensor | None
+    features: list[Tensor] | None = None
+    text: object = None
 
 
-class CTReportDataset(Dataset):
-    """A split of a manifest. Items are asked for as (epoch, row): their randomness is a function of seed and
-    both.
+@dataclass(eq=False)
+class VolumeDataset(Dataset):
+    """A split of a manifest. An item (epoch, row) has its randomness from the seed and both.
 
-    slices: items carry slice features. slices_follow: a flip of the volume's depth reverses them (published:
-    not).
+    max_text: tokens of a text. slices: items carry slice features. slices_follow: a flip of the volume's
+    depth reverses them (published: not). A subclass gives `with_text(sample, epoch, rng)`,
+    `collate_text(texts)` and `empty_text()`.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        split: str,
-        tokenizer: WordPiece,
-        max_text: int,
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
-        style: str = "hsenet",
-        slices: bool = False,
-        slices_follow: bool = True,
-    ):
-        self.style, self.slices, self.slices_follow = style, slices, slices_follow
-        self.manifest, self.entries = manifest, manifest.entries(split)
-        self.tokenizer, self.max_text = tokenizer, max_text
-        self.augmentation, self.seed = augmentation, seed
+    manifest: Manifest
+    split: str
+    tokenizer: Tokenizer
+    max_text: int
+    augmentation: Augmentation | None = None
+    seed: int = 0
+    slices: bool = False
+    slices_follow: bool = True
+
+    def __post_init__(self):
+        self.entries = self.manifest.entries(self.split)
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def name(self, row: int) -> str:
-        return self.entries[row]["id"]
+    def entry(self, row: int) -> dict:
+        return self.entries[row]
 
-    def __getitem__(self, key: tuple[int, int]):
+    def name(self, row: int) -> str:
+        return self.entry(row)["id"]
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Unreadable | InputError:
+        """Return a sample, or the error: a worker's exception would carry its traceback."""
         epoch, row = key
         rng = np.random.default_rng((self.seed, epoch, row))
-        sample = read_sample(self.manifest, self.entries[row], self.slices)
-        if isinstance(sample, Unreadable):
+        try:
+            sample = Sample(row, *self.read(self.entry(row)))
+        except InputError as error:
+            return Unreadable(self.name(row), str(error))
+        try:
+            return self.with_text(sample, epoch, rng)
+        except InputError as error:
+            return error
+
+    def read(self, entry: dict) -> tuple:
+        """Return (volume, slices, features) of an entry, as far as this data set has them."""
+        return read_prepared(self.manifest, entry), read_slices(self.manifest, entry) if self.slices else None
+
+    def empty(self) -> tuple:
+        """Return what read gives, of zeros: for a rank that has no sample to compute."""
+        known = self.manifest.slices
+        slices = torch.zeros(known["slices"], known["width"]) if self.slices else None
+        return torch.zeros(1, *self.manifest.recipe.size), slices
+
+    def augmented(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        if self.augmentation is None or sample.volume is None:
             return sample
-        volume, slices = sample
-        if self.augmentation is not None:
-            volume, following = augment_with_slices(volume, slices, self.augmentation, rng)
-            slices = following if self.slices_follow else slices
-        item = volume, self.encode(self.entries[row]["text"], rng), row
-        return (*item, slices) if self.slices else item
+        volume, following = augment_with_slices(sample.volume, sample.slices, self.augmentation, rng)
+        return sample._replace(volume=volume, slices=following if self.slices_follow else sample.slices)
+
+    def collate(self, items: list) -> Batch | InputError:
+        if errors := [item for item in items if isinstance(item, InputError)]:
+            return errors[0]
+        good, bad = part_unreadable(items)
+        samples = good or [Sample(-1, *self.empty(), text=self.empty_text())]
+        index, volumes, slices, features, texts = zip(*samples, strict=True)
+        return Batch(
+            volume=None if volumes[0] is None else torch.stack(volumes),
+            slices=None if slices[0] is None else torch.stack(slices),
+            features=None if features[0] is None else [*map(torch.stack, zip(*features, strict=True))],
+            **self.collate_text(texts),
+            index=list(index) if good else [],
+            bad=bad,
+        )
+
+
+@dataclass(eq=False)
+class CTReportDataset(VolumeDataset):
+    """Volumes with their reports, which are cleaned and shortened as the method `style` does."""
+
+    style: str = "hsenet"
+
+    def with_text(self, sample: Sample, epoch: int, rng: np.random.Generator) -> Sample:
+        sample = self.augmented(sample, rng)
+        return sample._replace(text=self.encode(self.entry(sample.row)["text"], rng))
 
     def encode(self, text: str, rng: np.random.Generator) -> list[int]:
-        """The token ids of a report, cleaned and shortened as the method `style` does."""
+        """Return the token ids of a report."""
         if self.style == "reaf":
             return self.tokenizer.encode(plain_report(text), self.max_text)
         text = clean_report(text)
         text = shorten_report(text, self.max_text, lambda t: len(self.tokenizer.encode(t)), rng)
         return self.tokenizer.encode(text, self.max_text)
 
-    def collate(self, items: list) -> Batch:
-        good, bad = part_unreadable(items)
-        volumes, rows, index, *slices = zip(*(good or [self.stand_in()]), strict=True)
-        features = torch.stack(slices[0]) if slices else None
-        batch = self.tokenizer.batch(list(rows))
-        return Batch(torch.stack(volumes), *batch, list(index) if good else [], features, bad)
+    def collate_text(self, texts: tuple[list[int]]) -> dict[str, Tensor]:
+        return dict(zip(("ids", "mask"), self.tokenizer.batch(list(texts)), strict=True))
 
-    def stand_in(self) -> tuple:
-        volume, slices = empty_sample(self.manifest, self.slices)
-        item = volume, self.tokenizer.encode(""), -1
-        return (*item, slices) if self.slices else item
+    def empty_text(self) -> list[int]:
+        return self.tokenizer.encode("")
 
 
 def read_sample(manifest: Manifest, entry: dict, slices: bool) -> tuple[Tensor, Tensor | None] | Unreadable:
@@ -140,12 +189,6 @@ def read_sample(manifest: Manifest, entry: dict, slices: bool) -> tuple[Tensor, 
         return read_prepared(manifest, entry), read_slices(manifest, entry) if slices else None
     except InputError as error:
         return Unreadable(entry["id"], str(error))
-
-
-def empty_sample(manifest: Manifest, slices: bool) -> tuple[Tensor, Tensor | None]:
-    """What read_sample gives, of zeros: for a rank that has no sample to compute."""
-    features = torch.zeros(manifest.slices["slices"], manifest.slices["width"]) if slices else None
-    return torch.zeros(1, *manifest.recipe.size), features
 
 
 def part_unreadable(items: list) -> tuple[list, list[Unreadable]]:

@@ -5,12 +5,12 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from reaf_hsenet.data.loader import with_tensors
 from reaf_hsenet.errors import InputError
 
 ADVICE = (
@@ -45,8 +45,7 @@ class Collate:
         batch, worker = self.collate(items), get_worker_info()
         if worker is not None:
             try:
-                for tensor in _tensors(batch):
-                    tensor.share_memory_()
+                with_tensors(batch, Tensor.share_memory_)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 return InputError(f"loader worker {worker.id} (of {worker.num_workers}): {reason}; {ADVICE}")
@@ -113,16 +112,6 @@ def worker_deaths_named():
         raise InputError(
             f"loader{reason.removeprefix('DataLoader').split('. ')[0].rstrip('.')}; {ADVICE}"
         ) from error
-
-
-def _tensors(value) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-    elif is_dataclass(value):
-        yield from _tensors(list(vars(value).values()))
 
 
 def _leave_signals(worker: int) -> None:

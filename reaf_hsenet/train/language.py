@@ -8,8 +8,8 @@ from torch import Tensor
 from reaf_hsenet import distributed
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.feature_cache import FeatureCache, fill_cache
-from reaf_hsenet.data.language_loader import LanguageBatch, LanguageDataset
-from reaf_hsenet.data.loader import part_unreadable, read_sample
+from reaf_hsenet.data.language_loader import LanguageDataset
+from reaf_hsenet.data.loader import Batch, part_unreadable, read_sample
 from reaf_hsenet.data.samplers import InOrder
 from reaf_hsenet.data.workers import batches, make_loader
 from reaf_hsenet.distributed import Ranks
@@ -26,12 +26,12 @@ from reaf_hsenet.train.sharding import require_shardable
 from reaf_hsenet.train.training_state import PRECISIONS
 
 
-def encode(model: Mllm, batch: LanguageBatch) -> tuple[Tensor, Tensor]:
+def encode(model: Mllm, batch: Batch) -> tuple[Tensor, Tensor]:
     """(sum of the answers' cross-entropies, number of their tokens)."""
     return model(batch.ids, batch.mask, batch.labels, batch.volume, batch.slices, batch.features)
 
 
-def token_mean(outputs: tuple[Tensor, Tensor], batch: LanguageBatch, step: int) -> tuple[Tensor, dict]:
+def token_mean(outputs: tuple[Tensor, Tensor], batch: Batch, step: int) -> tuple[Tensor, dict]:
     """The mean over the answer tokens of all ranks' batches, as if one process had them all."""
     total, tokens = outputs
     share = distributed.mean_over_ranks(
