@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save
 
 from reaf_hsenet import distributed
-from reaf_hsenet.config import GENERATION
+from reaf_hsenet.config import CONTRASTIVE, GENERATION, LANGUAGE
 from reaf_hsenet.data.labels import load_label_set, manifest_labels, read_label_table
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
@@ -34,7 +34,7 @@ from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import read_templates
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import comparison, figures, language_scores, zeroshot
-from reaf_hsenet.evaluate.evaluate_flags import LANGUAGE, parse
+from reaf_hsenet.evaluate.evaluate_flags import parse
 from reaf_hsenet.evaluate.language_evaluation import asked_rows, fingerprint, generate_answers
 from reaf_hsenet.evaluate.retrieval_results import print_table, write_queries
 from reaf_hsenet.files import atomic_write, folder_lock, write_json
@@ -45,7 +45,7 @@ from reaf_hsenet.metrics.retrieval import cross_retrieval, cross_retrieval_per_s
 from reaf_hsenet.runs.answering import check_context, usual_new_tokens
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.embedding import embed
-from reaf_hsenet.runs.trained import DUAL, STAGES, Trained, is_published, load_trained
+from reaf_hsenet.runs.trained import Trained, is_published, load_trained
 from reaf_hsenet.script import run_script
 
 PRECISIONS = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -103,7 +103,7 @@ def find_data(args: argparse.Namespace, run: Trained, reports: bool) -> Manifest
 
 
 def dual_encoder(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    run = load_trained(args.run, args.checkpoint, DUAL, text_model=args.text_model)
+    run = load_trained(args.run, args.checkpoint, CONTRASTIVE, text_model=args.text_model)
     if ranks.main:
         say_checkpoint(args, run)
     manifest = find_data(args, run, reports=args.task == "retrieval")
@@ -210,7 +210,7 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     run = load_trained(
         args.run,
         args.checkpoint,
-        STAGES,
+        LANGUAGE,
         dtype=PRECISIONS[args.precision],
         text_model=args.text_model,
         decoder=args.decoder,

@@ -26,8 +26,8 @@ from reaf_hsenet.models.clip import adapt, build_dual_encoder
 from reaf_hsenet.models.packer import SpatialPacker
 from reaf_hsenet.models.positions import resample_3d
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.published import fusion_constants, open_source, published_run
-from reaf_hsenet.runs.trained import load_trained
+from reaf_hsenet.runs.published import fusion_constants, open_source
+from reaf_hsenet.runs.trained import load_trained, published_run
 from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.weights import names

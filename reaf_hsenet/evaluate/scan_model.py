@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet import distributed
-from reaf_hsenet.config import GENERATION, ClipConfig, GuidedVisionConfig, ReafVisionConfig, Recipe
+from reaf_hsenet.config import (
+    CONTRASTIVE,
+    GENERATION,
+    LANGUAGE,
+    ClipConfig,
+    GuidedVisionConfig,
+    ReafVisionConfig,
+    Recipe,
+)
 from reaf_hsenet.data.labels import LabelTable, load_label_set
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.slice_features import slices_wanted
@@ -32,7 +40,7 @@ from reaf_hsenet.evaluate.search_index import SearchIndex, read_index
 from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.generation import Sampling
-from reaf_hsenet.runs.trained import DUAL, STAGES, Trained, check_compiled, is_published, load_trained
+from reaf_hsenet.runs.trained import Trained, check_compiled, is_published, load_trained
 from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 
@@ -101,7 +109,7 @@ class ScanModel:
                     f"--{flag}: is of published weights; the run {folder} knows its own, leave it out"
                 )
             self.stage, self.data, self.made_of = values["stage"], values["data"], values.get("slices")
-            if self.stage not in (*DUAL, *STAGES):
+            if self.stage not in (*CONTRASTIVE, *LANGUAGE):
                 raise InputError(
                     f"{folder}: is a run of stage {self.stage!r}; expected one of clip1, clip2, mrg and vqa"
                 )
@@ -126,7 +134,7 @@ class ScanModel:
 
     @property
     def has_decoder(self) -> bool:
-        return self.stage in STAGES
+        return self.stage in LANGUAGE
 
     @cached_property
     def run(self) -> Trained:

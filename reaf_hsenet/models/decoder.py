@@ -11,18 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
-from reaf_hsenet.models.layers import FusedLinear, run_blocks
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean in float32."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+from reaf_hsenet.models.layers import FusedLinear, RMSNorm, run_blocks
 
 
 class Rope:

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from reaf_hsenet import __version__
-from reaf_hsenet.config import GuidedVisionConfig, ReafVisionConfig
+from reaf_hsenet.config import LANGUAGE, GuidedVisionConfig, ReafVisionConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write, write_json
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.runs.checkpoint import Run, weights_sha256
+from reaf_hsenet.runs.language import base_decoder
 from reaf_hsenet.runs.published import PublishedRun, open_source
-from reaf_hsenet.runs.trained import STAGES, Trained, base_decoder, is_published, load_source, load_trained
+from reaf_hsenet.runs.trained import Trained, is_published, load_source, load_trained
 from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.weights.adapters import adapter_state, save_adapter
@@ -101,7 +102,7 @@ def export(folder: Path, out: Path, kind: str, which: str | None = None) -> list
     format.
     """
     with new_folder(out):
-        language = Run(folder).read_config().get("stage") in STAGES
+        language = Run(folder).read_config().get("stage") in LANGUAGE
         if language and kind != "transformers":
             raise InputError(f"--format {kind}: {folder} is a language run; expected --format transformers")
         run = load_trained(folder, which)

@@ -4,32 +4,26 @@ evaluate.py, infer.py and train.py take a file or folder of published weights wh
 nothing is converted or written.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from reaf_hsenet.config import ClipConfig, GuidedVisionConfig, Recipe
+from reaf_hsenet.config import CONTRASTIVE, LANGUAGE, ClipConfig, Recipe, Size3
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import file_sha256, find_folder, fingerprint, is_hub_id, visible
-from reaf_hsenet.models.build import build_mllm, trained_state
+from reaf_hsenet.files import file_sha256, find_folder, is_hub_id
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
-from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.lora import merged_state
-from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.mllm_config import MllmConfig
-from reaf_hsenet.models.packed import pack
 from reaf_hsenet.runs.checkpoint import Choice, Run, weights_sha256
-from reaf_hsenet.runs.published import PublishedRun, open_source, published_run
+from reaf_hsenet.runs.published import PublishedRun, dual_encoder, open_source
 from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer, load_wordpiece
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, WordPiece
-from reaf_hsenet.weights.decoder import FILES, load_decoder, resize_vocabulary
-from reaf_hsenet.weights.files import SUFFIXES, State, load_strictly, require_fit
-
-DUAL, STAGES = ("clip1", "clip2"), ("mrg", "vqa")  # of dual encoders, of language models that see
+from reaf_hsenet.weights.files import SUFFIXES, State, check_finite, require_fit
+from reaf_hsenet.weights.published import Published
 
 
 @dataclass
@@ -44,7 +38,7 @@ class Trained:
     folder: Path
     stage: str
     preset: str
-    model: DualEncoder | Mllm
+    model: nn.Module
     config: ClipConfig | MllmConfig
     recipe: Recipe
     tokenizer: Tokenizer | WordPiece
@@ -59,8 +53,7 @@ class Trained:
     @property
     def guided(self) -> bool:
         """Whether volumes come with slice features."""
-        encoders = self.config.encoders if self.stage in STAGES else (self.config.vision,)
-        return any(isinstance(encoder, GuidedVisionConfig) for encoder in encoders)
+        return self.config.guided
 
     def sha256(self) -> str:
         """Return the hash of the weights, by which a run knows its teacher wherever that is moved to."""
@@ -80,7 +73,9 @@ class Trained:
         check_compiled(compiled, device)
         self.compiled = compiled
         self.model.to(device)
-        if device.type == "cpu" and self.stage in STAGES:
+        if device.type == "cpu" and self.stage in LANGUAGE:
+            from reaf_hsenet.models.packed import pack
+
             pack(self.model.decoder)
 
 
@@ -95,7 +90,7 @@ def check_compiled(compiled: bool, device: torch.device) -> None:
 def load_trained(
     name: Path | str,
     which: str | None = None,
-    stages: tuple[str, ...] = (*DUAL, *STAGES),
+    stages: tuple[str, ...] = (*CONTRASTIVE, *LANGUAGE),
     dtype: torch.dtype | None = None,
     text_model: str | None = None,
     decoder: str | None = None,
@@ -104,9 +99,9 @@ def load_trained(
     """Rebuild the model of a run, or of published weights: a file or a folder.
 
     Of a language model, what was trained is in the checkpoint, the rest where config.json points. which: the
-    checkpoint, as of Run.choose. stages: those expected, DUAL or STAGES. dtype: of a decoder; None keeps that
-    of its files. text_model, decoder, encoders: of published weights, see `published_run`. Raises InputError
-    when there is no such model, or when something does not fit, is absent or has changed since.
+    checkpoint, see Run.choose. stages: those expected, CONTRASTIVE or LANGUAGE. dtype: of a decoder; None
+    keeps that of its files. text_model, decoder, encoders: of published weights, see `published_run`. Raises
+    InputError when there is no such model, or when something does not fit, is absent or has changed since.
     """
     named = {"text_model": text_model, "decoder": decoder, "encoders": encoders}
     if is_published(Path(name)):
@@ -120,9 +115,9 @@ def load_trained(
     run = Run(name)
     values, source = run.read_config(), str(run.folder / "config.json")
     stage, origin = values.get("stage"), values.get("origin") or {}
-    if stage not in stages or stage not in (*DUAL, *STAGES):
+    if stage not in stages or stage not in (*CONTRASTIVE, *LANGUAGE):
         raise InputError(f"{name}: is a run of stage {stage!r}{_expected(stages)}")
-    language = stage in STAGES
+    language = stage in LANGUAGE
     config = from_dict(MllmConfig if language else ClipConfig, values["model"], source)
     tokenizer = load_tokenizer(run.folder) if language else _own_vocabulary(run.folder, config, origin)
     states = None
@@ -134,6 +129,8 @@ def load_trained(
     state, checkpoint = run.load_model(which)
     weights = checkpoint.folder / "model.safetensors"
     if language:
+        from reaf_hsenet.runs.language import build_language_model  # with the decoder
+
         model = build_language_model(config, origin, state, states, str(weights), dtype)
     else:
         model = build_encoders(config, state, str(weights))
@@ -155,9 +152,9 @@ def load_trained(
 
 
 def _expected(stages: tuple[str, ...]) -> str:
-    if stages == DUAL:
+    if stages == CONTRASTIVE:
         return "; expected a dual encoder, stage clip1 or clip2"
-    return f"{', which has no decoder' if stages == STAGES else ''}; expected one of {', '.join(stages)}"
+    return f"{', which has no decoder' if stages == LANGUAGE else ''}; expected one of {', '.join(stages)}"
 
 
 def _own_vocabulary(folder: Path, config: ClipConfig, origin: dict) -> WordPiece:
@@ -184,6 +181,8 @@ def _load_published(
     if language:
         hashes, states = _encoders_beneath(published)
         origin |= {"decoder": published.decoder, "encoders": [{"sha256": sha256} for sha256 in hashes]}
+        from reaf_hsenet.runs.language import build_language_model
+
         model = build_language_model(published.config, origin, published.state, states, source.name, dtype)
     else:
         text_model = named["text_model"]
@@ -206,11 +205,56 @@ def _load_published(
     )
 
 
+def published_run(
+    source: Published,
+    text_model: str | None = None,
+    size: Size3 | None = None,
+    slice_encoder: str | None = None,
+    decoder: str | None = None,
+    encoders: str | None = None,
+    stage: str | None = None,
+) -> PublishedRun:
+    """Complete a published checkpoint.
+
+    text_model: folder or hub id with the text encoder's vocab.txt, by default the checkpoint's own folder.
+    size: of the input, in place of its own; position tables are resampled. slice_encoder: file, folder or hub
+    id of what makes the slice features of a 2E3 encoder. decoder, encoders, stage: of packers and adapters
+    only; what they stand on, see `language_model`. Raises InputError for all that does not fit.
+    """
+    own = {"decoder": decoder, "encoders": encoders, "stage": stage}
+    if source.family.kind == "language":
+        if decoder is None or encoders is None:
+            raise InputError(
+                f"{source.name}: holds packers and adapters only; name what they stand on: --decoder "
+                "microsoft/Phi-4-mini-instruct --encoders HSENET-2E3-CLIP"
+            )
+        if size:
+            raise InputError("--size: packers are made for one grid of patches; leave it out")
+    else:
+        for flag, value in own.items():
+            if value is not None:
+                raise InputError(
+                    f"--{flag}: is of HSENet's packers and adapters; {source.name} is {source.family.name}, "
+                    f"leave it out"
+                )
+        if source.family.kind != "dual":
+            raise InputError(
+                f"{source.name}: is {source.family.name}, which is not converted; use it with: "
+                f"{source.family.uses[0]}"
+            )
+    check_finite(source.tensors, source.name)
+    if source.family.kind == "dual":
+        return dual_encoder(source, text_model, size, slice_encoder)
+    from reaf_hsenet.runs.language import language_model
+
+    return language_model(source, decoder, encoders, stage or "mrg", text_model, slice_encoder)
+
+
 def _encoders_beneath(published: PublishedRun) -> tuple[list[str], list[State]]:
     """Return hashes and tensors of the dual encoders that published packers stand on."""
     if isinstance(published.beneath[-1], PublishedRun):  # one file has both
         return [file_sha256(published.beneath[-1].source.file)], [run.state for run in published.beneath]
-    runs = [load_trained(path, stages=DUAL) for path in published.beneath]
+    runs = [load_trained(path, stages=CONTRASTIVE) for path in published.beneath]
     return [run.sha256() for run in runs], [merged_state(run.model) for run in runs]
 
 
@@ -231,10 +275,10 @@ def load_source(path: Path | str, text_model: str | None, sha256: str | None = N
     had; the checkpoint with these is taken, whichever the path names now.
     """
     if is_published(Path(path)):
-        return load_trained(path, stages=DUAL, text_model=text_model)
+        return load_trained(path, stages=CONTRASTIVE, text_model=text_model)
     run = Run(path)
     had = run.holding(sha256) if sha256 else None
-    return load_trained(run.folder if had else path, had, DUAL)
+    return load_trained(run.folder if had else path, had, CONTRASTIVE)
 
 
 def locate_run(name: str) -> Path:
@@ -258,53 +302,6 @@ def build_encoders(config: ClipConfig, state: State, source: str) -> DualEncoder
     model = build()
     model.load_state_dict(state)
     return model.eval()
-
-
-def build_language_model(
-    config: MllmConfig,
-    origin: dict,
-    state: State,
-    encoders: Iterable[State] | None,
-    source: str,
-    dtype: torch.dtype | None,
-) -> Mllm:
-    """Build a language model. state: what was trained; encoders: dual encoders' tensors, if not among it."""
-    model = build_mllm(config, None if config.full else base_decoder(config, origin, dtype))
-    if encoders is not None:
-        fill_encoders(model, encoders, source)
-    load_strictly(model, state, source, trained_state(model))
-    if dtype is not None:
-        model.decoder.to(dtype)
-    return model.eval()
-
-
-def base_decoder(config: MllmConfig, origin: dict, dtype: torch.dtype | None = None) -> Decoder:
-    """Load the published decoder below adapters or training, with rows for the added tokens."""
-    known = origin["decoder"]
-    kind, of = "fingerprint", fingerprint
-    if kind not in known:  # earlier versions
-        kind, of = "sha256", file_sha256
-    if decoder_hashes(known["name"], of) != known[kind]:
-        raise InputError(
-            f"{known['name']}: its weights are not those that the run was trained on; fetch that revision"
-        )
-    decoder = load_decoder(known["name"], dtype, int8=config.int8)
-    resize_vocabulary(decoder, config.decoder.vocab, known["added"])
-    return decoder
-
-
-def decoder_hashes(name: str, of: Callable[[Path], str]) -> dict[str, str]:
-    """Return a hash of each file of a decoder folder's weights; of: file_sha256, which reads all, or
-    fingerprint.
-    """
-    return {path.name: of(path) for path in visible(find_folder(name, FILES), "*.safetensors")}
-
-
-def fill_encoders(model: Mllm, states: Iterable[State], source: str) -> None:
-    """Fill the vision encoders with the vision part of dual encoders' tensors."""
-    for encoder, state in zip(model.encoders, states, strict=True):
-        vision = {n.removeprefix("vision."): t for n, t in state.items() if n.startswith("vision.")}
-        load_strictly(encoder, vision, source)
 
 
 def encoder_states(sources: list[dict]) -> Iterator[dict[str, Tensor]]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from reaf_hsenet.models.clip import DualEncoder
-from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.reaf import REAF
 from reaf_hsenet.models.vit3d import ViT3D
 
@@ -66,8 +65,11 @@ def calibrate(
 
 
 @torch.no_grad()
-def calibrate_tokens(model: Mllm, volumes: Tensor, slices: Tensor | None, chunk: int = 32) -> None:
-    """Standardise the patch tokens that projectors see, on volumes (n, 1, D, H, W) and slices (n, S, C)."""
+def calibrate_tokens(model: nn.Module, volumes: Tensor, slices: Tensor | None, chunk: int = 32) -> None:
+    """Standardise the patch tokens that the projectors of an Mllm see.
+
+    volumes: (n, 1, D, H, W). slices: (n, S, C) or None.
+    """
     model.eval()
     parts = volumes.split(chunk)
     guides = [None] * len(parts) if slices is None else slices.split(chunk)

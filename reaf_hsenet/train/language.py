@@ -16,7 +16,8 @@ from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.build import build_mllm, trained_state
 from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.runs.trained import base_decoder, encoder_states, fill_encoders
+from reaf_hsenet.runs.language import base_decoder, fill_encoders
+from reaf_hsenet.runs.trained import encoder_states
 from reaf_hsenet.train.calibration import calibrate_tokens
 from reaf_hsenet.train.command import Command
 from reaf_hsenet.train.job import Job

@@ -17,7 +17,8 @@ from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.lora import merged_state
 from reaf_hsenet.models.mllm_config import TINY_KERNEL, MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.trained import Trained, decoder_hashes, load_trained
+from reaf_hsenet.runs.language import decoder_hashes
+from reaf_hsenet.runs.trained import Trained, load_trained
 from reaf_hsenet.settings import changed
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits

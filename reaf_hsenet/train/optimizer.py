@@ -5,7 +5,7 @@ import math
 from torch import nn
 
 from reaf_hsenet.config import TrainConfig
-from reaf_hsenet.models.decoder import RMSNorm
+from reaf_hsenet.models.layers import RMSNorm
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from reaf_hsenet import distributed
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.models.mllm import Mllm
 
 
 def require_shardable(ranks: Ranks, full: bool, precision: str, compiled: bool) -> None:
@@ -39,7 +38,7 @@ def require_shardable(ranks: Ranks, full: bool, precision: str, compiled: bool) 
         )
 
 
-def shard(model: Mllm, ranks: Ranks, dtype: torch.dtype | None) -> None:
+def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype | None) -> None:
     """Share the parameters of `model`, which every rank holds whole, between the ranks, on their devices.
 
     dtype: the decoder and the projectors are gathered and computed in it; gradients are reduced, and the

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.conversion import FORMATS, export, write_run
-from reaf_hsenet.runs.published import open_source, published_run
+from reaf_hsenet.runs.published import open_source
+from reaf_hsenet.runs.trained import published_run
 from reaf_hsenet.script import Command, Parser, run_script
 from reaf_hsenet.weights.files import summary
 

@@ -34,7 +34,8 @@ from reaf_hsenet.evaluate.zeroshot import load_prompts
 from reaf_hsenet.models.decoder_config import DecoderConfig
 from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.published import open_source, published_run
+from reaf_hsenet.runs.published import open_source
+from reaf_hsenet.runs.trained import published_run
 from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.weights.adapters import adapter_settings
