@@ -17,7 +17,7 @@ from reaf_hsenet.data.loader import _load
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.prepare import Options, differs, prepare
 from reaf_hsenet.data.reading import load_tensor, read_input
-from reaf_hsenet.data.sources.datasets import read_nifti_folder
+from reaf_hsenet.data.sources.nifti import read_nifti_folder
 from reaf_hsenet.data.workers import batches
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.search_index import SearchIndex

@@ -17,7 +17,8 @@ import pytest
 
 from conftest import ROOT, error_line, script
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.data.sources.datasets import read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
+from reaf_hsenet.data.sources.nifti import read_nifti_folder
 from reaf_hsenet.errors import InputError
 
 SMALL = ("--size", 16, 32, 32)

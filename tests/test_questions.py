@@ -18,7 +18,7 @@ from reaf_hsenet.data.questions import (
     report_prompts,
     templates,
 )
-from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 from reaf_hsenet.data.sources.radgenome import KINDS
 from reaf_hsenet.errors import InputError
 

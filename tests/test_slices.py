@@ -25,7 +25,7 @@ from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
 from reaf_hsenet.data.slice_features import add_slice_features, normalise
 from reaf_hsenet.data.slices import SLICE_RECIPES, axial_slices, fit, slice_images, through_jpeg
-from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 from reaf_hsenet.data.volume import Volume, read_volume
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder

@@ -7,7 +7,7 @@ from pathlib import Path
 from reaf_hsenet import distributed
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.presets import TINY_RECIPES
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from reaf_hsenet.data.sources.tables import csv_rows
+from reaf_hsenet.data.sources.tables import csv_rows, nifti_stem
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import visible
 
@@ -54,12 +54,12 @@ def read_questions(
         table = folder / f"{split}_vqa_{kind}.csv"
         unknown: Counter[str] = Counter()
         rows = (
-            csv_rows(table, COLUMNS[kind], _column, lambda cell: _stem(cell).lower() in ids)
+            csv_rows(table, COLUMNS[kind], _column, lambda cell: nifti_stem(cell).lower() in ids)
             if table.is_file()
             else ()
         )
         for line, cells in rows:
-            name = _stem(cells["volumename"].strip())
+            name = nifti_stem(cells["volumename"].strip())
             if name.lower() not in ids:
                 unknown[name] += 1
                 continue
@@ -85,10 +85,6 @@ def refusal(refused: list[Refused], advice: str) -> InputError:
     names = list(dict.fromkeys(volume for path, volume, _ in refused if path == table))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return InputError(f"{table}: {', '.join(names[:3])}{more}: {reason}; {advice}")
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _column(name: str) -> str:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from reaf_hsenet.data.reading import ENDINGS, ending, stem
-from reaf_hsenet.data.sources.datasets import Case, Source, label_row
+from reaf_hsenet.data.sources.datasets import Case, DataSet, Source, label_row
 from reaf_hsenet.data.sources.tables import Volumes, given, read_csv
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json, visible
@@ -174,3 +174,6 @@ def _read_labels(
             if volume is not None and labels.setdefault(volume, label) != label:
                 raise InputError(f"{path}: another row than {name} says otherwise of {volume}; keep one")
     return labels
+
+
+REAF = DataSet("reaf", read_reaf, recipe="reaf")

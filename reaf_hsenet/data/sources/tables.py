@@ -127,6 +127,11 @@ def plain_path(name: str, where: str) -> str:
     return str(path)
 
 
+def nifti_stem(name: str) -> str:
+    """Return a file's name without .nii.gz or .nii."""
+    return name.removesuffix(".gz").removesuffix(".nii")
+
+
 class Volumes:
     """Finds which of some volumes the path in a table means.
 
