@@ -295,8 +295,8 @@ def test_a_file_with_the_longest_name_is_prepared(tmp_path):
         (("reading", "assume_orientation"), "LLS", "assume_orientation 'LLS': expected axis codes"),
         (("splits", "train", 0, "table"), [], "table is"),
         (("splits", "train", 0, "table"), {"spacing": 3, "slope": 1, "intercept": 0}, "table is"),
-        (("splits", "train", 0, "source", "file"), 3, "file of source is"),
-        (("splits", "train", 0, "source", "rescale"), {}, "rescale of source is"),
+        (("splits", "train", 0, "source", "file"), 3, "source is {'file': 3"),
+        (("splits", "train", 0, "source", "rescale"), {}, "source is"),
         (("splits", "train", 0, "text"), "half \udc80", "text is"),
     ],
 )

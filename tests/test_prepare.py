@@ -446,8 +446,11 @@ def spoil_manifest(folder: Path, change) -> None:
     ("change", "words"),
     [
         (lambda v: v.update(schema=0), "schema 0, expected 1"),
-        (lambda v: v.pop("recipe"), "'recipe' is missing"),
-        (lambda v: v["splits"]["train"][0].pop("text"), "'text' is missing"),
+        (lambda v: v.pop("recipe"), "Manifest lacks recipe.*; prepare the data set again"),
+        (
+            lambda v: v["splits"]["train"][0].pop("text"),
+            "train entry 0: text is 'missing'; prepare the data set again",
+        ),
         (lambda v: v["splits"]["train"].append(v["splits"]["train"][0]), "listed twice"),
         (lambda v: v["splits"].update(train=[]), "train split is empty"),
         (lambda v: v["splits"]["train"][0].update(text=" "), "report of train_1_a_1 is empty"),

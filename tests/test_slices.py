@@ -321,8 +321,8 @@ def test_features_are_replaced_when_that_is_asked_for(done, encoder, provenance,
         ),
         (lambda v: v["slices"].update(width="24"), "width of its slice features is '24'"),
         (lambda v: v["slices"].pop("slices"), "slices of its slice features is None"),
-        (lambda v: v.update(slices=3), "sha256 of its slice features is None"),
-        (lambda v: v["splits"]["train"][0].update(slices=3), "slices of train_1_a_1 is 3; expected a path"),
+        (lambda v: v.update(slices=3), "slices of Manifest is 3; expected dict"),
+        (lambda v: v["splits"]["train"][0].update(slices=3), "train entry 0: slices is 3"),
     ],
 )
 def test_a_manifest_whose_features_are_of_nobody_is_refused(done, change, words):
