@@ -61,9 +61,7 @@ def named(path: Path, problem: str = "is truncated or damaged", advice: str = ""
 
 
 def is_text(value: str) -> bool:
-    """Return whether a string is text: neither bytes that are not UTF-8 nor a JSON's lone half of a
-    character is.
-    """
+    """Return whether a string has neither bytes that are not UTF-8 nor a JSON's half of a character."""
     return not re.search("[\ud800-\udfff]", value)
 
 
@@ -115,17 +113,13 @@ def read_object(path: Path) -> dict:
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """Return the sorted files below `folder` that match, without hidden ones such as the ._NAME that
-    macOS writes.
-    """
+    """Return the sorted files below `folder` that match, without hidden ones such as ._NAME of macOS."""
     found = Path(folder).glob(pattern)
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes. A file that has not changed is read once by a process, however
-    often it is asked.
-    """
+    """Return the sha256 of a file's bytes. A process reads an unchanged file once."""
     found = Path(path).stat()
     return _sha256(str(Path(path).absolute()), found.st_ino, found.st_size, found.st_mtime_ns)
 
@@ -194,9 +188,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def find_folder(name: str, patterns: list[str]) -> Path:
-    """A local folder as it is; ORGANISATION/NAME[@REVISION] from the Hugging Face hub, the files that
-    match only.
-    """
+    """Return a local folder, or the folder of a hub id ORGANISATION/NAME[@REVISION], fetched."""
     if Path(name).is_dir():
         return Path(name)
     if not is_hub_id(name):

@@ -35,9 +35,7 @@ NOT_READABLE = (
 
 @dataclass(frozen=True)
 class Geometry:
-    """axes: codes such as ("L", "P", "S"), the side that each stored axis runs to. spacing: mm along each
-    of them.
-    """
+    """axes: codes such as ("L", "P", "S"), the side each stored axis runs to. spacing: mm along each."""
 
     axes: tuple[str, str, str]
     spacing: tuple[float, float, float]
@@ -68,9 +66,7 @@ def read_header(data: bytes, path: Path) -> nib.Nifti1Header:
 
 
 def _place_voxels(header: nib.Nifti1Header, data: bytes) -> None:
-    """Let vox_offset 0 of a single file mean the end of the header. Raises ValueError for an offset
-    inside of it.
-    """
+    """Set a vox_offset of 0 to the end of the header. Raises ValueError for one inside the header."""
     start, first, at = int(header["vox_offset"]), header.single_vox_offset, header.sizeof_hdr
     integers, end = header.endianness + "ii", first
     # Behind the header, where its flag says so, extensions follow one another: size, code, content.

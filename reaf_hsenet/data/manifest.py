@@ -190,9 +190,7 @@ def _settings(recipe: dict, keys: list[str]) -> str:
 
 
 def different_slices(have: dict, want: dict) -> str:
-    """The settings in which two provenances of slice features differ, as text; the encoder's name says
-    nothing.
-    """
+    """Return the settings, but for the encoder's name, in which slice features differ, as text."""
     return ", ".join(k for k in want if k != "encoder" and k in have and have[k] != want[k])
 
 

@@ -106,9 +106,7 @@ def question_answer(
 def question_text(
     kind: str, abnormality: str, anatomy: str, rng: np.random.Generator, own: tuple[str, ...] | None = None
 ) -> str:
-    """A template of the kind, or one of `own`, filled. Of an anatomy such as "lung/right lung" the last
-    part is named.
-    """
+    """Fill a template of the kind, or one of `own`, with the abnormality and the last part of the anatomy."""
     anatomy = anatomy.split("/")[-1].strip()
     words = abnormality, SPOKEN.get(anatomy.lower(), anatomy)
     text = _draw(own or templates(kind), rng)

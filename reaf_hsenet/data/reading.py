@@ -79,9 +79,7 @@ class SlicesWanted:
 def read_input(
     path: Path, recipe: Recipe, reading: Reading = Reading(), table: TableRow = NO_TABLE
 ) -> tuple[np.ndarray, dict]:
-    """((1, D, H, W) float32 of recipe.size, record of what the file held). Raises InputError, naming the
-    file.
-    """
+    """Return (1, D, H, W) float32 of recipe.size, and a record of what the file held."""
     volume, _, record = read_source(path, recipe, None, reading, table)
     return volume, record
 

@@ -43,9 +43,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class TableRow:
-    """What a metadata table says of a volume: (x, y, z) spacing in mm, and the rescale slope and
-    intercept.
-    """
+    """A metadata table's (x, y, z) spacing in mm, and its rescale slope and intercept."""
 
     spacing: tuple[float, float, float] | None = None
     slope: float | None = None
@@ -122,9 +120,7 @@ def _open(path: Path) -> tuple[nib.Nifti1Header, bytes]:
 
 
 def unpacked(path: Path) -> bytes:
-    """A .gz file's content. Raises EOFError or OSError for a damaged one, and for one that holds far more
-    than it is.
-    """
+    """Return the content of a .gz file. Raises OSError for one that holds far more than it is."""
     size = path.stat().st_size
     most = 1000 * 2**20 + MOST_UNPACKED * size
     with gzip.open(path) as file:
@@ -155,9 +151,7 @@ def _voxels(header: nib.Nifti1Header, data: bytes, path: Path) -> np.ndarray:
 
 
 def finite(voxels: np.ndarray, path: Path) -> np.ndarray:
-    """Return the voxels as float32. Raises InputError for NaN, infinity, and numbers beyond float32,
-    which become infinity.
-    """
+    """Return the voxels as float32. Raises InputError for NaN, infinity, and numbers beyond float32."""
     with np.errstate(over="ignore"):
         voxels = voxels.astype(np.float32, copy=False)
     if bad := voxels.size - int(np.count_nonzero(np.isfinite(voxels))):

@@ -53,9 +53,7 @@ class Collate:
 
 
 def batches(loader: DataLoader, device: torch.device, tolerant: bool = False) -> Iterator:
-    """The loader's batches on `device`. Raises the InputError of a sample, and, unless `tolerant`, the
-    reason why one could not be read.
-    """
+    """Give batches on `device`. Raises a sample's InputError, unless `tolerant` also what is unreadable."""
     # What a loader process had sent and no longer holds open, when it dies before torch has noticed.
     cut_off = (EOFError, ConnectionError, FileNotFoundError) if loader.num_workers else ()
     source = iter(loader)
@@ -75,9 +73,7 @@ def batches(loader: DataLoader, device: torch.device, tolerant: bool = False) ->
 
 @atexit.register
 def _end_workers() -> None:
-    """End what an exception has left running. They swallow the one SIGTERM that Python would send them,
-    and it would then wait for them forever.
-    """
+    """Kill the workers that an exception has left running: they ignore the one SIGTERM of Python."""
     _quiet_deaths()
     for process in multiprocessing.active_children():
         process.kill()

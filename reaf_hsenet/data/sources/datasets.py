@@ -49,9 +49,7 @@ class Source:
     text: str = "findings"
 
     def by_id(self) -> dict[str, Case]:
-        """Return all cases. Raises InputError when two have one id or one file, and for an id that leaves
-        its folder.
-        """
+        """Return all cases. Raises InputError for an id that is no path, and an id or file of two."""
         cases: dict[str, Case] = {}
         files: dict[tuple[int, int], Case] = {}
         for case in (case for split in self.splits.values() for case in split):
@@ -102,9 +100,7 @@ def only_csv(root: Path, columns: str) -> Path:
 def label_row(
     table: dict[str, dict[str, str]], name: str, names: tuple[str, ...], path: Path
 ) -> tuple[int, ...] | None:
-    """The labels of a volume; None when the table has no row of it. Raises InputError unless all are 0 or
-    1.
-    """
+    """Return the labels of a volume, if it has a row. Raises InputError unless all are 0 or 1."""
     row = table.get(name)
     if row is None:
         return None

@@ -78,9 +78,7 @@ def read_questions(
 
 
 def refusal(refused: list[Refused], advice: str) -> InputError:
-    """The error of a table's rows that cannot be used: the first table, its first volumes and their
-    reason.
-    """
+    """Return the error of the rows that cannot be used: the first table and its first volumes."""
     table, _, reason = refused[0]
     names = list(dict.fromkeys(volume for path, volume, _ in refused if path == table))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -106,9 +106,7 @@ def _read_split(folder: Path, on_disk: dict[str, Path], labels: dict[str, tuple[
 
 
 def _read_reports(folder: Path, on_disk: dict[str, Path]) -> dict[str, Answers]:
-    """Answers by the id of the volume (its path below volumes/ without ending), or of the image where
-    that is absent.
-    """
+    """Return the answers by the id of their volume, or the name of an image that is absent."""
     files = visible(folder, "*.json")
     if not files:
         raise InputError(f"{folder}: has no .json file; expected REAF's reports, image and conversations")
