@@ -2,44 +2,28 @@
 time writes into a folder, and folders of the Hugging Face hub.
 """
 
-import csv
 import fcntl
 import hashlib
 import json
 import os
-import pickle
 import re
 import socket
 import stat
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from tokenize import TokenError
 from typing import IO
 
-from safetensors import SafetensorError
-
 from reaf_hsenet.errors import InputError, OutputError, one_line
-
-# What numpy, torch, safetensors, csv, json, zlib and nibabel raise for files that are not what their name
-# says.
-DAMAGED = (
-    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
-    *(RuntimeError, MemoryError, SyntaxError, TokenError, struct.error, zlib.error, csv.Error),
-    *(zipfile.BadZipFile, pickle.UnpicklingError, SafetensorError),
-)
 
 
 @contextmanager
 def named(path: Path, problem: str = "is truncated or damaged", advice: str = "") -> Iterator[None]:
     """Turn whatever a reader of `path` raises inside the block into an InputError that names the file.
 
-    The message is `PATH: problem (the reader's words); advice`. A pipe, which could block for ever, is not
-    opened.
+    The message is `PATH: problem (the reader's words); advice`. A damaged file makes numpy, torch, nibabel
+    and others raise nearly any exception. A pipe, which could block for ever, is not opened.
     """
     path, then = Path(path), advice and f"; {advice}"
     try:
@@ -52,10 +36,11 @@ def named(path: Path, problem: str = "is truncated or damaged", advice: str = ""
         raise InputError(f"{path}: no such file{then.replace('delete it and ', '')}") from error
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}){then}") from error
-    except DAMAGED as error:
-        if str(error).startswith(
-            "DataLoader worker (pid"
-        ):  # raised by torch's signal handler, in the midst of anything
+    except InputError:
+        raise
+    except Exception as error:
+        # torch's signal handler raises this one in the midst of anything.
+        if str(error).startswith("DataLoader worker (pid"):
             raise
         raise InputError(f"{path}: {problem} ({one_line(error)}){then}") from error
 

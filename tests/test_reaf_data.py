@@ -580,8 +580,8 @@ def test_one_id_in_two_splits_is_refused(tree):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rescale": "twice"}, "rescale 'twice': expected one of auto"),
-        ({"orientation": "up"}, "orientation 'up': expected one of header"),
+        ({"rescale": "twice"}, "rescale of Reading is 'twice'; expected Literal.*auto"),
+        ({"orientation": "up"}, "orientation of Reading is 'up'; expected Literal.*header"),
         ({"slices": 3}, "has no setting slices"),
     ],
 )

@@ -12,6 +12,7 @@ import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import nibabel as nib
 import numpy as np
@@ -22,13 +23,12 @@ from reaf_hsenet.data.header import geometry, read_header
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import named
 
-RESCALES = ("auto", "header", "metadata", "none")
-ORIENTATIONS = ("header", "stored")
+Rescale = Literal["auto", "header", "metadata", "none"]
+Orientation = Literal["header", "stored"]
+RESCALES, ORIENTATIONS = get_args(Rescale), get_args(Orientation)
 HEADER_BYTES = 2**20  # a header and its extensions
-BODY, LEAST_BODY = (
-    (-200.0, 250.0),
-    0.04,
-)  # HU of a body's middle value; its share of the voxels, in a small child's scan
+BODY = (-200.0, 250.0)  # HU of a body's middle value
+LEAST_BODY = 0.04  # its share of the voxels, in a small child's scan
 MOST_UNPACKED = 100  # bytes of voxels from a byte of gzip: a CT has 2 to 10, one value repeated 1,000
 
 
@@ -53,8 +53,8 @@ class TableRow:
 def read_volume(
     path: Path,
     table: TableRow = TableRow(),
-    rescale: str = "auto",
-    orientation: str = "header",
+    rescale: Rescale = "auto",
+    orientation: Orientation = "header",
     assume_orientation: str | None = None,
     header: str = "check",
 ) -> Volume:

@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int, pin: bool = Fa
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=Collate(dataset),
+        collate_fn=partial(_collate, dataset),
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
@@ -32,24 +33,20 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int, pin: bool = Fa
     )
 
 
-class Collate:
-    """A data set's collate. In a loader process the batch is moved to shared memory here, where that can
-    still fail with a message: later, in the thread that sends it, a full /dev/shm would lose the batch and
-    the run would wait forever.
+def _collate(dataset: Dataset, items: list):
+    """Return the batch of some items, in a loader process in shared memory.
+
+    Sent from memory of its own, in a thread of torch's, a full /dev/shm would lose it and the run would wait
+    forever. Here the failure still has a message.
     """
-
-    def __init__(self, dataset: Dataset):
-        self.collate = dataset.collate
-
-    def __call__(self, items: list):
-        batch, worker = self.collate(items), get_worker_info()
-        if worker is not None:
-            try:
-                with_tensors(batch, Tensor.share_memory_)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                return InputError(f"loader worker {worker.id} (of {worker.num_workers}): {reason}; {ADVICE}")
-        return batch
+    batch, worker = dataset.collate(items), get_worker_info()
+    if worker is not None:
+        try:
+            with_tensors(batch, Tensor.share_memory_)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            return InputError(f"loader worker {worker.id} (of {worker.num_workers}): {reason}; {ADVICE}")
+    return batch
 
 
 def batches(loader: DataLoader, device: torch.device, tolerant: bool = False) -> Iterator:

@@ -655,7 +655,7 @@ TRAIN = [
         change("data/manifest.json", "reading", value={"rescale": "maybe"}),
         CLIP1,
         2,
-        "manifest.json: rescale 'maybe': expected one of",
+        "manifest.json: rescale of Reading is 'maybe'",
     ),
     Fault(
         "manifest that lists a volume twice",
