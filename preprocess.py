@@ -26,20 +26,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from reaf_hsenet.config import FITS, RECIPES
+from reaf_hsenet.data.each_volume import Refused
 from reaf_hsenet.data.header import HEADERS
+from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
 from reaf_hsenet.data.questions import add_questions
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.slices import SLICE_RECIPES, SLICES, require_pillow
-from reaf_hsenet.data.sources.bimcv import read_bimcv
-from reaf_hsenet.data.sources.datasets import Source, read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.sources.bimcv import BIMCV_R
+from reaf_hsenet.data.sources.ct_rate import CT_RATE
+from reaf_hsenet.data.sources.nifti import NIFTI
 from reaf_hsenet.data.sources.radgenome import KINDS
-from reaf_hsenet.data.sources.reaf_dataset import read_reaf
+from reaf_hsenet.data.sources.reaf_dataset import REAF
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, axis_codes
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.presets import TINY_RECIPES
 from reaf_hsenet.script import Parser, run_script
+
+# A row is all that a data set needs here; its file below data/sources/ says the rest.
+PHANTOM = replace(CT_RATE, name="phantom", recipes=TINY_RECIPES, slice_recipe="phantom")
+DATASETS = {dataset.name: dataset for dataset in (PHANTOM, CT_RATE, NIFTI, REAF, BIMCV_R)}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -47,22 +54,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
-        choices=("phantom", "ct-rate", "nifti", "reaf", "bimcv-r", "radgenome"),
+        choices=(*DATASETS, "radgenome"),
         help="may be left out with --slices, for volumes that OUT holds already",
     )
     data.add_argument(
         "--root", type=Path, help="folder of the raw data (phantom: where it is written, default OUT/raw)"
     )
     data.add_argument("--out", type=Path, required=True, help="folder to write")
-    data.add_argument(
-        "--csv",
-        type=Path,
-        help="nifti: table with the columns id and text (optional: scan, split); bimcv-r: with path and "
-        "Report_en",
-    )
-    data.add_argument(
-        "--impressions", action="store_true", help="ct-rate: add the impressions to the findings"
-    )
+    for name in dict.fromkeys(name for dataset in DATASETS.values() for name in dataset.flags):
+        owners = {d.name: d.flags[name] for d in DATASETS.values() if name in d.flags and d is not PHANTOM}
+        text = "; ".join(f"{owner}: {settings['help']}" for owner, settings in owners.items())
+        data.add_argument(f"--{name}", **{**next(iter(owners.values())), "help": text})
     data.add_argument(
         "--questions",
         nargs="+",
@@ -154,38 +156,43 @@ def main(argv: list[str]) -> int:
         raise InputError(
             "--dataset is missing; say which, or give --slices ENCODER for volumes that --out holds already"
         )
-    features = slice_step(args)
-    step = join_questions if args.dataset == "radgenome" else prepare_volumes
-    refused = step(args) if args.dataset else []
-    refused += features()
+    add_features = slice_step(args)
+    prepare_data = join_questions if args.dataset == "radgenome" else prepare_volumes
+    refused = []
+    try:
+        for step in (lambda: prepare_data(args) if args.dataset else [], add_features):
+            found = step()
+            report_refused(args.out, found)
+            refused += found
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None
     return 3 if refused and not args.allow_refused else 0
 
 
-def prepare_volumes(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """The volumes, or a list of the files as they are. Returns what was refused."""
-    name = args.recipe or ("reaf" if args.dataset == "reaf" else "hsenet")
+def prepare_volumes(args: argparse.Namespace) -> Refused:
+    """Prepare the volumes, or list the files as they are. Returns what was refused."""
+    dataset = DATASETS[args.dataset]
     changes = {k: tuple(v) for k in ("size", "spacing", "window") if (v := getattr(args, k)) is not None}
-    if args.dataset == "bimcv-r" and name == "hsenet":
-        changes.setdefault("spacing", None)  # published: BIMCV-R keeps its own grid
     if args.fit:
         changes["fit"] = args.fit
-    recipe = replace((TINY_RECIPES if args.dataset == "phantom" else RECIPES)[name], **changes)
+    recipe = replace(dataset.recipes[args.recipe or dataset.recipe], **changes)
     reading = Reading(args.rescale, args.orientation, args.assume_orientation, args.header)
     options = Options(recipe, reading, args.dtype)
-    try:
-        source = read_source(args)
-        if args.as_is:
-            manifest, refused = list_as_is(source, args.out, options)
-        else:
-            manifest, refused = prepare(source, args.out, options, args.workers)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None
-    report(manifest, refused)
+    if dataset is PHANTOM:
+        args.root = args.root or args.out / "raw"
+        sizes = args.train_size, args.valid_size
+        write_phantom_dataset(args.root, *sizes, args.seed, tuple(args.shape), args.workers, progress=True)
+    source = dataset.read(required_root(args), **{name: getattr(args, name) for name in dataset.flags})
+    if args.as_is:
+        manifest, refused = list_as_is(source, args.out, options)
+    else:
+        manifest, refused = prepare(source, args.out, options, args.workers)
+    report(manifest)
     return refused
 
 
-def join_questions(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """RadGenome's questions for the volumes that --out holds. Returns what was refused."""
+def join_questions(args: argparse.Namespace) -> Refused:
+    """Add RadGenome's questions to the volumes that --out holds. Returns what was refused."""
     manifest, refused = add_questions(
         args.out, required_root(args), tuple(args.questions), args.allow_refused
     )
@@ -194,18 +201,13 @@ def join_questions(args: argparse.Namespace) -> list[tuple[str, str]]:
             split: sum(row["kind"] == kind for entry in entries for row in entry.get("qa", ()))
             for split, entries in manifest.splits.items()
         }
-        print(
-            f"{manifest.name}: questions of {kind}: "
-            f"{', '.join(f'{n} {split}' for split, n in counts.items())}"
-        )
-    report_refused(args.out, refused)
+        listed = ", ".join(f"{n} {split}" for split, n in counts.items())
+        print(f"{manifest.name}: questions of {kind}: {listed}")
     return refused
 
 
-def slice_step(args: argparse.Namespace) -> Callable[[], list[tuple[str, str]]]:
-    """The step that adds slice features, to be called when there are volumes; its encoder is read here
-    already.
-    """
+def slice_step(args: argparse.Namespace) -> Callable[[], Refused]:
+    """Return the step that adds slice features, for when there are volumes. Its encoder is read here."""
     if args.slices is None:
         for name in ("slice_batch", "slice_recipe", "jpeg_slices", "replace_slices", "device"):
             if getattr(args, name) not in (None, False):
@@ -222,37 +224,18 @@ def slice_step(args: argparse.Namespace) -> Callable[[], list[tuple[str, str]]]:
     from reaf_hsenet.weights.slice_encoder import load_slice_encoder
 
     device = distributed.start(args.device).device
-    recipe = args.slice_recipe or {"phantom": "phantom", "bimcv-r": "bimcv"}.get(args.dataset, "hsenet")
-    encoder, provenance = load_slice_encoder(args.slices, args.jpeg_slices, recipe)
+    usual = DATASETS[args.dataset].slice_recipe if args.dataset in DATASETS else "hsenet"
+    encoder, provenance = load_slice_encoder(args.slices, args.jpeg_slices, args.slice_recipe or usual)
 
-    def step() -> list[tuple[str, str]]:
-        try:
-            refused = add_slice_features(
-                args.out, encoder, provenance, args.workers, device, batch=batch, replace=args.replace_slices
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None
+    def step() -> Refused:
+        refused = add_slice_features(
+            args.out, encoder, provenance, args.workers, device, batch=batch, replace=args.replace_slices
+        )
         made = f"({SLICES}, {encoder.width}) slice features of {args.slices}"
         print(f"{args.out / 'manifest.json'}: {made}, sha256 {provenance['sha256'][:12]}")
-        report_refused(args.out, refused)
         return refused
 
     return step
-
-
-def read_source(args: argparse.Namespace) -> Source:
-    if args.dataset == "phantom":
-        root = args.root or args.out / "raw"
-        write_phantom_dataset(
-            root, args.train_size, args.valid_size, args.seed, tuple(args.shape), args.workers, progress=True
-        )
-        return read_ct_rate(root, args.impressions)
-    root = required_root(args)
-    if args.dataset == "ct-rate":
-        return read_ct_rate(root, args.impressions)
-    if args.dataset == "reaf":
-        return read_reaf(root)
-    return (read_bimcv if args.dataset == "bimcv-r" else read_nifti_folder)(root, args.csv)
 
 
 def required_root(args: argparse.Namespace) -> Path:
@@ -261,30 +244,22 @@ def required_root(args: argparse.Namespace) -> Path:
     return args.root
 
 
-def report(manifest, refused) -> None:
+def report(manifest: Manifest) -> None:
     counts = ", ".join(f"{len(entries)} {split}" for split, entries in manifest.splits.items())
-    print(
-        f"{manifest.folder / 'manifest.json'}: {counts} volumes of {manifest.recipe.size}, "
-        f"{manifest.recipe.name}"
-    )
-    heads = sum(not entry.get("chest", True) for entries in manifest.splits.values() for entry in entries)
-    if heads:
+    size, name = manifest.recipe.size, manifest.recipe.name
+    print(f"{manifest.folder / 'manifest.json'}: {counts} volumes of {size}, {name}")
+    if heads := sum(not entry.get("chest", True) for entry in manifest.all_entries()):
         print(
             f"{heads} volumes are no chests by the data set's own metadata/no_chest_*.txt: kept, as "
             "published, and marked in the manifest",
             file=sys.stderr,
         )
-    decisions = Counter(
-        entry["source"].get("rescale", "decided when read").split(" (")[0]
-        for split in manifest.splits.values()
-        for entry in split
-    )
-    for decision, count in decisions.most_common():
+    decided = [e["source"].get("rescale", "decided when read") for e in manifest.all_entries()]
+    for decision, count in Counter(text.split(" (")[0] for text in decided).most_common():
         print(f"  rescale, {count} volumes: {decision}")
-    report_refused(manifest.folder, refused)
 
 
-def report_refused(folder: Path, refused: list[tuple[str, str]]) -> None:
+def report_refused(folder: Path, refused: Refused) -> None:
     for path, reason in refused[:10]:
         print(f"refused: {path}: {reason}", file=sys.stderr)
     if refused:

@@ -34,7 +34,7 @@ from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.data.slice_features import add_slice_features
-from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.models.clip import DualEncoder, build_dual_encoder
 from reaf_hsenet.models.slice_encoder import SliceEncoder

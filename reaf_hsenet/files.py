@@ -2,44 +2,28 @@
 time writes into a folder, and folders of the Hugging Face hub.
 """
 
-import csv
 import fcntl
 import hashlib
 import json
 import os
-import pickle
 import re
 import socket
 import stat
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from tokenize import TokenError
 from typing import IO
 
-from safetensors import SafetensorError
-
 from reaf_hsenet.errors import InputError, OutputError, one_line
-
-# What numpy, torch, safetensors, csv, json, zlib and nibabel raise for files that are not what their name
-# says.
-DAMAGED = (
-    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
-    *(RuntimeError, MemoryError, SyntaxError, TokenError, struct.error, zlib.error, csv.Error),
-    *(zipfile.BadZipFile, pickle.UnpicklingError, SafetensorError),
-)
 
 
 @contextmanager
 def named(path: Path, problem: str = "is truncated or damaged", advice: str = "") -> Iterator[None]:
     """Turn whatever a reader of `path` raises inside the block into an InputError that names the file.
 
-    The message is `PATH: problem (the reader's words); advice`. A pipe, which could block for ever, is not
-    opened.
+    The message is `PATH: problem (the reader's words); advice`. A damaged file makes numpy, torch, nibabel
+    and others raise nearly any exception. A pipe, which could block for ever, is not opened.
     """
     path, then = Path(path), advice and f"; {advice}"
     try:
@@ -52,18 +36,17 @@ def named(path: Path, problem: str = "is truncated or damaged", advice: str = ""
         raise InputError(f"{path}: no such file{then.replace('delete it and ', '')}") from error
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}){then}") from error
-    except DAMAGED as error:
-        if str(error).startswith(
-            "DataLoader worker (pid"
-        ):  # raised by torch's signal handler, in the midst of anything
+    except InputError:
+        raise
+    except Exception as error:
+        # torch's signal handler raises this one in the midst of anything.
+        if str(error).startswith("DataLoader worker (pid"):
             raise
         raise InputError(f"{path}: {problem} ({one_line(error)}){then}") from error
 
 
 def is_text(value: str) -> bool:
-    """Return whether a string is text: neither bytes that are not UTF-8 nor a JSON's lone half of a
-    character is.
-    """
+    """Return whether a string has neither bytes that are not UTF-8 nor a JSON's half of a character."""
     return not re.search("[\ud800-\udfff]", value)
 
 
@@ -115,17 +98,13 @@ def read_object(path: Path) -> dict:
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """Return the sorted files below `folder` that match, without hidden ones such as the ._NAME that
-    macOS writes.
-    """
+    """Return the sorted files below `folder` that match, without hidden ones such as ._NAME of macOS."""
     found = Path(folder).glob(pattern)
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes. A file that has not changed is read once by a process, however
-    often it is asked.
-    """
+    """Return the sha256 of a file's bytes. A process reads an unchanged file once."""
     found = Path(path).stat()
     return _sha256(str(Path(path).absolute()), found.st_ino, found.st_size, found.st_mtime_ns)
 
@@ -194,9 +173,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def find_folder(name: str, patterns: list[str]) -> Path:
-    """A local folder as it is; ORGANISATION/NAME[@REVISION] from the Hugging Face hub, the files that
-    match only.
-    """
+    """Return a local folder, or the folder of a hub id ORGANISATION/NAME[@REVISION], fetched."""
     if Path(name).is_dir():
         return Path(name)
     if not is_hub_id(name):

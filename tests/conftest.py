@@ -56,7 +56,7 @@ def prepared(phantom_root, tmp_path_factory) -> Path:
 
     from reaf_hsenet.config import RECIPES
     from reaf_hsenet.data.prepare import Options, prepare
-    from reaf_hsenet.data.sources.datasets import read_ct_rate
+    from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 
     out = tmp_path_factory.mktemp("prepared") / "data"
     recipe = replace(RECIPES["hsenet"], size=(16, 32, 32))

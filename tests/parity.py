@@ -36,7 +36,7 @@ from reaf_hsenet.data.labels import load_label_set  # noqa: E402
 from reaf_hsenet.data.preprocessing import preprocess, resampled_grid  # noqa: E402
 from reaf_hsenet.data.slice_features import normalise  # noqa: E402
 from reaf_hsenet.data.slices import SLICE_RECIPES, axial_slices, fit, through_jpeg  # noqa: E402
-from reaf_hsenet.data.sources.datasets import read_ct_rate  # noqa: E402
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate  # noqa: E402
 from reaf_hsenet.data.volume import Volume, read_volume  # noqa: E402
 from reaf_hsenet.metrics.classification import classification_report  # noqa: E402
 from reaf_hsenet.metrics.retrieval import cross_retrieval, label_overlap  # noqa: E402

@@ -2,13 +2,22 @@
 what is not there.
 """
 
+import csv
 import json
 import os
+import pickle
+import struct
 import zipfile
+import zlib
+from tokenize import TokenError
 
 import numpy as np
 import pytest
 import torch
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+from safetensors import SafetensorError
 
 from conftest import error_line, script
 from reaf_hsenet.config import RECIPES
@@ -17,11 +26,11 @@ from reaf_hsenet.data.loader import _load
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.prepare import Options, differs, prepare
 from reaf_hsenet.data.reading import load_tensor, read_input
-from reaf_hsenet.data.sources.datasets import read_nifti_folder
+from reaf_hsenet.data.sources.nifti import read_nifti_folder
 from reaf_hsenet.data.workers import batches
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.search_index import SearchIndex
-from reaf_hsenet.files import DAMAGED, named, read_json
+from reaf_hsenet.files import named, read_json
 from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 from reaf_hsenet.weights.files import read_weights_file
@@ -111,9 +120,16 @@ def test_an_npy_header_of_any_damage_is_one_line(tmp_path, header):
         _load(tmp_path / "x.npy", "run preprocess.py again")
 
 
-@pytest.mark.parametrize(
-    "error", [*DAMAGED, RecursionError, UnicodeDecodeError], ids=lambda kind: kind.__name__
+# What numpy, torch, safetensors, csv, json, zlib and nibabel raise for files that are damaged.
+DAMAGED = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    *(RuntimeError, MemoryError, SyntaxError, TokenError, struct.error, zlib.error, csv.Error),
+    *(zipfile.BadZipFile, pickle.UnpicklingError, SafetensorError, HeaderDataError, RecursionError),
+    *(UnicodeDecodeError, ImageFileError, WrapStructError),
 )
+
+
+@pytest.mark.parametrize("error", DAMAGED, ids=lambda kind: kind.__name__)
 def test_whatever_a_reader_raises_names_the_file(tmp_path, error):
     (tmp_path / "x").write_text("")
     made = error("utf-8", b"", 0, 1, "two\nlines") if error is UnicodeDecodeError else error("two\nlines")
@@ -295,8 +311,8 @@ def test_a_file_with_the_longest_name_is_prepared(tmp_path):
         (("reading", "assume_orientation"), "LLS", "assume_orientation 'LLS': expected axis codes"),
         (("splits", "train", 0, "table"), [], "table is"),
         (("splits", "train", 0, "table"), {"spacing": 3, "slope": 1, "intercept": 0}, "table is"),
-        (("splits", "train", 0, "source", "file"), 3, "file of source is"),
-        (("splits", "train", 0, "source", "rescale"), {}, "rescale of source is"),
+        (("splits", "train", 0, "source", "file"), 3, "source is {'file': 3"),
+        (("splits", "train", 0, "source", "rescale"), {}, "source is"),
         (("splits", "train", 0, "text"), "half \udc80", "text is"),
     ],
 )

@@ -83,7 +83,7 @@ def test_every_question_is_one_of_the_users_drawn_uniformly(published):
         ),
         ("a.json", '{"location": [3]}', "3 is no question"),
         ("a.json", "{", "a.json: is not valid JSON"),
-        ("none.py", None, "none.py: cannot be read"),
+        ("none.py", None, "none.py: no such file"),
     ],
 )
 def test_a_file_that_has_none_is_one_line(tmp_path, name, text, words):

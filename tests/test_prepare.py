@@ -17,7 +17,8 @@ import pytest
 
 from conftest import ROOT, error_line, script
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.data.sources.datasets import read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
+from reaf_hsenet.data.sources.nifti import read_nifti_folder
 from reaf_hsenet.errors import InputError
 
 SMALL = ("--size", 16, 32, 32)
@@ -445,8 +446,11 @@ def spoil_manifest(folder: Path, change) -> None:
     ("change", "words"),
     [
         (lambda v: v.update(schema=0), "schema 0, expected 1"),
-        (lambda v: v.pop("recipe"), "'recipe' is missing"),
-        (lambda v: v["splits"]["train"][0].pop("text"), "'text' is missing"),
+        (lambda v: v.pop("recipe"), "Manifest lacks recipe.*; prepare the data set again"),
+        (
+            lambda v: v["splits"]["train"][0].pop("text"),
+            "train entry 0: text is 'missing'; prepare the data set again",
+        ),
         (lambda v: v["splits"]["train"].append(v["splits"]["train"][0]), "listed twice"),
         (lambda v: v["splits"].update(train=[]), "train split is empty"),
         (lambda v: v["splits"]["train"][0].update(text=" "), "report of train_1_a_1 is empty"),

@@ -13,7 +13,7 @@ from conftest import ROOT
 from reaf_hsenet import progress
 from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 from reaf_hsenet.presets import TINY_RECIPES
 from reaf_hsenet.progress import progress_bar
 from test_train import finished, keep_signal_handlers, run_copy, tiny  # noqa: F401

@@ -8,7 +8,7 @@ import pytest
 from conftest import error_line, script
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.questions import add_questions
-from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 from reaf_hsenet.data.sources.radgenome import read_questions
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.metrics.vqa import ANATOMIES, anatomy_of

@@ -23,7 +23,8 @@ from reaf_hsenet.data.prepare import Options, list_as_is, prepare
 from reaf_hsenet.data.preprocessing import preprocess, resampled_grid
 from reaf_hsenet.data.reading import Reading, read_input
 from reaf_hsenet.data.samplers import GlobalBatches
-from reaf_hsenet.data.sources.datasets import read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
+from reaf_hsenet.data.sources.nifti import read_nifti_folder
 from reaf_hsenet.data.sources.reaf_dataset import read_reaf
 from reaf_hsenet.data.volume import read_volume
 from reaf_hsenet.data.workers import batches, make_loader
@@ -579,8 +580,8 @@ def test_one_id_in_two_splits_is_refused(tree):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rescale": "twice"}, "rescale 'twice': expected one of auto"),
-        ({"orientation": "up"}, "orientation 'up': expected one of header"),
+        ({"rescale": "twice"}, "rescale of Reading is 'twice'; expected Literal.*auto"),
+        ({"orientation": "up"}, "orientation of Reading is 'up'; expected Literal.*header"),
         ({"slices": 3}, "has no setting slices"),
     ],
 )

@@ -258,7 +258,7 @@ def test_other_checkpoints_are_refused_by_name(state, words):
 @pytest.fixture(scope="module")
 def prepared_reaf(phantom_root, tmp_path_factory) -> Path:
     """The small phantoms in REAF's recipe at 16 x 32 x 32."""
-    from reaf_hsenet.data.sources.datasets import read_ct_rate
+    from reaf_hsenet.data.sources.ct_rate import read_ct_rate
     from reaf_hsenet.presets import TINY_RECIPES
 
     out = tmp_path_factory.mktemp("prepared") / "reaf"

@@ -25,7 +25,7 @@ from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
 from reaf_hsenet.data.slice_features import add_slice_features, normalise
 from reaf_hsenet.data.slices import SLICE_RECIPES, axial_slices, fit, slice_images, through_jpeg
-from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 from reaf_hsenet.data.volume import Volume, read_volume
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
@@ -322,8 +322,8 @@ def test_features_are_replaced_when_that_is_asked_for(done, encoder, provenance,
         ),
         (lambda v: v["slices"].update(width="24"), "width of its slice features is '24'"),
         (lambda v: v["slices"].pop("slices"), "slices of its slice features is None"),
-        (lambda v: v.update(slices=3), "sha256 of its slice features is None"),
-        (lambda v: v["splits"]["train"][0].update(slices=3), "slices of train_1_a_1 is 3; expected a path"),
+        (lambda v: v.update(slices=3), "slices of Manifest is 3; expected dict"),
+        (lambda v: v["splits"]["train"][0].update(slices=3), "train entry 0: slices is 3"),
     ],
 )
 def test_a_manifest_whose_features_are_of_nobody_is_refused(done, change, words):

@@ -17,7 +17,7 @@ import train
 from published import BERT, HEADS
 from reaf_hsenet.config import RECIPES
 from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.answered_rows import AnsweredRows
 from reaf_hsenet.runs.trained import load_trained

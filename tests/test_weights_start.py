@@ -13,7 +13,7 @@ import train
 from published import BERT, HEADS
 from reaf_hsenet.config import RECIPES, VisionConfig
 from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.data.sources.datasets import read_ct_rate
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.positions import resample_3d
 from reaf_hsenet.presets import PRESETS

@@ -12,8 +12,10 @@ import pytest
 
 from reaf_hsenet.data.labels import read_label_table
 from reaf_hsenet.data.sources.bimcv import read_bimcv
-from reaf_hsenet.data.sources.datasets import Case, Source, read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
+from reaf_hsenet.data.sources.datasets import Case, Source
 from reaf_hsenet.data.sources.hsenet_json import read_hsenet_json
+from reaf_hsenet.data.sources.nifti import read_nifti_folder
 from reaf_hsenet.data.sources.radgenome import read_questions
 from reaf_hsenet.data.sources.reaf_dataset import read_reaf
 from reaf_hsenet.data.sources.tables import Volumes, csv_rows, given

@@ -602,7 +602,7 @@ def test_labels_are_found_by_the_last_part_of_an_id_and_under_any_ending(tmp_pat
 
 
 def test_test_volumes_need_no_report(prepared, tmp_path):
-    from reaf_hsenet.data.sources.datasets import read_nifti_folder
+    from reaf_hsenet.data.sources.nifti import read_nifti_folder
 
     (tmp_path / "scans").mkdir()
     for name in "ab":

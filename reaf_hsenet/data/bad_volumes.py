@@ -37,9 +37,7 @@ class BadVolumes:
         self.new: list[Unreadable] = []
 
     def agree(self, met: Iterable[Unreadable]) -> None:
-        """Called by all ranks together, each with what it met. Raises InputError on all of them beyond
-        the limit.
-        """
+        """Share what each rank met. Raises InputError on all beyond the limit. All ranks call it together."""
         for one in (one for part in distributed.gather_objects(list(met)) for one in part):
             if one.id in self.found:
                 continue
@@ -52,9 +50,7 @@ class BadVolumes:
                 say(f"left out, {len(self.found)} of --max-bad {self.limit}: {one.id}: {one.reason}")
 
     def check(self, manifest: Manifest, splits: list[str], slices: bool) -> None:
-        """Manifest.check, its looking shared by the ranks: volumes and slice features that are absent or
-        cut are bad.
-        """
+        """Call Manifest.check, shared by the ranks: absent or cut volumes and slice features are bad."""
         met = []
         for split in splits:
             manifest.check_reports(split)

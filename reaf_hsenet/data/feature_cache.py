@@ -18,8 +18,7 @@ from reaf_hsenet.data.bad_volumes import BadVolumes, Unreadable
 from reaf_hsenet.data.loader import read_sample
 from reaf_hsenet.data.manifest import Manifest, origin
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import atomic_write
+from reaf_hsenet.files import atomic_write, named
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.progress import progress_bar
 from reaf_hsenet.settings import to_dict
@@ -53,15 +52,11 @@ class FeatureCache:
             return False
 
     def read(self, entry: dict) -> list[Tensor]:
-        """(N, C) of every encoder. Raises InputError when the file is gone or damaged."""
-        try:
-            with safe_open(self.path(entry), "pt") as file:
+        """Return (N, C) of every encoder. Raises InputError when the file is gone or damaged."""
+        path = self.path(entry)
+        with named(path, "cannot be read", "start again with --resume, which makes it again"):
+            with safe_open(path, "pt") as file:
                 return [file.get_tensor(name) for name in sorted(file.keys(), key=int)]
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{self.path(entry)}: cannot be read ({error}); start again with --resume, which makes it "
-                f"anew"
-            ) from error
 
     def empty(self) -> list[Tensor]:
         """What read gives, of zeros."""

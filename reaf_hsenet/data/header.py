@@ -9,35 +9,29 @@ Source of the fields: nifti1.h, https://nifti.nimh.nih.gov.
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import io_orientation, ornt2axcodes
 
-from reaf_hsenet.errors import InputError, one_line
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import named
 
-HEADERS = ("check", "sform", "qform", "pixdim", "none")
+Believed = Literal["check", "sform", "qform", "pixdim", "none"]
+HEADERS = get_args(Believed)
 MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # metre, mm, micron; other codes of xyzt_units say nothing: mm
 SPACING_TOLERANCE = 0.01  # relative; less is rounding
 MOST_SHEAR = 0.01  # cosine between two axes: a slice 300 mm off stands 3 mm aside
 QUATERNION_TOLERANCE = 1e-4  # of the squared length, which float32 rounds by less than 1e-6
 MOST_EXTENSION_CODE = 128  # those given out so far end at 44, and are even
 SMALLEST, LARGEST = 50.0, 4000.0  # mm of the longest side: no chest is smaller, no scanner's table longer
-NOT_READABLE = (
-    nib.filebasedimages.ImageFileError,
-    nib.spatialimages.HeaderDataError,
-    nib.wrapstruct.WrapStructError,
-    OSError,
-    ValueError,
-    OverflowError,
-)
+NOT_READABLE = "is not a readable NIfTI file"
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """axes: codes such as ("L", "P", "S"), the side that each stored axis runs to. spacing: mm along each
-    of them.
-    """
+    """axes: codes such as ("L", "P", "S"), the side each stored axis runs to. spacing: mm along each."""
 
     axes: tuple[str, str, str]
     spacing: tuple[float, float, float]
@@ -50,7 +44,7 @@ def read_header(data: bytes, path: Path) -> nib.Nifti1Header:
     """
     second = data[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
     kind = nib.Nifti2Header if second else nib.Nifti1Header
-    try:
+    with named(path, NOT_READABLE):
         header = kind(data[: kind.sizeof_hdr], check=False)
         # nibabel mends some headers, a negative spacing among them; this one is as it stands in the file.
         declared = header["pixdim"][1:4]
@@ -62,15 +56,11 @@ def read_header(data: bytes, path: Path) -> nib.Nifti1Header:
         _round_quaternion(header)
         header.check_fix()
         header.get_slope_inter()
-    except NOT_READABLE as error:
-        raise InputError(f"{path}: is not a readable NIfTI file ({one_line(error)})") from error
     return header
 
 
 def _place_voxels(header: nib.Nifti1Header, data: bytes) -> None:
-    """Let vox_offset 0 of a single file mean the end of the header. Raises ValueError for an offset
-    inside of it.
-    """
+    """Set a vox_offset of 0 to the end of the header. Raises ValueError for one inside the header."""
     start, first, at = int(header["vox_offset"]), header.single_vox_offset, header.sizeof_hdr
     integers, end = header.endianness + "ii", first
     # Behind the header, where its flag says so, extensions follow one another: size, code, content.
@@ -151,10 +141,8 @@ def _affines(header: nib.Nifti1Header, path: Path) -> dict[str, np.ndarray]:
     if header["sform_code"] > 0:
         found["sform"] = header.get_sform()
     if header["qform_code"] > 0:
-        try:
+        with named(path, f"{NOT_READABLE}, by its qform"):
             found["qform"] = header.get_qform()
-        except NOT_READABLE as error:
-            raise InputError(f"{path}: is not a readable NIfTI file (its qform: {error})") from error
     return found
 
 

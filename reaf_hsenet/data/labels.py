@@ -56,9 +56,7 @@ class LabelTable:
         }
 
     def values(self, ids: list[str], columns: list[list[str]]) -> np.ndarray:
-        """(N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume, and values
-        not 0 or 1.
-        """
+        """Return (N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume."""
         rows = self._rows(ids)
         found = [
             [any([self._value(i, row, c) for c in group]) for group in columns]
@@ -67,9 +65,7 @@ class LabelTable:
         return np.array(found, dtype=bool)
 
     def _rows(self, ids: list[str]) -> list[dict]:
-        """Return the volumes' rows: tables may know nothing of the folders that volumes lie in, or more
-        of them.
-        """
+        """Return the volumes' rows, whose names may have other folders than the volumes."""
         volumes, found = Volumes(self.known or ids), {}
         for name, row in self.rows.items():
             if lost := next(
@@ -113,9 +109,7 @@ def manifest_labels(manifest: Manifest, split: str) -> LabelTable:
 
 
 def read_label_table(path: Path, known: Iterable[str] = ()) -> LabelTable:
-    """A csv with an id column of KEYS (volume names with or without ending) and a column a label. known:
-    as of LabelTable.
-    """
+    """Read a csv with an id column of KEYS and a column a label. known: as of LabelTable."""
     path = Path(path)
     rows: dict[str, dict] = {}
     key, header = None, []

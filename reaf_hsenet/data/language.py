@@ -20,9 +20,7 @@ LIST_END = "<list_end>"  # in vocabularies of models that name the labels before
 
 
 class LanguageExample(NamedTuple):
-    """Token ids, attention mask and labels of one question with its answer, unpadded lists of equal
-    length.
-    """
+    """Token ids, attention mask and labels of a question with its answer: lists of equal length."""
 
     ids: list[int]
     mask: list[int]
@@ -30,9 +28,7 @@ class LanguageExample(NamedTuple):
 
 
 def add_image_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Ids of ADDED_TOKENS, after the tokenizer's own. [SEG] alone is an ordinary token, which decoded
-    text keeps.
-    """
+    """Add ADDED_TOKENS and return their ids. [SEG] is an ordinary token, which decoded text keeps."""
     return tokenizer.add_tokens(list(ADDED_TOKENS[:-1])) + tokenizer.add_tokens(
         [ADDED_TOKENS[-1]], special=False
     )

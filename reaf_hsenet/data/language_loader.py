@@ -59,9 +59,7 @@ class LanguageDataset(VolumeDataset):
         return self.entries[self.rows[row][0]]
 
     def check_questions(self) -> None:
-        """Raises InputError for a question of the tables that leaves no room for an answer: now, not when
-        its row is reached.
-        """
+        """Raise InputError for a question of the tables that leaves no room for an answer."""
         rows = enumerate(self.rows) if self.templates is None else ()
         own = {
             asked["question"]: self.name(row) for row, (_, asked) in rows if asked and asked.get("question")
@@ -74,9 +72,7 @@ class LanguageDataset(VolumeDataset):
                 raise InputError(f"{self.manifest.name}: {name}: {error}") from error
 
     def text(self, row: int, rng: np.random.Generator, epoch: int | None = None) -> tuple[str, str]:
-        """(question, answer) of a row, in an epoch of training; a report without quotes and brackets, as
-        published.
-        """
+        """Return (question, answer) of a row. As published, a report has no quotes and brackets."""
         entry, asked = self.entry(row), self.rows[row][1]
         if epoch is not None and epoch < self.list_epochs:
             return LIST_QUESTION, self.label_tokens(entry) if self.listed else label_list(

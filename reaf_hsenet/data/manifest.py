@@ -1,23 +1,21 @@
 """The manifest of a data set: manifest.json, beside volumes/*.npy or of source files as they are.
 
-{"schema": 1, "dataset": ..., "recipe": {...}, "dtype": "float16" (of the .npy files), "text": ..., "labels":
-[names],
- "reading": {rescale, orientation, assume_orientation, header} (of the source files; optional),
- "slices": {encoder, sha256 of its weights, width, slices, ...} (of slices/*.npy; optional),
- "splits": {"train": [entry, ...], "validation": [...], "test": [...]}}
-entry: {"id", "scan", "volume" (path, absolute or below the folder), "text", "labels" (or null), "source":
-{file, sha256, shape, spacing, orientation, rescale, hu_range}, "table": {spacing, slope, intercept} (of a
-source file; optional), "slices" (path; optional), "qa": [{"kind", "anatomy", "abnormality", "size"?,
-"question"?, "answer"}, ...] (optional; see questions.py), "chest": false (optional: by the data set's own
-list it is another part of the body)}. Volumes that end in .npy are prepared, others are source files; both
-may stand side by side.
+The file is an object with "schema": 1 and the fields of Manifest from `dataset` to `slices`. An entry of a
+split is
+an object: "id", "scan", "volume" (path, absolute or below the folder), "text", "labels" (0 or 1 each, or
+null), "source": {file, sha256, shape, spacing, orientation, rescale, hu_range} and, where there are some,
+"table": {spacing, slope, intercept} of a metadata table, "slices" (path), "qa": [{"kind", "anatomy",
+"abnormality", "size"?, "question"?, "answer"}, ...] (see questions.py), "chest": false (by the data set's own
+list it is another part of the body). Volumes that end in .npy are prepared, others are source files; both may
+stand side by side.
 """
 
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -33,21 +31,31 @@ from reaf_hsenet.files import is_text, read_object, write_json
 from reaf_hsenet.settings import from_dict, to_dict
 
 SCHEMA = 1
+AGAIN = "prepare the data set again"
+
+
+# An entry has the kinds of the first table, and may have those of the second.
+ENTRY = {"id": str, "scan": str, "volume": str, "text": str, "labels": list | None}
+OPTIONAL = {"source": dict, "table": dict, "slices": str, "qa": list, "chest": bool}
+QA = {"kind", "anatomy", "abnormality", "answer"}
 
 
 @dataclass
 class Manifest:
-    """published: HSENet's own json, where the data set is that: its arrays are of any float type, checked
-    when read.
+    """A data set's head and entries. dtype: of the .npy files. reading: how source files are read.
+
+    slices: what made the slice features, {encoder, sha256 of its weights, slices, width, ...}.
+    published: HSENet's own json, where the data set is that: its arrays are of any float type, checked when
+    read.
     """
 
-    folder: Path
+    folder: Path | None
     dataset: str
     recipe: Recipe
-    dtype: str
+    dtype: Literal["float16", "float32"]
     text: str
-    labels: list[str]
-    splits: dict[str, list[dict]]
+    labels: tuple[str, ...]
+    splits: dict
     reading: Reading = Reading()
     slices: dict | None = None
     published: Path | None = None
@@ -74,23 +82,11 @@ class Manifest:
         return 128 + 2 * self.slices["slices"] * self.slices["width"]
 
     def save(self) -> None:
-        head = {
-            "schema": SCHEMA,
-            "dataset": self.dataset,
-            "recipe": to_dict(self.recipe),
-            "dtype": self.dtype,
-        }
-        write_json(
-            self.folder / "manifest.json",
-            {
-                **head,
-                "text": self.text,
-                "labels": self.labels,
-                "reading": to_dict(self.reading),
-                **({"slices": self.slices} if self.slices else {}),
-                "splits": self.splits,
-            },
-        )
+        head = {"schema": SCHEMA, **{name: getattr(self, name) for name in SAVED}}
+        head |= {"recipe": to_dict(self.recipe), "reading": to_dict(self.reading)}
+        if not self.slices:
+            del head["slices"]
+        write_json(self.folder / "manifest.json", head)
 
     def all_entries(self) -> list[dict]:
         return [entry for entries in self.splits.values() for entry in entries]
@@ -182,6 +178,9 @@ class Manifest:
             )
 
 
+SAVED = ("dataset", "recipe", "dtype", "text", "labels", "reading", "slices", "splits")
+
+
 def _settings(recipe: dict, keys: list[str]) -> str:
     """`recipe hsenet, size 32x256x256`."""
     shown = {
@@ -191,9 +190,7 @@ def _settings(recipe: dict, keys: list[str]) -> str:
 
 
 def different_slices(have: dict, want: dict) -> str:
-    """The settings in which two provenances of slice features differ, as text; the encoder's name says
-    nothing.
-    """
+    """Return the settings, but for the encoder's name, in which slice features differ, as text."""
     return ", ".join(k for k in want if k != "encoder" and k in have and have[k] != want[k])
 
 
@@ -252,17 +249,18 @@ def _json_number(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else str(value)
 
 
-def table_row(entry: dict) -> TableRow:
-    """The metadata table's row of a source file. Raises ValueError or TypeError where it is not of
-    numbers.
-    """
+def table_row(entry: dict) -> TableRow | None:
+    """Return the metadata table's row of an entry's source file; None where it is not of numbers."""
     if "table" not in entry:
         return TableRow()
-    spacing, slope, intercept = (entry["table"][key] for key in ("spacing", "slope", "intercept"))
-    if spacing is not None:
-        x, y, z = map(float, spacing)
-        spacing = (x, y, z)
-    return TableRow(spacing, *(None if v is None else float(v) for v in (slope, intercept)))
+    try:
+        spacing, slope, intercept = (entry["table"][key] for key in ("spacing", "slope", "intercept"))
+        if spacing is not None:
+            x, y, z = map(float, spacing)
+            spacing = (x, y, z)
+        return TableRow(spacing, *(None if v is None else float(v) for v in (slope, intercept)))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -281,107 +279,59 @@ def load_manifest(folder: Path) -> Manifest:
         raise InputError(f"{path}: no such file; make it with preprocess.py --out {folder}")
     values = read_object(path)
     if values.get("schema") != SCHEMA:
-        raise InputError(
-            f"{path}: schema {values.get('schema')!r}, expected {SCHEMA}; prepare the data set again"
-        )
+        raise InputError(f"{path}: schema {values.get('schema')!r}, expected {SCHEMA}; {AGAIN}")
+    known = {field.name for field in fields(Manifest)} - {"folder", "published"}
     try:
-        _check_kinds(path, values)
-        manifest = Manifest(
-            folder,
-            values["dataset"],
-            from_dict(Recipe, values["recipe"], str(path)),
-            values["dtype"],
-            values["text"],
-            values["labels"],
-            values["splits"],
-            from_dict(Reading, values.get("reading", {}), str(path)),
-            values.get("slices"),
-        )
-        if manifest.slices is not None:
-            _check_slices(path, manifest.slices)
-        for split in manifest.splits.values():
-            for entry in split:
-                entry["scan"], entry["volume"], entry["text"], entry["labels"]  # KeyError if absent
-                table_row(entry)
-                if not isinstance(entry.get("slices", ""), str):
-                    raise InputError(
-                        f"{path}: slices of {entry['id']} is {entry['slices']!r}; expected a path"
-                    )
-                for row in entry.get("qa", ()):
-                    row["kind"], row["anatomy"], row["abnormality"], row["answer"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: {error} is missing; prepare the data set again") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path}: the table row of {entry['id']} is not of numbers ({error}); prepare the data set again"
-        ) from error
-    listed = [entry for split in manifest.splits.values() for entry in split]
+        head = {name: value for name, value in values.items() if name in known}
+        manifest = from_dict(Manifest, {**head, "folder": None}, str(path))
+    except InputError as error:
+        raise InputError(f"{error}; {AGAIN}") from error
+    for split, entries in manifest.splits.items():
+        if not isinstance(entries, list):
+            raise InputError(f"{path}: {split} is {entries!r:.60}; {AGAIN}")
+        for number, entry in enumerate(entries):
+            _check_entry(entry, len(manifest.labels), f"{path}: {split} entry {number}")
+    manifest.folder = folder
+    if manifest.slices is not None:
+        _check_slices(path, manifest.slices)
+    listed = manifest.all_entries()
     for what, names in (
         ("id", [entry["id"] for entry in listed]),
         ("volume", [os.path.normpath(entry["volume"]) for entry in listed]),
     ):
-        repeated = [name for name, times in Counter(names).items() if times > 1]
-        if repeated:
-            raise InputError(f"{path}: {what} {repeated[0]} is listed twice; keep one")
+        name, times = next(iter(Counter(names).most_common(1)), ("", 0))
+        if times > 1:
+            raise InputError(f"{path}: {what} {name} is listed twice; keep one")
     return manifest
 
 
-# What a manifest and its entries have, by kind.
-KINDS = {"dataset": str, "dtype": str, "text": str, "labels": list, "splits": dict}
-ENTRY = {"id": str, "scan": str, "volume": str, "text": str, "labels": list | None}
+def _check_entry(entry: dict, labels: int, where: str) -> None:
+    """Raise InputError, naming the field, unless an entry is as preprocess.py writes it."""
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: it is {entry!r:.60}; {AGAIN}")
+    kinds = ENTRY | {name: kind for name, kind in OPTIONAL.items() if name in entry}
+    fits = {name: isinstance(entry.get(name, ...), kind) for name, kind in kinds.items()}
+    if all(fits.values()):
+        marks, source, asked = entry["labels"], entry.get("source", {}), entry.get("qa", ())
+        fits = {
+            "volume": "\0" not in entry["volume"],
+            "text": is_text(entry["text"]),
+            "labels": marks is None or len(marks) == labels and all(mark in (0, 1) for mark in marks),
+            "source": all(isinstance(source.get(name, ""), str) for name in ("file", "rescale")),
+            "table": table_row(entry) is not None,
+            "qa": all(isinstance(row, dict) and QA <= row.keys() for row in asked)
+            and all(isinstance(text, str) for row in asked for text in row.values()),
+        }
+    for name, fit in fits.items():
+        if not fit:
+            raise InputError(f"{where}: {name} is {entry.get(name, 'missing')!r:.60}; {AGAIN}")
+    plain_path(entry["id"], f"{where}: id")
 
 
-def _check_kinds(path: Path, values: dict) -> None:
-    """Raises InputError, naming the entry, for what is of another kind than preprocess.py writes."""
-    where = str(path)
-
-    def require(fits: bool, name: str, value) -> None:
-        if not fits:
-            raise InputError(f"{where}: {name} is {value!r:.60}; prepare the data set again")
-
-    for name, kind in KINDS.items():
-        require(isinstance(values[name], kind), name, values[name])
-    require(values["dtype"] in ("float16", "float32"), "dtype", values["dtype"])
-    for split, entries in values["splits"].items():
-        require(isinstance(entries, list), split, entries)
-        for number, entry in enumerate(entries):
-            where = f"{path}: {split} entry {number}"
-            require(isinstance(entry, dict), "it", entry)
-            for name, kind in ENTRY.items():
-                require(isinstance(entry[name], kind), name, entry[name])
-            require("\0" not in entry["volume"], "volume", entry["volume"])
-            require(isinstance(entry.get("source", {}), dict), "source", entry.get("source"))
-            for name in ("file", "rescale"):
-                require(
-                    isinstance(entry.get("source", {}).get(name, ""), str),
-                    f"{name} of source",
-                    entry.get("source"),
-                )
-            require(is_text(entry["text"]), "text", entry["text"])
-            table = entry.get("table", {"spacing": None})
-            require(isinstance(table, dict) and isinstance(table.get("spacing"), list | None), "table", table)
-            require(all(label in (0, 1) for label in entry["labels"] or ()), "labels", entry["labels"])
-            require(
-                entry["labels"] is None or len(entry["labels"]) == len(values["labels"]),
-                "labels",
-                entry["labels"],
-            )
-            plain_path(entry["id"], f"{where}: id")
-            asked = entry.get("qa", [])
-            texts = isinstance(asked, list) and all(
-                isinstance(row, dict) and all(isinstance(v, str) for v in row.values()) for row in asked
-            )
-            require(texts, "qa", asked)
-        where = str(path)
-
-
-def _check_slices(path: Path, slices) -> None:
-    """Raises InputError unless what a manifest says of its slice features tells their shape and their
-    encoder.
-    """
-    known = slices if isinstance(slices, dict) else {}
+def _check_slices(path: Path, slices: dict) -> None:
+    """Raise InputError unless what is said of the slice features tells their shape and their encoder."""
     for key, kind in (("sha256", str), ("slices", int), ("width", int)):
-        if type(value := known.get(key)) is not kind or value in ("", 0):
+        if type(value := slices.get(key)) is not kind or value in ("", 0):
             raise InputError(
                 f"{path}: {key} of its slice features is {value!r}; remove its slices and run preprocess.py "
                 f"--slices ENCODER --out {path.parent}"
@@ -392,7 +342,7 @@ def _published_hsenet(path: Path) -> Manifest:
     splits, features = read_hsenet_json(path)
     text, recipe = "report", RECIPES["hsenet"]
     return Manifest(
-        path.parent, "hsenet", recipe, "float32", text, [], splits, slices=features, published=path
+        path.parent, "hsenet", recipe, "float32", text, (), splits, slices=features, published=path
     )
 
 

@@ -64,7 +64,7 @@ def prepare(
         options.recipe,
         options.dtype,
         source.text,
-        list(source.label_names),
+        source.label_names,
         {},
         options.reading,
     )

@@ -113,9 +113,7 @@ class ResampledGrid:
         return low, high
 
     def foreground(self, level: float) -> list[tuple[int, int]]:
-        """(start, end) per axis of the box of voxels above `level`; each search ends at the first such
-        plane.
-        """
+        """Return (start, end) per axis of the box of voxels above `level`."""
         box = []
         for axis, n in enumerate(self.shape):
             above = (i for i in range(n) if self.plane(axis, i).max() > level)
@@ -151,9 +149,7 @@ def preprocess(volume: Volume, recipe: Recipe) -> np.ndarray:
 
 
 def resampled_grid(volume: Volume, recipe: Recipe) -> ResampledGrid:
-    """The volume in the recipe's axis order and spacing; a recipe that clamps afterwards keeps the full
-    HU range.
-    """
+    """Return the volume on the recipe's axes and spacing, clamped where the recipe clamps first."""
     order = ["LPS".index(letter) for letter in recipe.axes]
     voxels = volume.hu.transpose(order)
     spacing = [volume.spacing[i] for i in order]

@@ -6,6 +6,7 @@ An entry's `qa` is a list of {"kind": one of KINDS, "anatomy", "abnormality", "a
 """
 
 import ast
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from reaf_hsenet.data.each_volume import Refused, write_refused
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.sources.radgenome import KINDS, SPLITS, find_tables, read_questions, refusal
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import folder_lock, read_json
+from reaf_hsenet.files import folder_lock, named, read_json
 
 PROMPTS = Path(__file__).parent / "prompts"
 REFUSED = "questions: "  # begins the reasons of refused.csv that are of question tables
@@ -44,21 +45,9 @@ def read_templates(path: Path, kind: str) -> tuple[str, ...]:
     literal. Raises InputError, naming the file, for one that has no such list, and for a question without a
     slot.
     """
-    if path.suffix == ".py":
-        try:
-            statements = ast.parse(path.read_text(encoding="utf-8")).body
-            values = [
-                _literal(s.value)
-                for s in statements
-                if isinstance(s, ast.Assign | ast.AnnAssign) and isinstance(s.value, ast.Dict)
-            ]
-        except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise InputError(f"--templates {path}: cannot be read ({error})") from error
-    else:
-        values = [read_json(path)]
-    found = next(
-        (v[kind] for v in values if isinstance(v, dict) and isinstance(v.get(kind), list) and v[kind]), None
-    )
+    values = _literals(path) if path.suffix == ".py" else [read_json(path)]
+    lists = [value.get(kind) for value in values if isinstance(value, dict)]
+    found = next((held for held in lists if held and isinstance(held, list)), None)
     if found is None:
         raise InputError(
             f'--templates {path}: has no list of questions of this kind; expected {{"{kind}": ["Where is '
@@ -72,12 +61,15 @@ def read_templates(path: Path, kind: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _literal(node: ast.AST):
-    """The value of a literal; None of anything that would have to be run."""
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        return None
+def _literals(path: Path) -> list:
+    """Return the dictionaries of a Python file that are literals, of which nothing has to be run."""
+    found = []
+    with named(path, "cannot be read"):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Dict):
+                with suppress(ValueError, TypeError):
+                    found.append(ast.literal_eval(statement.value))
+    return found
 
 
 def checked_kind(kind: str) -> str:
@@ -88,7 +80,7 @@ def checked_kind(kind: str) -> str:
 
 
 def report_prompt(rng: np.random.Generator) -> str:
-    """A prompt for a report, drawn uniformly."""
+    """Draw a prompt for a report, uniformly."""
     return _draw(report_prompts(), rng)
 
 
@@ -106,9 +98,7 @@ def question_answer(
 def question_text(
     kind: str, abnormality: str, anatomy: str, rng: np.random.Generator, own: tuple[str, ...] | None = None
 ) -> str:
-    """A template of the kind, or one of `own`, filled. Of an anatomy such as "lung/right lung" the last
-    part is named.
-    """
+    """Fill a template of the kind, or one of `own`, with the abnormality and the last part of the anatomy."""
     anatomy = anatomy.split("/")[-1].strip()
     words = abnormality, SPOKEN.get(anatomy.lower(), anatomy)
     text = _draw(own or templates(kind), rng)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from reaf_hsenet.config import RECIPES, Recipe
-from reaf_hsenet.data.header import HEADERS
+from reaf_hsenet.data.header import Believed
 from reaf_hsenet.data.preprocessing import preprocess
 from reaf_hsenet.data.slices import SliceRecipe, slice_images
 from reaf_hsenet.data.volume import (
-    ORIENTATIONS,
-    RESCALES,
+    Orientation,
+    Rescale,
     TableRow,
     Volume,
     choose_rescale,
@@ -38,19 +38,12 @@ NO_TABLE = TableRow()
 class Reading:
     """How source files are read; see read_volume. It concerns .nii files, and `rescale` also .pt files."""
 
-    rescale: str = "auto"
-    orientation: str = "header"
+    rescale: Rescale = "auto"
+    orientation: Orientation = "header"
     assume_orientation: str | None = None
-    header: str = "check"
+    header: Believed = "check"
 
     def __post_init__(self):
-        for name, value, known in (
-            ("rescale", self.rescale, RESCALES),
-            ("orientation", self.orientation, ORIENTATIONS),
-            ("header", self.header, HEADERS),
-        ):
-            if value not in known:
-                raise InputError(f"{name} {value!r}: expected one of {', '.join(known)}")
         if self.assume_orientation is not None and not is_orientation(self.assume_orientation):
             raise InputError(
                 f"assume_orientation {self.assume_orientation!r}: expected axis codes such as LPS or RAS"
@@ -79,9 +72,7 @@ class SlicesWanted:
 def read_input(
     path: Path, recipe: Recipe, reading: Reading = Reading(), table: TableRow = NO_TABLE
 ) -> tuple[np.ndarray, dict]:
-    """((1, D, H, W) float32 of recipe.size, record of what the file held). Raises InputError, naming the
-    file.
-    """
+    """Return (1, D, H, W) float32 of recipe.size, and a record of what the file held."""
     volume, _, record = read_source(path, recipe, None, reading, table)
     return volume, record
 

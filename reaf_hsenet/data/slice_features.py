@@ -153,9 +153,7 @@ def _origin(entry: dict) -> dict:
 
 
 def slices_wanted(provenance: dict, size: int) -> SlicesWanted:
-    """Return how the slices of features of this provenance were taken; size: the side of the encoder's
-    pictures.
-    """
+    """Return how slices of this provenance are taken. size: the side of the encoder's pictures."""
     return SlicesWanted(SLICE_RECIPES[provenance["recipe"]], size, provenance["jpeg"])
 
 

@@ -89,9 +89,7 @@ def require_pillow():
 
 
 def bicubic_weights(source: int, target: int) -> np.ndarray:
-    """(target, source) float64 whole numbers, in units of 2**-22: Pillow's antialiased bicubic in fixed
-    point.
-    """
+    """Return (target, source) whole numbers, Pillow's antialiased bicubic in units of 2**-22."""
     scale = source / target
     wide = max(scale, 1.0)  # the kernel widens when an axis shrinks
     centre = (np.arange(target)[:, None] + 0.5) * scale
@@ -110,9 +108,7 @@ def _weighted(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def fit(slices: np.ndarray, size: int) -> np.ndarray:
-    """(S, H, W) -> (S, size, size) uint8: shortest side to `size`, centre crop; Pillow's result to the
-    last digit.
-    """
+    """Resize the shortest side of (S, H, W) to `size` and crop the centre, exactly as Pillow does."""
     height, width = slices.shape[1:]
     short = min(height, width)
     tall, broad = (size if n == short else int(size * n / short) for n in (height, width))

@@ -16,9 +16,7 @@ def clean_report(text: str) -> str:
 
 
 def plain_report(text: str) -> str:
-    """REAF's (open_clip's) cleaning: HTML entities resolved, twice, and runs of white space made one
-    space.
-    """
+    """Resolve HTML entities, twice, and make white space one space, as REAF (open_clip) does."""
     return " ".join(html.unescape(html.unescape(text)).split())
 
 

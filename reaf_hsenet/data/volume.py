@@ -12,6 +12,7 @@ import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import nibabel as nib
 import numpy as np
@@ -22,13 +23,12 @@ from reaf_hsenet.data.header import geometry, read_header
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import named
 
-RESCALES = ("auto", "header", "metadata", "none")
-ORIENTATIONS = ("header", "stored")
+Rescale = Literal["auto", "header", "metadata", "none"]
+Orientation = Literal["header", "stored"]
+RESCALES, ORIENTATIONS = get_args(Rescale), get_args(Orientation)
 HEADER_BYTES = 2**20  # a header and its extensions
-BODY, LEAST_BODY = (
-    (-200.0, 250.0),
-    0.04,
-)  # HU of a body's middle value; its share of the voxels, in a small child's scan
+BODY = (-200.0, 250.0)  # HU of a body's middle value
+LEAST_BODY = 0.04  # its share of the voxels, in a small child's scan
 MOST_UNPACKED = 100  # bytes of voxels from a byte of gzip: a CT has 2 to 10, one value repeated 1,000
 
 
@@ -43,9 +43,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class TableRow:
-    """What a metadata table says of a volume: (x, y, z) spacing in mm, and the rescale slope and
-    intercept.
-    """
+    """A metadata table's (x, y, z) spacing in mm, and its rescale slope and intercept."""
 
     spacing: tuple[float, float, float] | None = None
     slope: float | None = None
@@ -55,8 +53,8 @@ class TableRow:
 def read_volume(
     path: Path,
     table: TableRow = TableRow(),
-    rescale: str = "auto",
-    orientation: str = "header",
+    rescale: Rescale = "auto",
+    orientation: Orientation = "header",
     assume_orientation: str | None = None,
     header: str = "check",
 ) -> Volume:
@@ -122,9 +120,7 @@ def _open(path: Path) -> tuple[nib.Nifti1Header, bytes]:
 
 
 def unpacked(path: Path) -> bytes:
-    """A .gz file's content. Raises EOFError or OSError for a damaged one, and for one that holds far more
-    than it is.
-    """
+    """Return the content of a .gz file. Raises OSError for one that holds far more than it is."""
     size = path.stat().st_size
     most = 1000 * 2**20 + MOST_UNPACKED * size
     with gzip.open(path) as file:
@@ -155,9 +151,7 @@ def _voxels(header: nib.Nifti1Header, data: bytes, path: Path) -> np.ndarray:
 
 
 def finite(voxels: np.ndarray, path: Path) -> np.ndarray:
-    """Return the voxels as float32. Raises InputError for NaN, infinity, and numbers beyond float32,
-    which become infinity.
-    """
+    """Return the voxels as float32. Raises InputError for NaN, infinity, and numbers beyond float32."""
     with np.errstate(over="ignore"):
         voxels = voxels.astype(np.float32, copy=False)
     if bad := voxels.size - int(np.count_nonzero(np.isfinite(voxels))):

@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int, pin: bool = Fa
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=Collate(dataset),
+        collate_fn=partial(_collate, dataset),
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
@@ -32,30 +33,24 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int, pin: bool = Fa
     )
 
 
-class Collate:
-    """A data set's collate. In a loader process the batch is moved to shared memory here, where that can
-    still fail with a message: later, in the thread that sends it, a full /dev/shm would lose the batch and
-    the run would wait forever.
+def _collate(dataset: Dataset, items: list):
+    """Return the batch of some items, in a loader process in shared memory.
+
+    Sent from memory of its own, in a thread of torch's, a full /dev/shm would lose it and the run would wait
+    forever. Here the failure still has a message.
     """
-
-    def __init__(self, dataset: Dataset):
-        self.collate = dataset.collate
-
-    def __call__(self, items: list):
-        batch, worker = self.collate(items), get_worker_info()
-        if worker is not None:
-            try:
-                with_tensors(batch, Tensor.share_memory_)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                return InputError(f"loader worker {worker.id} (of {worker.num_workers}): {reason}; {ADVICE}")
-        return batch
+    batch, worker = dataset.collate(items), get_worker_info()
+    if worker is not None:
+        try:
+            with_tensors(batch, Tensor.share_memory_)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            return InputError(f"loader worker {worker.id} (of {worker.num_workers}): {reason}; {ADVICE}")
+    return batch
 
 
 def batches(loader: DataLoader, device: torch.device, tolerant: bool = False) -> Iterator:
-    """The loader's batches on `device`. Raises the InputError of a sample, and, unless `tolerant`, the
-    reason why one could not be read.
-    """
+    """Give batches on `device`. Raises a sample's InputError, unless `tolerant` also what is unreadable."""
     # What a loader process had sent and no longer holds open, when it dies before torch has noticed.
     cut_off = (EOFError, ConnectionError, FileNotFoundError) if loader.num_workers else ()
     source = iter(loader)
@@ -75,9 +70,7 @@ def batches(loader: DataLoader, device: torch.device, tolerant: bool = False) ->
 
 @atexit.register
 def _end_workers() -> None:
-    """End what an exception has left running. They swallow the one SIGTERM that Python would send them,
-    and it would then wait for them forever.
-    """
+    """Kill the workers that an exception has left running: they ignore the one SIGTERM of Python."""
     _quiet_deaths()
     for process in multiprocessing.active_children():
         process.kill()

@@ -29,7 +29,7 @@ def phantom_manifest(ranks: Ranks, model: str, size: tuple[int, int, int]) -> Ma
         # What makes phantoms is loaded when they are made.
         from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
         from reaf_hsenet.data.prepare import Options, prepare
-        from reaf_hsenet.data.sources.datasets import read_ct_rate
+        from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 
         cores = len(os.sched_getaffinity(0))
         write_phantom_dataset(

@@ -543,7 +543,7 @@ TRAIN = [
         change("data/manifest.json", "recipe", value=...),
         CLIP1,
         2,
-        "manifest.json: 'recipe' is missing; prepare the",
+        "manifest.json: Manifest lacks recipe; put the",
     ),
     Fault(
         "manifest whose recipe is a number",
@@ -571,14 +571,14 @@ TRAIN = [
         change("data/manifest.json", "dtype", value="float99"),
         CLIP1,
         2,
-        "manifest.json: dtype is 'float99'; prepare the data",
+        "manifest.json: dtype of Manifest is 'float99'",
     ),
     Fault(
         "manifest whose splits are a list",
         change("data/manifest.json", "splits", value=[]),
         CLIP1,
         2,
-        "manifest.json: splits is []; prepare the data set",
+        "manifest.json: splits of Manifest is []; expected",
     ),
     Fault(
         "manifest whose split is a text",
@@ -599,7 +599,7 @@ TRAIN = [
         change("data/manifest.json", "splits", "train", 0, "id", value=...),
         CLIP1,
         2,
-        "manifest.json: 'id' is missing; prepare the data",
+        "manifest.json: train entry 0: id is 'missing'; prepare",
     ),
     Fault(
         "manifest whose id is a list",
@@ -655,7 +655,7 @@ TRAIN = [
         change("data/manifest.json", "reading", value={"rescale": "maybe"}),
         CLIP1,
         2,
-        "manifest.json: rescale 'maybe': expected one of",
+        "manifest.json: rescale of Reading is 'maybe'",
     ),
     Fault(
         "manifest that lists a volume twice",

@@ -23,8 +23,9 @@ from reaf_hsenet.data.labels import read_label_table
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.reading import read_input
 from reaf_hsenet.data.sources.bimcv import read_bimcv
-from reaf_hsenet.data.sources.datasets import read_ct_rate, read_nifti_folder
+from reaf_hsenet.data.sources.ct_rate import read_ct_rate
 from reaf_hsenet.data.sources.hsenet_json import read_hsenet_json
+from reaf_hsenet.data.sources.nifti import read_nifti_folder
 from reaf_hsenet.data.sources.radgenome import read_questions
 from reaf_hsenet.data.sources.reaf_dataset import read_reaf
 from reaf_hsenet.errors import InputError

@@ -6,9 +6,11 @@ A path is a volume's, of which the file name counts, or a session's folder on th
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
-from reaf_hsenet.data.sources.datasets import Case, Source, only_csv
+from reaf_hsenet.config import RECIPES
+from reaf_hsenet.data.sources.datasets import Case, DataSet, Source, only_csv
 from reaf_hsenet.data.sources.tables import csv_rows, given
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import visible
@@ -18,7 +20,7 @@ ENDING = ".nii.gz"
 TRAIN_SHARE = 0.8
 
 
-def read_bimcv(root: Path, table: Path | None) -> Source:
+def read_bimcv(root: Path, csv: Path | None = None) -> Source:
     """BIMCV-R below `root`. The first 80 % of the table's paths, in its order, are for training, the rest for
     validation.
 
@@ -31,7 +33,7 @@ def read_bimcv(root: Path, table: Path | None) -> Source:
     files = visible(root, f"CT*/ct/*{ENDING}")
     if not files:
         raise InputError(f"{root}: no BIMCV-R data set; expected CT*/ct/*{ENDING} below it")
-    table = table or only_csv(root, "path and Report_en")
+    table = csv or only_csv(root, "path and Report_en")
     reports = _reports(table)
     by_key: dict[str, list[Path]] = defaultdict(list)
     for file in files:
@@ -97,3 +99,8 @@ def _session(path: str) -> str | None:
     """sub-S09754_ses-E22857 of a session's folder, or of a file's name."""
     match = SESSION.search(path)
     return match and "_".join(match.groups())
+
+
+CSV = {"type": Path, "help": "table with the columns path and Report_en"}
+OWN_GRID = {**RECIPES, "hsenet": replace(RECIPES["hsenet"], spacing=None)}  # published: not resampled
+BIMCV_R = DataSet("bimcv-r", read_bimcv, {"csv": CSV}, OWN_GRID, slice_recipe="bimcv")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from reaf_hsenet.config import KINDS
-from reaf_hsenet.data.sources.tables import csv_rows
+from reaf_hsenet.data.sources.tables import csv_rows, nifti_stem
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import visible
 
@@ -54,12 +54,12 @@ def read_questions(
         table = folder / f"{split}_vqa_{kind}.csv"
         unknown: Counter[str] = Counter()
         rows = (
-            csv_rows(table, COLUMNS[kind], _column, lambda cell: _stem(cell).lower() in ids)
+            csv_rows(table, COLUMNS[kind], _column, lambda cell: nifti_stem(cell).lower() in ids)
             if table.is_file()
             else ()
         )
         for line, cells in rows:
-            name = _stem(cells["volumename"].strip())
+            name = nifti_stem(cells["volumename"].strip())
             if name.lower() not in ids:
                 unknown[name] += 1
                 continue
@@ -78,17 +78,11 @@ def read_questions(
 
 
 def refusal(refused: list[Refused], advice: str) -> InputError:
-    """The error of a table's rows that cannot be used: the first table, its first volumes and their
-    reason.
-    """
+    """Return the error of the rows that cannot be used: the first table and its first volumes."""
     table, _, reason = refused[0]
     names = list(dict.fromkeys(volume for path, volume, _ in refused if path == table))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return InputError(f"{table}: {', '.join(names[:3])}{more}: {reason}; {advice}")
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _column(name: str) -> str:

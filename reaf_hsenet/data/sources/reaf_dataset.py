@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from reaf_hsenet.data.reading import ENDINGS, ending, stem
-from reaf_hsenet.data.sources.datasets import Case, Source, label_row
+from reaf_hsenet.data.sources.datasets import Case, DataSet, Source, label_row
 from reaf_hsenet.data.sources.tables import Volumes, given, read_csv
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json, visible
@@ -106,9 +106,7 @@ def _read_split(folder: Path, on_disk: dict[str, Path], labels: dict[str, tuple[
 
 
 def _read_reports(folder: Path, on_disk: dict[str, Path]) -> dict[str, Answers]:
-    """Answers by the id of the volume (its path below volumes/ without ending), or of the image where
-    that is absent.
-    """
+    """Return the answers by the id of their volume, or the name of an image that is absent."""
     files = visible(folder, "*.json")
     if not files:
         raise InputError(f"{folder}: has no .json file; expected REAF's reports, image and conversations")
@@ -174,3 +172,6 @@ def _read_labels(
             if volume is not None and labels.setdefault(volume, label) != label:
                 raise InputError(f"{path}: another row than {name} says otherwise of {volume}; keep one")
     return labels
+
+
+REAF = DataSet("reaf", read_reaf, recipe="reaf")

@@ -86,9 +86,7 @@ def csv_rows(
 
 
 def swallowed(text: str, names_volume: Callable[[str], bool]) -> str | None:
-    """Return the name of a volume whose row a text of several lines has swallowed: a cell of one of its
-    lines.
-    """
+    """Return the volume whose row a text of several lines has swallowed: a cell of one of its lines."""
     lines = text.splitlines()
     cells = [cell.strip(' "') for line in lines if len(lines) > 1 and "," in line for cell in line.split(",")]
     return next((cell for cell in cells if cell and names_volume(cell)), None)
@@ -97,9 +95,7 @@ def swallowed(text: str, names_volume: Callable[[str], bool]) -> str | None:
 def read_csv(
     path: Path, columns: tuple[str, ...], key: str, names_volume: Callable[[str], bool] = lambda cell: False
 ) -> dict[str, dict[str, str]]:
-    """Return the rows of a csv by the column `key`. Raises InputError as csv_rows does, and for a
-    repeated key.
-    """
+    """Return the rows of a csv by the column `key`. Raises InputError as csv_rows, and for a repeated key."""
     rows: dict[str, dict[str, str]] = {}
     for line, row in csv_rows(path, columns, names_volume=names_volume):
         if row[key] in rows:
@@ -127,6 +123,11 @@ def plain_path(name: str, where: str) -> str:
     return str(path)
 
 
+def nifti_stem(name: str) -> str:
+    """Return a file's name without .nii.gz or .nii."""
+    return name.removesuffix(".gz").removesuffix(".nii")
+
+
 class Volumes:
     """Finds which of some volumes the path in a table means.
 
@@ -146,9 +147,7 @@ class Volumes:
         return PurePosixPath(name).parts in self.ids
 
     def find(self, name: str, where: str) -> str | None:
-        """Return the volume's id; None when there is none. Raises InputError, which begins with `where`,
-        for several.
-        """
+        """Return the volume's id, if there is one. Raises InputError, beginning with `where`, for several."""
         parts = PurePosixPath(name).parts
         if parts in self.ids or not parts:
             return self.ids.get(parts)
