@@ -1,5 +1,4 @@
-"""The two contrastive stages, clip1 and clip2: the dual encoder with its weights, data and loss, and their
-validation.
+"""The two contrastive stages, clip1 and clip2: model, data, loss and validation.
 
 Stage 2 (HSENet section 3.2) has a frozen stage-1 dual encoder as teacher: contrastive + lambda(t) * relation,
 over the gathered batch.
@@ -12,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from reaf_hsenet.config import NO_AUGMENTATION
+from reaf_hsenet.config import NO_AUGMENTATION, TrainConfig
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.loader import Batch, CTReportDataset, plain_batch
 from reaf_hsenet.distributed import Ranks
@@ -45,12 +44,12 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 def at_least_float32(features: Tensor) -> Tensor:
-    """Half precision becomes float32, in which logits and losses are computed; float64 stays."""
+    """Return half precision as float32, in which logits and losses are computed; float64 stays."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def encode(model: DualEncoder, batch: Batch) -> Outputs:
-    """Unit vectors of the volumes and of the reports, (B, C) each, and the scale."""
+    """Return unit vectors of the volumes and of the reports, (B, C) each, and the scale."""
     image, text, scale = model(batch.volume, batch.ids, batch.mask, batch.slices)
     rows = len(batch.index)  # none of a stand-in, whose gradients are 0
     return image[:rows], text[:rows], scale
@@ -98,7 +97,7 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, C) of the volumes and of the reports; only a chunk of the batch is on the device at a time."""
+        """Return (B, C) of the volumes and of the reports, a chunk of the batch on the device at a time."""
         text = []
         for ids, mask in zip(batch.ids.cpu(), batch.mask.cpu(), strict=True):
             ids = ids[mask.bool()]
@@ -124,8 +123,9 @@ class Teacher:
 
 
 class Guided(Contrastive):
-    """Stage 2. The teacher's logits are scaled by the student's scale, as published, and carry no
-    gradient.
+    """Stage 2: cross-entropy and relation to the teacher.
+
+    The teacher's logits are scaled by the student's scale, as published, and carry no gradient.
     """
 
     def __init__(self, teacher: Teacher, weight: float, steps: int):
@@ -144,75 +144,94 @@ class Guided(Contrastive):
 
 def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     """Build the job of stage clip1 or clip2."""
+    settings, config = setup.train, setup.model
     if setup.resumed and setup.origin.get("teacher"):
         setup.teacher = resumed_teacher(command, setup)
-    manifest, settings = setup.manifest, setup.train
     bad = BadVolumes(settings.max_bad, ranks)
-    bad.check(manifest, ["train", "validation"], setup.guided)
+    bad.check(setup.manifest, ["train", "validation"], setup.guided)
+
+    # The data: volumes with their reports.
     data = partial(
         CTReportDataset,
-        manifest,
+        setup.manifest,
         tokenizer=setup.tokenizer,
-        max_text=setup.model.max_text,
+        max_text=config.max_text,
         style=command.model,
         slices=setup.guided,
     )
     train_set = data(
-        split="train", augmentation=settings.augment, seed=settings.seed, slices_follow=settings.slices_follow
+        split="train",
+        augmentation=settings.augment,
+        seed=settings.seed,
+        slices_follow=settings.slices_follow,
     )
-    validation_set = data(split="validation")
+
+    # The loss: contrastive, in stage 2 with a teacher's relation.
     stage = Contrastive()
     if setup.teacher is not None:
-        dtype = PRECISIONS[settings.precision]
-        chunk = settings.grad_cache or settings.batch_size
-        changes = settings.augment != NO_AUGMENTATION
-        teacher = Teacher(setup.teacher.model, ranks.device, dtype, chunk, changes)
+        teacher = Teacher(
+            model=setup.teacher.model,
+            device=ranks.device,
+            dtype=PRECISIONS[settings.precision],
+            chunk=settings.grad_cache or settings.batch_size,
+            images_change=settings.augment != NO_AUGMENTATION,
+        )
         stage = Guided(teacher, settings.relation, settings.relation_steps)
         say(f"{setup.teacher.checkpoint.folder}: the teacher")
 
-    def validate(model: DualEncoder) -> tuple[float, dict]:
-        pair = embed(model, validation_set, ranks, settings.batch_size, settings.validate_samples, bad=bad)
-        volumes, reports = (int((~vectors.isfinite()).any(1).sum()) for vectors in pair)
-        if volumes or reports:
-            raise FloatingPointError(
-                f"embeddings of {volumes} volumes and {reports} reports are NaN or infinite"
-            )
-        return retrieval_score(*pair)
-
-    model = build_dual_encoder(setup.model)
+    # The model with its initial weights; a resumed run loads its checkpoint over them.
+    model = build_dual_encoder(config)
     if not setup.resumed:
-        start_weights(model, setup, data, command, bad, say)
+        start_weights(model, setup, plain=data(split="train"), bad=bad, say=say)
     if settings.text_blocks is not None:
         if settings.text_blocks > len(model.text.blocks) + 1:
             raise InputError(
                 f"--unfreeze-text {settings.text_blocks}: the text encoder has {len(model.text.blocks)} "
-                f"blocks; say all"
+                "blocks; say all"
             )
         freeze_text(model, settings.text_blocks)
-    if setup.model.lora:
+    if config.lora:
         try:
-            adapt(model, setup.model.lora)
+            adapt(model, config.lora)
         except ValueError as error:
             raise InputError(f"--lora-targets: {error}") from error
     set_grad_checkpoint(model, settings.grad_checkpoint)
-    blocks = [*model.vision.blocks, *model.text.blocks]
     return Job(
-        model, train_set, encode, stage.loss, validate, blocks, bad, SCORES, after_step=model.clamp_scale
+        model=model,
+        train_set=train_set,
+        encode=encode,
+        loss=stage.loss,
+        validate=partial(validate, data=data(split="validation"), settings=settings, bad=bad),
+        blocks=[*model.vision.blocks, *model.text.blocks],
+        bad=bad,
+        measured=SCORES,
+        after_step=model.clamp_scale,
     )
 
 
-def start_weights(
-    model: DualEncoder, setup: Setup, data: Callable, command: Command, bad: BadVolumes, say
-) -> None:
-    """Pretrained weights as the command line names them; what starts from nothing starts as the recipe
-    says.
+def start_weights(model: DualEncoder, setup: Setup, plain: CTReportDataset, bad: BadVolumes, say) -> None:
+    """Load the pretrained weights that the command line names; the rest starts as the recipe says.
+
+    plain: the training split without augmentation, which calibration takes a sample of.
     """
     if setup.train.start == "published":
         start_as_published(model)
     if setup.text_weights is not None:
-        load_strictly(model.text, setup.text_weights, command.text_model)
+        load_strictly(model.text, setup.text_weights, setup.origin["text_model"])
     if setup.init_state is not None:
         say(load_matching(model, setup.init_state, setup.origin["init"]) + setup.init_note)
     elif setup.train.calibrate:
-        sample = plain_batch(data(split="train"), setup.train.calibrate, bad)
-        calibrate(model, sample.volume, sample.ids if setup.text_weights is None else None, sample.mask)
+        sample = plain_batch(plain, setup.train.calibrate, bad)
+        ids = sample.ids if setup.text_weights is None else None
+        calibrate(model, sample.volume, ids, sample.mask)
+
+
+def validate(
+    model: DualEncoder, data: CTReportDataset, settings: TrainConfig, bad: BadVolumes
+) -> tuple[float, dict]:
+    """Return the score, mean R@5, and the recalls of retrieval."""
+    pair = embed(model, data, bad.ranks, settings.batch_size, settings.validate_samples, bad=bad)
+    volumes, reports = (int((~vectors.isfinite()).any(1).sum()) for vectors in pair)
+    if volumes or reports:
+        raise FloatingPointError(f"embeddings of {volumes} volumes and {reports} reports are NaN or infinite")
+    return retrieval_score(*pair)

@@ -1,11 +1,13 @@
 """Stages mrg and vqa: the language model with its weights, its data, its loss and its validation."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from reaf_hsenet import distributed
+from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.feature_cache import FeatureCache, fill_cache
 from reaf_hsenet.data.language_loader import LanguageDataset
@@ -28,104 +30,117 @@ from reaf_hsenet.train.training_state import PRECISIONS
 
 
 def encode(model: Mllm, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(sum of the answers' cross-entropies, number of their tokens)."""
+    """Return the sum of the answers' cross-entropies, and the number of target tokens."""
     return model(batch.ids, batch.mask, batch.labels, batch.volume, batch.slices, batch.features)
 
 
 def token_mean(outputs: tuple[Tensor, Tensor], batch: Batch, step: int) -> tuple[Tensor, dict]:
-    """The mean over the answer tokens of all ranks' batches, as if one process had them all."""
+    """Return the mean over the target tokens of all ranks, as if one process had them all."""
     total, tokens = outputs
-    share = distributed.mean_over_ranks(
-        tokens.float()
-    )  # gradients are averaged over ranks: so is what divides them
+    # Gradients are averaged over ranks: so is what divides them.
+    share = distributed.mean_over_ranks(tokens.float())
     return total / share, {"answer_tokens": share}
 
 
 def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     """Build the job of stage mrg or vqa."""
-    manifest, settings, config = setup.manifest, setup.train, setup.model
+    settings, config = setup.train, setup.model
     if settings.shard:
         require_shardable(ranks, config.full, settings.precision, command.compile)
     bad = BadVolumes(settings.max_bad, ranks)
-    bad.check(manifest, ["train", "validation"], setup.guided)
-    dtype = PRECISIONS[settings.precision]
+    bad.check(setup.manifest, ["train", "validation"], setup.guided)
+
+    # The model with its weights. A resumed run's checkpoint has those of what it trains.
     torch.manual_seed(settings.seed)
-    decoder = None  # a new one, or one whose weights are in the checkpoint
+    dtype = PRECISIONS[settings.precision] or torch.float32
+    decoder = None
     if setup.origin.get("decoder") and not (config.full and setup.resumed):
         # A frozen decoder is held in the type it computes in; what is trained is float32.
-        decoder = base_decoder(config, setup.origin, torch.float32 if config.full else dtype or torch.float32)
+        decoder = base_decoder(config, setup.origin, torch.float32 if config.full else dtype)
     model = build_mllm(config, decoder)
-    if not (setup.resumed and config.train_vision):  # then they are in the checkpoint
+    if not (setup.resumed and config.train_vision):
         fill_encoders(model, setup.encoders or encoder_states(setup.origin["encoders"]), "the encoders' runs")
         setup.encoders = None
-        if settings.calibrate and not setup.resumed:
-            entries = manifest.entries("train")[: settings.calibrate]
-            good, unreadable = part_unreadable(
-                [read_sample(manifest, entry, setup.guided) for entry in entries]
-            )
-            bad.agree(unreadable)
-            if not good:
-                raise InputError(
-                    f"{manifest.name}: of its first {len(entries)} training volumes, which a new decoder "
-                    f"starts from, none can be read"
-                )
-            volumes, slices = zip(*good, strict=True)
-            calibrate_tokens(model, torch.stack(volumes), torch.stack(slices) if setup.guided else None)
-        if settings.label_epochs and not setup.resumed:
-            learn_labels(model, manifest, settings, setup.guided, bad, ranks.device)
+    if not setup.resumed:
+        prepare_encoders(model, setup, bad, ranks)
     model.frozen_dropout = settings.frozen_dropout
     model.decoder.grad_checkpoint = settings.grad_checkpoint
     for encoder in model.encoders:
         encoder.grad_checkpoint = settings.grad_checkpoint and config.train_vision
+
+    # The data: volumes, or the frozen encoders' tokens of them, with questions and answers.
     cache = None
     if setup.features:
         shapes = [(math.prod(encoder.grid), encoder.width) for encoder in config.encoders]
-        cache = FeatureCache(
-            setup.features, setup.origin["encoders"], manifest, dtype or torch.float32, shapes
-        )
+        cache = FeatureCache(setup.features, setup.origin["encoders"], setup.manifest, dtype, shapes)
         fill_cache(cache, model, ("train", "validation"), ranks, setup.guided, bad)
-
-    def data(split: str, **changes) -> LanguageDataset:
-        task = "mrg" if command.stage == "mrg" else settings.questions
-        return LanguageDataset(
-            manifest,
-            split,
-            task,
-            setup.tokenizer,
-            model.visual_tokens,
-            config.max_text,
-            slices=setup.guided,
-            cache=cache,
-            templates=settings.templates,
-            **changes,
-        )
-
+    data = partial(
+        LanguageDataset,
+        setup.manifest,
+        task="mrg" if command.stage == "mrg" else settings.questions,
+        tokenizer=setup.tokenizer,
+        image_tokens=model.visual_tokens,
+        max_text=config.max_text,
+        slices=setup.guided,
+        cache=cache,
+        templates=settings.templates,
+    )
     train_set = data(
-        "train",
+        split="train",
         augmentation=settings.augment,
         seed=settings.seed,
         slices_follow=settings.slices_follow,
         list_epochs=settings.list_epochs,
     )
-    validation_set = data("validation")
+    validation_set = data(split="validation")
     for part in (train_set, validation_set):
         part.check_questions()
+    return Job(
+        model=model,
+        train_set=train_set,
+        encode=encode,
+        loss=token_mean,
+        validate=partial(validate, data=validation_set, settings=settings, bad=bad),
+        blocks=[block for encoder in model.encoders for block in encoder.blocks] + list(model.decoder.layers),
+        bad=bad,
+        measured=("loss",),
+        saved=trained_state,
+    )
 
-    def validate(model: Mllm) -> tuple[float, dict]:
-        rows = min(settings.validate_samples, len(validation_set))
-        loader = make_loader(validation_set, InOrder(rows, settings.batch_size, ranks.rank, ranks.world), 0)
-        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-        unreadable = []
-        for batch in batches(loader, ranks.device, tolerant=True):
-            unreadable += batch.bad
-            sums += torch.stack([value.double() for value in encode(model, batch)])
+
+def prepare_encoders(model: Mllm, setup: Setup, bad: BadVolumes, ranks: Ranks) -> None:
+    """Prepare encoders that are trained on for a decoder from scratch, as the recipe says."""
+    manifest, settings = setup.manifest, setup.train
+    if settings.calibrate:
+        entries = manifest.entries("train")[: settings.calibrate]
+        good, unreadable = part_unreadable([read_sample(manifest, entry, setup.guided) for entry in entries])
         bad.agree(unreadable)
-        loss, tokens = distributed.mean_over_ranks(sums).tolist()
-        if tokens == 0:
-            raise InputError(f"{manifest.name}: of its first {rows} validation samples none can be read")
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}")
-        return -loss / tokens, {"loss": loss / tokens}
+        if not good:
+            raise InputError(
+                f"{manifest.name}: of its first {len(entries)} training volumes, which a new decoder starts "
+                "from, none can be read"
+            )
+        volumes, slices = zip(*good, strict=True)
+        calibrate_tokens(model, torch.stack(volumes), torch.stack(slices) if setup.guided else None)
+    if settings.label_epochs:
+        learn_labels(model, manifest, settings, setup.guided, bad, ranks.device)
 
-    blocks = [block for encoder in model.encoders for block in encoder.blocks] + list(model.decoder.layers)
-    return Job(model, train_set, encode, token_mean, validate, blocks, bad, ("loss",), saved=trained_state)
+
+def validate(
+    model: Mllm, data: LanguageDataset, settings: TrainConfig, bad: BadVolumes
+) -> tuple[float, dict]:
+    """Return the score, minus the mean cross-entropy of a target token, and {"loss": that mean}."""
+    ranks, rows = bad.ranks, min(settings.validate_samples, len(data))
+    loader = make_loader(data, InOrder(rows, settings.batch_size, ranks.rank, ranks.world), 0)
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    unreadable = []
+    for batch in batches(loader, ranks.device, tolerant=True):
+        unreadable += batch.bad
+        sums += torch.stack([value.double() for value in encode(model, batch)])
+    bad.agree(unreadable)
+    loss, tokens = distributed.mean_over_ranks(sums).tolist()
+    if tokens == 0:
+        raise InputError(f"{data.manifest.name}: of its first {rows} validation samples none can be read")
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}")
+    return -loss / tokens, {"loss": loss / tokens}
