@@ -20,9 +20,8 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import load_trained
-from reaf_hsenet.train import contrastive, contrastive_setup, phantom_slices
-from reaf_hsenet.train.phantom_slices import train_slice_encoder
-from reaf_hsenet.weights.slice_encoder import describe
+from reaf_hsenet.train import contrastive, contrastive_setup, phantom_data
+from reaf_hsenet.weights.slice_encoder import describe, load_slice_encoder
 from test_train import numbers, same_weights, tiny, weights
 
 
@@ -191,14 +190,6 @@ def test_another_vocabulary_than_the_teachers_is_refused(teacher, tmp_path):
     )
 
 
-@pytest.mark.slow
-def test_the_phantoms_slice_encoder_learns_from_the_teachers_reports(teacher, sliced):
-    run, manifest = load_trained(teacher), load_manifest(sliced)
-    one, two = (train_slice_encoder(manifest, run, torch.device("cpu"), workers=1, steps=s) for s in (2, 2))
-    assert all(torch.equal(t, two.state_dict()[n]) for n, t in one.state_dict().items())
-    assert one.width == 128 and not one.training
-
-
 def change_manifest(data: Path, out: Path, **values) -> Path:
     """A copy of a data set whose manifest says something else."""
     shutil.copytree(data, out)
@@ -305,10 +296,8 @@ def test_the_built_in_phantoms_get_slice_features_and_an_interrupted_start_keeps
     prepared, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    for name, value in (("STEPS", 2), ("BATCH", 4), ("SLICES_A_STEP", 2)):
-        monkeypatch.setattr(phantom_slices, name, value)
     small = {"size": 32, "patch": 16, "width": 24, "depth": 1, "heads": 2, "mlp": 48}
-    monkeypatch.setattr(phantom_slices, "ENCODER", small)
+    monkeypatch.setattr(phantom_data, "SLICE_ENCODER", small)
     data = shutil.copytree(prepared, tmp_path / "data/phantom/16x32x32")
     assert train.main(tiny(data, tmp_path / "first", "--max-steps", 1)) == 0
 
@@ -316,17 +305,17 @@ def test_the_built_in_phantoms_get_slice_features_and_an_interrupted_start_keeps
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(phantom_slices, "add_slice_features", interrupted)
+        patch.setattr("reaf_hsenet.data.slice_features.add_slice_features", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train.main(stage2(tmp_path / "first", tmp_path / "second"))
     made = (data / "slice_encoder/model.safetensors").read_bytes()
-    monkeypatch.setattr(phantom_slices, "SEED", 1)  # an encoder trained now would be another
+    monkeypatch.setattr(phantom_data, "PHANTOM_SEED", 1)  # an encoder made now would be another
     assert train.main(stage2(tmp_path / "first", tmp_path / "second", "--max-steps", 1)) == 0
     assert (data / "slice_encoder/model.safetensors").read_bytes() == made
     manifest = load_manifest(data)
     assert manifest.slices["width"] == 24 and manifest.slices["recipe"] == "phantom"
     manifest.check(["train", "validation"], slices=True)
-    loaded, provenance = phantom_slices.load_slice_encoder(str(data / "slice_encoder"))
+    loaded, provenance = load_slice_encoder(str(data / "slice_encoder"))
     assert provenance["sha256"] == manifest.slices["sha256"]
 
 
@@ -451,8 +440,8 @@ def teacher_watched(monkeypatch) -> dict:
     seen = {"volumes": 0}
 
     class Watched(contrastive.Teacher):
-        def __init__(self, model, *more):
-            super().__init__(model, *more)
+        def __init__(self, model, **more):
+            super().__init__(model, **more)
             model.vision.register_forward_hook(
                 lambda _, x, __: seen.__setitem__("volumes", seen["volumes"] + len(x[0]))
             )

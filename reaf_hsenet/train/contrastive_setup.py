@@ -31,7 +31,7 @@ from reaf_hsenet.settings import changed, flag_values, flags
 from reaf_hsenet.tokenizer.loading import has_wordpiece, load_wordpiece
 from reaf_hsenet.tokenizer.tokenizer import WordPiece, train_wordpiece
 from reaf_hsenet.train.command import Command
-from reaf_hsenet.train.phantom_data import PHANTOM, phantom_folder, phantom_manifest
+from reaf_hsenet.train.phantom_data import PHANTOM, add_phantom_slices, phantom_folder, phantom_manifest
 from reaf_hsenet.train.setup import Setup, data_of, fitting_batch, located, recipe_settings
 from reaf_hsenet.weights.files import SUFFIXES, read_checkpoint, read_weights
 from reaf_hsenet.weights.names import BERT, import_state
@@ -233,15 +233,10 @@ def sliced(
     if manifest.slices is None:
         phantoms = phantom_folder("hsenet", config.vision.size).resolve()
         if command.data or manifest.folder.resolve() != phantoms:
-            manifest.require_slices(
-                {}, str(teacher.folder)
-            )  # raises: a data set of one's own has a real encoder's
+            # Raises: a data set of one's own has a real encoder's features.
+            manifest.require_slices({}, str(teacher.folder))
         if ranks.main:
-            from reaf_hsenet.train.phantom_slices import (
-                add_phantom_slices,
-            )  # a run with --data needs none of it
-
-            add_phantom_slices(manifest.folder, teacher, ranks.device, say)
+            add_phantom_slices(manifest.folder, ranks.device, say)
         distributed.barrier()
         manifest = load_manifest(manifest.location)
     return manifest

@@ -1,8 +1,10 @@
-"""The phantom data set that a run without --data makes for itself."""
+"""The phantom data set that a run without --data makes for itself, and its slice features."""
 
 import os
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from reaf_hsenet import distributed
 from reaf_hsenet.data.manifest import Manifest, load_manifest
@@ -11,6 +13,7 @@ from reaf_hsenet.presets import TINY_RECIPES
 
 PHANTOM = Path("data/phantom")
 PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 2000, 160, 0
+SLICE_ENCODER = {"size": 64, "patch": 16, "width": 128, "depth": 2, "heads": 4, "mlp": 512}
 
 
 def phantom_folder(model: str, size: tuple[int, int, int]) -> Path:
@@ -38,3 +41,23 @@ def phantom_manifest(ranks: Ranks, model: str, size: tuple[int, int, int]) -> Ma
         prepare(read_ct_rate(PHANTOM / "raw"), out, Options(replace(recipe, size=size)), workers=cores)
     distributed.barrier()
     return load_manifest(out)
+
+
+def add_phantom_slices(folder: Path, device: torch.device, say) -> None:
+    """Store slice features of phantoms, by a small encoder as it was initialised.
+
+    Stage 2 so runs with nothing downloaded. A trained encoder's features are worth no more there
+    (docs/results.md); real data have BiomedCLIP's.
+    """
+    from reaf_hsenet.data.slice_features import add_slice_features
+    from reaf_hsenet.models.slice_encoder import SliceEncoder
+    from reaf_hsenet.weights.slice_encoder import describe, load_slice_encoder, save_slice_encoder
+
+    saved = folder / "slice_encoder"
+    if not (saved / "model.safetensors").is_file():  # else of a start that was interrupted
+        say(f"{folder}: has no slice features; making them with a small slice encoder that is not trained")
+        torch.manual_seed(PHANTOM_SEED)
+        save_slice_encoder(saved, SliceEncoder(**SLICE_ENCODER))
+    encoder, _ = load_slice_encoder(str(saved))
+    provenance = describe(encoder, "phantoms", recipe="phantom")
+    add_slice_features(folder, encoder, provenance, len(os.sched_getaffinity(0)), device, batch=1024)
