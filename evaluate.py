@@ -18,7 +18,6 @@ from reaf_hsenet.script import start_script
 if __name__ == "__main__":
     start_script()  # what is imported next takes seconds
 
-import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import read_templates
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import comparison, figures, language_scores, zeroshot
-from reaf_hsenet.evaluate.evaluate_flags import parse
+from reaf_hsenet.evaluate.command import Command, parse
 from reaf_hsenet.evaluate.language_evaluation import asked_rows, fingerprint, generate_answers
 from reaf_hsenet.evaluate.retrieval_results import print_table, write_queries
 from reaf_hsenet.files import atomic_write, folder_lock, write_json
@@ -52,86 +51,86 @@ PRECISIONS = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: list[str]) -> int:
-    args = parse(argv, __doc__)
-    if args.compare:
-        results = comparison.compare(args.task, args.compare, args.bootstrap, args.seed)
-        runs = [comparison.evaluated_run(folder, args.task) for folder in args.compare]
+    command = parse(argv, __doc__)
+    if command.compare:
+        results = comparison.compare(command.task, command.compare, command.bootstrap, command.seed)
+        runs = [comparison.evaluated_run(folder, command.task) for folder in command.compare]
         comparison.print_comparison(results, runs)
-        if args.out:
+        if command.out:
             write_json(
-                args.out / f"comparison_{args.task}.json",
-                {"runs": list(map(str, args.compare)), "evaluated": runs, **results},
+                command.out / f"comparison_{command.task}.json",
+                {"runs": list(map(str, command.compare)), "evaluated": runs, **results},
             )
         return 0
-    if args.figures:
+    if command.figures:
         figures.new_figure(1, 1)  # a missing matplotlib is said now, too
-    ranks = distributed.start(args.device, hours=24)
+    ranks = distributed.start(command.device, hours=24)
     try:
-        (language if args.task in LANGUAGE else dual_encoder)(args, ranks)
+        (language if command.task in LANGUAGE else dual_encoder)(command, ranks)
     finally:
         distributed.stop()
     return 0
 
 
-def results_folder(args: argparse.Namespace) -> Path:
+def results_folder(command: Command) -> Path:
     """--out; else the run's own, or for published weights one here."""
-    return args.out or (
-        Path("eval") / args.run.stem if is_published(args.run) else Run(args.run).folder / "eval"
+    return command.out or (
+        Path("eval") / command.run.stem if is_published(command.run) else Run(command.run).folder / "eval"
     )
 
 
-def say_checkpoint(args: argparse.Namespace, run: Trained) -> None:
+def say_checkpoint(command: Command, run: Trained) -> None:
     """Print the notes of published weights, and which checkpoint is evaluated."""
     print(*run.origin.get("notes", ()), sep="\n", end="\n" if run.origin.get("notes") else "")
-    chosen = run.checkpoint.chosen_on == args.split
+    chosen = run.checkpoint.chosen_on == command.split
     print(
-        f"{args.run}: checkpoint {run.checkpoint}"
+        f"{command.run}: checkpoint {run.checkpoint}"
         + ", chosen on this very split: its scores are optimistic" * chosen
     )
 
 
-def find_data(args: argparse.Namespace, run: Trained, reports: bool) -> Manifest:
+def find_data(command: Command, run: Trained, reports: bool) -> Manifest:
     """The data set, checked to be what the run's model takes."""
-    if not (args.data or run.data):
-        raise InputError(f"--data: {args.run} has no data set of its own; name a prepared one")
-    manifest = load_manifest(args.data or run.data)
-    manifest.require(run.recipe, str(args.run))
+    if not (command.data or run.data):
+        raise InputError(f"--data: {command.run} has no data set of its own; name a prepared one")
+    manifest = load_manifest(command.data or run.data)
+    manifest.require(run.recipe, str(command.run))
     if run.guided:
-        manifest.require_slices(run.slices, str(args.run))
-    manifest.check([args.split], slices=run.guided, reports=reports)
+        manifest.require_slices(run.slices, str(command.run))
+    manifest.check([command.split], slices=run.guided, reports=reports)
     return manifest
 
 
-def dual_encoder(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    run = load_trained(args.run, args.checkpoint, CONTRASTIVE, text_model=args.text_model)
+def dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
+    run = load_trained(command.run, command.checkpoint, CONTRASTIVE, text_model=command.text_model)
     if ranks.main:
-        say_checkpoint(args, run)
-    manifest = find_data(args, run, reports=args.task == "retrieval")
+        say_checkpoint(command, run)
+    manifest = find_data(command, run, reports=command.task == "retrieval")
     dataset = CTReportDataset(
         manifest,
-        args.split,
+        command.split,
         run.tokenizer,
         run.config.max_text,
         style=run.config.model,
         slices=run.guided,
     )
     run.model.to(ranks.device)
-    {"retrieval": retrieval, "zeroshot": classify}[args.task](args, run, manifest, dataset, ranks)
-    if args.figures and ranks.main:
-        saliency_figures(args, run, manifest, ranks.device)
+    {"retrieval": retrieval, "zeroshot": classify}[command.task](command, run, manifest, dataset, ranks)
+    if command.figures and ranks.main:
+        saliency_figures(command, run, manifest, ranks.device)
 
 
 def retrieval(
-    args: argparse.Namespace,
+    command: Command,
     run: Trained,
     manifest: Manifest,
     dataset: CTReportDataset,
     ranks: distributed.Ranks,
 ) -> None:
-    image, text = embed(run.model, dataset, ranks, args.batch_size, workers=args.workers, progress=True)
+    image, text = embed(run.model, dataset, ranks, command.batch_size, workers=command.workers, progress=True)
     if not ranks.main:
         return
-    entries, device = manifest.entries(args.split), ranks.device
+    entries, device = manifest.entries(command.split), ranks.device
     names = sorted({entry["scan"] for entry in entries})
     number = {name: i for i, name in enumerate(names)}
     scans = torch.tensor([number[entry["scan"]] for entry in entries], device=device)
@@ -146,14 +145,14 @@ def retrieval(
         "n": len(entries),
         "scans": len(names),
         "reports_sha256": comparison.fingerprint(entries),
-        "split": args.split,
+        "split": command.split,
         "data": str(manifest.folder),
         **run.checkpoint.record(),
         **exact.tables,
         "per_scan": per_scan.tables,
         "volume_to_volume": overlap,
     }
-    out = results_folder(args)
+    out = results_folder(command)
     write_json(out / "retrieval.json", results)
     write_queries(out / "retrieval_queries.csv", entries, exact, per_scan, run.checkpoint)
     with atomic_write(out / "embeddings.safetensors", "wb") as file:
@@ -161,73 +160,78 @@ def retrieval(
         file.write(save({"image": image, "text": text}, {"ids": ids, "model": run.sha256()}))
     print_table(results, exact, per_scan)
     print(f"written to {out}")
-    if args.figures:
-        figures.recall_figure(args.figures / "recall.png", exact.ranks)
+    if command.figures:
+        figures.recall_figure(command.figures / "recall.png", exact.ranks)
 
 
 def classify(
-    args: argparse.Namespace,
+    command: Command,
     run: Trained,
     manifest: Manifest,
     dataset: CTReportDataset,
     ranks: distributed.Ranks,
 ) -> None:
-    entries = manifest.entries(args.split)
+    entries = manifest.entries(command.split)
     ids = [entry["id"] for entry in entries]
     known = [entry["id"] for entries in manifest.splits.values() for entry in entries]
-    table = read_label_table(args.labels, known) if args.labels else manifest_labels(manifest, args.split)
-    label_set = load_label_set(args.label_set)
-    task = zeroshot.define_task(zeroshot.load_prompts(args.prompts), label_set, table, ids)
+    if command.labels:
+        table = read_label_table(command.labels, known)
+    else:
+        table = manifest_labels(manifest, command.split)
+    label_set = load_label_set(command.label_set)
+    task = zeroshot.define_task(zeroshot.load_prompts(command.prompts), label_set, table, ids)
     image, _ = embed(
-        run.model, dataset, ranks, args.batch_size, workers=args.workers, progress=True, reports=False
+        run.model, dataset, ranks, command.batch_size, workers=command.workers, progress=True, reports=False
     )
     if not ranks.main:
         return
     scores = zeroshot.score(run, image, task)
-    report = classification_report(task.labels, scores, task.names, task.means, args.bootstrap, args.seed)
+    report = classification_report(
+        task.labels, scores, task.names, task.means, command.bootstrap, command.seed
+    )
     results = {
         "n": len(ids),
         "reports_sha256": comparison.fingerprint(entries),
-        "split": args.split,
+        "split": command.split,
         "data": str(manifest.folder),
         **run.checkpoint.record(),
-        "labels": {"table": str(table.source), "set": args.label_set},
-        "prompts": {"source": args.prompts, "texts": task.texts},
-        "bootstrap": {"resamples": args.bootstrap, "seed": args.seed},
+        "labels": {"table": str(table.source), "set": command.label_set},
+        "prompts": {"source": command.prompts, "texts": task.texts},
+        "bootstrap": {"resamples": command.bootstrap, "seed": command.seed},
         **report,
         "notes": task.notes,
     }
-    out = results_folder(args)
+    out = results_folder(command)
     write_json(out / "zeroshot.json", results)
     zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task, scores, run.checkpoint)
     zeroshot.print_table(results)
     print(f"written to {out}")
-    if args.figures:
-        figures.roc_figure(args.figures / "roc.png", task.labels, scores, task.names)
+    if command.figures:
+        figures.roc_figure(command.figures / "roc.png", task.labels, scores, task.names)
 
 
-def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+def language(command: Command, ranks: distributed.Ranks) -> None:
     run = load_trained(
-        args.run,
-        args.checkpoint,
+        command.run,
+        command.checkpoint,
         LANGUAGE,
-        dtype=PRECISIONS[args.precision],
-        text_model=args.text_model,
-        decoder=args.decoder,
-        encoders=args.encoders,
+        dtype=PRECISIONS[command.precision],
+        text_model=command.text_model,
+        decoder=command.decoder,
+        encoders=command.encoders,
     )
     if ranks.main:
-        say_checkpoint(args, run)
-    reports = args.task == "mrg"
-    manifest = find_data(args, run, reports)
-    kind = "mrg" if reports else args.questions or run.train.get("questions") or "location"
-    prompt = (args.prompt or GENERATION["mrg"]["prompt"]) if reports else None
+        say_checkpoint(command, run)
+    reports = command.task == "mrg"
+    manifest = find_data(command, run, reports)
+    kind = "mrg" if reports else command.questions or run.train.get("questions") or "location"
+    prompt = (command.prompt or GENERATION["mrg"]["prompt"]) if reports else None
     image_tokens, most = run.model.visual_tokens, run.config.max_text
     own = run.train.get("templates") if kind == run.train.get("questions") else None
-    templates = read_templates(args.templates, kind) if args.templates else own and tuple(own)
+    templates = read_templates(command.templates, kind) if command.templates else own and tuple(own)
     data = LanguageDataset(
         manifest,
-        args.split,
+        command.split,
         kind,
         run.tokenizer,
         image_tokens,
@@ -237,14 +241,14 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
         templates=templates,
     )
     everything = asked_rows(data)
-    rows = everything[: args.limit]
+    rows = everything[: command.limit]
     asked = sorted({row.question for row in rows})
-    new_tokens = args.new_tokens or usual_new_tokens(run.model, run.tokenizer, asked, args.task)
+    new_tokens = command.new_tokens or usual_new_tokens(run.model, run.tokenizer, asked, command.task)
     check_context(run.model, run.tokenizer, asked, new_tokens)
     head = {
         "checkpoint_sha256": run.sha256(),
         "base_sha256": run.base_sha256(),
-        "split": args.split,
+        "split": command.split,
         "questions": kind,
         "prompt": prompt,
         "new_tokens": new_tokens,
@@ -253,38 +257,50 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     }
     bert = labeler = None
     if ranks.main:  # the other ranks score nothing
-        bert = load_bert(args.bertscore, args.bertscore_layer, ranks.device) if args.bertscore else None
-        labeler = load_classifier(args.classifier, ranks.device) if args.classifier else None
-    run.place(ranks.device, args.compile)
-    out = results_folder(args)
+        if command.bertscore:
+            bert = load_bert(command.bertscore, command.bertscore_layer, ranks.device)
+        if command.classifier:
+            labeler = load_classifier(command.classifier, ranks.device)
+    run.place(ranks.device, command.compile)
+    out = results_folder(command)
     with folder_lock(out) if ranks.main else nullcontext():
         texts, kept = generate_answers(
-            run, data, rows, new_tokens, args.batch_size, ranks, out, args.task, head, args.anew, args.workers
+            run,
+            data,
+            rows,
+            new_tokens,
+            batch=command.batch_size,
+            ranks=ranks,
+            folder=out,
+            task=command.task,
+            head=head,
+            anew=command.anew,
+            workers=command.workers,
         )
         if not ranks.main:
             return
         if reports:
             phantoms = language_scores.are_phantoms(manifest)
             truth = language_scores.true_labels(manifest, [data.entries[row.entry] for row in rows])
-            labeler = labeler or (phantom_labels if phantoms else None)
+            named = str(command.classifier) if labeler else None
+            if phantoms and labeler is None:
+                labeler, named = phantom_labels, "phantoms"
             scores, table = language_scores.report_scores(texts, rows, truth, labeler, phantoms, bert)
-            scores["labeler"] = str(args.classifier) if args.classifier else "phantoms" if phantoms else None
+            scores["labeler"] = named
         else:
             scores, table = language_scores.answer_scores(texts, rows, bert)
         where = {"data": str(manifest.folder), **run.checkpoint.record()}
-        write_json(out / f"{args.task}.json", {"n": len(rows), **head, **where, **scores})
-        language_scores.write_rows(out / f"{args.task}.csv", table, run.checkpoint)
+        write_json(out / f"{command.task}.json", {"n": len(rows), **head, **where, **scores})
+        language_scores.write_rows(out / f"{command.task}.csv", table, run.checkpoint)
         kept.finish(len(rows))
     (language_scores.print_reports if reports else language_scores.print_answers)(scores)
     print(f"written to {out}")
 
 
 @torch.inference_mode()
-def saliency_figures(
-    args: argparse.Namespace, run: Trained, manifest: Manifest, device: torch.device
-) -> None:
+def saliency_figures(command: Command, run: Trained, manifest: Manifest, device: torch.device) -> None:
     vision, recipe = run.model.vision, manifest.recipe
-    entries = manifest.entries(args.split)[: args.figure_volumes]
+    entries = manifest.entries(command.split)[: command.figure_volumes]
     for entry in entries:
         volume = read_prepared(manifest, entry)
         found = vision.salient_regions(volume[None].to(device)) if hasattr(vision, "salient_regions") else {}
@@ -293,14 +309,14 @@ def saliency_figures(
             break
         regions = {name: r[0] for name, r in found.items()}
         figures.saliency_figure(
-            args.figures / f"saliency_{entry['id']}.png",
+            command.figures / f"saliency_{entry['id']}.png",
             volume[0],
             regions,
             entry["id"],
             recipe.axes,
             recipe.spacing if recipe.fit == "crop" else None,
         )
-    print(f"pictures in {args.figures}")
+    print(f"pictures in {command.figures}")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def _size(default, help: str = "", **flag):
 
 def _encoder(default, help: str, **how):
     """Return the field of an encoder's setting that has a flag."""
-    return setting(default, help, stages=CONTRASTIVE, **how)
+    return setting(default, help, only=CONTRASTIVE, **how)
 
 
 def _kept(default, help: str, **how):
@@ -94,7 +94,7 @@ def _whole_heads(config) -> None:
         raise InputError(f"{config.heads} heads do not share a width of {config.width}")
 
 
-VOXELS = {"metavar": D_H_W, "stages": CONTRASTIVE}
+VOXELS = {"metavar": D_H_W, "only": CONTRASTIVE}
 
 # 0.449 and 0.226 are the averages over colours of ImageNet's means and standard deviations, in float32 as
 # published.
@@ -335,36 +335,36 @@ class TrainConfig:
         none="all",
         metavar="N|all",
         least=0,
-        stages=CONTRASTIVE,
+        only=CONTRASTIVE,
     )
     grad_cache: int | None = _kept(
         None,
         "the whole batch's gradients, CHUNK volumes at a time",
         metavar="CHUNK",
         above=0,
-        stages=CONTRASTIVE,
+        only=CONTRASTIVE,
     )
-    relation: float = setting(0.0, "weight of the relation loss at step 0", least=0, most=1000, stages=GUIDED)
-    relation_steps: int = setting(5000, "steps until that weight is 0", above=0, stages=GUIDED)
+    relation: float = setting(0.0, "weight of the relation loss at step 0", least=0, most=1000, only=GUIDED)
+    relation_steps: int = setting(5000, "steps until that weight is 0", above=0, only=GUIDED)
     slices_follow: bool = setting(
         True,
         "slice features do not follow a flip, as published",
         flag="slices_stay",
         const=False,
-        stages=(*GUIDED, *LANGUAGE),
+        only=(*GUIDED, *LANGUAGE),
     )
     encoder_rate: float = setting(1.0, least=0, most=1e30)
     label_epochs: int = setting(0, least=0)
     list_epochs: int = setting(0, least=0)
-    questions: Literal[KINDS] = setting("location", "kind of questions (default: location)", stages=("vqa",))
+    questions: Literal[KINDS] = setting("location", "kind of questions (default: location)", only=("vqa",))
     templates: tuple[str, ...] | None = setting(
         None,
         "all questions' wordings: HSENet's prompt_templates.py, or json",
         word=Path,
         metavar="FILE",
-        stages=("vqa",),
+        only=("vqa",),
     )
-    frozen_dropout: bool = setting(False, "frozen encoders keep their dropout, as published", stages=LANGUAGE)
+    frozen_dropout: bool = setting(False, "frozen encoders keep their dropout, as published", only=LANGUAGE)
     max_bad: int = _kept(
         0,
         "volumes that may be left out, each by name, because they cannot be read (default: 0, the run stops)",
@@ -374,7 +374,7 @@ class TrainConfig:
     shard: bool = _kept(
         False,
         "with --full: every GPU holds a part of the weights and the optimizer's states (FSDP)",
-        stages=LANGUAGE,
+        only=LANGUAGE,
     )
     max_skipped: int = _kept(
         10,

@@ -39,7 +39,7 @@ def setting(default=MISSING, help: str = "", *, above=None, least=None, most=Non
     """Return a dataclass field with a range and, where `help` is given, a flag of the command line.
 
     above, least, most: range of a number, or of each of several. least=-inf allows that too.
-    flag: its name, when it is not the field's. stages: those that have it; none given: all.
+    flag: its name, when it is not the field's. only: stages or tasks that have it; none given: all.
     free: a resumed run may change it. none: word for None. bare: value of the flag without a word.
     required: the flag must be given. const: value of a flag that takes no word. metavar: as argparse has it.
     word: type of the word, when the annotation does not tell.
@@ -78,8 +78,8 @@ def add_flags(parser, known: dict[str, tuple[dataclasses.Field, object]]) -> Non
     """Add flags to a parser or to a group of it. A flag that is not on the command line leaves no value."""
     for name, (field, hint) in known.items():
         how = field.metadata
-        stages = f" ({', '.join(how['stages'])})" if "stages" in how else ""
-        options = {"dest": name, "default": argparse.SUPPRESS, "help": how["help"] + stages}
+        only = f" ({', '.join(how['only'])})" if "only" in how else ""
+        options = {"dest": name, "default": argparse.SUPPRESS, "help": how["help"] + only}
         options["required"] = how.get("required", False)
         kind, count, choices = (how["word"], None, []) if "word" in how else _word(hint)
         if "const" in how:
@@ -122,10 +122,11 @@ def spelled(name: str, value, known: dict[str, tuple[dataclasses.Field, object]]
     return "--" + "no-" * negated + name.replace("_", "-")
 
 
-def given(args: argparse.Namespace, known: dict[str, tuple[dataclasses.Field, object]], stage: str) -> dict:
+def given(args: argparse.Namespace, known: dict[str, tuple[dataclasses.Field, object]], key: str) -> dict:
     """Return {name: value} of the flags on the command line.
 
-    Raises InputError for a value that is out of range, and for a flag of another stage.
+    key: the flag, `stage` or `task`, that says which of them belong together. Raises InputError for a value
+    that is out of range, and for a flag of another stage or task.
     """
     found = {}
     for name, value in vars(args).items():
@@ -135,8 +136,8 @@ def given(args: argparse.Namespace, known: dict[str, tuple[dataclasses.Field, ob
         if expected := how.get("range", Range()).expected(value):
             value = " ".join(map(str, value)) if isinstance(value, list) else value
             raise InputError(f"{shown} {value}: expected {expected}")
-        if stage not in how.get("stages", (stage,)):
-            raise InputError(f"{shown}: is an option of --stage {' and '.join(how['stages'])}; leave it out")
+        if "only" in how and getattr(args, key) not in how["only"]:
+            raise InputError(f"{shown}: is an option of --{key} {' and '.join(how['only'])}; leave it out")
         value = None if "none" in how and value == how["none"] else value
         found[name] = tuple(value) if isinstance(value, list) else value
     return found

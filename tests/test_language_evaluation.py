@@ -647,14 +647,20 @@ def test_mistakes_are_named_before_anything_is_generated(prepared, vqa_run, mrg_
         ("vqa", "--classifier x", "mrg"),
         ("mrg", "--questions size", "vqa"),
         ("mrg", "--figures x", "retrieval and zeroshot"),
-        ("vqa", "--bootstrap 5", "zeroshot"),
+        ("vqa", "--bootstrap 5", "retrieval and zeroshot"),
         ("retrieval", "--new-tokens 5", "mrg and vqa"),
         ("zeroshot", "--anew", "mrg and vqa"),
         ("mrg", "--compare a b", "retrieval and zeroshot"),
     ],
 )
 def test_flags_of_other_tasks_are_refused_by_name(task, flag, owners):
-    wrong(f"{flag.split()[0]}: belongs to --task {owners}, not {task}", "--task", task, *flag.split())
+    wrong(f"{flag.split()[0]}: is an option of --task {owners}; leave it out", "--task", task, *flag.split())
+
+
+def test_a_single_run_of_retrieval_has_no_bootstrap():
+    wrong(
+        "--bootstrap: belongs to --task zeroshot and to --compare", "--task", "retrieval", "--bootstrap", "5"
+    )
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ TINY_KERNEL = (1, 2, 2)  # the tiny presets' grid is 4 x 4 x 4
 
 def _language(default, help: str, **how):
     """Return the field of a setting with a flag of the language stages."""
-    return setting(default, help, stages=LANGUAGE, **how)
+    return setting(default, help, only=LANGUAGE, **how)
 
 
 @dataclass(frozen=True)

@@ -43,29 +43,29 @@ class Command:
         "runs/clip1-reaf)",
     )
     text_model: str | None = setting(
-        None, "BERT folder or hub id to start the text encoder from (default: new)", stages=CONTRASTIVE
+        None, "BERT folder or hub id to start the text encoder from (default: new)", only=CONTRASTIVE
     )
     teacher: str | None = setting(
         None,
         "run of stage clip1, or published file of stage 1 (default: --init or its teacher, else "
         "runs/clip1-hsenet)",
-        stages=(*GUIDED, *LANGUAGE),
+        only=(*GUIDED, *LANGUAGE),
     )
-    guidance: bool = setting(True, "guide the encoder by slices; without: a plain 3D ViT", stages=GUIDED)
+    guidance: bool = setting(True, "guide the encoder by slices; without: a plain 3D ViT", only=GUIDED)
     decoder: str | None = setting(
         None,
         "folder or hub id of a Phi-4, Phi-3 or Llama (default on phantoms: a small one, from scratch)",
-        stages=LANGUAGE,
+        only=LANGUAGE,
     )
     cache_features: bool | Path = setting(
         False,
         "store the frozen encoders' tokens (default: DATA/features); needs --no-augment",
         bare=True,
         metavar="DIR",
-        stages=LANGUAGE,
+        only=LANGUAGE,
     )
     max_text: int | None = setting(
-        None, "tokens of prompt and answer (default: mrg 544, vqa 74)", above=0, stages=LANGUAGE
+        None, "tokens of prompt and answer (default: mrg 544, vqa 74)", above=0, only=LANGUAGE
     )
     max_steps: int | None = setting(None, "number of optimizer steps, in place of epochs", above=0)
     out: Path | None = setting(None, "run folder (default: runs/STAGE-MODEL)", free=True)
@@ -108,7 +108,7 @@ def parse(argv: list[str], description: str) -> Command:
         add_flags(parser.add_argument_group(title), own)
         done |= own.keys()
     args = parser.parse_args(argv)
-    values = given(args, FLAGS, args.stage)
+    values = given(args, FLAGS, "stage")
     if "templates" in values:
         from reaf_hsenet.data.questions import read_templates
 

@@ -1564,7 +1564,7 @@ EVALUATE = [
         nothing,
         f"{RETRIEVAL} --questions size",
         2,
-        "--questions: belongs to --task vqa, not retrieval",
+        "--questions: is an option of --task vqa",
     ),
 ]
 

@@ -1,0 +1,161 @@
+"""The command line of evaluate.py: every flag, with the tasks that it belongs to."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from reaf_hsenet.config import KINDS, RECIPES
+from reaf_hsenet.data.labels import LABEL_SETS
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.runs.trained import locate_run
+from reaf_hsenet.script import Parser
+from reaf_hsenet.settings import MISSING, add_flags, flags, given, setting
+
+ENCODER_TASKS, LANGUAGE_TASKS = ("retrieval", "zeroshot"), ("mrg", "vqa")
+TASKS = (*ENCODER_TASKS, *LANGUAGE_TASKS)
+
+
+def _language(default, help: str, **how):
+    """Return the field of a flag of report generation and question answering."""
+    return setting(default, help, only=LANGUAGE_TASKS, **how)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is evaluated, on what, and where the results go. given: the flags of the command line."""
+
+    task: Literal[TASKS] = setting(MISSING, "what is measured", required=True)
+    run: Path | None = setting(
+        None,
+        "run folder of train.py, or published weights: file, folder or hub id (default: runs/clip1-MODEL; "
+        "runs/mrg-MODEL, runs/vqa-MODEL)",
+        word=str,
+    )
+    text_model: str | None = setting(
+        None, "folder or hub id with the vocabulary of a published checkpoint", metavar="NAME"
+    )
+    model: Literal[tuple(RECIPES)] = setting("hsenet", "whose default run folder (default: hsenet)")
+    compare: tuple[Path, ...] = setting(
+        (),
+        "two or more evaluated runs: their scores, and differences from the first with bootstrap intervals",
+        metavar="RUN",
+        only=ENCODER_TASKS,
+    )
+    checkpoint: str | None = setting(
+        None,
+        "last (default, as published), best (chosen by the validation) or a step, step-000100",
+        metavar="NAME",
+    )
+    data: Path | None = setting(None, "prepared data set (default: the run's own)")
+    split: Literal["train", "validation", "test"] = setting("validation", "default: validation")
+    out: Path | None = setting(None, "folder of the results (default: RUN/eval)")
+    batch_size: int = setting(16, "default: 16", least=1)
+    workers: int = setting(0, "processes that read volumes (default: 0)", least=0)
+    device: str | None = setting(None, "cpu, cuda or cuda:N (default: a GPU where there is one)")
+    figures: Path | None = setting(
+        None, "write ROC or recall curves and saliency there", metavar="DIR", only=ENCODER_TASKS
+    )
+    figure_volumes: int = setting(
+        4, "saliency of the first N volumes (default: 4)", metavar="N", least=0, only=ENCODER_TASKS
+    )
+    prompts: str = setting("volume", "volume, organ or a json file (default: volume)", only=("zeroshot",))
+    label_set: Literal[tuple(LABEL_SETS)] = setting(
+        "ct-rate", "how label columns become classes (default: ct-rate)", only=("zeroshot",)
+    )
+    labels: Path | None = setting(
+        None, "label table (default: the manifest's labels)", metavar="CSV", only=("zeroshot",)
+    )
+    bootstrap: int = setting(
+        1000,
+        "resamples of the intervals of zeroshot and of --compare; 0: none (default: 1000)",
+        metavar="N",
+        least=0,
+        only=ENCODER_TASKS,
+    )
+    seed: int = setting(0, "of the bootstrap (default: 0)", least=0, only=ENCODER_TASKS)
+    questions: Literal[KINDS] | None = setting(
+        None, "their kind (default: the one that the run was trained on)", only=("vqa",)
+    )
+    templates: Path | None = setting(
+        None,
+        "the questions' wordings (default: those that the run was trained on)",
+        metavar="FILE",
+        only=("vqa",),
+    )
+    prompt: str | None = setting(
+        None, "what every report is asked for with (default: the published one)", only=("mrg",)
+    )
+    new_tokens: int | None = _language(
+        None, "most tokens of a report or an answer (default: 512, 74)", metavar="N", least=1
+    )
+    limit: int | None = _language(
+        None, "the first N reports or questions (default: all)", metavar="N", least=1
+    )
+    precision: Literal["fp32", "bf16"] | None = _language(
+        None, "of the decoder (default: that of its weights)"
+    )
+    bertscore: Path | None = _language(
+        None, "BERT or RoBERTa that compares texts (published: roberta-large)", metavar="FOLDER"
+    )
+    bertscore_layer: int | None = _language(
+        None, "of that model (published: 17; default: the last)", metavar="N"
+    )
+    classifier: Path | None = setting(
+        None, "BERT or RoBERTa that reads 18 findings, as RadBERT", metavar="FOLDER", only=("mrg",)
+    )
+    decoder: str | None = _language(
+        None,
+        "of published packers and adapters: folder or hub id of the decoder they stand on",
+        metavar="NAME",
+    )
+    encoders: str | None = _language(
+        None, "of the same: HSENet-2E3-CLIP, a file, folder or hub id, or a clip2 run", metavar="NAME"
+    )
+    compile: bool = _language(False, "compile the decoder's steps, on a GPU")
+    anew: bool = _language(False, "forget the answers of an interrupted evaluation")
+    given: dict = field(default_factory=dict)
+
+
+FLAGS = flags(Command)
+COMPARED = {"task", "compare", "out", "bootstrap", "seed"}  # flags that --compare goes with
+
+
+def parse(argv: list[str], description: str) -> Command:
+    """Raises InputError for an unknown flag, a value out of range, and a flag of another task."""
+    parser = Parser(description)
+    add_flags(parser, FLAGS)
+    values = given(parser.parse_args(argv), FLAGS, "task")
+    command = Command(**values, given=values)
+    check(command)
+    run = f"runs/{command.task if command.task in LANGUAGE_TASKS else 'clip1'}-{command.model}"
+    return replace(command, run=locate_run(values["run"]) if "run" in values else Path(run))
+
+
+def check(command: Command) -> None:
+    """Raise InputError for flags that do not go together, and for a folder that is not what it should be."""
+    if "compare" in command.given:
+        if foreign := sorted(command.given.keys() - COMPARED):
+            raise InputError(
+                f"--{foreign[0].replace('_', '-')}: belongs to the evaluation of one run, not to --compare"
+            )
+        if len(command.compare) < 2:
+            raise InputError("--compare: expected two or more runs")
+    elif command.task == "retrieval":
+        for name in ("bootstrap", "seed"):
+            if name in command.given:
+                raise InputError(f"--{name}: belongs to --task zeroshot and to --compare; leave it out")
+    if command.bertscore_layer is not None and command.bertscore is None:
+        raise InputError("--bertscore-layer: is of the model that --bertscore names; give both")
+    for name in ("bertscore", "classifier"):
+        folder = getattr(command, name)
+        if folder and not folder.is_dir():
+            raise InputError(
+                f"--{name} {folder}: no such folder; expected one with config.json, tokenizer and weights"
+            )
+    if command.prompt is not None and not command.prompt.strip():
+        raise InputError("--prompt: is empty; expected what a report is asked for with")
+    for name in ("out", "figures"):  # said now, not after hours
+        folder = getattr(command, name)
+        nearest = next((p for p in (folder, *folder.parents) if p.exists()), None) if folder else None
+        if nearest and not nearest.is_dir():
+            raise InputError(f"--{name} {nearest}: is a file; expected a folder to write into")
