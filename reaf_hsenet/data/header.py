@@ -176,7 +176,7 @@ def _axes(affine: np.ndarray, name: str, path: Path) -> tuple[str, str, str]:
 
 
 def _agree(affines: dict[str, np.ndarray], pixdim: np.ndarray, scale: float, path: Path) -> None:
-    """Raises InputError, with both values, where the header contradicts itself or says nothing."""
+    """Raise InputError, with both values, where the header contradicts itself or says nothing."""
     name, affine = next(iter(affines.items()))
     spacing, columns = _spacing(affine), affine[:3, :3]
     believe = f"say which one holds with --header {', '.join(affines)} or pixdim, or mend the header"

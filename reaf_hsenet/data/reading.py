@@ -36,7 +36,7 @@ NO_TABLE = TableRow()
 
 @dataclass(frozen=True)
 class Reading:
-    """How source files are read; see read_volume. It concerns .nii files, and `rescale` also .pt files."""
+    """The choices of read_volume, for .nii files; `rescale` also for .pt files."""
 
     rescale: Rescale = "auto"
     orientation: Orientation = "header"
@@ -62,7 +62,7 @@ def stem(name: str) -> str:
 
 @dataclass(frozen=True)
 class SlicesWanted:
-    """How 2D slices are taken from a CT: the recipe, the side of a picture, and whether through JPEG."""
+    """A choice of 2D slices of a CT: the recipe, the side of a picture, and whether through JPEG."""
 
     recipe: SliceRecipe
     size: int
@@ -80,7 +80,7 @@ def read_input(
 def read_slice_images(
     path: Path, wanted: SlicesWanted, reading: Reading, table: TableRow = NO_TABLE
 ) -> tuple[np.ndarray, dict]:
-    """((32, size, size) uint8 pictures, record of what the file held). Raises InputError, naming the file."""
+    """Return (32, size, size) uint8 pictures, and a record of what the file held."""
     _, images, record = read_source(path, None, wanted, reading, table)
     return images, record
 

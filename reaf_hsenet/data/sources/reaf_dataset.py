@@ -24,7 +24,7 @@ CT_RATE_NAME = re.compile(r"(.*/)?[a-z]+_\d+_[a-z]+_\d+")
 
 @dataclass
 class Answers:
-    """What the reports files say of one image: answers, those to a report question apart."""
+    """Answers about one image in the reports files, those to a report question apart."""
 
     file: Path
     image: str
