@@ -50,17 +50,13 @@ class LabelTable:
     def classes(self, label_set: LabelSet) -> dict[str, list[str]]:
         """Return the classes that the table can tell, each with its columns."""
         mapped = {c: raw for c, raw in label_set.columns.items() if set(raw) <= set(self.names)}
-        return {name: [name] for name in self.names} | {
-            c: r for c, r in mapped.items() if c not in self.names
-        }
+        own = {name: [name] for name in self.names}
+        return own | {name: raw for name, raw in mapped.items() if name not in own}
 
     def values(self, ids: list[str], columns: list[list[str]]) -> np.ndarray:
         """Return (N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume."""
-        rows = self._rows(ids)
-        found = [
-            [any([self._value(i, row, c) for c in group]) for group in columns]
-            for i, row in zip(ids, rows, strict=True)
-        ]
+        rows = dict(zip(ids, self._rows(ids), strict=True))
+        found = [[any([self._value(i, rows[i], c) for c in group]) for group in columns] for i in ids]
         return np.array(found, dtype=bool)
 
     def _rows(self, ids: list[str]) -> list[dict]:

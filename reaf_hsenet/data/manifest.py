@@ -178,10 +178,9 @@ SAVED = ("dataset", "recipe", "dtype", "text", "labels", "reading", "slices", "s
 
 def _settings(recipe: dict, keys: list[str]) -> str:
     """`recipe hsenet, size 32x256x256`."""
-    shown = {
-        k: "x".join(f"{v:g}" for v in recipe[k]) if isinstance(recipe[k], tuple) else recipe[k] for k in keys
-    }
-    return ", ".join(f"{'recipe' if k == 'name' else k} {v}" for k, v in shown.items())
+    shown = {"recipe" if key == "name" else key: recipe[key] for key in keys}
+    plain = {k: "x".join(f"{n:g}" for n in v) if isinstance(v, tuple) else v for k, v in shown.items()}
+    return ", ".join(f"{name} {value}" for name, value in plain.items())
 
 
 def different_slices(have: dict, want: dict) -> str:
@@ -335,10 +334,8 @@ def _check_slices(path: Path, slices: dict) -> None:
 
 def _published_hsenet(path: Path) -> Manifest:
     splits, features = read_hsenet_json(path)
-    text, recipe = "report", RECIPES["hsenet"]
-    return Manifest(
-        path.parent, "hsenet", recipe, "float32", text, (), splits, slices=features, published=path
-    )
+    head = "hsenet", RECIPES["hsenet"], "float32", "report", ()
+    return Manifest(path.parent, *head, splits, slices=features, published=path)
 
 
 def _published_reaf(folder: Path) -> Manifest:

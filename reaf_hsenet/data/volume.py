@@ -189,10 +189,8 @@ def choose_rescale(voxels: np.ndarray, table: TableRow, rescale: str) -> tuple[f
         slope, intercept = 1.0, 0.0
         decision, fault = f"{rescale}: HU already ({facts})", not_hu(sample)
     else:
-        decision, fault = (
-            f"auto: raw values ({facts}); table's {slope:g} * v {intercept:+g} applied",
-            not_hu(sample),
-        )
+        decision = f"auto: raw values ({facts}); table's {slope:g} * v {intercept:+g} applied"
+        fault = not_hu(sample)
         if not_hu(sample * slope + intercept) is None:
             fault = None
         elif (slope, intercept) != (1, 0):
