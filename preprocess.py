@@ -193,9 +193,8 @@ def prepare_volumes(args: argparse.Namespace) -> Refused:
 
 def join_questions(args: argparse.Namespace) -> Refused:
     """Add RadGenome's questions to the volumes that --out holds. Returns what was refused."""
-    manifest, refused = add_questions(
-        args.out, required_root(args), tuple(args.questions), args.allow_refused
-    )
+    kinds = tuple(args.questions)
+    manifest, refused = add_questions(args.out, required_root(args), kinds, args.allow_refused)
     for kind in args.questions:
         counts = {
             split: sum(row["kind"] == kind for entry in entries for row in entry.get("qa", ()))

@@ -1,5 +1,8 @@
 """A user's mistake: one line that names the file or flag, says what was expected and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(Exception):
     """Wrong input. Its message is one line: what (file, flag, row), what was expected, what to do."""
@@ -7,6 +10,17 @@ class InputError(Exception):
 
 class OutputError(InputError):
     """A file that could not be written: a full disk, a folder without permission."""
+
+
+@contextmanager
+def about(path) -> Iterator[None]:
+    """Let the InputErrors of a block begin with the file's name, where they do not already."""
+    try:
+        yield
+    except InputError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
 def first_six(items: list[str], separator: str = ", ") -> str:

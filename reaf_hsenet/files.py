@@ -84,13 +84,13 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path):
-    """The file's JSON. Raises InputError when it is absent or not JSON."""
+    """Return the file's JSON. Raises InputError when it is absent or not JSON."""
     with named(path, "is not valid JSON"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def read_object(path: Path) -> dict:
-    """The same of a file that holds an object. Raises InputError for another kind."""
+    """Return a file's JSON object. Raises InputError for another kind."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected an object of settings, found {type(values).__name__}")

@@ -352,9 +352,9 @@ def test_tables_of_labels_numbers_and_questions_miss_a_swallowed_row(tmp_path):
     )
     with pytest.raises(InputError, match="train_metadata.csv: lines? 2"):
         read_ct_rate(tmp_path / "ct")
-    labels = read_label_table(table(tmp_path / "l.csv", "VolumeName,note,A", 'x,"open,1', 'y,5",0'))
-    with pytest.raises(InputError, match="l.csv: a quoted text of the row of x runs over that of y"):
-        labels.values(["x", "y"], [["A"]])
+    labels = table(tmp_path / "l.csv", "VolumeName,note,A", 'x,"open,1', 'y,5",0')
+    with pytest.raises(InputError, match="l.csv: lines 2 to 3: a quoted text runs over the row of y"):
+        read_label_table(labels, known=["x", "y"])
     folder = tmp_path / "q"
     table(
         folder / "train_vqa_location.csv",

@@ -22,7 +22,7 @@ def augment(volume: Tensor, config: Augmentation, rng: np.random.Generator) -> T
 def augment_with_slices(
     volume: Tensor, slices: Tensor | None, config: Augmentation, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """The same, and the slice features (S, C) in the order that the new volume has them."""
+    """Return a new volume, and the slice features (S, C) in the order that it has them."""
     rotate, *flips, scale, shift = rng.random(6)
     turns = int(rng.integers(1, 4))
     factor, offset = rng.uniform(-config.intensity, config.intensity, 2)

@@ -62,8 +62,9 @@ class BadVolumes:
         self.agree(met)
 
     def count(self, batches: list, expected: int) -> None:
-        """Called by all ranks with a step's batches, of `expected` rows each: tells each how many rows
-        every rank has of it, and agrees on what is missing.
+        """Set each batch's counts, the rows that every rank has of it, and agree on what is missing.
+
+        All ranks call it together, with a step's batches of `expected` rows each.
         """
         # One process alone has nothing to send: on its GPU, the rows would be waited for at every step.
         device = self.ranks.device if self.ranks.world > 1 else "cpu"

@@ -59,7 +59,7 @@ class FeatureCache:
                 return [file.get_tensor(name) for name in sorted(file.keys(), key=int)]
 
     def empty(self) -> list[Tensor]:
-        """What read gives, of zeros."""
+        """Return what read gives, of zeros."""
         return [torch.zeros(shape, dtype=self.dtype) for shape in self.shapes]
 
     def write(self, entry: dict, features: list[Tensor]) -> None:

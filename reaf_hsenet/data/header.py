@@ -8,7 +8,6 @@ Source of the fields: nifti1.h, https://nifti.nimh.nih.gov.
 
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 import nibabel as nib
@@ -16,7 +15,6 @@ import numpy as np
 from nibabel.orientations import io_orientation, ornt2axcodes
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import named
 
 Believed = Literal["check", "sform", "qform", "pixdim", "none"]
 HEADERS = get_args(Believed)
@@ -26,7 +24,6 @@ MOST_SHEAR = 0.01  # cosine between two axes: a slice 300 mm off stands 3 mm asi
 QUATERNION_TOLERANCE = 1e-4  # of the squared length, which float32 rounds by less than 1e-6
 MOST_EXTENSION_CODE = 128  # those given out so far end at 44, and are even
 SMALLEST, LARGEST = 50.0, 4000.0  # mm of the longest side: no chest is smaller, no scanner's table longer
-NOT_READABLE = "is not a readable NIfTI file"
 
 
 @dataclass(frozen=True)
@@ -37,25 +34,22 @@ class Geometry:
     spacing: tuple[float, float, float]
 
 
-def read_header(data: bytes, path: Path) -> nib.Nifti1Header:
+def read_header(data: bytes) -> nib.Nifti1Header:
     """Return the header of a single-file NIfTI, with vox_offset at the first voxel.
 
-    Raises InputError for a header that no reader accepts, and for voxels that begin inside the header.
+    Raises InputError, ValueError or what nibabel raises for a header that no reader accepts.
     """
     second = data[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
     kind = nib.Nifti2Header if second else nib.Nifti1Header
-    with named(path, NOT_READABLE):
-        header = kind(data[: kind.sizeof_hdr], check=False)
-        # nibabel mends some headers, a negative spacing among them; this one is as it stands in the file.
-        declared = header["pixdim"][1:4]
-        if not all(0 < s < np.inf for s in declared):
-            raise InputError(
-                f"{path}: the header's spacing is {_mm(declared)}; expected three positive distances"
-            )
-        _place_voxels(header, data)
-        _round_quaternion(header)
-        header.check_fix()
-        header.get_slope_inter()
+    header = kind(data[: kind.sizeof_hdr], check=False)
+    # nibabel mends some headers, a negative spacing among them; this one is as it stands in the file.
+    declared = header["pixdim"][1:4]
+    if not all(0 < s < np.inf for s in declared):
+        raise InputError(f"the header's spacing is {_mm(declared)}; expected three positive distances")
+    _place_voxels(header, data)
+    _round_quaternion(header)
+    header.check_fix()
+    header.get_slope_inter()
     return header
 
 
@@ -86,7 +80,6 @@ def _round_quaternion(header: nib.Nifti1Header) -> None:
 
 def geometry(
     header: nib.Nifti1Header,
-    path: Path,
     table_spacing: tuple[float, float, float] | None = None,
     assume_orientation: str | None = None,
     believe: str = "check",
@@ -103,46 +96,45 @@ def geometry(
     """
     unit = int(header["xyzt_units"]) % 8
     scale, pixdim = MM_PER_UNIT.get(unit, 1.0), np.array(header.get_zooms()[:3], dtype=float)
-    affines = {} if believe == "none" else _affines(header, path)
+    affines = {} if believe == "none" else _affines(header)
     if believe in ("sform", "qform") and believe not in affines:
-        raise InputError(f"{path}: --header {believe}, but the header has none (its code is 0)")
+        raise InputError(f"--header {believe}, but the header has none (its code is 0)")
     if not affines:
         if assume_orientation is None:
             raise InputError(
-                f"{path}: the header has no orientation (sform and qform codes are 0); say which with "
+                "the header has no orientation (sform and qform codes are 0); say which with "
                 "--assume-orientation, for example LPS"
             )
         axes, spacing = tuple(assume_orientation), table_spacing or pixdim * scale
     else:
         name = believe if believe in affines else next(iter(affines))
         affine = affines[name]
-        axes, spacing = _axes(affine, name, path), _spacing(affine) * scale
+        axes, spacing = _axes(affine, name), _spacing(affine) * scale
         if believe == "pixdim":
             spacing = pixdim * scale
         if believe == "check":
-            _agree(affines, pixdim, scale, path)
+            _agree(affines, pixdim, scale)
     if not all(0 < s < np.inf for s in spacing):
-        raise InputError(f"{path}: the spacing is {_mm(spacing)}; expected three positive distances in mm")
+        raise InputError(f"the spacing is {_mm(spacing)}; expected three positive distances in mm")
     sides = np.array(spacing) * header.get_data_shape()[:3]
     if believe == "check" and not SMALLEST <= max(sides) <= LARGEST:
         unit_name = {1: "metre", 2: "mm", 3: "micron"}.get(unit, "not given, so mm")
         # Another unit than mm holds whatever is believed of the rest.
         otherwise = ", or take it as it is with --header sform, qform or pixdim" if scale == 1 else "'s unit"
         raise InputError(
-            f"{path}: by its header the scan is {_mm(sides)} (the unit is {unit_name}), which no chest is; "
+            f"by its header the scan is {_mm(sides)} (the unit is {unit_name}), which no chest is; "
             f"mend the header{otherwise}"
         )
     return Geometry(axes, tuple(float(s) for s in spacing))
 
 
-def _affines(header: nib.Nifti1Header, path: Path) -> dict[str, np.ndarray]:
+def _affines(header: nib.Nifti1Header) -> dict[str, np.ndarray]:
     """Return the coded ones of sform and qform, (4, 4) each, the one that NIfTI readers prefer first."""
     found = {}
     if header["sform_code"] > 0:
         found["sform"] = header.get_sform()
     if header["qform_code"] > 0:
-        with named(path, f"{NOT_READABLE}, by its qform"):
-            found["qform"] = header.get_qform()
+        found["qform"] = header.get_qform()
     return found
 
 
@@ -151,53 +143,49 @@ def _spacing(affine: np.ndarray) -> np.ndarray:
     return np.sqrt((columns**2).sum(axis=0)) if np.isfinite(columns).all() else np.full(3, np.nan)
 
 
-def _axes(affine: np.ndarray, name: str, path: Path) -> tuple[str, str, str]:
+def _axes(affine: np.ndarray, name: str) -> tuple[str, str, str]:
     """Return the axis codes. Raises InputError for axes that are no right-angled frame."""
     spacing = _spacing(affine)
     if not min(spacing) > 0:
         raise InputError(
-            f"{path}: the {name}'s spacing is {_mm(spacing)}; expected three positive distances in mm, or "
+            f"the {name}'s spacing is {_mm(spacing)}; expected three positive distances in mm, or "
             "say what else holds with --header qform or pixdim"
         )
     unit = affine[:3, :3] / spacing
     if abs(np.linalg.det(unit)) < 1e-3:
-        raise InputError(
-            f"{path}: the header's affine is degenerate, two axes run the same way; mend the header"
-        )
+        raise InputError("the header's affine is degenerate, two axes run the same way; mend the header")
     cosines = np.abs(unit.T @ unit - np.eye(3))
     if cosines.max() > MOST_SHEAR:
         tilt = np.degrees(np.arcsin(min(1.0, cosines.max())))
         raise InputError(
-            f"{path}: two axes of the {name} are {tilt:.1f} degrees off a right angle (gantry tilt, or a "
+            f"two axes of the {name} are {tilt:.1f} degrees off a right angle (gantry tilt, or a "
             "shear); resample the scan onto a right-angled grid first, such as the _Tilt file that dcm2niix "
             "writes"
         )
     return ornt2axcodes(io_orientation(affine))
 
 
-def _agree(affines: dict[str, np.ndarray], pixdim: np.ndarray, scale: float, path: Path) -> None:
-    """Raises InputError, with both values, where the header contradicts itself or says nothing."""
+def _agree(affines: dict[str, np.ndarray], pixdim: np.ndarray, scale: float) -> None:
+    """Raise InputError, with both values, where the header contradicts itself or says nothing."""
     name, affine = next(iter(affines.items()))
     spacing, columns = _spacing(affine), affine[:3, :3]
     believe = f"say which one holds with --header {', '.join(affines)} or pixdim, or mend the header"
     if np.abs(pixdim / spacing - 1).max() > SPACING_TOLERANCE:
-        raise InputError(
-            f"{path}: the header's pixdim says {_mm(pixdim)}, its {name} {_mm(spacing)}; {believe}"
-        )
+        raise InputError(f"the header's pixdim says {_mm(pixdim)}, its {name} {_mm(spacing)}; {believe}")
     if len(affines) == 2:
         other = affines["qform"]
-        codes = ["".join(_axes(a, n, path)) for n, a in affines.items()]
+        codes = ["".join(_axes(a, n)) for n, a in affines.items()]
         # The turn from one to the other; up to 45 degrees it leaves every axis on its side.
         turn = np.linalg.inv(other[:3, :3] / _spacing(other)) @ (columns / spacing)
         if not np.array_equal(io_orientation(np.pad(turn, (0, 1))), io_orientation(np.eye(4))):
             raise InputError(
-                f"{path}: the header's sform says axes to {codes[0]}, its qform to {codes[1]}; {believe}"
+                f"the header's sform says axes to {codes[0]}, its qform to {codes[1]}; {believe}"
             )
     # Ones in any order and with any signs, but for rounding.
     ones = np.allclose(np.sort(np.abs(columns * scale), axis=0), [[0] * 3, [0] * 3, [1] * 3], atol=1e-4)
     if ones and np.abs(affine[:3, 3] * scale).max() < 1e-3:
         raise InputError(
-            f"{path}: the header's {name} is the identity, 1 mm voxels from the origin, as is written for an "
+            f"the header's {name} is the identity, 1 mm voxels from the origin, as is written for an "
             "array without geometry; give the file its own, say it with --header none --assume-orientation, "
             f"or take it with --header {name}"
         )

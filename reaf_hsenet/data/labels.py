@@ -14,7 +14,7 @@ import numpy as np
 
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.reading import stem
-from reaf_hsenet.data.sources.tables import Volumes, csv_rows, swallowed
+from reaf_hsenet.data.sources.tables import Volumes, csv_rows
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_json
 
@@ -39,8 +39,7 @@ def load_label_set(name: str) -> LabelSet:
 class LabelTable:
     """source: the file. names: its columns. rows: volume id -> {column: 0 or 1, as written there}.
 
-    known: ids of all volumes of the data set, among which a row's name must mean one; by default those asked
-    for.
+    known: ids of all volumes, among which a row's name must mean one; by default those asked for.
     """
 
     source: Path
@@ -49,33 +48,21 @@ class LabelTable:
     known: tuple[str, ...] = ()
 
     def classes(self, label_set: LabelSet) -> dict[str, list[str]]:
-        """The classes that the table can tell, each with its columns."""
+        """Return the classes that the table can tell, each with its columns."""
         mapped = {c: raw for c, raw in label_set.columns.items() if set(raw) <= set(self.names)}
-        return {name: [name] for name in self.names} | {
-            c: r for c, r in mapped.items() if c not in self.names
-        }
+        own = {name: [name] for name in self.names}
+        return own | {name: raw for name, raw in mapped.items() if name not in own}
 
     def values(self, ids: list[str], columns: list[list[str]]) -> np.ndarray:
         """Return (N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume."""
-        rows = self._rows(ids)
-        found = [
-            [any([self._value(i, row, c) for c in group]) for group in columns]
-            for i, row in zip(ids, rows, strict=True)
-        ]
+        rows = dict(zip(ids, self._rows(ids), strict=True))
+        found = [[any([self._value(i, rows[i], c) for c in group]) for group in columns] for i in ids]
         return np.array(found, dtype=bool)
 
     def _rows(self, ids: list[str]) -> list[dict]:
         """Return the volumes' rows, whose names may have other folders than the volumes."""
         volumes, found = Volumes(self.known or ids), {}
         for name, row in self.rows.items():
-            if lost := next(
-                filter(None, (swallowed(str(cell), lambda c: stem(c) in volumes) for cell in row.values())),
-                None,
-            ):
-                raise InputError(
-                    f"{self.source}: a quoted text of the row of {name} runs over that of {lost}; close "
-                    f"its quotes"
-                )
             volume = volumes.find(name, f"{self.source}: the row of {name}")
             if volume is not None and found.setdefault(volume, row) != row:
                 raise InputError(f"{self.source}: two rows are of volume {volume}; keep one")
@@ -99,7 +86,7 @@ class LabelTable:
 
 
 def manifest_labels(manifest: Manifest, split: str) -> LabelTable:
-    """The labels in the manifest. Raises InputError when it has none."""
+    """Return the labels in the manifest. Raises InputError when it has none."""
     source = manifest.name
     if not manifest.labels:
         raise InputError(f"{source}: its volumes have no labels; name a table of them with --labels")
@@ -112,8 +99,8 @@ def read_label_table(path: Path, known: Iterable[str] = ()) -> LabelTable:
     """Read a csv with an id column of KEYS and a column a label. known: as of LabelTable."""
     path = Path(path)
     rows: dict[str, dict] = {}
-    key, header = None, []
-    for _, row in csv_rows(path, ()):
+    key, header, volumes = None, [], Volumes(known)
+    for _, row in csv_rows(path, (), names_volume=lambda cell: stem(cell) in volumes):
         header = header or list(row)
         key = next((k for k in KEYS if k in header), None)
         if key is None:

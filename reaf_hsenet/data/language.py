@@ -29,9 +29,8 @@ class LanguageExample(NamedTuple):
 
 def add_image_tokens(tokenizer: Tokenizer) -> list[int]:
     """Add ADDED_TOKENS and return their ids. [SEG] is an ordinary token, which decoded text keeps."""
-    return tokenizer.add_tokens(list(ADDED_TOKENS[:-1])) + tokenizer.add_tokens(
-        [ADDED_TOKENS[-1]], special=False
-    )
+    *special, ordinary = ADDED_TOKENS
+    return tokenizer.add_tokens(special) + tokenizer.add_tokens([ordinary], special=False)
 
 
 def label_token(name: str) -> str:

@@ -60,24 +60,24 @@ class LanguageDataset(VolumeDataset):
 
     def check_questions(self) -> None:
         """Raise InputError for a question of the tables that leaves no room for an answer."""
-        rows = enumerate(self.rows) if self.templates is None else ()
+        if self.templates is not None:
+            return
         own = {
-            asked["question"]: self.name(row) for row, (_, asked) in rows if asked and asked.get("question")
+            asked["question"]: i for i, (_, asked) in enumerate(self.rows) if asked and asked.get("question")
         }
-        for question, name in own.items():
+        for question, row in own.items():
             try:
                 text = question_text(self.tokenizer, question, self.image_tokens)
                 language_example(self.tokenizer, text, "", self.max_text)
             except InputError as error:
-                raise InputError(f"{self.manifest.name}: {name}: {error}") from error
+                raise InputError(f"{self.manifest.name}: {self.name(row)}: {error}") from error
 
     def text(self, row: int, rng: np.random.Generator, epoch: int | None = None) -> tuple[str, str]:
         """Return (question, answer) of a row. As published, a report has no quotes and brackets."""
         entry, asked = self.entry(row), self.rows[row][1]
         if epoch is not None and epoch < self.list_epochs:
-            return LIST_QUESTION, self.label_tokens(entry) if self.listed else label_list(
-                self.manifest, entry
-            )
+            listed = self.label_tokens(entry) if self.listed else label_list(self.manifest, entry)
+            return LIST_QUESTION, listed
         if asked is None:
             named = self.label_tokens(entry) if self.listed and epoch is not None else ""
             return self.prompt or report_prompt(rng), named + clean_report(entry["text"])

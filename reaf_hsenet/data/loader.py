@@ -49,7 +49,7 @@ class Batch:
         return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by torch's loader. A copy from memory that is not pinned would wait for the GPU."""
+        """Return a pinned copy, for torch's loader: one from other memory would wait for the GPU."""
         return with_tensors(self, Tensor.pin_memory)
 
     def split(self, rows: int) -> list["Batch"]:
@@ -182,9 +182,7 @@ class CTReportDataset(VolumeDataset):
 
 
 def read_sample(manifest: Manifest, entry: dict, slices: bool) -> tuple[Tensor, Tensor | None] | Unreadable:
-    """(volume, slice features or None) of an entry. What cannot be read is returned, not raised: an
-    exception of a loader process would carry its traceback.
-    """
+    """Return (volume, slice features or None) of an entry, or why it cannot be read."""
     try:
         return read_prepared(manifest, entry), read_slices(manifest, entry) if slices else None
     except InputError as error:
@@ -192,7 +190,7 @@ def read_sample(manifest: Manifest, entry: dict, slices: bool) -> tuple[Tensor, 
 
 
 def part_unreadable(items: list) -> tuple[list, list[Unreadable]]:
-    """(items that could be read, those that could not)."""
+    """Return the items that could be read, and those that could not."""
     bad = [item for item in items if isinstance(item, Unreadable)]
     return [item for item in items if not isinstance(item, Unreadable)], bad
 
@@ -259,5 +257,7 @@ def _load(path: Path, again: str) -> np.ndarray:
 def plain_batch(dataset: CTReportDataset, rows: int, bad: BadVolumes) -> Batch:
     """The first `rows` of a data set as one batch, without those that cannot be read."""
     batch = dataset.collate([dataset[0, row] for row in range(min(rows, len(dataset)))])
+    if isinstance(batch, InputError):
+        raise batch
     bad.agree(batch.bad)
     return batch

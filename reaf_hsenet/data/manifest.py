@@ -45,8 +45,7 @@ class Manifest:
     """A data set's head and entries. dtype: of the .npy files. reading: how source files are read.
 
     slices: what made the slice features, {encoder, sha256 of its weights, slices, width, ...}.
-    published: HSENet's own json, where the data set is that: its arrays are of any float type, checked when
-    read.
+    published: HSENet's own json, if the data set is one. Its arrays have any float type, checked when read.
     """
 
     folder: Path | None
@@ -62,12 +61,12 @@ class Manifest:
 
     @property
     def location(self) -> Path:
-        """What `--data` calls it, and load_manifest reads again."""
+        """The path that `--data` names, and load_manifest reads again."""
         return self.published or self.folder
 
     @property
     def name(self) -> Path:
-        """What messages call it: the file, or the folder of a published layout that was read without one."""
+        """The path that messages name: the file, or the folder of a published layout without one."""
         path = self.folder / "manifest.json"
         return self.published or (path if path.is_file() else self.folder)
 
@@ -99,11 +98,7 @@ class Manifest:
         return entries
 
     def check(self, splits: list[str], slices: bool = False, reports: bool = True) -> None:
-        """See that every volume is there, a prepared one whole; with `slices`, its slice features too; and
-        its report.
-
-        Raises InputError with the first that is not.
-        """
+        """Raise InputError for the first volume, slice features (with `slices`) or report that is missing."""
         for split in splits:
             if reports:
                 self.check_reports(split)
@@ -154,7 +149,7 @@ class Manifest:
         return self.folder / entry["slices"]
 
     def require_slices(self, provenance: dict, wanted_by: str) -> None:
-        """Raises InputError unless the slice features are of this provenance, wherever its weights lay.
+        """Raise InputError unless the slice features are of this provenance, wherever its weights lay.
 
         HSENet's json does not say what made its features: only their shape is compared.
         """
@@ -168,7 +163,7 @@ class Manifest:
             )
 
     def require(self, recipe: Recipe, wanted_by: str) -> None:
-        """Raises InputError unless the volumes are of this recipe, which `wanted_by` needs."""
+        """Raise InputError unless the volumes are of this recipe, which `wanted_by` needs."""
         have, want = vars(self.recipe), vars(recipe)
         other = [key for key in want if have[key] != want[key]]
         if other:
@@ -183,10 +178,9 @@ SAVED = ("dataset", "recipe", "dtype", "text", "labels", "reading", "slices", "s
 
 def _settings(recipe: dict, keys: list[str]) -> str:
     """`recipe hsenet, size 32x256x256`."""
-    shown = {
-        k: "x".join(f"{v:g}" for v in recipe[k]) if isinstance(recipe[k], tuple) else recipe[k] for k in keys
-    }
-    return ", ".join(f"{'recipe' if k == 'name' else k} {v}" for k, v in shown.items())
+    shown = {"recipe" if key == "name" else key: recipe[key] for key in keys}
+    plain = {k: "x".join(f"{n:g}" for n in v) if isinstance(v, tuple) else v for k, v in shown.items()}
+    return ", ".join(f"{name} {value}" for name, value in plain.items())
 
 
 def different_slices(have: dict, want: dict) -> str:
@@ -195,7 +189,7 @@ def different_slices(have: dict, want: dict) -> str:
 
 
 def origin(entry: dict) -> dict:
-    """What an entry's volume was made of: equal for two entries of one file that was read in one way."""
+    """Return facts that are equal for two volumes that were made of one file in one way."""
     source = entry.get("source", {})
     if "sha256" in source:  # then it does not matter where the file is
         source = {k: v for k, v in source.items() if k != "file"}
@@ -224,16 +218,17 @@ def make_entry(case: Case, folder: Path, volume: Path, source: dict) -> dict:
     }
 
 
+def new_manifest(source: Source, folder: Path, recipe: Recipe, reading: Reading, dtype: str) -> Manifest:
+    """Return a manifest without splits."""
+    kind, text, labels = source.kind, source.text, source.label_names
+    return Manifest(folder, kind, recipe, dtype, text, labels, {}, reading)
+
+
 def as_is_manifest(
     source: Source, folder: Path, recipe: Recipe, reading: Reading, dtype: str = "float16"
 ) -> tuple[Manifest, list[tuple[str, str]]]:
-    """A manifest whose volumes are the source files themselves, and the refused (file, reason) pairs.
-
-    Nothing is opened: reading and processing are left to training.
-    """
-    manifest = Manifest(
-        folder, source.kind, recipe, dtype, source.text, list(source.label_names), {}, reading
-    )
+    """Return a manifest whose volumes are the source files, which are not opened, and what is refused."""
+    manifest = new_manifest(source, folder, recipe, reading, dtype)
     refused = [(str(case.path), case.problem) for case in source.by_id().values() if case.problem]
     for split, cases in source.splits.items():
         manifest.splits[split] = [
@@ -264,10 +259,9 @@ def table_row(entry: dict) -> TableRow | None:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read a folder's manifest; a folder in REAF's published layout and HSENet's json file are read as they
-    are.
+    """Read a folder's manifest, a folder in REAF's published layout, or HSENet's json file.
 
-    Raises InputError when there is neither, and for a manifest that is damaged or of another schema.
+    Raises InputError when there is none, and for a manifest that is damaged or of another schema.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -340,10 +334,8 @@ def _check_slices(path: Path, slices: dict) -> None:
 
 def _published_hsenet(path: Path) -> Manifest:
     splits, features = read_hsenet_json(path)
-    text, recipe = "report", RECIPES["hsenet"]
-    return Manifest(
-        path.parent, "hsenet", recipe, "float32", text, (), splits, slices=features, published=path
-    )
+    head = "hsenet", RECIPES["hsenet"], "float32", "report", ()
+    return Manifest(path.parent, *head, splits, slices=features, published=path)
 
 
 def _published_reaf(folder: Path) -> Manifest:

@@ -45,7 +45,7 @@ def map_in_order(function: Callable, items: Sequence, workers: int) -> Iterator:
     if workers == 1 or len(items) < 2:
         yield from map(function, items)
         return
-    with worker_pool(workers) as pool:
+    with worker_pool(min(workers, len(items))) as pool:
         ahead = deque()
         for item in items:
             ahead.append(pool.submit(function, item))

@@ -17,6 +17,7 @@ from reaf_hsenet.data.manifest import (
     as_is_manifest,
     load_manifest,
     make_entry,
+    new_manifest,
     origin,
     table_row,
 )
@@ -29,7 +30,7 @@ from reaf_hsenet.settings import to_dict
 
 @dataclass(frozen=True)
 class Options:
-    """What a prepared volume depends on, beside its source file."""
+    """All that a prepared volume depends on, beside its source file."""
 
     recipe: Recipe
     reading: Reading = Reading()
@@ -58,16 +59,7 @@ def prepare(
     """
     out, options = Path(out), options.for_source(source)
     cases = source.by_id()
-    manifest = Manifest(
-        out,
-        source.kind,
-        options.recipe,
-        options.dtype,
-        source.text,
-        source.label_names,
-        {},
-        options.reading,
-    )
+    manifest = new_manifest(source, out, options.recipe, options.reading, options.dtype)
 
     def whole(record: dict) -> bool:
         """Return whether the volume is on disk, and its source is as it was."""

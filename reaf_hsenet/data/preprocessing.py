@@ -55,9 +55,8 @@ class ResampledGrid:
     def __init__(self, voxels: np.ndarray, spacing, target, window: tuple[float, float] | None):
         target = spacing if target is None else target
         self.voxels, self.window = voxels, window
-        self.shape = tuple(
-            max(1, int(n * s / t)) for n, s, t in zip(voxels.shape, spacing, target, strict=True)
-        )
+        ratios = zip(voxels.shape, spacing, target, strict=True)
+        self.shape = tuple(max(1, int(n * s / t)) for n, s, t in ratios)
         self.neighbours = [linear_neighbours(n, m) for n, m in zip(voxels.shape, self.shape, strict=True)]
 
     def at(self, *indices: np.ndarray) -> np.ndarray:
@@ -68,11 +67,8 @@ class ResampledGrid:
         block = self.voxels
         # The axis that shrinks most first: least work for the others.
         for axis in sorted(range(3), key=lambda a: len(indices[a]) / self.voxels.shape[a]):
-            block = (
-                _lerp(block, axis, *picked[axis])
-                if block is not self.voxels
-                else self._first(axis, *picked[axis])
-            )
+            first = block is self.voxels
+            block = self._first(axis, *picked[axis]) if first else _lerp(block, axis, *picked[axis])
         return block
 
     def _first(self, axis, low, high, weight):
@@ -173,9 +169,8 @@ def _resize(grid: ResampledGrid, box, size, scaled) -> np.ndarray:
     needed = [np.unique(np.concatenate((low, high))) for low, high, _ in pairs]
     block = scaled(grid.at(*(start + n for (start, _), n in zip(box, needed, strict=True))))
     for axis, (low, high, weight) in enumerate(pairs):
-        block = _lerp(
-            block, axis, np.searchsorted(needed[axis], low), np.searchsorted(needed[axis], high), weight
-        )
+        low, high = (np.searchsorted(needed[axis], index) for index in (low, high))
+        block = _lerp(block, axis, low, high, weight)
     return block
 
 

@@ -25,7 +25,7 @@ from reaf_hsenet.data.volume import (
     read_volume,
     unpacked,
 )
-from reaf_hsenet.errors import InputError
+from reaf_hsenet.errors import InputError, about
 from reaf_hsenet.files import named
 
 PT_GRID = RECIPES["reaf"]
@@ -36,7 +36,7 @@ NO_TABLE = TableRow()
 
 @dataclass(frozen=True)
 class Reading:
-    """How source files are read; see read_volume. It concerns .nii files, and `rescale` also .pt files."""
+    """The choices of read_volume, for .nii files; `rescale` also for .pt files."""
 
     rescale: Rescale = "auto"
     orientation: Orientation = "header"
@@ -62,7 +62,7 @@ def stem(name: str) -> str:
 
 @dataclass(frozen=True)
 class SlicesWanted:
-    """How 2D slices are taken from a CT: the recipe, the side of a picture, and whether through JPEG."""
+    """A choice of 2D slices of a CT: the recipe, the side of a picture, and whether through JPEG."""
 
     recipe: SliceRecipe
     size: int
@@ -80,7 +80,7 @@ def read_input(
 def read_slice_images(
     path: Path, wanted: SlicesWanted, reading: Reading, table: TableRow = NO_TABLE
 ) -> tuple[np.ndarray, dict]:
-    """((32, size, size) uint8 pictures, record of what the file held). Raises InputError, naming the file."""
+    """Return (32, size, size) uint8 pictures, and a record of what the file held."""
     _, images, record = read_source(path, None, wanted, reading, table)
     return images, record
 
@@ -98,26 +98,23 @@ def read_source(
     The input is (1, D, H, W) float32 of recipe.size, the slices (32, size, size) uint8; then a record of what
     the file held. Raises InputError, naming the file.
     """
-    kind = ending(path.name)
-    if slices is not None and kind not in (".nii", ".nii.gz"):
-        raise InputError(
-            f"{path}: slices are taken from the CT itself, in HU at its own resolution; expected .nii or "
-            f".nii.gz"
-        )
-    if kind is None:
-        raise InputError(f"{path}: expected a file that ends in .npy, {', '.join(ENDINGS)}")
-    if kind in (".pt", ".pt.gz"):
-        voxels = _read_tensor(path)
-        if (finished := _finished(voxels, recipe)) is not None:
-            return finished[0], None, finished[1]
-        volume = _hu_volume(voxels, path, recipe, reading.rescale)
-    else:
-        volume = read_volume(path, table, **vars(reading))
-    images = slice_images(volume, slices.recipe, slices.size, slices.jpeg) if slices else None
-    try:
+    with about(path):
+        kind = ending(path.name)
+        if slices is not None and kind not in (".nii", ".nii.gz"):
+            raise InputError(
+                "slices are taken from the CT itself, in HU at its own resolution; expected .nii or .nii.gz"
+            )
+        if kind is None:
+            raise InputError(f"expected a file that ends in .npy, {', '.join(ENDINGS)}")
+        if kind in (".pt", ".pt.gz"):
+            voxels = _read_tensor(path)
+            if (finished := _finished(voxels, recipe)) is not None:
+                return finished[0], None, finished[1]
+            volume = _hu_volume(voxels, recipe, reading.rescale)
+        else:
+            volume = read_volume(path, table, **vars(reading))
+        images = slice_images(volume, slices.recipe, slices.size, slices.jpeg) if slices else None
         return preprocess(volume, recipe) if recipe else None, images, volume.record
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def load_tensor(path: Path):
@@ -145,8 +142,8 @@ def _read_tensor(path: Path) -> np.ndarray:
     while tensor.ndim > 3 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.ndim != 3 or min(tensor.shape) < 2:
-        raise InputError(f"{path}: holds a tensor of shape {shape}; expected one volume (D, H, W)")
-    return finite(tensor.float().numpy(), path) if tensor.is_floating_point() else tensor.numpy()
+        raise InputError(f"holds a tensor of shape {shape}; expected one volume (D, H, W)")
+    return finite(tensor.float().numpy()) if tensor.is_floating_point() else tensor.numpy()
 
 
 def _input_range(recipe: Recipe) -> tuple[float, float]:
@@ -170,10 +167,10 @@ def _finished(voxels: np.ndarray, recipe: Recipe) -> tuple[np.ndarray, dict] | N
     return voxels.astype(np.float32, copy=False)[None], record
 
 
-def _hu_volume(voxels: np.ndarray, path: Path, recipe: Recipe, rescale: str) -> Volume:
+def _hu_volume(voxels: np.ndarray, recipe: Recipe, rescale: str) -> Volume:
     """HU on REAF's published grid as a Volume, whose axes run to left, posterior, superior."""
     try:
-        decision = choose_rescale(voxels, path, NO_TABLE, rescale)[2]
+        decision = choose_rescale(voxels, NO_TABLE, rescale)[2]
     except InputError as error:
         low, high = _input_range(recipe)
         raise InputError(

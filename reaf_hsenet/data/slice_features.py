@@ -144,7 +144,7 @@ def _refuse_tensors(entries: list[dict]) -> None:
 
 
 def _origin(entry: dict) -> dict:
-    """What features are made from, as JSON gives it back; a source file as it is, by its size and time."""
+    """Return what features are made from, as JSON gives it back. A file as it is has its size and time."""
     facts = origin(entry)
     if "sha256" not in entry["source"]:
         path = Path(entry["source"]["file"])

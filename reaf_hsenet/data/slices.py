@@ -25,7 +25,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class SliceRecipe:
-    """How slices are taken. turns: quarter turns counter-clockwise of the (L, P) plane.
+    """A way to take slices. turns: quarter turns counter-clockwise of the (L, P) plane.
 
     spacing: mm in (S, L, P) that the CT is resampled to; None keeps its own grid.
     window: HU that values are clamped to before resampling.

@@ -20,12 +20,13 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 
 from reaf_hsenet.config import MOST_VOXELS
 from reaf_hsenet.data.header import geometry, read_header
-from reaf_hsenet.errors import InputError
+from reaf_hsenet.errors import InputError, about
 from reaf_hsenet.files import named
 
 Rescale = Literal["auto", "header", "metadata", "none"]
 Orientation = Literal["header", "stored"]
 RESCALES, ORIENTATIONS = get_args(Rescale), get_args(Orientation)
+NOT_READABLE = "is not a readable NIfTI file"
 HEADER_BYTES = 2**20  # a header and its extensions
 BODY = (-200.0, 250.0)  # HU of a body's middle value
 LEAST_BODY = 0.04  # its share of the voxels, in a small child's scan
@@ -68,26 +69,28 @@ def read_volume(
     header: one of header.HEADERS: what of a header that contradicts itself is believed.
     Raises InputError, naming the file, for anything that is not a readable 3D CT.
     """
-    head, data = _open(path)
-    voxels = _voxels(head, data, path)
-    stored = geometry(head, path, table.spacing, assume_orientation, header)
-    slope, intercept, decision = choose_rescale(voxels, path, table, rescale)
-    if (slope, intercept) != (1, 0):
-        voxels = voxels.astype(np.float32, copy=False) * np.float32(slope) + np.float32(intercept)
-    spacing = stored.spacing
-    if orientation == "header":
-        turn = ornt_transform(axcodes2ornt(stored.axes), axcodes2ornt("LPS"))
-        voxels = apply_orientation(voxels, turn)
-        # turn[i] says which LPS axis the file's axis i becomes.
-        spacing = tuple(spacing[int(i)] for i in np.argsort(turn[:, 0]))
-    record = {
-        "shape": list(head.get_data_shape()),
-        "spacing": list(stored.spacing),
-        "orientation": "".join(stored.axes),
-        "rescale": decision,
-        "hu_range": [float(voxels.min()), float(voxels.max())],
-    }
-    return Volume(voxels, spacing, record)
+    with about(path):
+        head, data = _open(Path(path))
+        voxels = _voxels(head, data, path)
+        with named(path, NOT_READABLE):
+            stored = geometry(head, table.spacing, assume_orientation, header)
+        slope, intercept, decision = choose_rescale(voxels, table, rescale)
+        if (slope, intercept) != (1, 0):
+            voxels = voxels.astype(np.float32, copy=False) * np.float32(slope) + np.float32(intercept)
+        spacing = stored.spacing
+        if orientation == "header":
+            turn = ornt_transform(axcodes2ornt(stored.axes), axcodes2ornt("LPS"))
+            voxels = apply_orientation(voxels, turn)
+            # turn[i] says which LPS axis the file's axis i becomes.
+            spacing = tuple(spacing[int(i)] for i in np.argsort(turn[:, 0]))
+        record = {
+            "shape": list(head.get_data_shape()),
+            "spacing": list(stored.spacing),
+            "orientation": "".join(stored.axes),
+            "rescale": decision,
+            "hu_range": [float(voxels.min()), float(voxels.max())],
+        }
+        return Volume(voxels, spacing, record)
 
 
 def _open(path: Path) -> tuple[nib.Nifti1Header, bytes]:
@@ -95,26 +98,23 @@ def _open(path: Path) -> tuple[nib.Nifti1Header, bytes]:
 
     A .gz is read whole, so that its CRC is checked; of a .nii no more than its header tells of.
     """
-    path = Path(path)
     with named(path):
         data = unpacked(path) if path.suffix == ".gz" else _first_bytes(path, HEADER_BYTES)
-    header = read_header(data, path)
+    with named(path, NOT_READABLE):
+        header = read_header(data)
     shape, kind = header.get_data_shape(), header.get_data_dtype()
     if len(shape) != 3 and not (len(shape) > 3 and set(shape[3:]) == {1}) or min(shape[:3]) < 2:
         axes = sum(n > 1 for n in shape)
-        raise InputError(f"{path}: is a {axes}D image of shape {tuple(shape)}; expected one 3D volume")
+        raise InputError(f"is a {axes}D image of shape {tuple(shape)}; expected one 3D volume")
     if kind.fields or kind.kind not in "iuf":
-        raise InputError(f"{path}: holds {kind} values; expected integers or floats")
+        raise InputError(f"holds {kind} values; expected integers or floats")
     needed = header.get_data_offset() + math.prod(shape) * kind.itemsize
     held = len(data) if path.suffix == ".gz" else path.stat().st_size
     if needed > held:  # before memory is taken for what is not there
-        raise InputError(
-            f"{path}: is truncated or damaged (its header tells of {needed} bytes, there are {held})"
-        )
+        raise InputError(f"is truncated or damaged (its header tells of {needed} bytes, there are {held})")
     if math.prod(shape) > MOST_VOXELS:
         raise InputError(
-            f"{path}: has {math.prod(shape)} voxels; expected at most {MOST_VOXELS}, as many as 1024 x "
-            f"1024 x 1024"
+            f"has {math.prod(shape)} voxels; expected at most {MOST_VOXELS}, as many as 1024 x 1024 x 1024"
         )
     return header, data if path.suffix == ".gz" else _first_bytes(path, needed)
 
@@ -147,21 +147,19 @@ def _voxels(header: nib.Nifti1Header, data: bytes, path: Path) -> np.ndarray:
     voxels = voxels.reshape(voxels.shape[:3], order="A")
     if voxels.dtype.kind != "f":
         return voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
-    return finite(voxels, path)
+    return finite(voxels)
 
 
-def finite(voxels: np.ndarray, path: Path) -> np.ndarray:
+def finite(voxels: np.ndarray) -> np.ndarray:
     """Return the voxels as float32. Raises InputError for NaN, infinity, and numbers beyond float32."""
     with np.errstate(over="ignore"):
         voxels = voxels.astype(np.float32, copy=False)
     if bad := voxels.size - int(np.count_nonzero(np.isfinite(voxels))):
-        raise InputError(
-            f"{path}: {bad} voxels are NaN or infinite, or beyond float32; expected finite values"
-        )
+        raise InputError(f"{bad} voxels are NaN or infinite, or beyond float32; expected finite values")
     return voxels
 
 
-def choose_rescale(voxels: np.ndarray, path: Path, table: TableRow, rescale: str) -> tuple[float, float, str]:
+def choose_rescale(voxels: np.ndarray, table: TableRow, rescale: str) -> tuple[float, float, str]:
     """(slope, intercept, decision) to apply to `voxels`, which already carry the header's scaling.
 
     Raises InputError for a constant volume, a mask, only air, and values that are HU neither as they are nor
@@ -171,19 +169,19 @@ def choose_rescale(voxels: np.ndarray, path: Path, table: TableRow, rescale: str
     sample = voxels.reshape(-1, order="A")[:: max(1, voxels.size // 1_000_000)].astype(np.float64)
     low, high = float(voxels.min()), float(voxels.max())
     if low == high:
-        raise InputError(f"{path}: every voxel is {low:g}; expected a CT")
+        raise InputError(f"every voxel is {low:g}; expected a CT")
     if rescale == "none":
         return 1, 0, "none: taken as they are"
     if low >= 0 and high <= 255 and (sample == np.round(sample)).all():
         raise InputError(
-            f"{path}: holds only whole numbers from {low:g} to {high:g}, like a mask; expected a CT in HU"
+            f"holds only whole numbers from {low:g} to {high:g}, like a mask; expected a CT in HU"
         )
     slope = 1.0 if table.slope is None else table.slope
     intercept = 0.0 if table.intercept is None else table.intercept
     facts = "1st and 90th percentile {:.0f} and {:.0f}".format(*np.percentile(sample, (1, 90)))
     if rescale == "metadata":
         if table.intercept is None and table.slope is None:
-            raise InputError(f"{path}: --rescale metadata, but no table gives its slope and intercept")
+            raise InputError("--rescale metadata, but no table gives its slope and intercept")
         # As asked, whatever comes of it: the published code applies CT-RATE's offset to values that have it
         # already.
         decision, fault = "metadata: slope and intercept of the table applied", None
@@ -191,19 +189,17 @@ def choose_rescale(voxels: np.ndarray, path: Path, table: TableRow, rescale: str
         slope, intercept = 1.0, 0.0
         decision, fault = f"{rescale}: HU already ({facts})", not_hu(sample)
     else:
-        decision, fault = (
-            f"auto: raw values ({facts}); table's {slope:g} * v {intercept:+g} applied",
-            not_hu(sample),
-        )
+        decision = f"auto: raw values ({facts}); table's {slope:g} * v {intercept:+g} applied"
+        fault = not_hu(sample)
         if not_hu(sample * slope + intercept) is None:
             fault = None
         elif (slope, intercept) != (1, 0):
             raise InputError(
-                f"{path}: the values fit neither HU nor the table's slope {slope:g} and intercept "
+                f"the values fit neither HU nor the table's slope {slope:g} and intercept "
                 f"{intercept:g} ({facts}): {fault}; say what they are with --rescale"
             )
     if fault:
-        raise InputError(f"{path}: the values are not HU: {fault}; say what they are with --rescale")
+        raise InputError(f"the values are not HU: {fault}; say what they are with --rescale")
     return slope, intercept, decision
 
 

@@ -108,9 +108,9 @@ def worker_deaths_named():
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C, and what a scheduler sends to all processes, are the main process's business, which needs
-    batches until it has written its checkpoint. A second SIGTERM is torch's, that ends a process which does
-    not end by itself.
+    """Ignore SIGINT, SIGUSR1 and the first SIGTERM: the main process needs batches for its checkpoint.
+
+    A second SIGTERM, which torch sends to a process that hangs, ends it.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

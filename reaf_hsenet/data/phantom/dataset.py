@@ -8,8 +8,6 @@ import csv
 import gzip
 import io
 import json
-import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +26,9 @@ from reaf_hsenet.data.phantom.patient import (
 )
 from reaf_hsenet.data.phantom.questions import QUESTION_COLUMNS, QUESTION_TYPES, ask_questions
 from reaf_hsenet.data.phantom.reports import write_report
-from reaf_hsenet.data.pool import worker_pool
+from reaf_hsenet.data.pool import map_in_order
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import atomic_write
 from reaf_hsenet.progress import progress_bar
 
 MINIMAL_SHAPE = (16, 32, 32)
@@ -37,52 +36,16 @@ MINIMAL_SHAPE = (16, 32, 32)
 TABLE_PREFIX = {"train": "train", "valid": "validation"}
 PARAMETERS_FILE = "phantom.json"
 PARAMETERS_VERSION = 1
-METADATA_COLUMNS = (
-    "VolumeName",
-    "Manufacturer",
-    "SeriesDescription",
-    "ManufacturerModelName",
-    "PatientSex",
-    "PatientAge",
-    "ReconstructionDiameter",
-    "DistanceSourceToDetector",
-    "DistanceSourceToPatient",
-    "GantryDetectorTilt",
-    "TableHeight",
-    "RotationDirection",
-    "ExposureTime",
-    "XRayTubeCurrent",
-    "Exposure",
-    "FilterType",
-    "GeneratorPower",
-    "FocalSpots",
-    "ConvolutionKernel",
-    "PatientPosition",
-    "RevolutionTime",
-    "SingleCollimationWidth",
-    "TotalCollimationWidth",
-    "TableSpeed",
-    "TableFeedPerRotation",
-    "SpiralPitchFactor",
-    "DataCollectionCenterPatient",
-    "ReconstructionTargetCenterPatient",
-    "ExposureModulationType",
-    "CTDIvol",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "SliceLocation",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "Rows",
-    "Columns",
-    "XYSpacing",
-    "RescaleIntercept",
-    "RescaleSlope",
-    "RescaleType",
-    "NumberofSlices",
-    "ZSpacing",
-    "StudyDate",
-)
+METADATA_COLUMNS = """
+    VolumeName Manufacturer SeriesDescription ManufacturerModelName PatientSex PatientAge
+    ReconstructionDiameter DistanceSourceToDetector DistanceSourceToPatient GantryDetectorTilt TableHeight
+    RotationDirection ExposureTime XRayTubeCurrent Exposure FilterType GeneratorPower FocalSpots
+    ConvolutionKernel PatientPosition RevolutionTime SingleCollimationWidth TotalCollimationWidth
+    TableSpeed TableFeedPerRotation SpiralPitchFactor DataCollectionCenterPatient
+    ReconstructionTargetCenterPatient ExposureModulationType CTDIvol ImagePositionPatient
+    ImageOrientationPatient SliceLocation SamplesPerPixel PhotometricInterpretation Rows Columns XYSpacing
+    RescaleIntercept RescaleSlope RescaleType NumberofSlices ZSpacing StudyDate
+""".split()
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
 
 
@@ -116,7 +79,7 @@ def write_phantom_dataset(
         patient for patient in everyone if not all(path.exists() for path in _volume_paths(root, patient))
     ]
     with progress_bar(len(missing), "phantoms", "scan", shown=progress and bool(missing)) as bar:
-        for _ in _map(draw, missing, workers):
+        for _ in map_in_order(draw, missing, workers):
             bar.update()
     for split in SPLITS:
         _write_tables(root / "dataset", split, patients[split], tuple(shape))
@@ -125,13 +88,9 @@ def write_phantom_dataset(
 def _checked_parameters(
     train: int, valid: int, seed: int, shape: tuple[int, int, int], workers: int, reconstructions: float
 ) -> dict:
-    for name, value, least in (
-        ("train", train, 0),
-        ("valid", valid, 0),
-        ("seed", seed, 0),
-        ("workers", workers, 1),
-    ):
-        if value < least:
+    counts = {"train": train, "valid": valid, "seed": seed, "workers": workers}
+    for name, value in counts.items():
+        if value < (least := int(name == "workers")):
             raise InputError(f"phantom {name}: expected a whole number of at least {least}, got {value}")
     if train + valid == 0:
         raise InputError("phantom train, valid: both are 0, ask for at least one patient")
@@ -169,16 +128,8 @@ def _claim_folder(root: Path, parameters: dict) -> None:
             f"{root}: holds a dataset that is not a phantom (no {PARAMETERS_FILE}); choose another folder"
         )
     else:
-        _write_atomically(path, (json.dumps(parameters, indent=2) + "\n").encode())
-
-
-def _map(function, items: list, workers: int) -> Iterator:
-    """`map` over processes."""
-    if workers == 1 or len(items) < 2:
-        yield from map(function, items)
-        return
-    with worker_pool(min(workers, len(items))) as pool:
-        yield from pool.map(function, items, chunksize=max(1, min(8, len(items) // workers)))
+        with atomic_write(path) as file:
+            file.write(json.dumps(parameters, indent=2) + "\n")
 
 
 def _volume_paths(root: Path, patient: Patient) -> list[Path]:
@@ -191,7 +142,8 @@ def _write_patient_volumes(root: Path, shape: tuple[int, int, int], patient: Pat
     for number, path in zip(patient.scan_numbers, _volume_paths(root, patient), strict=True):
         if not path.exists():
             hu, spacing = phantom_volume(patient, shape, number)
-            _write_atomically(path, nifti_bytes(hu, spacing))
+            with atomic_write(path, "wb") as file:
+                file.write(nifti_bytes(hu, spacing))
 
 
 def _first_voxel(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -275,20 +227,5 @@ def _write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write_atomically(path, text.getvalue().encode())
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target, then rename: a reader sees the whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
-        ) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+    with atomic_write(path, "wb") as file:
+        file.write(text.getvalue().encode())

@@ -80,9 +80,8 @@ def _cases(root: Path, table: Path, key: str, text: str, files: list[Path]) -> l
     if not files:
         name = key if key.endswith(ENDING) else f"{key}_*{ENDING}"
         return [_case(root, root / "CT*" / "ct" / name, text, "is listed in the table but absent")]
-    return [
-        _case(root, file, text, None if text else f"has an empty report in {table.name}") for file in files
-    ]
+    problem = None if text else f"has an empty report in {table.name}"
+    return [_case(root, file, text, problem) for file in files]
 
 
 def _case(root: Path, file: Path, text: str, problem: str | None) -> Case:

@@ -13,10 +13,8 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import named, visible
 
 VOLUME = re.compile(r"[A-Za-z]+_\d+_[A-Za-z]+_\d+(\.nii\.gz)?")
-FOLDERS = {
-    "train": "train",
-    "validation": "valid",
-}  # by split; some tables are named by the one, some by the other
+# By split; some tables are named by the one, some by the other.
+FOLDERS = {"train": "train", "validation": "valid"}
 METADATA = ("VolumeName", "XYSpacing", "ZSpacing", "RescaleSlope", "RescaleIntercept")
 Rows = dict[str, dict[str, str]]
 

@@ -64,14 +64,8 @@ def _entry(path: Path, where: str, values) -> dict:
         raise InputError(f"{where} ({image}): has no text; expected a report or the path of a .txt file")
     name = image.removesuffix(".npy")
     text = _report(path.parent / text) if text.endswith(".txt") and "\n" not in text else text
-    entry = {
-        "id": name,
-        "scan": name,
-        "volume": image,
-        "text": given(text),
-        "labels": None,
-        "source": {"file": image},
-    }
+    entry = {"id": name, "scan": name, "volume": image, "text": given(text), "labels": None}
+    entry["source"] = {"file": image}
     if features is not None:
         if not (isinstance(features, str) and features.endswith((".npy", ".pt"))):
             raise InputError(

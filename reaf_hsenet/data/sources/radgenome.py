@@ -53,11 +53,9 @@ def read_questions(
     for kind in kinds:
         table = folder / f"{split}_vqa_{kind}.csv"
         unknown: Counter[str] = Counter()
-        rows = (
-            csv_rows(table, COLUMNS[kind], _column, lambda cell: nifti_stem(cell).lower() in ids)
-            if table.is_file()
-            else ()
-        )
+        if not table.is_file():
+            continue
+        rows = csv_rows(table, COLUMNS[kind], _column, lambda cell: nifti_stem(cell).lower() in ids)
         for line, cells in rows:
             name = nifti_stem(cells["volumename"].strip())
             if name.lower() not in ids:
@@ -70,10 +68,8 @@ def read_questions(
                 refused.append((table, name, f"line {line} has no {lacking}"))
             else:
                 found.setdefault(ids[name.lower()], []).append(row)
-        reason = f"not among the {split} volumes"
-        refused += [
-            (table, name, f"{reason}, {rows} row{'s' * (rows > 1)}") for name, rows in unknown.items()
-        ]
+        for name, count in unknown.items():
+            refused.append((table, name, f"not among the {split} volumes, {count} row{'s' * (count > 1)}"))
     return found, refused
 
 
@@ -91,10 +87,8 @@ def _column(name: str) -> str:
 
 
 def _question(kind: str, cells: dict[str, str]) -> dict[str, str]:
-    row = {
-        name: (cells.get(name) or "").strip()
-        for name in ("anatomy", "abnormality", "size", "question", "answer")
-    }
+    names = ("anatomy", "abnormality", "size", "question", "answer")
+    row = {name: (cells.get(name) or "").strip() for name in names}
     # Published: where something is, is answered by the name of the anatomy.
     own = {
         "location": row["anatomy"],

@@ -24,7 +24,7 @@ CT_RATE_NAME = re.compile(r"(.*/)?[a-z]+_\d+_[a-z]+_\d+")
 
 @dataclass
 class Answers:
-    """What the reports files say of one image: answers, those to a report question apart."""
+    """Answers about one image in the reports files, those to a report question apart."""
 
     file: Path
     image: str
@@ -57,9 +57,8 @@ def read_reaf(root: Path) -> Source:
     found: dict[str, Path] = {}
     label_names: dict[tuple[str, ...], Path] = {}
     for split, names in SPLITS.items():
-        folders = [
-            root / n for n in names if (root / n / "volumes").is_dir() or (root / n / "reports").is_dir()
-        ]
+        parts = [root / name for name in names]
+        folders = [p for p in parts if (p / "volumes").is_dir() or (p / "reports").is_dir()]
         if len(folders) > 1:
             raise InputError(f"{root}: has both {' and '.join(names)} with volumes or reports; keep one")
         if folders:
@@ -155,9 +154,8 @@ def _read_labels(
     """
     own = split / "labels.csv"
     tables = [own] if own.is_file() else visible(root, "*labels*.csv")
-    volumes = Volumes(
-        on_disk[split] if own.is_file() else dict.fromkeys(v for held in on_disk.values() for v in held)
-    )
+    everywhere = dict.fromkeys(volume for held in on_disk.values() for volume in held)
+    volumes = Volumes(on_disk[split] if own.is_file() else everywhere)
     others = {folder.name for folder in on_disk} - {split.name}
     labels: dict[str, tuple[int, ...]] = {}
     for path in tables:

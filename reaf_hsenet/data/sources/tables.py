@@ -11,23 +11,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import named
 
 # What exports write for a report that is not there: pandas, ReXrank's tables, CT-RATE ("Not given.").
-NO_TEXT = {
-    "",
-    "nan",
-    "none",
-    "null",
-    "nil",
-    "n/a",
-    "na",
-    "<na>",
-    "nat",
-    "-",
-    "--",
-    "?",
-    "not given",
-    "not available",
-    "no report",
-}
+NO_TEXT = {"", *"nan none null nil n/a na <na> nat - -- ?".split(), "not given", "not available", "no report"}
 
 
 def csv_rows(
