@@ -77,21 +77,6 @@ def test_reports_without_any_finding_have_no_recall():
     json.dumps(report, allow_nan=False)
 
 
-@pytest.mark.parametrize(
-    "predicted, truth",
-    [
-        (np.zeros((0, 18)), np.zeros((0, 18))),
-        (np.zeros((2, 18)), np.zeros((3, 18))),
-        (np.zeros((2, 17)), np.zeros((2, 17))),
-        (np.full((2, 18), 0.4), np.zeros((2, 18))),
-        (np.zeros((2, 18)), np.full((2, 18), np.nan)),
-    ],
-)
-def test_labels_of_other_shapes_and_values_are_refused(predicted, truth):
-    with pytest.raises(InputError, match="labels: expected 0 and 1 in 18 columns"):
-        clinical_report(predicted, truth)
-
-
 def test_a_phantoms_own_report_is_perfect_and_an_empty_one_names_nothing():
     rng = np.random.default_rng(1)
     reports = [write_report(sample_findings(rng), rng)[0] for _ in range(60)]
@@ -142,12 +127,6 @@ def test_the_side_in_a_coronary_arterys_name_is_no_side():
 def test_a_cardiothoracic_ratio_is_no_size_in_mm():
     texts = ["There is cardiomegaly; the cardiothoracic ratio is 0.6."]
     assert attribute_agreement(texts, texts)["size"]["compared"] == 0
-
-
-def test_reports_that_cannot_be_paired_are_refused():
-    for predictions, references in (([], []), (["a"], ["a", "b"])):
-        with pytest.raises(InputError, match="expected one"):
-            attribute_agreement(predictions, references)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.metrics import retrieval
 from reaf_hsenet.metrics.retrieval import (
     cross_retrieval,
     cross_retrieval_per_scan,
     label_overlap,
-    ranks,
     recall_table,
 )
 
@@ -153,16 +153,23 @@ def test_label_overlap_equals_the_published_loops_in_all_four_variants(seed, ks)
 
 
 @pytest.mark.parametrize("block", [1, 7, 60, 1000])
-def test_block_size_does_not_change_results(block):
+def test_block_size_does_not_change_results(block, monkeypatch):
     image, text, scans, labels = dataset(0)
-    for retrieve, inputs in (
-        (cross_retrieval, (image, text)),
-        (cross_retrieval_per_scan, (image, text, scans)),
-    ):
-        whole, blocks = retrieve(*inputs), retrieve(*inputs, block=block)
-        assert whole.tables == blocks.tables
-        assert all(torch.equal(whole.ranks[name], blocks.ranks[name]) for name in whole.ranks)
-    assert label_overlap(image, labels, scans) == label_overlap(image, labels, scans, block=block)
+
+    def results():
+        return (
+            cross_retrieval(image, text),
+            cross_retrieval_per_scan(image, text, scans),
+            label_overlap(image, labels, scans),
+        )
+
+    *whole, overlap = results()
+    monkeypatch.setattr(retrieval, "BLOCK_SIMILARITIES", block * len(image))
+    *blocks, overlap_of_blocks = results()
+    assert overlap == overlap_of_blocks
+    for one, other in zip(whole, blocks, strict=True):
+        assert one.tables == other.tables
+        assert all(torch.equal(one.ranks[name], other.ranks[name]) for name in one.ranks)
 
 
 def test_collapsed_embeddings_score_chance():
@@ -224,30 +231,16 @@ def test_label_overlap_is_none_when_no_volume_has_a_positive_label():
     assert found == counts | dict.fromkeys(VARIANTS, nothing)
 
 
-def test_wrong_input_is_refused_in_one_line():
+def test_embeddings_with_nan_are_refused_in_one_line():
     a, rows, labels = unit(4, 3), torch.arange(4), torch.ones(4, 2)
     nan = a.clone()
     nan[2, 1] = torch.nan
     for call in (
-        lambda: ranks(a, unit(4, 5), rows),
-        lambda: ranks(a[:0], a, rows[:0]),
-        lambda: ranks(a, a[:0], rows),
-        lambda: ranks(a[0], a, rows),
-        lambda: ranks(a, a, rows[:3]),
-        lambda: ranks(a, a, rows.int()),
-        lambda: ranks(a, a, rows + 1),
-        lambda: ranks(a, a, rows - 1),
-        lambda: ranks(a, a, rows, items=rows * 2),
-        lambda: ranks(a, nan, rows),
-        lambda: recall_table(rows[:0]),
-        lambda: cross_retrieval(a, a[:3]),
-        lambda: cross_retrieval_per_scan(a, a, rows[:3]),
-        lambda: label_overlap(a, labels[:3], rows),
-        lambda: label_overlap(a, labels * 2, rows),
-        lambda: label_overlap(a, labels, rows[:3]),
+        lambda: cross_retrieval(nan, a),
+        lambda: cross_retrieval_per_scan(a, nan, rows),
         lambda: label_overlap(nan, labels, rows),
     ):
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match="expected finite embeddings, found NaN or infinity") as error:
             call()
         assert "\n" not in str(error.value)
 
@@ -264,10 +257,13 @@ def test_results_on_a_gpu_equal_those_on_a_cpu():
 
 MEMORY_SCRIPT = """
 import re, torch
+from reaf_hsenet.metrics import retrieval
 from reaf_hsenet.metrics.retrieval import label_overlap, ranks
 image = torch.nn.functional.normalize(torch.randn(50_000, 32), dim=1)
 items = torch.arange(50_000) // 2
-ranks(image[:4_000], image, items[:4_000], block=80)
+whole, retrieval.BLOCK_SIMILARITIES = retrieval.BLOCK_SIMILARITIES, 80 * 50_000
+ranks(image[:4_000], image, items[:4_000])
+retrieval.BLOCK_SIMILARITIES = whole
 ranks(image[:2_000], image, items[:2_000], items)
 label_overlap(image[:8_000], torch.ones(8_000, 18), items[:8_000])
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))

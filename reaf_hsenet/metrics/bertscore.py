@@ -1,5 +1,4 @@
-"""BERTScore (Zhang et al. 2020) with any local BERT or RoBERTa folder, and the reading of texts by such a
-folder.
+"""BERTScore (Zhang et al. 2020) with any local BERT or RoBERTa folder.
 
 precision: the mean over the generated text's tokens of the largest cosine with a token of the reference;
 recall: the same the other way round; f1: their harmonic mean. The hidden states are those after a chosen
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from reaf_hsenet.config import TextConfig
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.metrics.text import check_pairs, cleaned_pairs
 from reaf_hsenet.models.text_encoder import TextEncoder
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits
@@ -32,9 +30,7 @@ AROUND = {"bert": ("[CLS]", "[SEP]"), "roberta": ("<s>", "</s>")}
 
 @dataclass(frozen=True)
 class TextReader:
-    """Texts to the ids that a BERT or RoBERTa folder's encoder takes. limit: tokens of a text, special
-    ones counted.
-    """
+    """Texts to the ids of a BERT or RoBERTa encoder. limit: tokens of a text, special ones counted."""
 
     tokenizer: Tokenizer
     config: TextConfig
@@ -85,22 +81,11 @@ def load_bert(folder: Path, layer: int | None = None, device: torch.device | str
     return Bert(reader, model.eval().to(device), variant)
 
 
-def bertscore_report(
-    predictions: Sequence[str], references: Sequence[str], bert: Bert, batch_size: int = 32
-) -> dict[str, float | int | str]:
-    """Means of bert_score over reports, references cleaned as in text_report, and the variant."""
-    pairs = cleaned_pairs(predictions, references)
-    scores = bert_score(*zip(*pairs, strict=True), bert, batch_size)
-    means = {f"bertscore_{name}": float(values.mean()) for name, values in scores.items()}
-    return {"reports": len(pairs), "bertscore_variant": bert.variant, **means}
-
-
 @torch.no_grad()
 def bert_score(
     predictions: Sequence[str], references: Sequence[str], bert: Bert, batch_size: int = 32
 ) -> dict[str, np.ndarray]:
-    """{"precision", "recall", "f1"}: (n,) each. Raises InputError as check_pairs does."""
-    check_pairs(predictions, references)
+    """{"precision", "recall", "f1"}: (n,) each."""
     space = " " if bert.reader.config.kind == "roberta" else ""
     sides = [
         [bert.reader.ids(space + t.strip() if t.strip() else "") for t in texts]

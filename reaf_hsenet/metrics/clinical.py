@@ -19,7 +19,6 @@ from reaf_hsenet.data.phantom.labeler import read_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_object
 from reaf_hsenet.metrics.bertscore import load_text_reader
-from reaf_hsenet.metrics.text import check_pairs
 from reaf_hsenet.models.text_encoder import Pooler, TextEncoder
 from reaf_hsenet.weights.files import load_strictly, read_weights
 from reaf_hsenet.weights.names import classifier_table, import_state
@@ -29,22 +28,20 @@ SIZE_TOLERANCE = (2.0, 0.1)  # mm, or of the reference's size: whichever is more
 
 
 def label_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-    """(n, C) 0/1 matrices -> precision, recall, f1, support (positives) and predicted (their number), (C,)
-    each.
+    """Return (C,) each of precision, recall, f1, support (positives) and predicted (their number).
 
-    Recall is NaN without positives, F1 without positives and predictions. Precision without predictions is 0.
+    predicted, truth: (n, C) of 0 and 1. Recall is NaN without positives, F1 without positives and
+    predictions. Precision without predictions is 0.
     """
     predicted, truth = predicted.astype(bool), truth.astype(bool)
     hits, named, positives = (m.sum(0) for m in (predicted & truth, predicted, truth))
-    return _ratios(hits, named, positives) | {"support": positives, "predicted": named}
-
-
-def _ratios(hits: np.ndarray, named: np.ndarray, positives: np.ndarray) -> dict[str, np.ndarray]:
     with np.errstate(invalid="ignore"):
         return {
             "precision": np.nan_to_num(hits / named),
             "recall": hits / positives,
             "f1": 2 * hits / (named + positives),
+            "support": positives,
+            "predicted": named,
         }
 
 
@@ -53,26 +50,16 @@ def clinical_report(predicted: np.ndarray, truth: np.ndarray, names: Sequence[st
     findings.
 
     predicted, truth: (n, C) of 0 and 1. A finding without positives has no recall (None); `macro` leaves it
-    out and `left_out_of_macro` names it. Raises InputError for other shapes and values.
+    out and `left_out_of_macro` names it.
     """
-    for kind, labels in (("generated", predicted), ("true", truth)):
-        if labels.shape != (len(truth), len(names)) or not len(labels) or not np.isin(labels, (0, 1)).all():
-            raise InputError(
-                f"{kind} labels: expected 0 and 1 in {len(names)} columns and as many rows, one or more, as "
-                f"there are true ones ({len(truth)}), found shape {labels.shape} or other values"
-            )
-    scores = label_scores(predicted, truth)
-    kept = scores["support"] > 0
-    totals = [
-        np.array(np.sum(x))
-        for x in (np.logical_and(predicted, truth), scores["predicted"], scores["support"])
-    ]
     metrics = ("precision", "recall", "f1")
+    scores, micro = label_scores(predicted, truth), label_scores(predicted.ravel(), truth.ravel())
+    kept = scores["support"] > 0
     classes = {name: {m: _or_none(values[j]) for m, values in scores.items()} for j, name in enumerate(names)}
     return {
         "reports": len(truth),
         "classes": classes,
-        "micro": {m: _or_none(v) for m, v in _ratios(*totals).items()},
+        "micro": {m: _or_none(micro[m]) for m in metrics},
         "macro": {m: _or_none(scores[m][kept].mean()) if kept.any() else None for m in metrics},
         "classes_in_macro": int(kept.sum()),
         "left_out_of_macro": [name for name, has in zip(names, kept, strict=True) if not has],
@@ -95,7 +82,6 @@ def attribute_agreement(predictions: Sequence[str], references: Sequence[str]) -
     generated text that leaves it open does not agree. side, lobe: the same set. size: the largest, within
     SIZE_TOLERANCE; mean_abs_error_mm is over the `both_stated`. None where there is nothing to compare.
     """
-    check_pairs(predictions, references)
     agrees: dict[str, list[bool]] = {"side": [], "lobe": [], "size": []}
     errors = []
     for texts in zip(predictions, references, strict=True):

@@ -47,27 +47,7 @@ STEP2 = {
     "logi": "log",
 }
 STEP3 = {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}
-STEP4 = (
-    "al",
-    "ance",
-    "ence",
-    "er",
-    "ic",
-    "able",
-    "ible",
-    "ant",
-    "ement",
-    "ment",
-    "ent",
-    "ion",
-    "ou",
-    "ism",
-    "ate",
-    "iti",
-    "ous",
-    "ive",
-    "ize",
-)
+STEP4 = "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize".split()
 
 
 @lru_cache(maxsize=2**16)
@@ -123,9 +103,7 @@ def _step1(word: str) -> str:
 
 
 def _restored(stem: str) -> str:
-    """The end of a word that lost its -ed or -ing: conflat(ed) -> conflate, hopp(ing) -> hop, fil(ing) ->
-    file.
-    """
+    """Restore the end of a word without its -ed or -ing: conflat -> conflate, hopp -> hop, fil -> file."""
     if stem.endswith(("at", "bl", "iz")):
         return stem + "e"
     if stem[-1:] == stem[-2:-1] and _letters(stem).endswith("c"):

@@ -42,29 +42,21 @@ def ranks(
     gallery: torch.Tensor,
     target: torch.Tensor,
     items: torch.Tensor | None = None,
-    block: int | None = None,
 ) -> torch.Tensor:
     """Rank, from 1, of each query's own item: 1 + items more similar + equally similar items of lower index.
 
     queries: (Q, C). gallery: (G, C). target: (Q,) int64, the index of the query's own item.
     items: (G,) int64 from 0, the item each gallery row belongs to; an item's similarity is that of its most
         similar row. Without it, each gallery row is an item.
-    block: queries compared at a time; by default chosen from G.
-    Returns (Q,) int64. Raises InputError for shapes that do not match, empty input, values that are not
-    finite, and targets that the gallery does not hold.
+    Returns (Q,) int64. Raises InputError for embeddings with NaN or infinity.
     """
-    _check_embeddings(queries=queries, gallery=gallery)
-    _check_indices(len(queries), target=target)
-    if items is not None:
-        _check_indices(len(gallery), items=items)
-    held = items if items is not None else torch.arange(len(gallery), device=gallery.device)
-    index = torch.arange(int(held.max()) + 1, device=gallery.device)
-    if target.max() > index[-1] or not torch.zeros_like(index).index_fill_(0, held, 1)[target].all():
-        raise InputError("target: expected the index of an item of the gallery for every query, found others")
+    require_finite(queries=queries, gallery=gallery)
+    count = len(gallery) if items is None else int(items.max()) + 1
+    index = torch.arange(count, device=gallery.device)
     found = torch.empty_like(target)
-    for rows, similarity in _similarity_blocks(queries, gallery, block):  # (b, G)
+    for rows, similarity in _similarity_blocks(queries, gallery):  # (b, G)
         if items is not None:
-            nothing = similarity.new_full((len(similarity), len(index)), -torch.inf)
+            nothing = similarity.new_full((len(similarity), count), -torch.inf)
             similarity = nothing.scatter_reduce_(1, items.expand_as(similarity), similarity, "amax")
         own_index = target[rows, None]
         # From this very block: the same dot product computed in another shape may differ in its last bit.
@@ -79,37 +71,25 @@ def recall_table(ranks: torch.Tensor, ks: Sequence[int] = RECALL_KS) -> dict[str
 
     ranks: (Q,) from 1. Both averages count from 1, and the median is rounded down, as published.
     """
-    if ranks.ndim != 1 or len(ranks) == 0:
-        raise InputError(f"ranks: expected shape (Q,) with Q > 0, found {tuple(ranks.shape)}")
     ordered = ranks.sort().values
     middle = int(ordered[(len(ordered) - 1) // 2]) + int(ordered[len(ordered) // 2])
     table: dict[str, float | int] = {f"R@{k}": int((ranks <= k).sum()) / len(ranks) for k in ks}
     return table | {"mean_rank": int(ranks.sum()) / len(ranks), "median_rank": middle // 2}
 
 
-def cross_retrieval(
-    image: torch.Tensor, text: torch.Tensor, ks: Sequence[int] = RECALL_KS, block: int | None = None
-) -> CrossRetrieval:
+def cross_retrieval(image: torch.Tensor, text: torch.Tensor) -> CrossRetrieval:
     """Report <-> volume retrieval by exact index, as published: row i of text has one hit, row i of image.
 
     image, text: (N, C). A reconstruction of the same scan, whose report is the same, counts as a miss.
     """
-    _check_pairs(image, text)
     rows = torch.arange(len(image), device=image.device)
     return _both_directions(
-        ks,
-        report_to_volume=(ranks(text, image, rows, block=block), rows),
-        volume_to_report=(ranks(image, text, rows, block=block), rows),
+        report_to_volume=(ranks(text, image, rows), rows),
+        volume_to_report=(ranks(image, text, rows), rows),
     )
 
 
-def cross_retrieval_per_scan(
-    image: torch.Tensor,
-    text: torch.Tensor,
-    scans: torch.Tensor,
-    ks: Sequence[int] = RECALL_KS,
-    block: int | None = None,
-) -> CrossRetrieval:
+def cross_retrieval_per_scan(image: torch.Tensor, text: torch.Tensor, scans: torch.Tensor) -> CrossRetrieval:
     """Report <-> volume retrieval among scans, so that each reconstruction of the query's scan is a hit.
 
     CT-RATE holds several reconstructions of a scan with one and the same report. Here the gallery is the
@@ -117,15 +97,12 @@ def cross_retrieval_per_scan(
     image, text: (N, C). scans: (N,) int64, equal for the rows of a scan.
     Report queries: one a scan, the text of its first row. Volume queries: every row of image.
     """
-    _check_pairs(image, text)
-    _check_indices(len(image), scans=scans)
     rows = torch.arange(len(image), device=image.device)
     numbers, items = torch.unique(scans, return_inverse=True)
     first = torch.full_like(numbers, len(image)).scatter_reduce_(0, items, rows, "amin")
     return _both_directions(
-        ks,
-        report_to_volume=(ranks(text[first], image, items[first], items, block), first),
-        volume_to_report=(ranks(image, text, items, items, block), rows),
+        report_to_volume=(ranks(text[first], image, items[first], items), first),
+        volume_to_report=(ranks(image, text, items, items), rows),
     )
 
 
@@ -135,7 +112,6 @@ def label_overlap(
     labels: torch.Tensor,
     scans: torch.Tensor,
     ks: Sequence[int] = OVERLAP_KS,
-    block: int | None = None,
 ) -> dict[str, int | dict[str, float | None]]:
     """Volume-to-volume retrieval: the share of labels that a volume and its k nearest volumes have in common.
 
@@ -153,15 +129,9 @@ def label_overlap(
         rows of its scan, are left out of its gallery. A query left without a gallery is left out of the mean.
 
     Returns these four, each {str(k): value}, and gallery_size, queries and queries_without_positive. Values
-    are None where no query has a gallery. Raises InputError as `ranks` does, and for labels not 0 or 1.
+    are None where no query has a gallery. Raises InputError for embeddings with NaN or infinity.
     """
-    _check_embeddings(image=image)
-    _check_indices(len(image), scans=scans)
-    if labels.ndim != 2 or len(labels) != len(image) or not ((labels == 0) | (labels == 1)).all():
-        raise InputError(
-            f"labels: expected 0 and 1, one row for each of the {len(image)} embeddings, found shape "
-            f"{tuple(labels.shape)} or other values"
-        )
+    require_finite(image=image)
     labels = labels.to(device=image.device, dtype=torch.bool)
     rows = torch.arange(len(image), device=image.device)
     gallery = rows[labels.any(1)]
@@ -173,7 +143,7 @@ def label_overlap(
     }
     nearest = min(max(ks), len(gallery))
     scores = {name: image.new_empty((len(image), nearest), dtype=torch.float64) for name in excluded_group}
-    for block_rows, similarity in _similarity_blocks(image, image[gallery], block):
+    for block_rows, similarity in _similarity_blocks(image, image[gallery]):
         keys = _sort_keys(similarity)  # (b, G)
         for name, group in excluded_group.items():
             if group is not None:
@@ -220,15 +190,13 @@ def _sort_keys(similarity: torch.Tensor) -> torch.Tensor:
     return keys
 
 
-def _similarity_blocks(
-    queries: torch.Tensor, gallery: torch.Tensor, block: int | None
-) -> Iterator[tuple[slice, torch.Tensor]]:
+def _similarity_blocks(queries: torch.Tensor, gallery: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield the rows of each block of queries and their (b, G) float32 similarities, overwritten by the next.
 
     One buffer, and results written into tensors made beforehand: small results allocated between blocks split
     the freed memory into holes that the next block does not fit, and the process grows by a block each time.
     """
-    block = block or max(1, BLOCK_SIMILARITIES // max(1, len(gallery)))
+    block = max(1, BLOCK_SIMILARITIES // max(1, len(gallery)))
     gallery = gallery.float()
     buffer = gallery.new_empty(min(block, len(queries)), len(gallery))
     for start in range(0, len(queries), block):
@@ -236,33 +204,19 @@ def _similarity_blocks(
         yield rows, torch.mm(queries[rows].float(), gallery.T, out=buffer[: rows.stop - start])
 
 
-def _both_directions(ks: Sequence[int], **directions: tuple[torch.Tensor, torch.Tensor]) -> CrossRetrieval:
+def _both_directions(**directions: tuple[torch.Tensor, torch.Tensor]) -> CrossRetrieval:
     return CrossRetrieval(
-        tables={name: recall_table(found, ks) for name, (found, _) in directions.items()},
+        tables={name: recall_table(found) for name, (found, _) in directions.items()},
         ranks={name: found for name, (found, _) in directions.items()},
         query_rows={name: rows for name, (_, rows) in directions.items()},
     )
 
 
-def _check_pairs(image: torch.Tensor, text: torch.Tensor) -> None:
-    if len(image) != len(text):
-        raise InputError(f"text: expected a row for each of the {len(image)} images, found {len(text)}")
+def require_finite(**embeddings: torch.Tensor) -> None:
+    """Raise InputError for embeddings with NaN or infinity, by their name.
 
-
-def _check_embeddings(**embeddings: torch.Tensor) -> None:
+    A NaN is more similar than nothing and less similar than nothing: it would rank every query first.
+    """
     for name, value in embeddings.items():
-        if value.ndim != 2 or value.numel() == 0:
-            raise InputError(f"{name}: expected shape (N, C), not empty, found {tuple(value.shape)}")
-        # A NaN is more similar than nothing and less similar than nothing: it would rank every query first.
         if not value.isfinite().all():
             raise InputError(f"{name}: expected finite embeddings, found NaN or infinity")
-    widths = {name: value.shape[1] for name, value in embeddings.items()}
-    if len(set(widths.values())) > 1:
-        raise InputError(f"embeddings: expected one width C, found {widths}")
-
-
-def _check_indices(length: int, **indices: torch.Tensor) -> None:
-    for name, value in indices.items():
-        if value.shape != (length,) or value.dtype != torch.int64 or (value < 0).any():
-            found = f"{value.dtype} of shape {tuple(value.shape)} or values below 0"
-            raise InputError(f"{name}: expected int64 of shape ({length},) from 0 up, found {found}")

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from reaf_hsenet.data.text import clean_report
-from reaf_hsenet.errors import InputError
 from reaf_hsenet.metrics.porter import porter_stem
 
 ORDERS = (1, 2, 3, 4)
@@ -25,61 +24,29 @@ SPACED_13A = (
     (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
     (re.compile(r"([0-9])(-)"), r"\1 \2 "),
 )
-Pair = tuple[list[str], list[str]]  # tokens of a generated text and of its reference
-Matches = list[tuple[int, int]]  # for each of ORDERS: n-grams found in the reference, and all
-
-
-def check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
-    """Raise InputError unless there is one generated text for each of one or more reference texts."""
-    if len(predictions) != len(references):
-        raise InputError(
-            f"generated texts: expected one for each of the {len(references)} reference texts, found "
-            f"{len(predictions)}; give both in the same order"
-        )
-    if len(references) == 0:
-        raise InputError(
-            "texts to score: expected one or more generated texts with their references, found none"
-        )
-    for kind, texts in (("generated", predictions), ("reference", references)):
-        wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise InputError(
-                f"{kind} text {wrong}: expected a string, found {texts[wrong]!r}; an empty text is ''"
-            )
-
-
-def cleaned_pairs(predictions: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
-    """(generated, reference) as they are scored: references without quotes and round brackets, as
-    published.
-    """
-    check_pairs(predictions, references)
-    return [(p.strip(), clean_report(r).strip()) for p, r in zip(predictions, references, strict=True)]
 
 
 def text_report(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int | str]:
     """Scores of generated reports: means over reports of SAMPLE_SCORES, and those of the corpus.
 
-    `meteor`, with WordNet's synonyms, is computed by nltk; where that is missing it says so. Raises
-    InputError as check_pairs does.
+    References lose quotes and round brackets, as published. `meteor`, with WordNet's synonyms, is computed by
+    nltk; where that is missing it says so.
     """
-    cleaned = cleaned_pairs(predictions, references)
-    pairs = [(tokens_13a(p), tokens_13a(r)) for p, r in cleaned]
-    matches = [_ngram_matches(*pair) for pair in pairs]
-    rows = [_scores(*texts, pair, found) for texts, pair, found in zip(cleaned, pairs, matches, strict=True)]
-    means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in SAMPLE_SCORES}
-    corpus = _corpus_bleu(matches, sum(len(reference) for _, reference in pairs))
-    empty = sum(not p for p, _ in cleaned)
-    return {"reports": len(rows), "empty_reports": empty, **means, **corpus, "meteor": nltk_meteor(cleaned)}
+    pairs = [(p.strip(), clean_report(r).strip()) for p, r in zip(predictions, references, strict=True)]
+    rows = [sample_scores(*pair) for pair in pairs]
+    return {
+        "reports": len(rows),
+        "empty_reports": sum(not prediction for prediction, _ in pairs),
+        **{name: math.fsum(row[name] for row in rows) / len(rows) for name in SAMPLE_SCORES},
+        **corpus_bleu([(tokens_13a(p), tokens_13a(r)) for p, r in pairs]),
+        "meteor": nltk_meteor(pairs),
+    }
 
 
 def sample_scores(prediction: str, reference: str) -> dict[str, float]:
     """SAMPLE_SCORES of one text. An empty one scores 0."""
     pair = tokens_13a(prediction), tokens_13a(reference)
-    return _scores(prediction, reference, pair, _ngram_matches(*pair))
-
-
-def _scores(prediction: str, reference: str, pair: Pair, matches: Matches) -> dict[str, float]:
-    precisions = [matched / total if total else 0.0 for matched, total in matches]
+    precisions = [_share(*found) for found in _ngram_matches(*pair)]
     rouge = rouge_scores(tokens_rouge(prediction), tokens_rouge(reference))
     return dict(zip(SAMPLE_SCORES, (*precisions, *rouge, meteor_without_synonyms(*pair)), strict=True))
 
@@ -100,8 +67,8 @@ def tokens_rouge(text: str) -> list[str]:
     return re.findall("[a-z0-9]+", text.lower())
 
 
-def _ngram_matches(prediction: list[str], reference: list[str]) -> Matches:
-    """An n-gram of the prediction is found as often as it is in the reference."""
+def _ngram_matches(prediction: list[str], reference: list[str]) -> list[tuple[int, int]]:
+    """Count the n-grams found in the reference, at most as often as they are there, and all; by ORDERS."""
     found = []
     for n in ORDERS:
         counts, known = (
@@ -111,33 +78,31 @@ def _ngram_matches(prediction: list[str], reference: list[str]) -> Matches:
     return found
 
 
-def corpus_bleu(pairs: Sequence[Pair]) -> dict[str, float | int]:
+def _share(matched: int, total: int) -> float:
+    return matched / total if total else 0.0
+
+
+def corpus_bleu(pairs: Sequence[tuple[list[str], list[str]]]) -> dict[str, float | int]:
     """BLEU of tokens (generated, reference): matches summed over all pairs, without smoothing.
 
     corpus_bleu_N is the geometric mean of the precisions of orders 1 to N times the brevity penalty; 0 when
     one of them is 0.
     """
-    return _corpus_bleu([_ngram_matches(*pair) for pair in pairs], sum(len(r) for _, r in pairs))
-
-
-def _corpus_bleu(matches: Sequence[Matches], reference_tokens: int) -> dict[str, float | int]:
-    summed = [tuple(map(sum, zip(*order, strict=True))) for order in zip(*matches, strict=True)]
-    precisions = [matched / total if total else 0.0 for matched, total in summed]
-    generated = summed[0][1]
-    penalty = min(1.0, math.exp(1 - reference_tokens / generated)) if generated else 0.0
-    scores = {f"corpus_bleu_{n}": penalty * math.prod(precisions[:n]) ** (1 / n) for n in ORDERS}
-    scores |= {f"corpus_precision_{n}": p for n, p in zip(ORDERS, precisions, strict=True)}
-    return scores | {
+    matches = [_ngram_matches(*pair) for pair in pairs]
+    precisions = [_share(*map(sum, zip(*order, strict=True))) for order in zip(*matches, strict=True)]
+    generated, references = (sum(map(len, side)) for side in zip(*pairs, strict=True))
+    penalty = min(1.0, math.exp(1 - references / generated)) if generated else 0.0
+    return {
+        **{f"corpus_bleu_{n}": penalty * math.prod(precisions[:n]) ** (1 / n) for n in ORDERS},
+        **{f"corpus_precision_{n}": p for n, p in zip(ORDERS, precisions, strict=True)},
         "brevity_penalty": penalty,
         "generated_tokens": generated,
-        "reference_tokens": reference_tokens,
+        "reference_tokens": references,
     }
 
 
 def rouge_scores(prediction: list[str], reference: list[str]) -> tuple[float, float]:
-    """F1 of ROUGE-1, words in common, and ROUGE-L, the longest common subsequence of the whole text; no
-    stemming.
-    """
+    """F1 of ROUGE-1 (words in common) and ROUGE-L (longest common subsequence of the text); no stemming."""
     common = (Counter(prediction) & Counter(reference)).total()
     lengths = len(prediction) + len(reference)
     # The harmonic mean of c / len(prediction) and c / len(reference) is 2 c / (their sum).
@@ -163,9 +128,7 @@ def common_subsequence(first: list[str], second: list[str]) -> int:
 
 
 def meteor_without_synonyms(prediction: list[str], reference: list[str]) -> float:
-    """METEOR (alpha 0.9, beta 3, gamma 0.5) of words that are equal, or of equal stem; upper and lower
-    case alike.
-    """
+    """METEOR (alpha 0.9, beta 3, gamma 0.5) of words that are equal or of equal stem, in any case."""
     sides = [dict(enumerate(token.lower() for token in tokens)) for tokens in (prediction, reference)]
     matches: list[tuple[int, int]] = []
     for form in (str, porter_stem):
@@ -190,9 +153,7 @@ def meteor_without_synonyms(prediction: list[str], reference: list[str]) -> floa
 
 
 def nltk_meteor(pairs: Sequence[tuple[str, str]]) -> float | str:
-    """Mean METEOR of (generated, reference) texts with WordNet's synonyms, as published; else why it is
-    not computed.
-    """
+    """Mean METEOR of (generated, reference) with WordNet's synonyms; else why it is not computed."""
     try:
         from nltk import word_tokenize
         from nltk.translate.meteor_score import single_meteor_score

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from reaf_hsenet.metrics.clinical import label_scores
-from reaf_hsenet.metrics.text import check_pairs, sample_scores
+from reaf_hsenet.metrics.text import sample_scores
 
 ANATOMIES = (
     "Lung",
@@ -30,9 +30,7 @@ ACCURACIES = ("acc_class", "acc_class_strict", "acc_text")
 
 
 def anatomy_of(text: str) -> str:
-    """The first of ANATOMIES whose name is anywhere in the text, as published ("mediastinum/left lung
-    hilum": Lung).
-    """
+    """The first of ANATOMIES named in the text; "mediastinum/left lung hilum" is Lung, as published."""
     text = text.lower()
     return next((name for name in ANATOMIES[:-1] if name.lower() in text), ANATOMIES[-1])
 
@@ -51,7 +49,7 @@ def answer_accuracies(prediction: str, answer: str) -> dict[str, int]:
 
 
 def vqa_report(predictions: Sequence[str], answers: Sequence[str]) -> dict:
-    """Scores of generated answers. Raises InputError as check_pairs does.
+    """Scores of generated answers.
 
     micro_average: ACCURACIES and text.py's SAMPLE_SCORES, means over the questions; macro_average: means of
     the means over the true anatomies that occur; per_anatomy: those means. classification: precision, recall,
@@ -60,7 +58,6 @@ def vqa_report(predictions: Sequence[str], answers: Sequence[str]) -> dict:
     majority: the accuracies of always giving the most frequent answer. chance: the probability that an answer
     (and its anatomy) drawn from the true ones equals another drawn the same way.
     """
-    check_pairs(predictions, answers)
     rows = [answer_accuracies(p, a) | sample_scores(p, a) for p, a in zip(predictions, answers, strict=True)]
     true, named = ([anatomy_of(text) for text in texts] for texts in (answers, predictions))
     grouped: dict[str, list[dict]] = {}
