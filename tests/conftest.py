@@ -1,6 +1,8 @@
-"""Shared fixtures: a small phantom data set, raw and prepared, made once per test run."""
+"""Shared fixtures: small phantoms, raw and prepared, and tiny runs on them, each made once per test run."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,4 +63,75 @@ def prepared(phantom_root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "data"
     recipe = replace(RECIPES["hsenet"], size=(16, 32, 32))
     prepare(read_ct_rate(phantom_root), out, Options(recipe), progress=False)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """What a script does with signals ends with its test."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Start the process that those of tiny.start are forked from."""
+    import multiprocessing.forkserver
+
+    from tiny import FORKS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        FORKS.set_forkserver_preload(["tiny"])
+        multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture(scope="session")
+def finished(prepared, tmp_path_factory) -> Path:
+    """A finished run of stage clip1 with 8 steps; not to be changed."""
+    import train
+    from tiny import EIGHT, tiny
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(tiny(prepared, out, *EIGHT)) == 0
+    return out
+
+
+@pytest.fixture
+def run_copy(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def stages(prepared, tmp_path_factory) -> Path:
+    """Runs clip1 (2 steps) and clip2 (6 steps), and their data with slice features; not to be changed."""
+    import train
+    from tiny import stage2, tiny, with_slices
+
+    root = tmp_path_factory.mktemp("stages")
+    data = with_slices(prepared, root / "data")
+    assert train.main(tiny(data, root / "clip1", "--max-steps", 2, "--validate-every", 1)) == 0
+    second = stage2(root / "clip1", root / "clip2", "--max-steps", 6, "--save-every", 3, "--keep", 9)
+    assert train.main(second) == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(stages) -> Path:
+    """A decoder with weights, beside the runs of `stages`; not to be changed."""
+    from tiny import write_decoder
+
+    return write_decoder(stages / "decoder", stages / "data")
+
+
+@pytest.fixture(scope="session")
+def mrg(stages, tmp_path_factory) -> Path:
+    """A finished run of stage mrg with 4 steps, on the runs of `stages`; not to be changed."""
+    import train
+    from tiny import language
+
+    out = tmp_path_factory.mktemp("runs") / "mrg"
+    assert train.main(language(stages, out, "--max-steps", 4, "--save-every", 2, "--keep", 9)) == 0
     return out

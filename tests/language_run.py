@@ -1,18 +1,22 @@
-"""A run of a language stage with random weights, for tests of what comes after training."""
+"""Runs with random weights, for tests of what comes after training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from reaf_hsenet.config import GuidedVisionConfig, VisionConfig
+from reaf_hsenet.config import RECIPES, GuidedVisionConfig, VisionConfig
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.questions import report_prompts
 from reaf_hsenet.models.build import build_mllm, trained_state
+from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.mllm_config import MllmConfig
+from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.settings import to_dict
+from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 from reaf_hsenet.tokenizer.word_tokenizer import train_words
 
 WIDTH, CONTEXT = 32, 512
@@ -80,3 +84,36 @@ def write_language_run(
         }
     )
     return run.folder
+
+
+def write_dual_run(folder: Path, data: Path, model: str = "hsenet", guided: bool = False) -> Path:
+    """A dual encoder's run with the weights that it starts from; guided: HSENet's stage 2."""
+    manifest, preset = load_manifest(data), PRESETS[f"{model}-tiny"]
+    recipe = (
+        manifest.recipe
+        if model == "hsenet"
+        else replace(RECIPES["reaf"], size=(16, 32, 32), spacing=(14, 10, 10))
+    )
+    vision = replace(preset.vision, size=(16, 32, 32), patch=(4, 8, 8))
+    if guided:
+        slices = {"slices": manifest.slices["slices"], "slice_width": manifest.slices["width"]}
+        vision = GuidedVisionConfig(**vars(vision), **slices)
+    tokenizer = train_wordpiece([entry["text"] for entry in manifest.entries("train")], 1000)
+    config = replace(preset, vision=vision, text=replace(preset.text, vocab=len(tokenizer.vocab)))
+    torch.manual_seed(0)
+    network = build_dual_encoder(config)
+    if guided:
+        torch.nn.init.normal_(network.vision.score.weight)  # scores that differ visibly
+    run = Run(folder)
+    run.write_config(
+        {
+            "stage": "clip2" if guided else "clip1",
+            "model": to_dict(config),
+            "recipe": to_dict(recipe),
+            "data": str(data),
+            "slices": manifest.slices if guided else None,
+        }
+    )
+    tokenizer.save(folder)
+    run.save(1, network.state_dict(), {}, keep=1, best=True)
+    return Path(folder)

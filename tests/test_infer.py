@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 import infer
 from conftest import ROOT, error_line, script
-from language_run import write_language_run
+from language_run import write_dual_run, write_language_run
 from reaf_hsenet import load
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.evaluate import scan_model as inference
 from reaf_hsenet.runs.generation import Sampling
 from reaf_hsenet.script import run_script
-from test_inference import with_slices, write_dual_run
+from tiny import with_slices
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -20,77 +19,22 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from conftest import ROOT
-from language_run import CONTEXT, write_language_run
+from language_run import CONTEXT, write_dual_run, write_language_run
 from reaf_hsenet import load
-from reaf_hsenet.config import RECIPES, GuidedVisionConfig
 from reaf_hsenet.data import reading
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.data.slice_features import add_slice_features
 from reaf_hsenet.data.volume import TableRow, read_volume
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import figures, scan_answers
 from reaf_hsenet.evaluate import scan_model as inference
 from reaf_hsenet.evaluate.scan_model import ScanModel
 from reaf_hsenet.evaluate.search_index import SearchIndex, read_index
-from reaf_hsenet.models.clip import build_dual_encoder
-from reaf_hsenet.models.slice_encoder import SliceEncoder
-from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs import answering
 from reaf_hsenet.runs.answering import answer, answer_text
-from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.generation import Sampling
-from reaf_hsenet.settings import to_dict
-from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 from reaf_hsenet.weights.slice_encoder import describe, save_slice_encoder
-
-
-def slice_encoder(seed: int = 0) -> SliceEncoder:
-    torch.manual_seed(seed)
-    return SliceEncoder(size=32, patch=16, width=24, depth=1, heads=2, mlp=48)
-
-
-def with_slices(prepared: Path, out: Path) -> Path:
-    """The prepared phantoms with slice features, and the encoder that made them beside them."""
-    shutil.copytree(prepared, out)
-    add_slice_features(
-        out, slice_encoder(), describe(slice_encoder(), "phantoms", recipe="phantom"), progress=False
-    )
-    save_slice_encoder(out / "slice_encoder", slice_encoder())
-    return out
-
-
-def write_dual_run(folder: Path, data: Path, model: str = "hsenet", guided: bool = False) -> Path:
-    """A dual encoder's run with the weights that it starts from; guided: HSENet's stage 2."""
-    manifest, preset = load_manifest(data), PRESETS[f"{model}-tiny"]
-    recipe = (
-        manifest.recipe
-        if model == "hsenet"
-        else replace(RECIPES["reaf"], size=(16, 32, 32), spacing=(14, 10, 10))
-    )
-    vision = replace(preset.vision, size=(16, 32, 32), patch=(4, 8, 8))
-    if guided:
-        slices = {"slices": manifest.slices["slices"], "slice_width": manifest.slices["width"]}
-        vision = GuidedVisionConfig(**vars(vision), **slices)
-    tokenizer = train_wordpiece([entry["text"] for entry in manifest.entries("train")], 1000)
-    config = replace(preset, vision=vision, text=replace(preset.text, vocab=len(tokenizer.vocab)))
-    torch.manual_seed(0)
-    network = build_dual_encoder(config)
-    if guided:
-        torch.nn.init.normal_(network.vision.score.weight)  # scores that differ visibly
-    run = Run(folder)
-    run.write_config(
-        {
-            "stage": "clip2" if guided else "clip1",
-            "model": to_dict(config),
-            "recipe": to_dict(recipe),
-            "data": str(data),
-            "slices": manifest.slices if guided else None,
-        }
-    )
-    tokenizer.save(folder)
-    run.save(1, network.state_dict(), {}, keep=1, best=True)
-    return Path(folder)
+from tiny import slice_encoder, with_slices
 
 
 @pytest.fixture(scope="module")

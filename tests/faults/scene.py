@@ -1,46 +1,41 @@
-"""Small inputs that are whole, for faults to be made in: every attribute of a scene is a copy of its own,
-made when asked for.
-"""
+"""Small inputs that are whole, and faults that are made in a copy of them."""
 
 import gzip
 import io
 import json
 import shutil
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import published
-import train
-from language_run import write_language_run
+from language_run import write_dual_run, write_language_run
 from reaf_hsenet.data.manifest import load_manifest
-from test_inference import with_slices, write_dual_run
 
 
-def write_originals(folder: Path, prepared: Path) -> Path:
-    """data, with slice features; run, a dual encoder's; language, a run of mrg; scans with their table;
-    published weights.
+def write_originals(folder: Path, stages: Path, mrg: Path) -> Path:
+    """data, with slice features; runs: run (clip1) and language (mrg) with random weights; clip1, clip2 and
+    mrg, trained; a decoder; scans with their table; published weights.
     """
-    with_slices(prepared, folder / "data")
+    for made in (*(stages / name for name in ("data", "clip1", "clip2", "decoder")), mrg):
+        (folder / made.name).symlink_to(made)
     write_dual_run(folder / "run", folder / "data")
     write_language_run(folder / "language", folder / "data")
     files = [Path(e["source"]["file"]) for e in load_manifest(folder / "data").entries("train")[:3]]
     (folder / "scans").mkdir()
     for name, file in zip("abc", files, strict=True):
         shutil.copy(file, folder / f"scans/{name}.nii.gz")
+    shutil.copy(files[0], folder / "scan.nii.gz")
     (folder / "scans/reports.csv").write_text("id,text\na,clear lungs\nb,right effusion\nc,small nodule\n")
     published.write_m3d_clip(folder / "m3d")
     published.write_vocabulary(folder / "words", 200, published.BERT["config"])
     published.write(folder / "words/model.safetensors", published.bert())
     published.write(folder / "encoder.bin", published.mae(48))
     published.write(folder / "packers.bin", published.language())
-    flags = "--stage clip1 --preset hsenet-tiny --size 16 32 32 --batch-size 4 --max-steps 1 --device cpu"
-    train.main([*flags.split(), "--data", str(folder / "data"), "--out", str(folder / "trained")])
     return folder
 
 
@@ -62,10 +57,6 @@ class Scene:
         """A file in one of the originals: all of it is copied."""
         self.path(name.split("/")[0])
         return self.folder / name
-
-    @cached_property
-    def scan(self) -> Path:
-        return Path(shutil.copy(self.originals / "scans/a.nii.gz", self.folder / "scan.nii.gz"))
 
 
 Fault = Callable[[Scene], None]
@@ -100,8 +91,9 @@ def remove(name: str) -> Fault:
     return make
 
 
-def change(name: str, *keys, value) -> Fault:
-    """A json file in which one value, that these keys lead to, is another; ... removes it."""
+def change(name: str, *keys_and_value) -> Fault:
+    """A json file in which the value that the keys lead to is another; ... removes it."""
+    *keys, value = keys_and_value
 
     def make(scene: Scene) -> None:
         path = scene.file(name)
@@ -146,7 +138,7 @@ def scan(voxels=None, name: str = "scan.nii.gz", **fields) -> Fault:
     """A NIfTI file whose voxels or header's fields are others, packed as the ending says."""
 
     def make(scene: Scene) -> None:
-        image = nib.load(scene.scan if name == "scan.nii.gz" else scene.file(name))
+        image = nib.load(scene.file(name))
         data = np.asarray(image.dataobj) if voxels is None else voxels
         made = nib.Nifti1Image(data, image.affine)
         head = made.to_bytes()
@@ -154,10 +146,71 @@ def scan(voxels=None, name: str = "scan.nii.gz", **fields) -> Fault:
         for field, value in fields.items():
             raw[field] = value
         content = raw.binaryblock + head[348:]
-        path = scene.folder / name
+        path = scene.file(name)
         path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
 
     return make
+
+
+class Opens:
+    """Unpickled, it would open a file to write."""
+
+    def __reduce__(self):
+        return open, ("was_here", "w")
+
+
+def pickled(name: str, value) -> Fault:
+    return lambda scene: torch.save(value, scene.file(name))
+
+
+def nan(name: str) -> Fault:
+    def edit(state: dict) -> None:
+        for key, tensor in state.items():
+            state[key] = tensor * float("nan")
+
+    return tensors(name, edit)
+
+
+def all_of(*faults: Fault) -> Fault:
+    return lambda scene: [make(scene) for make in faults]
+
+
+def folder(name: str) -> Fault:
+    return lambda scene: scene.file(name).mkdir(parents=True)
+
+
+def sized(*shape: int) -> dict:
+    return {"dim": [len(shape), *shape, *[1] * (7 - len(shape))]}
+
+
+def spaced(mm: float) -> dict:
+    return {"pixdim": [1, *[mm] * 3, 0, 0, 0, 0]} | {
+        f"srow_{axis}": [mm * (i == j) for j in range(4)] for i, axis in enumerate("xyz")
+    }
+
+
+def volumes(count: int, spoil: Callable[[Path], object], split: str = "train", key: str = "volume") -> Fault:
+    """The first volumes' files, or their slice features, are spoiled by a function of the path."""
+
+    def make(scene: Scene) -> None:
+        data = scene.path("data")
+        for values in json.loads((data / "manifest.json").read_text())["splits"][split][:count]:
+            spoil(data / values[key])
+
+    return make
+
+
+def full_disk(most: int) -> Fault:
+    """No file of this process grows beyond so many bytes."""
+
+    def make(scene: Scene) -> None:
+        scene.most_bytes = most
+
+    return make
+
+
+def index(**metadata: str) -> Fault:
+    return lambda scene: save_file({"image": torch.eye(3)}, scene.folder / "i.safetensors", metadata)
 
 
 def nothing(scene: Scene) -> None:

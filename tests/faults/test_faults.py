@@ -4,9 +4,10 @@ code and the one line that the table says, never with a traceback.
     python -m pytest tests/faults                               # all of it
     python -m pytest tests/faults/test_faults.py -k truncated   # the faults with this word in their name
 
-A row: the fault's name, how it is made (scene.py), the command ({data} is a copy of that original; {out} a
-folder that is not there), the exit code (2: refused; 3: preprocess.py went on without some files), and words
-of the line.
+faults(command, what, file, *rows, code): {data} in the command is a copy of that original, {out} a folder
+that is not there. A row is the rest of the fault's name; how it is made (scene.py), or the flags that are the
+fault; the words of the line after `file`, in which ... stands for any words; more flags. code: 2: refused; 3:
+preprocess.py went on without some files; 0: the line is printed.
 """
 
 import gzip
@@ -16,13 +17,13 @@ import shlex
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import evaluate
 import infer
@@ -31,100 +32,157 @@ import train
 from conftest import error_line, script
 from faults.limits import SECONDS, limited, no_file_above
 from faults.scene import Fault as Make
-from faults.scene import Scene, change, cut, header, nothing, remove, scan, tensors, write, write_originals
+from faults.scene import (
+    Opens,
+    Scene,
+    all_of,
+    change,
+    cut,
+    folder,
+    full_disk,
+    header,
+    index,
+    nan,
+    nothing,
+    pickled,
+    remove,
+    scan,
+    sized,
+    spaced,
+    tensors,
+    volumes,
+    write,
+)
 from reaf_hsenet.script import run_script
-from test_killed_runs import forks, start  # noqa: F401
+from tiny import start
 
 MAIN = {"preprocess": preprocess.main, "train": train.main, "evaluate": evaluate.main, "infer": infer.main}
 
 
 class Fault(NamedTuple):
-    name: str
     make: Make
     command: str
     code: int
     words: str
 
 
+FAULTS: dict[str, Fault] = {}
+
+
+def row(name: str, how: Make | str, words: str, flags: str = "") -> tuple[str, Make, str, str]:
+    return (name, nothing, words, how) if isinstance(how, str) else (name, how, words, flags)
+
+
+def faults(command: str, what: str, file: str, *rows: tuple[str, Make, str, str], code: int = 2) -> None:
+    for name, make, words, flags in rows:
+        name = f"{command.split()[0]}: {what} {name}".replace("  ", " ")
+        assert name not in FAULTS, name
+        FAULTS[name] = Fault(make, f"{command} {flags}", code, file + words)
+
+
+SHORT = "--batch-size 4 --max-steps 1 --out {out} --device cpu"
 NIFTI = "preprocess --dataset nifti --root {scans} --out {out} --size 8 16 16"
-CLIP1 = (
-    "train --stage clip1 --data {data} --preset hsenet-tiny --size 16 32 32 --batch-size 4 --max-steps "
-    "1 --out {out} --device cpu"
-)
+SLICES = "preprocess --slices {encoder.bin} --out {data} --device cpu"
+CLIP1 = f"train --stage clip1 --data {{data}} --preset hsenet-tiny --size 16 32 32 {SHORT}"
+CLIP2 = f"train --stage clip2 --init {{clip1}} {SHORT}"
+LANGUAGE = f"train --stage mrg --init {{clip2}} {SHORT}"
+RESUME = "train --stage clip1 --resume --out {clip1} --device cpu"
 RETRIEVAL = "evaluate --task retrieval --run {run} --device cpu"
 ZEROSHOT = "evaluate --task zeroshot --run {run} --device cpu --bootstrap 0"
+MRG = "evaluate --task mrg --run {language} --device cpu --limit 1 --new-tokens 1"
 REPORT = "infer report {scan} --run {language} --device cpu --new-tokens 2"
 EMBED = "infer embed {scan} --run {run} --device cpu"
-RESUME = "train --stage clip1 --resume --out {trained} --device cpu"
+SEARCH = "infer search {i.safetensors} --text effusion --run {run} --device cpu"
+
+SCAN, TABLE, MANIFEST = "scans/a.nii.gz", "scans/reports.csv", "data/manifest.json"
+RUN, RUN_WEIGHTS = "run/config.json", "run/checkpoints/step-000001/model.safetensors"
+TRAINED, STEP = "clip1/config.json", "clip1/checkpoints/step-000002"
+M3D, BERT, WORDS = "m3d/model.safetensors", "words/model.safetensors", "language/tokenizer.json"
+RANKS = "run/eval/retrieval"
+
+# Flags.
+AS_CLIP1 = "--patch 8 16 16 --out {clip1}"
+DROPOUT = "--decoder {decoder} --frozen-dropout --no-augment"
+TWO_BAD = "--epochs 1 --max-bad 1"
+ALL_BAD = "--data {data} --max-bad 99"
+BEST = "--checkpoint best"
+CLASSIFY = "classify {scan} --run {run} --prompts {p.json}"
+
 DEEP = '{"a":' * 50_000
 CT = np.linspace(-1000, 500, 6 * 6 * 6).reshape(6, 6, 6).astype(np.int16)
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ONES, UNET = [1, 1, 0, 0], {"unet.weight": torch.ones(3)}
+STRETCHED = torch.zeros(1).expand(20000, 20000, 20000)
+HUGE = {"a": {"dtype": "F32", "shape": [10**7, 10**8], "data_offsets": [0, 4 * 10**15]}}
 
 
-class Opens:
-    """Unpickled, it would open a file to write."""
-
-    def __reduce__(self):
-        return open, ("was_here", "w")
-
-
-def pickled(name: str, value) -> Make:
-    return lambda scene: torch.save(value, scene.file(name))
+# One value of a file, by its keys; an entry of the manifest is the first of a split.
+manifest, run, trained = (partial(change, name) for name in (MANIFEST, RUN, TRAINED))
+language, bert, m3d = (partial(change, f"{name}/config.json") for name in ("language", "words", "m3d"))
+table = partial(write, TABLE)
+listed = partial(scan, name=SCAN)
 
 
-def nan(name: str) -> Make:
-    def edit(state: dict) -> None:
-        for key, tensor in state.items():
-            state[key] = tensor * float("nan")
-
-    return tensors(name, edit)
-
-
-def unhashed(make: Make) -> Make:
-    """A fault in a checkpoint as earlier versions saved it, without the hashes that would tell."""
-
-    def made(scene: Scene) -> None:
-        remove("run/checkpoints/step-000001/checkpoint.json")(scene)
-        make(scene)
-
-    return made
+WINDOW, WINDOWS = (
+    manifest("recipe", "window", [-1150, 350]),
+    "window -1150x350, but ...clip1 needs window -1000x200",
+)
+FEATURES, OTHER = manifest("slices", "sha256", "0" * 64), "its slice features have another sha256"
 
 
-def trainer_state(edit: Callable[[dict], object]) -> Make:
-    """A trainer.pt, as earlier versions saved it without its hash, that holds what `edit` returns, or
-    leaves.
-    """
+def entry(key: str, value, split: str = "train") -> Make:
+    return manifest("splits", split, 0, key, value)
+
+
+def listed_twice(scene: Scene) -> None:
+    first = json.loads(scene.file(MANIFEST).read_text())["splits"]["validation"][0]
+    manifest("splits", "validation", 1, first)(scene)
+
+
+BIG = sized(30000, 30000, 30000)
+
+
+def vocabulary(name: str, words: int) -> Make:
+    return write(f"{name}/vocab.txt", "\n".join([*SPECIAL, *(f"w{i}" for i in range(words))]))
+
+
+def unhashed(name: str, make: Callable[..., Make], *arguments) -> Make:
+    """A fault in a file of a checkpoint as earlier versions saved it, without the hashes that would tell."""
+    return all_of(remove(f"{Path(name).parent}/checkpoint.json"), make(name, *arguments))
+
+
+def trainer(edit: Callable[[dict], object]) -> Make:
+    """A trainer.pt without its hash that holds what `edit` returns, or leaves."""
 
     def make(scene: Scene) -> None:
-        remove("trained/checkpoints/step-000001/checkpoint.json")(scene)
-        path = scene.file("trained/checkpoints/step-000001/trainer.pt")
+        path = scene.file(f"{STEP}/trainer.pt")
         state = torch.load(path)
         torch.save(edit(state) or state, path)
 
-    return make
+    return all_of(remove(f"{STEP}/checkpoint.json"), make)
 
 
-def volumes(count: int, write_it) -> Make:
-    """The first training volumes' files, by a function of their path."""
-
-    def make(scene: Scene) -> None:
-        data = scene.path("data")
-        for entry in json.loads((data / "manifest.json").read_text())["splits"]["train"][:count]:
-            write_it(data / entry["volume"])
-
-    return make
+def progress(**values) -> Make:
+    return trainer(lambda state: state["progress"].update(**values))
 
 
-def first_volume(write_it) -> Make:
-    return volumes(1, write_it)
+def other_moments(state: dict) -> None:
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
 
 
-def full_disk(most: int) -> Make:
-    """No file of this process grows beyond so many bytes."""
+def fewer_parameters(state: dict) -> None:
+    state["optimizer"]["param_groups"].pop()
 
-    def make(scene: Scene) -> None:
-        scene.most_bytes = most
 
-    return make
+def no_scale(state: dict) -> None:
+    del state["logit_scale"]
+
+
+first_volume = partial(volumes, 1)
+cut_off = lambda path: path.write_bytes(path.read_bytes()[:999])
+zeros = lambda path: path.write_bytes(bytes(path.stat().st_size))
+with_nan = lambda path: np.save(path, np.full((16, 32, 32), np.nan, np.float16))
+turned = lambda path: np.save(path, np.zeros((1, 32, 16, 32), np.float16))
 
 
 def killed(rank: int, moment: str) -> Make:
@@ -133,10 +191,8 @@ def killed(rank: int, moment: str) -> Make:
     """
 
     def make(scene: Scene) -> None:
-        argv = filled(
-            f"{CLIP1} --max-steps 8 --batch-size 2 --save-every 1 --keep 9 --validate-every 1", scene
-        )[1:]
-        ranks = start(argv, 2)
+        more = "--max-steps 8 --batch-size 2 --save-every 1 --keep 9 --validate-every 1"
+        ranks = start(filled(f"{CLIP1} {more}", scene)[1:], 2)
         while not (scene.folder / "out" / moment).exists() and ranks[rank].is_alive():
             time.sleep(0.001)
         ranks[rank].kill()
@@ -147,1760 +203,711 @@ def killed(rank: int, moment: str) -> Make:
     return make
 
 
-PREPROCESS = [
-    Fault(
-        "scan truncated",
-        cut("scans/a.nii.gz"),
-        NIFTI,
-        3,
-        "a.nii.gz: is truncated or damaged (Compressed file",
+faults(
+    NIFTI,
+    "scan",
+    "a.nii.gz: ",
+    row("truncated", cut(SCAN), "is truncated or damaged (Compressed file"),
+    row("is text", write(SCAN, "not a scan"), "is truncated or damaged (Not a gzipped"),
+    row("is empty", write(SCAN, ""), "is not a readable NIfTI file (Binary"),
+    row("is a folder", all_of(remove(SCAN), folder(SCAN)), "is listed in the table but absent"),
+    row("of four dimensions", listed(np.stack([CT] * 3, 3)), "is a 4D image of shape (6, 6, 6, 3)"),
+    row("that claims 10^13 voxels", listed(**BIG), "is truncated or damaged (its header"),
+    row(
+        "that claims as many and a scale", listed(**BIG, scl_slope=2.0), "is truncated or damaged (its header"
     ),
-    Fault(
-        "scan is text",
-        write("scans/a.nii.gz", "not a scan"),
-        NIFTI,
-        3,
-        "a.nii.gz: is truncated or damaged (Not a gzipped",
+    row("that claims no voxels", listed(**sized(0, 5, 5)), "is a 2D image of shape (0, 5, 5)"),
+    row("of a negative size", listed(**sized(-4, 5, 5)), "is a 2D image of shape (-4, 5, 5)"),
+    row("whose data lie beyond its end", listed(vox_offset=1e9), "is truncated or damaged (its header tells"),
+    row("whose data lie at infinity", listed(vox_offset=np.inf), "is not a readable NIfTI file (cannot"),
+    row(
+        "that unpacks to 64 MB",
+        write(SCAN, gzip.compress(bytes(2**26))),
+        "the header's spacing is 0 x 0 x 0 mm",
     ),
-    Fault(
-        "scan is empty",
-        write("scans/a.nii.gz", ""),
-        NIFTI,
-        3,
-        "a.nii.gz: is not a readable NIfTI file (Binary",
-    ),
-    Fault(
-        "scan is a folder",
-        lambda s: (remove("scans/a.nii.gz")(s), s.file("scans/a.nii.gz").mkdir()),
-        NIFTI,
-        3,
-        "a.nii.gz: is listed in the table but absent",
-    ),
-    Fault(
-        "scan of four dimensions",
-        scan(np.stack([CT] * 3, 3), "scans/a.nii.gz"),
-        NIFTI,
-        3,
-        "a.nii.gz: is a 4D image of shape (6, 6, 6, 3)",
-    ),
-    Fault(
-        "scan that claims 10^13 voxels",
-        scan(name="scans/a.nii.gz", dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]),
-        NIFTI,
-        3,
-        "a.nii.gz: is truncated or damaged (its header tells",
-    ),
-    Fault(
-        "scaled scan that claims 10^13 voxels",
-        scan(name="scans/a.nii.gz", dim=[3, 30000, 30000, 30000, 1, 1, 1, 1], scl_slope=2.0),
-        NIFTI,
-        3,
-        "a.nii.gz: is truncated or damaged (its header tells",
-    ),
-    Fault(
-        "scan that claims no voxels",
-        scan(name="scans/a.nii.gz", dim=[3, 0, 5, 5, 1, 1, 1, 1]),
-        NIFTI,
-        3,
-        "a.nii.gz: is a 2D image of shape (0, 5, 5)",
-    ),
-    Fault(
-        "scan of a negative size",
-        scan(name="scans/a.nii.gz", dim=[3, -4, 5, 5, 1, 1, 1, 1]),
-        NIFTI,
-        3,
-        "a.nii.gz: is a 2D image of shape (-4, 5, 5)",
-    ),
-    Fault(
-        "scan whose data lie beyond its end",
-        scan(name="scans/a.nii.gz", vox_offset=1e9),
-        NIFTI,
-        3,
-        "a.nii.gz: is truncated or damaged (its header tells",
-    ),
-    Fault(
-        "scan whose data lie at infinity",
-        scan(name="scans/a.nii.gz", vox_offset=np.inf),
-        NIFTI,
-        3,
-        "a.nii.gz: is not a readable NIfTI file (cannot",
-    ),
-    Fault(
-        "scan that unpacks to a thousand times its size",
-        write("scans/a.nii.gz", gzip.compress(bytes(2**26))),
-        NIFTI,
-        3,
-        "a.nii.gz: the header's spacing is 0 x 0 x 0 mm",
-    ),
-    Fault(
-        "scan with NaN",
-        scan(np.where(CT > 400, np.nan, CT).astype(np.float32), "scans/a.nii.gz"),
-        NIFTI,
-        3,
-        "a.nii.gz: 15 voxels are NaN or infinite, or beyond",
-    ),
-    Fault(
-        "scan of one value",
-        scan(np.zeros((6, 6, 6), np.int16), "scans/a.nii.gz"),
-        NIFTI,
-        3,
-        "a.nii.gz: every voxel is 0; expected a CT",
-    ),
-    Fault(
-        "scan is a mask",
-        scan((CT > 0).astype(np.int16), "scans/a.nii.gz"),
-        NIFTI,
-        3,
-        "a.nii.gz: holds only whole numbers from 0 to 1",
-    ),
-    Fault(
-        "scan of air",
-        scan(np.linspace(-1024, -900, 216).reshape(6, 6, 6).astype(np.int16), "scans/a.nii.gz"),
-        NIFTI,
-        3,
-        "a.nii.gz: the values are not HU: only 0.0% of",
-    ),
-    Fault(
-        "scan of complex numbers",
-        scan(CT.astype(np.complex64), "scans/a.nii.gz"),
-        NIFTI,
-        3,
-        "a.nii.gz: holds complex64 values; expected integers",
-    ),
-    Fault(
-        "scan without orientation",
-        scan(name="scans/a.nii.gz", sform_code=0, qform_code=0),
-        NIFTI,
-        3,
-        "a.nii.gz: the header has no orientation (sform and",
-    ),
-    Fault(
-        "scan without spacing",
-        scan(name="scans/a.nii.gz", pixdim=[1, 0, 0, 0, 0, 0, 0, 0]),
-        NIFTI,
-        3,
-        "a.nii.gz: the header's spacing is 0 x 0 x 0 mm",
-    ),
-    Fault(
-        "scan of two parallel axes",
-        scan(name="scans/a.nii.gz", sform_code=2, srow_x=[1, 1, 0, 0], srow_y=[1, 1, 0, 0]),
-        NIFTI,
-        3,
-        "affine is degenerate",
-    ),
-    Fault(
-        "scan that is listed but absent",
-        remove("scans/a.nii.gz"),
-        NIFTI,
-        3,
-        "a.nii.gz: is listed in the table but absent",
-    ),
-    Fault(
-        "table without its column",
-        write("scans/reports.csv", "id,words\na,x\n"),
-        NIFTI,
-        2,
-        "reports.csv: has no column text; its columns are",
-    ),
-    Fault(
-        "table is empty",
-        write("scans/reports.csv", ""),
-        NIFTI,
-        2,
-        "reports.csv: has no column id, text; its columns",
-    ),
-    Fault(
-        "table without rows",
-        write("scans/reports.csv", "id,text\n"),
-        NIFTI,
-        2,
-        "reports.csv: has no rows; expected an id and a text",
-    ),
-    Fault(
-        "table with NUL bytes",
-        write("scans/reports.csv", b"id,text\na,\0\0\n"),
-        NIFTI,
-        2,
-        "reports.csv: line 2 holds a NUL byte; save the",
-    ),
-    Fault(
-        "table with a field of 200 kB",
-        write("scans/reports.csv", "id,text\na," + "x" * 200_000),
-        NIFTI,
-        2,
-        "reports.csv: line 2: the quotes do not balance, or",
-    ),
-    Fault(
-        "table with too many fields",
-        write("scans/reports.csv", "id,text\na,x,y\n"),
-        NIFTI,
-        2,
-        "reports.csv: line 2 has more fields than the",
-    ),
-    Fault(
-        "table with too few fields",
-        write("scans/reports.csv", "id,text\na\n"),
-        NIFTI,
-        2,
-        "reports.csv: line 2 has fewer fields than the header",
-    ),
-    Fault(
-        "table in Latin-1",
-        write("scans/reports.csv", "id,text\na,Müller\n".encode("latin-1")),
-        NIFTI,
-        2,
-        "reports.csv: is not a UTF-8 csv file ('utf-8' codec",
-    ),
-    Fault(
-        "table that lists a volume twice",
-        write("scans/reports.csv", "id,text\na,x\na,y\n"),
-        NIFTI,
-        2,
-        "reports.csv: id a is listed twice, the second time",
-    ),
-    Fault(
-        "table that leaves its folder",
-        write("scans/reports.csv", "id,text\n../a,x\n"),
-        NIFTI,
-        2,
-        "reports.csv: id '../a' is not a path below",
-    ),
-    Fault(
-        "table whose id has a NUL byte",
-        write("scans/reports.csv", "id,text\na\0b,x\n"),
-        NIFTI,
-        2,
-        "reports.csv: line 2 holds a NUL byte; save the",
-    ),
-    Fault(
-        "table whose id is 5,000 letters long",
-        write("scans/reports.csv", f"id,text\n{'a' * 5000},x\n"),
-        NIFTI,
-        2,
-        "reports.csv: id",
-    ),
-    Fault(
-        "table with an empty report",
-        write("scans/reports.csv", "id,text\na,\nb,x\nc,y\n"),
-        NIFTI,
-        3,
-        "a.nii.gz: has an empty text in reports.csv",
-    ),
-    Fault(
-        "two tables",
-        write("scans/more.csv", "id,text\na,x\n"),
-        NIFTI,
-        2,
-        "scans: has 2 csv files; name the one with id and",
-    ),
-    Fault("no such root", nothing, NIFTI.replace("{scans}", "{none}"), 2, "none: no such folder"),
-    Fault(
-        "no root",
-        nothing,
-        "preprocess --dataset nifti --out {out}",
-        2,
-        "--dataset nifti needs --root, the folder of the raw",
-    ),
-    Fault(
-        "out is a file", write("out", "x"), NIFTI, 2, "out: cannot be used as a folder to write into (File"
-    ),
-    Fault(
-        "size of zero",
-        nothing,
-        NIFTI.replace("8 16 16", "0 16 16"),
-        2,
-        "--size (0, 16, 16): expected three positive numbers",
-    ),
-    Fault(
-        "window the wrong way round",
-        nothing,
-        f"{NIFTI} --window 200 -1000",
-        2,
-        "--window (200.0, -1000.0): expected LOW HIGH in HU",
-    ),
-    Fault(
-        "spacing of NaN",
-        nothing,
-        f"{NIFTI} --spacing nan 1 1",
-        2,
-        "--spacing (nan, 1.0, 1.0): expected three positive",
-    ),
-    Fault("unknown flag", nothing, f"{NIFTI} --quick", 2, "unrecognized arguments: --quick; see __main__.py"),
-    Fault("no workers", nothing, f"{NIFTI} --workers 0", 2, "--workers 0: expected 1 or more"),
-    Fault(
-        "slice encoder of an unknown family",
-        pickled("x.pt", {"unet.weight": torch.ones(3)}),
-        "preprocess --slices {x.pt} --out {data}",
-        2,
-        "x.pt: is not a 2D ViT such as BiomedCLIP's",
-    ),
-    Fault(
-        "slice encoder with NaN",
-        nan("encoder.bin"),
-        "preprocess --slices {encoder.bin} --out {data}",
-        2,
-        "encoder.bin: NaN or infinite values in cls_token",
-    ),
-    Fault(
-        "slice encoder truncated",
-        cut("encoder.bin"),
-        "preprocess --slices {encoder.bin} --out {data}",
-        2,
-        "encoder.bin: is truncated or not a checkpoint (File",
-    ),
-    Fault(
-        "slice encoder that would run code",
-        pickled("x.pt", {"a": Opens()}),
-        "preprocess --slices {x.pt} --out {data}",
-        2,
-        "x.pt: holds more than tensors (io.open), which is",
-    ),
-    Fault(
-        "slice features of another encoder",
-        nothing,
-        "preprocess --slices {encoder.bin} --out {data} --device cpu",
-        2,
-        "data: holds slice features with another sha256",
-    ),
-    Fault(
-        "slices without volumes",
-        nothing,
-        "preprocess --slices {encoder.bin} --out {out} --device cpu",
-        2,
-        "manifest.json: no such file; prepare volumes first",
-    ),
-    Fault(
-        "manifest to add slices to is a list",
-        write("data/manifest.json", "[]"),
-        "preprocess --slices {encoder.bin} --out {data} --device cpu",
-        2,
-        "manifest.json: expected an object of settings",
-    ),
-    Fault(
-        "questions without tables",
-        nothing,
-        "preprocess --dataset radgenome --root {scans} --out {data}",
-        2,
-        "scans: has no RadGenome-ChestCT tables; expected",
-    ),
-    Fault(
-        "REAF's reports are no list",
-        lambda s: (write("reaf/train/reports/r.json", "{}")(s), (s.folder / "reaf/train/volumes").mkdir()),
-        "preprocess --dataset reaf --root {reaf} --out {out}",
-        2,
+    row("with NaN", listed(np.where(CT > 400, np.nan, CT)), "15 voxels are NaN or infinite, or beyond"),
+    row("of one value", listed(np.zeros((6, 6, 6), np.int16)), "every voxel is 0; expected a CT"),
+    row("is a mask", listed((CT > 0).astype(np.int16)), "holds only whole numbers from 0 to 1"),
+    row("of air", listed((CT // 12 - 940).astype(np.int16)), "the values are not HU: only 0.0% of"),
+    row("of complex numbers", listed(CT.astype(np.complex64)), "holds complex64 values; expected integers"),
+    row("without orientation", listed(sform_code=0, qform_code=0), "the header has no orientation (sform"),
+    row("without spacing", listed(pixdim=[1, *[0] * 7]), "the header's spacing is 0 x 0 x 0 mm"),
+    row("of two parallel axes", listed(sform_code=2, srow_x=ONES, srow_y=ONES), "...affine is degenerate"),
+    row("that is listed but absent", remove(SCAN), "is listed in the table but absent"),
+    row("without a report", table("id,text\na,\nb,x\nc,y\n"), "has an empty text in reports.csv"),
+    code=3,
+)
+faults(
+    NIFTI,
+    "table",
+    "reports.csv: ",
+    row("without its column", table("id,words\na,x\n"), "has no column text; its columns are"),
+    row("is empty", table(""), "has no column id, text; its columns"),
+    row("without rows", table("id,text\n"), "has no rows; expected an id and a text"),
+    row("with NUL bytes", table(b"id,text\na,\0\0\n"), "line 2 holds a NUL byte; save the"),
+    row("with a field of 200 kB", table("id,text\na," + "x" * 200_000), "line 2: the quotes do not balance"),
+    row("with too many fields", table("id,text\na,x,y\n"), "line 2 has more fields than the"),
+    row("with too few fields", table("id,text\na\n"), "line 2 has fewer fields than the header"),
+    row("in Latin-1", table("id,text\na,Müller\n".encode("latin-1")), "is not a UTF-8 csv file ('utf-8'"),
+    row("that lists a volume twice", table("id,text\na,x\na,y\n"), "id a is listed twice, the second time"),
+    row("that leaves its folder", table("id,text\n../a,x\n"), "id '../a' is not a path below"),
+    row("whose id has a NUL byte", table("id,text\na\0b,x\n"), "line 2 holds a NUL byte; save the"),
+    row("whose id is 5,000 letters long", table(f"id,text\n{'a' * 5000},x\n"), "id"),
+)
+faults(
+    NIFTI,
+    "",
+    "",
+    row("two tables", write("scans/more.csv", "id,text\na,x\n"), "scans: has 2 csv files; name the one with"),
+    row("no such root", "--root {none}", "none: no such folder"),
+    row("out is a file", write("out", "x"), "out: cannot be used as a folder to write into (File"),
+    row("size of zero", "--size 0 16 16", "--size (0, 16, 16): expected three positive numbers"),
+    row("window turned round", "--window 200 -1000", "--window (200.0, -1000.0): expected LOW HIGH in HU"),
+    row("spacing of NaN", "--spacing nan 1 1", "--spacing (nan, 1.0, 1.0): expected three positive"),
+    row("unknown flag", "--quick", "unrecognized arguments: --quick; see __main__.py"),
+    row("no workers", "--workers 0", "--workers 0: expected 1 or more"),
+)
+faults(
+    "preprocess --out {out} --dataset",
+    "data set",
+    "",
+    row("without root", "nifti", "--dataset nifti needs --root, the folder of the raw"),
+    row("of no questions", "radgenome --root {scans} --out {data}", "scans: has no RadGenome-ChestCT tables"),
+    row(
+        "of REAF whose reports are no list",
+        all_of(write("reaf/train/reports/r.json", "{}"), folder("reaf/train/volumes")),
         "r.json: holds no list; expected a list of image and",
+        "reaf --root {reaf}",
     ),
-    Fault(
-        "CT-RATE folder without tables",
-        nothing,
-        "preprocess --dataset ct-rate --root {scans} --out {out}",
-        2,
-        "train_reports.csv or validation_reports.csv below it",
-    ),
-]
+    row("of CT-RATE, empty", "ct-rate --root {scans}", "train_reports.csv or validation_reports.csv below"),
+)
+faults(
+    SLICES,
+    "slice encoder",
+    "encoder.bin: ",
+    row("of an unknown family", pickled("encoder.bin", UNET), "is not a 2D ViT such as BiomedCLIP's"),
+    row("with NaN", nan("encoder.bin"), "NaN or infinite values in cls_token"),
+    row("truncated", cut("encoder.bin"), "is truncated or not a checkpoint (File"),
+    row("that would run code", pickled("encoder.bin", {"a": Opens()}), "holds more than tensors (io.open)"),
+)
+faults(
+    SLICES,
+    "slice features",
+    "",
+    row("of another encoder", "", "data: holds slice features with another sha256"),
+    row("without volumes", "--out {out}", "manifest.json: no such file; prepare volumes first"),
+    row("for a list", write(MANIFEST, "[]"), "manifest.json: expected an object of settings"),
+)
 
-TRAIN = [
-    Fault(
-        "no data", nothing, CLIP1.replace("{data}", "{none}"), 2, "manifest.json: no such file; make it with"
-    ),
-    Fault(
-        "manifest is no JSON",
-        write("data/manifest.json", "{"),
-        CLIP1,
-        2,
-        "manifest.json: is not valid JSON (Expecting",
-    ),
-    Fault(
-        "manifest is a list",
-        write("data/manifest.json", "[]"),
-        CLIP1,
-        2,
-        "manifest.json: expected an object of settings",
-    ),
-    Fault(
-        "manifest nested 50,000 deep",
-        write("data/manifest.json", DEEP),
-        CLIP1,
-        2,
-        "manifest.json: is not valid JSON (maximum recursion",
-    ),
-    Fault(
-        "manifest is binary",
-        write("data/manifest.json", b"\xff\xfe\x00"),
-        CLIP1,
-        2,
-        "manifest.json: is not valid JSON ('utf-8' codec",
-    ),
-    Fault(
-        "manifest of another schema",
-        change("data/manifest.json", "schema", value=9),
-        CLIP1,
-        2,
-        "manifest.json: schema 9, expected 1; prepare the",
-    ),
-    Fault(
-        "manifest without recipe",
-        change("data/manifest.json", "recipe", value=...),
-        CLIP1,
-        2,
-        "manifest.json: Manifest lacks recipe; put the",
-    ),
-    Fault(
-        "manifest whose recipe is a number",
-        change("data/manifest.json", "recipe", value=3),
-        CLIP1,
-        2,
-        "manifest.json: Recipe is 3; expected an object of",
-    ),
-    Fault(
-        "manifest whose window is a text",
-        change("data/manifest.json", "recipe", "window", value="wide"),
-        CLIP1,
-        2,
-        "manifest.json: window of Recipe is 'wide'; expected",
-    ),
-    Fault(
-        "manifest whose size is of floats",
-        change("data/manifest.json", "recipe", "size", value=[1.5, 2, 3]),
-        CLIP1,
-        2,
-        "manifest.json: size of Recipe is [1.5, 2, 3]",
-    ),
-    Fault(
-        "manifest of another dtype",
-        change("data/manifest.json", "dtype", value="float99"),
-        CLIP1,
-        2,
-        "manifest.json: dtype of Manifest is 'float99'",
-    ),
-    Fault(
-        "manifest whose splits are a list",
-        change("data/manifest.json", "splits", value=[]),
-        CLIP1,
-        2,
-        "manifest.json: splits of Manifest is []; expected",
-    ),
-    Fault(
-        "manifest whose split is a text",
-        change("data/manifest.json", "splits", "train", value="abc"),
-        CLIP1,
-        2,
-        "manifest.json: train is 'abc'; prepare the data set",
-    ),
-    Fault(
-        "manifest whose entry is null",
-        change("data/manifest.json", "splits", "train", 0, value=None),
-        CLIP1,
-        2,
-        "manifest.json: train entry 0: it is None; prepare",
-    ),
-    Fault(
-        "manifest whose entry has no id",
-        change("data/manifest.json", "splits", "train", 0, "id", value=...),
-        CLIP1,
-        2,
-        "manifest.json: train entry 0: id is 'missing'; prepare",
-    ),
-    Fault(
-        "manifest whose id is a list",
-        change("data/manifest.json", "splits", "train", 0, "id", value=[1]),
-        CLIP1,
-        2,
-        "manifest.json: train entry 0: id is [1]; prepare",
-    ),
-    Fault(
-        "manifest whose volume is a number",
-        change("data/manifest.json", "splits", "train", 0, "volume", value=3),
-        CLIP1,
-        2,
-        "manifest.json: train entry 0: volume is 3; prepare",
-    ),
-    Fault(
-        "manifest whose volume has a NUL byte",
-        change("data/manifest.json", "splits", "train", 0, "volume", value="a\0.npy"),
-        CLIP1,
-        2,
-        "manifest.json: train entry 0: volume is",
-    ),
-    Fault(
-        "manifest whose report is null",
-        change("data/manifest.json", "splits", "train", 0, "text", value=None),
-        CLIP1,
-        2,
-        "manifest.json: train entry 0: text is None; prepare",
-    ),
-    Fault(
-        "manifest whose labels are a text",
-        change("data/manifest.json", "splits", "validation", 0, "labels", value="yes"),
-        CLIP1,
-        2,
-        "manifest.json: validation entry 0: labels is 'yes'",
-    ),
-    Fault(
-        "manifest whose source is a text",
-        change("data/manifest.json", "splits", "validation", 0, "source", value="here"),
-        CLIP1,
-        2,
-        "manifest.json: validation entry 0: source is",
-    ),
-    Fault(
-        "manifest whose questions are numbers",
-        change("data/manifest.json", "splits", "validation", 0, "qa", value=[3]),
-        CLIP1,
-        2,
-        "manifest.json: validation entry 0: qa is [3]",
-    ),
-    Fault(
-        "manifest whose reading is unknown",
-        change("data/manifest.json", "reading", value={"rescale": "maybe"}),
-        CLIP1,
-        2,
-        "manifest.json: rescale of Reading is 'maybe'",
-    ),
-    Fault(
-        "manifest that lists a volume twice",
-        lambda s: change(
-            "data/manifest.json",
-            "splits",
-            "validation",
-            1,
-            value=json.loads(s.file("data/manifest.json").read_text())["splits"]["validation"][0],
-        )(s),
-        CLIP1,
-        2,
-        "manifest.json: id valid_1_a_1 is listed twice; keep",
-    ),
-    Fault(
-        "manifest without training volumes",
-        change("data/manifest.json", "splits", "train", value=[]),
-        CLIP1,
-        2,
-        "manifest.json: the train split is empty; prepare",
-    ),
-    Fault(
-        "an empty report",
-        change("data/manifest.json", "splits", "train", 0, "text", value=" "),
-        CLIP1,
-        2,
-        "manifest.json: the report of train_1_a_1 is empty",
-    ),
-    Fault(
-        "a volume is missing",
-        first_volume(Path.unlink),
-        CLIP1,
-        2,
-        "train_1_a_1.npy: is in the manifest but absent; run",
-    ),
-    Fault(
-        "a volume truncated",
-        first_volume(lambda p: p.write_bytes(p.read_bytes()[:999])),
-        CLIP1,
-        2,
-        "train_1_a_1.npy: has 999 bytes, expected 32896 for",
-    ),
-    Fault(
-        "a volume of zeros of the right length",
-        first_volume(lambda p: p.write_bytes(bytes(p.stat().st_size))),
-        CLIP1,
-        2,
-        "train_1_a_1.npy: cannot be read (This file contains",
-    ),
-    Fault(
-        "a volume with NaN",
-        first_volume(lambda p: np.save(p, np.full((1, 16, 32, 32), np.nan, np.float16))),
-        CLIP1,
-        2,
-        "train_1_a_1.npy: has shape (1, 16, 32, 32), the",
-    ),
-    Fault(
-        "a volume of another shape",
-        first_volume(lambda p: np.save(p, np.zeros((1, 32, 16, 32), np.float16))),
-        CLIP1,
-        2,
-        "train_1_a_1.npy: has shape (1, 32, 16, 32), the",
-    ),
-    Fault(
-        "more bad volumes than are allowed",
-        volumes(2, lambda p: p.write_bytes(bytes(p.stat().st_size))),
-        f"{CLIP1} --max-bad 1",
-        2,
-        "--max-bad 1",
-    ),
-    Fault(
-        "as many bad volumes as are allowed",
-        volumes(1, lambda p: p.write_bytes(bytes(p.stat().st_size))),
-        f"{CLIP1.replace('--max-steps 1', '--epochs 1')} --max-bad 1",
-        0,
-        "train_1_a_1",
-    ),
-    Fault(
-        "steps that are not finite",
-        nothing,
-        f"{CLIP1.replace('--max-steps 1', '--max-steps 4')} --lr 1e15 --clip-norm 1e30 --validate-every 1 "
-        f"--max-skipped 0",
-        2,
-        "--max-skipped 0",
-    ),
-    Fault(
-        "a last validation that is not finite",
-        nothing,
-        f"{CLIP1.replace('--max-steps 1', '--max-steps 4')} --lr 1e15 --clip-norm 1e30 --validate-every 1",
-        2,
-        "step 4: the last validation is not finite, embeddings of",
-    ),
-    Fault(
-        "a disk that is full when the checkpoint is written",
-        full_disk(200_000),
-        CLIP1,
-        2,
-        "cannot be written",
-    ),
-    Fault(
-        "HSENet's json of another form",
-        write("h.json", '{"train": 3}'),
-        CLIP1.replace("{data}", "{h.json}"),
-        2,
-        "h.json: train is no list; expected entries of image",
-    ),
-    Fault(
-        "HSENet's json is a scan",
-        nothing,
-        CLIP1.replace("{data}", "{scan}"),
-        2,
-        "scan.nii.gz: is not valid JSON ('utf-8' codec can't",
-    ),
-    Fault(
-        "batch of none",
-        nothing,
-        CLIP1.replace("--batch-size 4", "--batch-size 0"),
-        2,
-        "--batch-size 0: expected more than 0",
-    ),
-    Fault(
-        "batch larger than the data",
-        nothing,
-        CLIP1.replace("--batch-size 4", "--batch-size 400"),
-        2,
-        "--batch-size 400: with 1 processes a batch needs",
-    ),
-    Fault("learning rate of 10^38", nothing, f"{CLIP1} --lr 1e38", 2, "--lr 1e+38: expected"),
-    Fault("learning rate of NaN", nothing, f"{CLIP1} --lr nan", 2, "--lr nan: expected more than 0"),
-    Fault(
-        "negative weight decay",
-        nothing,
-        f"{CLIP1} --weight-decay -1",
-        2,
-        "--weight-decay -1.0: expected 0 or more",
-    ),
-    Fault(
-        "size that no patch divides",
-        nothing,
-        CLIP1.replace("16 32 32", "17 32 32"),
-        2,
-        "input size (17, 32, 32) is not a multiple of the",
-    ),
-    Fault(
-        "data of another size",
-        nothing,
-        CLIP1.replace("16 32 32", "32 64 64"),
-        2,
-        "manifest.json: its volumes have size 16x32x32, but",
-    ),
-    Fault(
-        "unknown preset",
-        nothing,
-        CLIP1.replace("hsenet-tiny", "huge"),
-        2,
-        "--preset huge: hsenet has hsenet-base, hsenet-tiny",
-    ),
-    Fault(
-        "data of another recipe",
-        nothing,
-        CLIP1.replace("--preset hsenet-tiny", "--model reaf --preset reaf-tiny"),
-        2,
-        "manifest.json: its volumes have recipe hsenet, but",
-    ),
-    Fault(
-        "no such device",
-        nothing,
-        CLIP1.replace("--device cpu", "--device cuda:99"),
-        2,
-        "--device cuda:99: torch sees no GPU here; leave the",
-    ),
-    Fault(
-        "a device of no kind",
-        nothing,
-        CLIP1.replace("--device cpu", "--device abacus"),
-        2,
-        "--device abacus: expected cpu, cuda or cuda:N",
-    ),
-    Fault(
-        "start from a truncated file",
-        cut("m3d/model.safetensors"),
-        f"{CLIP1} --init {{m3d}}/model.safetensors",
-        2,
-        "model.safetensors: is truncated or not a checkpoint",
-    ),
-    Fault(
-        "start from weights of an unknown family",
-        pickled("x.pt", {"unet.weight": torch.ones(3)}),
-        f"{CLIP1} --init {{x.pt}}",
-        2,
-        "x.pt: is not a checkpoint of REAF, HLIP, M3D-CLIP",
-    ),
-    Fault(
-        "start from weights with NaN",
-        nan("m3d/model.safetensors"),
-        f"{CLIP1} --init {{m3d}}/model.safetensors",
-        2,
-        "model.safetensors: NaN or infinite values in",
-    ),
-    Fault(
-        "start from weights of another size",
-        nothing,
-        f"{CLIP1} --init {{m3d}}/model.safetensors",
-        2,
-        "model.safetensors: has positions (1, 64, 48), not",
-    ),
-    Fault(
-        "start from a file that would run code",
-        pickled("x.pt", {"model": Opens()}),
-        f"{CLIP1} --init {{x.pt}}",
-        2,
-        "x.pt: holds more than tensors (io.open), which is",
-    ),
-    Fault(
-        "start from a list",
-        pickled("x.pt", [torch.ones(3)]),
-        f"{CLIP1} --init {{x.pt}}",
-        2,
-        "x.pt: is not a dictionary of tensors by name",
-    ),
-    Fault(
-        "start from a folder without weights",
-        nothing,
-        f"{CLIP1} --init {{scans}}",
-        2,
-        "scans: has none of model.safetensors",
-    ),
-    Fault(
-        "text encoder without vocabulary",
-        remove("words/vocab.txt"),
-        f"{CLIP1} --text-model {{words}}",
-        2,
-        "vocab.txt: no such file; expected BERT",
-    ),
-    Fault(
-        "text encoder whose vocabulary is binary",
-        write("words/vocab.txt", b"\xff\xfe\0"),
-        f"{CLIP1} --text-model {{words}}",
-        2,
-        "vocab.txt: is not UTF-8 text (",
-    ),
-    Fault(
-        "text encoder of another vocabulary",
-        write(
-            "words/vocab.txt",
-            "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(900))]),
-        ),
-        f"{CLIP1} --text-model {{words}}",
-        2,
-        "words: vocab.txt has 905 tokens, its encoder 200",
-    ),
-    Fault(
-        "text encoder whose settings are a list",
-        write("words/config.json", "[]"),
-        f"{CLIP1} --text-model {{words}}",
-        2,
-        "config.json: expected an object of settings, found",
-    ),
-    Fault(
-        "text encoder whose settings contradict its weights",
-        change("words/config.json", "hidden_size", value=128),
-        f"{CLIP1} --text-model {{words}}",
-        2,
-        "words: does not fit this model: word_embed.weight",
-    ),
-    Fault(
-        "text encoder of a width of a billion",
-        change("words/config.json", "hidden_size", value=10**9),
-        f"{CLIP1} --text-model {{words}}",
-        2,
-        "config.json: width of TextConfig is 1000000000; expected",
-    ),
-    Fault(
-        "nothing to resume",
-        nothing,
-        "train --stage clip1 --resume --out {out} --device cpu",
-        2,
-        "out: holds no run to resume; name one with --out",
-    ),
-    Fault(
-        "resumed run whose config.json is damaged",
-        write("trained/config.json", "{"),
-        RESUME,
-        2,
-        "config.json: is not valid JSON (Expecting property",
-    ),
-    Fault(
-        "resumed run whose config.json is a list",
-        write("trained/config.json", "[]"),
-        RESUME,
-        2,
-        "config.json: expected an object of settings, found",
-    ),
-    Fault(
-        "resumed run whose settings have another kind",
-        change("trained/config.json", "train", "lr", value="fast"),
-        RESUME,
-        2,
-        "config.json: lr of TrainConfig is 'fast'; expected",
-    ),
-    Fault(
-        "resumed run without its settings",
-        change("trained/config.json", "train", value=...),
-        RESUME,
-        2,
-        "config.json: has no train as a run that was trained",
-    ),
-    Fault(
-        "resumed run whose world is a text",
-        change("trained/config.json", "world", value="all"),
-        RESUME,
-        2,
-        "config.json: world of RunSettings is 'all'; expected",
-    ),
-    Fault(
-        "resumed run whose trainer state is truncated",
-        cut("trained/checkpoints/step-000001/trainer.pt"),
-        RESUME,
-        2,
-        "trainer.pt: is damaged: it has ",
-    ),
-    Fault(
-        "resumed run whose trainer state is a list",
-        pickled("trained/checkpoints/step-000001/trainer.pt", [1]),
-        RESUME,
-        2,
-        "trainer.pt: is damaged: it has 1261 bytes, ",
-    ),
-    Fault(
-        "resumed run whose trainer state is a number",
-        trainer_state(lambda s: 3),
-        RESUME,
-        2,
-        "trainer.pt: is not the state of this run's training",
-    ),
-    Fault(
-        "resumed run whose trainer state is empty",
-        trainer_state(lambda s: s.clear()),
-        RESUME,
-        2,
-        "trainer.pt: is not the state of this run's training ('optimizer')",
-    ),
-    Fault(
-        "resumed run without its progress",
-        trainer_state(lambda s: s.pop("progress") and None),
-        RESUME,
-        2,
-        "trainer.pt: Saved lacks progress",
-    ),
-    Fault(
-        "resumed run whose step is a text",
-        trainer_state(lambda s: s["progress"].update(step="1")),
-        RESUME,
-        2,
-        "trainer.pt: step of Progress is '1'; expected int",
-    ),
-    Fault(
-        "resumed run whose best score is a tensor",
-        trainer_state(lambda s: s["progress"].update(best=torch.ones(2))),
-        RESUME,
-        2,
-        "trainer.pt: best of Progress is tensor",
-    ),
-    Fault(
-        "resumed run whose step is another",
-        trainer_state(lambda s: s["progress"].update(step=7)),
-        RESUME,
-        2,
-        "trainer.pt: is of step 7; put the one of this step",
-    ),
-    Fault(
-        "resumed run whose batch is negative",
-        trainer_state(lambda s: s["progress"].update(batch=-7)),
-        RESUME,
-        2,
-        "trainer.pt: batch of Progress is -7; expected 0 or",
-    ),
-    Fault(
-        "resumed run with moments of another shape",
-        trainer_state(lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3))),
-        RESUME,
-        2,
-        "its optimizer has other moments of parameter 0",
-    ),
-    Fault(
-        "resumed run with an optimizer of other parameters",
-        trainer_state(lambda s: s["optimizer"]["param_groups"].pop() and None),
-        RESUME,
-        2,
-        "its optimizer has other parameters",
-    ),
-    Fault(
-        "resumed run whose bad volumes are numbers",
-        trainer_state(lambda s: s.update(bad={3: 4})),
-        RESUME,
-        2,
-        "trainer.pt: bad of Saved is {3: 4}; expected",
-    ),
-    Fault(
-        "resumed run that accumulates -1 batches",
-        change("trained/config.json", "train", "accumulate", value=-1),
-        RESUME,
-        2,
-        "config.json: accumulate of TrainConfig is -1; expected more",
-    ),
-    Fault(
-        "resumed run of betas above 1",
-        change("trained/config.json", "train", "betas", value=[2, 3]),
-        RESUME,
-        2,
-        "config.json: betas of TrainConfig is (2, 3); expected",
-    ),
-    Fault(
-        "resumed run of an unknown precision",
-        change("trained/config.json", "train", "precision", value="fp8"),
-        RESUME,
-        2,
-        "config.json: precision of TrainConfig is 'fp8'; expected",
-    ),
-    Fault(
-        "resumed run of a world of none",
-        change("trained/config.json", "world", value=0),
-        RESUME,
-        2,
-        "config.json: world of RunSettings is 0; expected more",
-    ),
-    Fault(
-        "resumed run that flips twice as often as always",
-        change("trained/config.json", "train", "augment", "flip", value=2),
-        RESUME,
-        2,
-        "config.json: flip of Augmentation is 2; expected 1 or",
-    ),
-    Fault(
-        "resumed run whose checkpoint.json lists no file",
-        change("trained/checkpoints/step-000001/checkpoint.json", "files", value={}),
-        RESUME,
-        2,
-        "checkpoint.json: is damaged; no other checkpoint",
-    ),
-    Fault(
-        "start from a run that is not there",
-        nothing,
-        f"{CLIP1} --init runs/typo",
-        2,
-        "runs/typo: no such folder or file; expected one, or a hub",
-    ),
-    Fault(
-        "start from a file that is not in a folder",
-        nothing,
-        f"{CLIP1} --init data/typo",
-        2,
-        "data/typo: no such folder or file; expected one, or a hub",
-    ),
-    Fault(
-        "resumed run whose weights are truncated",
-        cut("trained/checkpoints/step-000001/model.safetensors"),
-        RESUME,
-        2,
-        "model.safetensors: is damaged: it has 1939186",
-    ),
-    Fault(
-        "resumed run whose last step is binary",
-        write("trained/checkpoints/last", b"\xff\0\xfe"),
-        RESUME,
-        2,
+faults(
+    CLIP1,
+    "manifest",
+    "manifest.json: ",
+    row("is not there", "--data {none}", "no such file; make it with"),
+    row("is no JSON", write(MANIFEST, "{"), "is not valid JSON (Expecting"),
+    row("is a list", write(MANIFEST, "[]"), "expected an object of settings"),
+    row("nested 50,000 deep", write(MANIFEST, DEEP), "is not valid JSON (maximum recursion"),
+    row("is binary", write(MANIFEST, b"\xff\xfe\0"), "is not valid JSON ('utf-8' codec"),
+    row("of another schema", manifest("schema", 9), "schema 9, expected 1; prepare the"),
+    row("without recipe", manifest("recipe", ...), "Manifest lacks recipe; put the"),
+    row("whose recipe is a number", manifest("recipe", 3), "Recipe is 3; expected an object of"),
+    row("whose window is a text", manifest("recipe", "window", "wide"), "window of Recipe is 'wide'"),
+    row("whose size is of floats", manifest("recipe", "size", [1.5, 2, 3]), "size of Recipe is [1.5, 2, 3]"),
+    row("of another dtype", manifest("dtype", "float99"), "dtype of Manifest is 'float99'"),
+    row("whose splits are a list", manifest("splits", []), "splits of Manifest is []; expected"),
+    row("whose split is a text", manifest("splits", "train", "abc"), "train is 'abc'),
+    row("whose entry is null", manifest("splits", "train", 0, None), "train entry 0: it is None; prepare"),
+    row("whose entry has no id", entry("id", ...), "train entry 0: id is 'missing'; prepare"),
+    row("whose id is a list", entry("id", [1]), "train entry 0: id is [1]; prepare"),
+    row("whose volume is a number", entry("volume", 3), "train entry 0: volume is 3; prepare"),
+    row("whose volume has a NUL byte", entry("volume", "a\0.npy"), "train entry 0: volume is"),
+    row("whose report is null", entry("text", None), "train entry 0: text is None; prepare"),
+    row("whose report is empty", entry("text", " "), "the report of train_1_a_1 is empty"),
+    row(
+        "whose report is empty, not bad",
+        entry("text", " "),
+        "the report of train_1_a_1 is empty",
+        "--max-bad 9",
+    ),
+    row("whose labels are a text", entry("labels", "yes", "validation"), "validation entry 0: labels is"),
+    row("whose source is a text", entry("source", "here", "validation"), "validation entry 0: source is"),
+    row("whose questions are numbers", entry("qa", [3], "validation"), "validation entry 0: qa is [3]"),
+    row("whose reading is unknown", manifest("reading", {"rescale": "maybe"}), "rescale of Reading is 'maybe'"),
+    row("that lists a volume twice", listed_twice, "id valid_1_a_1 is listed twice; keep"),
+    row("without training volumes", manifest("splits", "train", []), "the train split is empty; prepare"),
+    row("of another size", "--size 32 64 64", "its volumes have size 16x32x32, but"),
+    row(
+        "of no preset's size",
+        "--preset hsenet-base --size 32 256 256",
+        "...16x32x32, but preset hsenet-base needs size 32x256x256...preprocess.py",
+    ),
+    row("of another recipe", "--model reaf --preset reaf-tiny", "its volumes have recipe hsenet, but"),
+    row("of no --init's window", WINDOW, f"...{WINDOWS}", "--patch 8 16 16 --init {clip1}"),
+)
+faults(
+    CLIP1,
+    "volume",
+    "train_1_a_1.npy: ",
+    row("is missing", first_volume(Path.unlink), "is in the manifest but absent; run"),
+    row("truncated", first_volume(cut_off), "has 999 bytes, expected 32896 for"),
+    row("of zeros of the right length", first_volume(zeros), "cannot be read (This file contains"),
+    row("with NaN", first_volume(with_nan), "holds NaN", "--max-bad 0"),
+    row("with NaN that a loader reads", first_volume(with_nan), "holds NaN", "--workers 1"),
+    row("of another shape", first_volume(turned), "has shape (1, 32, 16, 32), the"),
+)
+faults(
+    CLIP1,
+    "",
+    "",
+    row("two bad volumes", volumes(2, with_nan), "holds NaN...(bad volume 2, with --max-bad 1)", TWO_BAD),
+    row("validation volume cut", first_volume(cut_off, "validation"), "valid_1_a_1.npy: has 999 bytes"),
+    row("full disk when the checkpoint is written", full_disk(200_000), "cannot be written"),
+    row("HSENet's json of no form", write("h", '{"train": 3}'), "h: train is no list", "--data {h}"),
+    row("HSENet's json is a scan", "--data {scan}", "scan.nii.gz: is not valid JSON ('utf-8' codec can't"),
+    row(
+        "run is there",
+        f"{AS_CLIP1} --max-steps 2 --seed 7",
+        "clip1: holds a run already; continue it with --resume",
+    ),
+    row("longer run is there", AS_CLIP1, "clip1: holds a run already; continue it with --resume"),
+)
+faults(
+    CLIP1,
+    "flag:",
+    "",
+    row("stage of no name", "--stage clip9", "--stage...clip9...clip1"),
+    row("model of no name", "--model m3d", "--model...m3d"),
+    row("precision of no name", "--precision fp8", "--precision...fp8"),
+    row("flag of no name", "--learning-rate 1", "--learning-rate"),
+    row("unknown preset", "--preset huge", "--preset huge: hsenet has hsenet-base, hsenet-tiny"),
+    row("batch of none", "--batch-size 0", "--batch-size 0: expected more than 0"),
+    row("batch of -1", "--batch-size -1", "--batch-size -1: expected more than 0"),
+    row("batch of one", "--batch-size 1", "--batch-size 1"),
+    row("batch too large", "--batch-size 400", "--batch-size 400: with 1 processes a batch...there are"),
+    row("step larger than the data", "--accumulate 5", "--accumulate 5: a step needs 20 samples, there are"),
+    row("accumulation of none", "--accumulate 0", "--accumulate 0"),
+    row("epochs of none", "--epochs 0", "--epochs 0"),
+    row("steps of none", "--max-steps 0", "--max-steps 0"),
+    row("workers of -1", "--workers -1", "--workers -1"),
+    row("seed of -1", "--seed -1", "--seed -1"),
+    row("warmup of two", "--warmup 2", "--warmup 2"),
+    row("clip norm of NaN", "--clip-norm nan", "--clip-norm nan"),
+    row("learning rate of zero", "--lr 0", "--lr 0"),
+    row("learning rate of 10^38", "--lr 1e38", "--lr 1e+38: expected"),
+    row("learning rate of NaN", "--lr nan", "--lr nan: expected more than 0"),
+    row("negative weight decay", "--weight-decay -1", "--weight-decay -1.0: expected 0 or more"),
+    row("size that no patch divides", "--size 17 32 32", "input size (17, 32, 32) is not a multiple of the"),
+    row("patch that divides no size", "--patch 5 16 16", "not a multiple of the patch"),
+    row("no such device", "--device cuda:99", "--device cuda:99: torch sees no GPU here; leave the"),
+    row("device of no kind", "--device abacus", "--device abacus: expected cpu, cuda or cuda:N"),
+    row("log that is not installed", "--log wandb", "--log wandb...not installed"),
+    row("best by loss", "--best-by loss", "--best-by loss: the validation measures report_to_volume/R@1, "),
+    row("text encoder in no folder", "--text-model ./nowhere", "./nowhere: no such folder"),
+    row("text encoder on no hub", "--text-model some/bert", "some/bert...hub"),
+    row("relation in stage 1", "--relation 0.5", "--relation: is an option of --stage clip2"),
+    row("relation of none in stage 1", "--relation 0", "--relation: is an option of --stage clip2"),
+    row("relation steps, stage 1", "--relation-steps 9", "--relation-steps: is an option of --stage clip2"),
+    row("teacher in stage 1", "--teacher nowhere", "--teacher: is an option of --stage clip2"),
+    row("guidance in stage 1", "--no-guidance", "--no-guidance: is an option of --stage clip2"),
+    row("slices' augmentation in stage 1", "--slices-stay", "--slices-stay: is an option of --stage clip2"),
+    row("sharding in stage 1", "--shard", "--shard: is an option of --stage mrg and vqa; leave it out"),
+    row("encoders in stage 1", "--vision dual", "--vision: is an option of --stage mrg and vqa"),
+    row("frozen in stage 1", "--no-train-vision", "--no-train-vision: is an option of --stage mrg and vqa"),
+)
+faults(
+    f"{CLIP1} --epochs 1 --max-bad 1",
+    "bad volumes",
+    "",
+    row("as many as are allowed", first_volume(zeros), "train_1_a_1"),
+    code=0,
+)
+faults(
+    f"{CLIP1} --max-steps 4 --lr 1e15 --clip-norm 1e30 --validate-every 1",
+    "not finite:",
+    "",
+    row("more steps than are allowed", nothing, "--max-skipped 0", "--max-skipped 0"),
+    row("last validation", nothing, "step 4: the last validation is not finite, embeddings of"),
+)
+faults(
+    f"{CLIP1} --init {{m3d}}/model.safetensors",
+    "start from weights",
+    "model.safetensors: ",
+    row("truncated", cut(M3D), "is truncated or not a checkpoint"),
+    row("with NaN", nan(M3D), "NaN or infinite values in"),
+    row("of another size", "", "has positions (1, 64, 48), not"),
+)
+faults(
+    f"{CLIP1} --init {{x.pt}}",
+    "start from file",
+    "x.pt: ",
+    row("of an unknown family", pickled("x.pt", UNET), "is not a checkpoint of REAF, HLIP, M3D-CLIP"),
+    row("that would run code", pickled("x.pt", {"a": Opens()}), "holds more than tensors (io.open), which"),
+    row("of a list", pickled("x.pt", [torch.ones(3)]), "is not a dictionary of tensors by name"),
+)
+faults(
+    f"{CLIP1} --init",
+    "start from",
+    "",
+    row("a folder without weights", "{scans}", "scans: has none of model.safetensors"),
+    row("a run that is not there", "runs/typo", "runs/typo: no such folder or file; expected one, or a hub"),
+    row("a file that is in no folder", "data/typo", "data/typo: no such folder or file; expected one"),
+)
+faults(
+    f"{CLIP1} --text-model {{words}}",
+    "text encoder",
+    "",
+    row("without vocabulary", remove("words/vocab.txt"), "vocab.txt: no such file; expected BERT"),
+    row("of binary words", write("words/vocab.txt", b"\xff\xfe\0"), "vocab.txt: is not UTF-8 text"),
+    row("of another vocabulary", vocabulary("words", 900), "vocab.txt has 905 tokens, its encoder 200"),
+    row("whose settings are a list", write("words/config.json", "[]"), "config.json: expected an object of"),
+    row("of other settings", bert("hidden_size", 128), "words: does not fit this model: word_embed.weight"),
+    row(
+        "of a width of a billion", bert("hidden_size", 10**9), "config.json: width of TextConfig is 10000000"
+    ),
+)
+faults(
+    RESUME,
+    "resumed run",
+    "config.json: ",
+    row("whose settings are cut", write(TRAINED, "{"), "is not valid JSON (Expecting property"),
+    row("whose settings are a list", write(TRAINED, "[]"), "expected an object of settings, found"),
+    row("whose rate is a text", trained("train", "lr", "fast"), "lr of TrainConfig is 'fast'; expected"),
+    row("without its settings", trained("train", ...), "has no train as a run that was trained"),
+    row("whose world is a text", trained("world", "all"), "world of RunSettings is 'all'; expected"),
+    row("that accumulates -1 batches", trained("train", "accumulate", -1), "accumulate of TrainConfig is -1"),
+    row("of betas above 1", trained("train", "betas", [2, 3]), "betas of TrainConfig is (2, 3); expected"),
+    row("of no precision", trained("train", "precision", "fp8"), "precision of TrainConfig is 'fp8'"),
+    row("of a world of none", trained("world", 0), "world of RunSettings is 0; expected more"),
+    row("that flips more than always", trained("train", "augment", "flip", 2), "flip of Augmentation is 2"),
+)
+faults(
+    RESUME,
+    "resumed run",
+    "trainer.pt: ",
+    row("whose state is truncated", cut(f"{STEP}/trainer.pt"), "is damaged: it has "),
+    row("whose state is a list", pickled(f"{STEP}/trainer.pt", [1]), "is damaged: it has 1261 bytes, "),
+    row("whose state is a number", trainer(lambda s: 3), "is not the state of this run's training"),
+    row("whose state is empty", trainer(lambda s: s.clear()), "is not the state of this run's training"),
+    row("without its progress", trainer(lambda s: s.pop("progress") and None), "Saved lacks progress"),
+    row("whose step is a text", progress(step="1"), "step of Progress is '1'; expected int"),
+    row("whose best score is a tensor", progress(best=torch.ones(2)), "best of Progress is tensor"),
+    row("whose step is another", progress(step=7), "is of step 7; put the one of this step"),
+    row("whose batch is negative", progress(batch=-7), "batch of Progress is -7; expected 0 or"),
+    row("of bad numbers", trainer(lambda s: s.update(bad={3: 4})), "bad of Saved is {3: 4}; expected"),
+    row("with other moments", trainer(other_moments), "...its optimizer has other moments of parameter 0"),
+    row("with other parameters", trainer(fewer_parameters), "...its optimizer has other parameters"),
+)
+faults(
+    RESUME,
+    "resumed run",
+    "",
+    row("that is not there", "--out {out}", "out: holds no run to resume; name one with --out"),
+    row(
+        "of no files", change(f"{STEP}/checkpoint.json", "files", {}), "checkpoint.json: is damaged; no other"
+    ),
+    row("of cut weights", cut(f"{STEP}/model.safetensors"), "model.safetensors: is damaged: it has "),
+    row(
+        "whose last is binary",
+        write(f"{STEP}/../last", b"\xff\0\xfe"),
         "write the name of a step's folder into it",
     ),
-    Fault(
-        "resumed run whose data are gone",
-        change("trained/config.json", "data", value="/nowhere"),
-        RESUME,
-        2,
-        "manifest.json: no such file; make it with",
-    ),
-    Fault(
-        "resumed run that lost a process",
-        killed(1, "checkpoints/step-000001"),
-        RESUME.replace("{trained}", "{out}"),
-        0,
-        "out: finished; best checkpoint",
-    ),
-    Fault(
-        "resumed run that lost a process before its first checkpoint",
+    row("whose data are gone", trained("data", "/nowhere"), "manifest.json: no such file; make it with"),
+    row(
+        "killed early",
         killed(0, "config.json"),
-        RESUME.replace("{trained}", "{out}"),
-        2,
         "out: has no checkpoint to resume from; start it",
+        "--out {out}",
     ),
-    Fault(
-        "resumed run of another stage",
-        nothing,
-        RESUME.replace("clip1", "clip2"),
-        2,
-        "trained: is a clip1 run of hsenet, not clip2 of",
+    row("of another stage", "--stage clip2", "clip1: is a clip1 run of hsenet, not clip2 of"),
+    row(
+        "named by a step",
+        "--out {clip1}/checkpoints/last",
+        "is a checkpoint of a run; name the run's folder, ...clip1",
     ),
-    Fault(
-        "a run is there already",
-        nothing,
-        f"{CLIP1.replace('{out}', '{trained}')} --seed 7",
-        2,
-        "trained: holds a run already; continue it with",
+    row("at another rate", "--lr 1", "--lr: with --resume"),
+    row("with another seed", "--seed 0", "--seed: with --resume"),
+    row("with more steps", "--max-steps 9", "--max-steps...has 2"),
+    row("with epochs", "--epochs 9", "--epochs 9: ... started with --max-steps 2"),
+    row("with another choice of the best", "--best-by loss", "--best-by: with --resume"),
+)
+faults(
+    RESUME,
+    "resumed run",
+    "",
+    row(
+        "killed later", killed(1, "checkpoints/step-000001"), "out: finished; best checkpoint", "--out {out}"
     ),
-    Fault(
-        "reports without a stage-2 run",
-        nothing,
-        "train --stage mrg --init {none} --device cpu --out {out}",
-        2,
-        "none: no run of stage clip2, whose encoder --vision",
+    row("whose settings are repeated", "--seed 42 --size 16 32 32 --max-steps 2 --batch-size 4", "finished"),
+    code=0,
+)
+faults(
+    CLIP2,
+    "stage 2",
+    "",
+    row("without a teacher", "--teacher {none}", "none: no run of stage clip1, the teacher; train it"),
+    row(
+        "taught by itself",
+        "--teacher {clip2}",
+        "clip2: is a clip2 run of hsenet; the teacher is hsenet's clip1",
     ),
-    Fault(
-        "decoder without settings",
-        nothing,
-        "train --stage mrg --vision stage1 --init {run} --decoder {scans} --data {data} --device cpu --out "
-        "{out}",
-        2,
-        "scans: no tokenizer found; looked for",
+    row("of REAF", "--model reaf", "clip2: is a stage of hsenet"),
+    row(
+        "from a run of REAF",
+        trained("model", "model", "reaf"),
+        "is a run of reaf; it cannot start --model hsenet",
     ),
-    Fault(
-        "stage 2 without a teacher",
-        nothing,
-        "train --stage clip2 --teacher {none} --data {data} --device cpu --out {out}",
-        2,
-        "none: no run of stage clip1, the teacher; train it",
+    row("of another preset", "--preset hsenet-base", "hsenet-base: has width 768, the teacher ... 128"),
+    row("of another size", "--size 32 32 32", "--size: stage clip2 has its teacher's"),
+    row("of another vocabulary", "--text-model {words}", "words: has another vocabulary than the teacher"),
+    row("with a relation of NaN", "--relation nan", "--relation nan...: expected 0 or more"),
+    row("with a relation of -1", "--relation -1", "--relation -1...: expected 0 or more"),
+    row("with an infinite relation", "--relation inf", "--relation inf...: expected 1000 or less"),
+    row("with no steps of the relation", "--relation-steps 0", "--relation-steps 0: expected more than 0"),
+    row("with -5 steps of the relation", "--relation-steps -5", "--relation-steps -5: expected more than 0"),
+    row(
+        "of no slices", "--no-guidance --slices-stay", "--slices-stay: with --no-guidance there are no slice"
     ),
-]
+    row("sharded", "--shard", "--shard: is an option of --stage mrg and vqa; leave it out"),
+)
+faults(
+    f"{CLIP2} --data {{data}}",
+    "stage 2, data",
+    "",
+    row("without features", manifest("slices", None), "has no slice features...preprocess.py --slices"),
+    row("of cut features", first_volume(cut_off, key="slices"), "train_1_a_1.npy: has 999 bytes, expected"),
+    row(
+        "of lost features", first_volume(Path.unlink, key="slices"), "train_1_a_1.npy: is in the manifest but"
+    ),
+    row("of another window", WINDOW, WINDOWS),
+    row("of other features than --init", FEATURES, f"{OTHER} than --init ...clip2", "--init {clip2}"),
+    row("of other features than before", FEATURES, f"{OTHER} than ...clip2", "--out {clip2} --resume"),
+)
+faults(
+    LANGUAGE,
+    "language",
+    "",
+    row(
+        "from no run", "--init {none}", "none: no run of stage clip2, whose encoder --vision...train it first"
+    ),
+    row("from a language run", "--init {mrg}", "is a run of stage 'mrg'; expected a dual encoder"),
+    row("of REAF's encoder", "--vision reaf", "--vision reaf: is not of --model hsenet"),
+    row(
+        "from stage 2",
+        "--vision stage1",
+        "clip2: is a clip2 run of hsenet; --vision stage1 needs a clip1 run",
+    ),
+    row("whose decoder is not there", "--decoder {none}", "none: no such folder"),
+    row("whose decoder has no tokenizer", "--decoder {scans}", "scans: no tokenizer found; looked for"),
+    row("whose decoder is int8 and full", "--decoder {decoder} --int8 --full", "--int8: ...leave out --full"),
+    row(
+        "full with adapters",
+        "--decoder {decoder} --full --lora-r 4",
+        "--lora-*: ...trained whole has no adapters",
+    ),
+    row("with int8 from scratch", "--int8", "--full, --int8, --lora-*: are of a --decoder with weights"),
+    row("with adapters from scratch", "--lora-r 4", "are of a --decoder with weights"),
+    row("of a kernel of 3", "--kernel 3 1 1", "--kernel (3, 1, 1)"),
+    row(
+        "of long texts",
+        "--max-text 2000",
+        "4 visual tokens and 2000 of text do not fit the decoder's context of 1024",
+    ),
+    row("of short texts", nothing, "raise the text length (--max-text)", "--max-text 5"),
+    row("cached and trained", "--cache-features", "encoders that are trained have no lasting features"),
+    row(
+        "cached and augmented",
+        "--cache-features --no-train-vision",
+        "augmented volumes have other features; add --no-augment",
+    ),
+    row("cached and dropped", f"{DROPOUT} --cache-features", "features under dropout are others each time"),
+    row("of a size", "--size 16 32 32", "--size: is an option of --stage clip1 and clip2"),
+    row("of questions", "--questions location", "--questions: is an option of --stage vqa"),
+    row("with cached gradients", "--grad-cache 2", "--grad-cache: is an option of --stage clip1 and clip2"),
+    row("batch larger than the data", "--batch-size 400", "--batch-size 400: ...there are 18"),
+    row("run is there already", "--out {mrg} --max-steps 9", "holds a run already...--resume"),
+    row(
+        "of bad volumes",
+        volumes(99, with_nan),
+        "of its first 18 training volumes, ...none can be read",
+        ALL_BAD,
+    ),
+)
+faults(
+    "train --stage mrg --resume --out {mrg} --device cpu",
+    "resumed language run",
+    "",
+    row("of another kernel", "--kernel 2 1 1", "--kernel: with --resume...(1, 2, 2)"),
+    row("of frozen encoders", "--no-train-vision", "--no-train-vision: with --resume...has True"),
+    row("of another teacher", "--teacher {scans}", "--teacher: with --resume...has ...clip1"),
+    row("of another stage", "--stage vqa", "is a mrg run of hsenet, not vqa"),
+)
 
-EVALUATE = [
-    Fault(
-        "no run",
-        nothing,
-        RETRIEVAL.replace("{run}", "{none}"),
-        2,
-        "none: holds no run (no config.json); train one with",
+faults(
+    RETRIEVAL,
+    "run",
+    "config.json: ",
+    row("without stage", run("stage", ...), "RunSettings lacks stage; put the file"),
+    row("whose settings are null", write(RUN, "null"), "expected an object of settings, found"),
+    row("whose settings are nested 50,000 deep", write(RUN, DEEP), "is not valid JSON (maximum recursion"),
+    row("of another setting", run("model", "flavour", "mild"), "ClipConfig has no setting flavour"),
+    row("whose width is a text", run("model", "vision", "width", "wide"), "width of VisionConfig is 'wide'"),
+    row("whose width is 10^9", run("model", "vision", "width", 10**9), "width of VisionConfig is 1000000000"),
+    row("whose depth is 10^9", run("model", "text", "depth", 10**9), "depth of TextConfig is 1000000000;"),
+    row("whose heads are none", run("model", "text", "heads", 0), "heads of TextConfig is 0; expected more"),
+    row("of another scale", run("model", "logit_scale", "loud"), "logit_scale of ClipConfig is 'loud'"),
+    row("whose patch has two sizes", run("model", "vision", "patch", [4, 8]), "patch of VisionConfig is [4"),
+    row("whose recipe is incomplete", run("recipe", "window", ...), "Recipe lacks window; put the file back"),
+    row("whose data are a number", run("data", 3), "data of RunSettings is 3; expected"),
+    row("whose best is chosen on nothing", run("best_of", "luck"), "best_of of RunSettings is 'luck'"),
+    row("whose slices are a text", run("slices", "many"), "slices of RunSettings is 'many'"),
+)
+faults(
+    RETRIEVAL,
+    "run",
+    "model.safetensors: ",
+    row("of another depth", run("model", "vision", "depth", 1), "does not fit this model: vision.blocks.1"),
+    row("whose width is twice its weights'", run("model", "vision", "width", 256), "does not fit this model"),
+    row("whose weights are truncated", cut(RUN_WEIGHTS), "is damaged: it has 1494770"),
+    row("of 10^15 bytes", unhashed(RUN_WEIGHTS, header, 0, HUGE), "is truncated or not a checkpoint"),
+    row("of a header of 10^12 bytes", unhashed(RUN_WEIGHTS, header, 10**12, {}), "is truncated or not"),
+    row("whose weights are not there", remove(RUN_WEIGHTS), "cannot be read (No such file or"),
+    row("without a tensor", unhashed(RUN_WEIGHTS, tensors, no_scale), "does not fit this model"),
+    row("whose weights were changed", nan(RUN_WEIGHTS), "is damaged: its sha256 is not"),
+)
+faults(
+    RETRIEVAL,
+    "run",
+    "",
+    row("is not there", "--run {none}", "none: holds no run (no config.json); train one with train.py"),
+    row("of a language model", "--run {language}", "is a run of stage 'mrg'; expected a dual encoder"),
+    row("without a checkpoint", remove("run/checkpoints"), "run: has no checkpoint yet; let train.py reach"),
+    row(
+        "without a step 7", "--checkpoint step-000007", "has no checkpoint step-000007; there are step-000001"
     ),
-    Fault(
-        "run without stage",
-        change("run/config.json", "stage", value=...),
-        RETRIEVAL,
-        2,
-        "config.json: RunSettings lacks stage; put the file",
+    row("without a best", remove("run/checkpoints/best"), "has no checkpoint best; there are step-", BEST),
+    row("without a newest", "--checkpoint newest", "expected last, best or a step such as step-000100"),
+    row(
+        "of two checkpoints",
+        f"--run {{run}}/checkpoints/last {BEST}",
+        f"{BEST}: the path names another, last; leave",
     ),
-    Fault(
-        "run whose settings are null",
-        write("run/config.json", "null"),
-        RETRIEVAL,
-        2,
-        "config.json: expected an object of settings, found",
+    row("with NaN", unhashed(RUN_WEIGHTS, nan), "queries: expected finite embeddings, found NaN or"),
+    row("whose model is empty", run("model", {}), "vocab.txt: has ... tokens, the run's text encoder 30522"),
+    row("without vocabulary", remove("run/vocab.txt"), "vocab.txt: no such file; expected BERT"),
+    row("of another vocabulary", vocabulary("run", 0), "vocab.txt: has 5 tokens, the run's text encoder"),
+    row("of too many words", vocabulary("run", 5000), "vocab.txt: has 5005 tokens, the run's text encoder"),
+)
+faults(
+    RETRIEVAL,
+    "",
+    "",
+    row("reports of a dual encoder", "--task mrg", "run: is a run of stage 'clip1', which has no"),
+    row("no such split", "--split test", "manifest.json: the test split is empty; prepare"),
+    row("out is a file", write("out", "x"), "out: is a file; expected a folder to write into", "--out {out}"),
+    row("flag of another task", "--questions size", "--questions: is an option of --task vqa"),
+)
+faults(
+    f"{RETRIEVAL} --data {{data}}",
+    "data",
+    "",
+    row(
+        "of another recipe", manifest("recipe", "name", "reaf"), "recipe reaf, but ...run needs recipe hsenet"
     ),
-    Fault(
-        "run whose settings are nested 50,000 deep",
-        write("run/config.json", DEEP),
-        RETRIEVAL,
-        2,
-        "config.json: is not valid JSON (maximum recursion",
+    row("of another window", WINDOW, "have window -1150x350, but ...run needs window -1000x200"),
+    row("of other slice features", FEATURES, OTHER, "--run {clip2}"),
+)
+faults(
+    MRG,
+    "language run",
+    "",
+    row("whose tokenizer is damaged", write(WORDS, "{}"), "tokenizer.json: cannot be read as a tokenizer"),
+    row(
+        "whose tokenizer is nested deep", write(WORDS, DEEP), "tokenizer.json: cannot be read as a tokenizer"
     ),
-    Fault(
-        "run whose model is empty",
-        change("run/config.json", "model", value={}),
-        RETRIEVAL,
-        2,
-        "model.safetensors: does not fit this model",
+    row("without its decoder's settings", language("model", "decoder", ...), "MllmConfig lacks decoder; put"),
+    row(
+        "of rotary text",
+        language("model", "decoder", "rope", "dims", "x"),
+        "config.json: dims of RopeConfig is 'x'",
     ),
-    Fault(
-        "run whose model has another setting",
-        change("run/config.json", "model", "flavour", value="mild"),
-        RETRIEVAL,
-        2,
-        "config.json: ClipConfig has no setting flavour",
+    row(
+        "without an origin",
+        all_of(language("origin", ...), language("model", "full", False)),
+        "origin does not say where",
     ),
-    Fault(
-        "run whose width is a text",
-        change("run/config.json", "model", "vision", "width", value="wide"),
-        RETRIEVAL,
-        2,
-        "config.json: width of VisionConfig is 'wide'",
+    row("whose classifier is no folder", "--classifier {none}", "none: no such folder; expected one with"),
+    row(
+        "of an empty classifier", remove(BERT), "words: has none of model.safetensors", "--classifier {words}"
     ),
-    Fault(
-        "run whose width is 10^9",
-        change("run/config.json", "model", "vision", "width", value=10**9),
-        RETRIEVAL,
-        2,
-        "config.json: width of VisionConfig is 1000000000;",
+    row(
+        "of packers alone",
+        "--run {packers.bin} --data {data}",
+        "packers.bin: holds packers and adapters only",
     ),
-    Fault(
-        "run whose width is twice its weights'",
-        change("run/config.json", "model", "vision", "width", value=256),
-        RETRIEVAL,
-        2,
-        "model.safetensors: does not fit this model",
+)
+faults(
+    "evaluate --task retrieval --compare {run} {run}",
+    "compared results",
+    "retrieval_queries.csv: ",
+    row("are not there", "", "no such file; run"),
+    row(
+        "are a list",
+        all_of(write(f"{RANKS}.json", "[]"), write(f"{RANKS}_queries.csv", "[]")),
+        "has no column",
     ),
-    Fault(
-        "run whose depth is 10^9",
-        change("run/config.json", "model", "text", "depth", value=10**9),
-        RETRIEVAL,
-        2,
-        "config.json: depth of TextConfig is 1000000000;",
-    ),
-    Fault(
-        "run whose heads are none",
-        change("run/config.json", "model", "text", "heads", value=0),
-        RETRIEVAL,
-        2,
-        "config.json: heads of TextConfig is 0; expected more",
-    ),
-    Fault(
-        "run of another kind of scale",
-        change("run/config.json", "model", "logit_scale", value="loud"),
-        RETRIEVAL,
-        2,
-        "config.json: logit_scale of ClipConfig is 'loud'",
-    ),
-    Fault(
-        "run whose patch has two sizes",
-        change("run/config.json", "model", "vision", "patch", value=[4, 8]),
-        RETRIEVAL,
-        2,
-        "config.json: patch of VisionConfig is [4, 8]",
-    ),
-    Fault(
-        "run whose recipe is incomplete",
-        change("run/config.json", "recipe", "window", value=...),
-        RETRIEVAL,
-        2,
-        "config.json: Recipe lacks window; put the file back",
-    ),
-    Fault(
-        "run whose data are a number",
-        change("run/config.json", "data", value=3),
-        RETRIEVAL,
-        2,
-        "config.json: data of RunSettings is 3; expected",
-    ),
-    Fault(
-        "run whose best is chosen on nothing",
-        change("run/config.json", "best_of", value="luck"),
-        RETRIEVAL,
-        2,
-        "config.json: best_of of RunSettings is 'luck'",
-    ),
-    Fault(
-        "run whose slices are a text",
-        change("run/config.json", "slices", value="many"),
-        RETRIEVAL,
-        2,
-        "config.json: slices of RunSettings is 'many'",
-    ),
-    Fault(
-        "run without a checkpoint",
-        remove("run/checkpoints"),
-        RETRIEVAL,
-        2,
-        "run: has no checkpoint yet; let train.py reach its",
-    ),
-    Fault(
-        "run whose weights are truncated",
-        cut("run/checkpoints/step-000001/model.safetensors"),
-        RETRIEVAL,
-        2,
-        "model.safetensors: is damaged: it has 1494770",
-    ),
-    Fault(
-        "run whose weights claim 10^15 bytes",
-        unhashed(
-            header(
-                "run/checkpoints/step-000001/model.safetensors",
-                0,
-                {"a": {"dtype": "F32", "shape": [10**7, 10**8], "data_offsets": [0, 4 * 10**15]}},
-            )
-        ),
-        RETRIEVAL,
-        2,
-        "model.safetensors: is truncated or not a checkpoint",
-    ),
-    Fault(
-        "run whose weights have a header of 10^12 bytes",
-        unhashed(header("run/checkpoints/step-000001/model.safetensors", 10**12, {})),
-        RETRIEVAL,
-        2,
-        "model.safetensors: is truncated or not a checkpoint",
-    ),
-    Fault(
-        "run whose weights are not there",
-        remove("run/checkpoints/step-000001/model.safetensors"),
-        RETRIEVAL,
-        2,
-        "model.safetensors: cannot be read (No such file or",
-    ),
-    Fault(
-        "run whose weights lack a tensor",
-        unhashed(tensors("run/checkpoints/step-000001/model.safetensors", lambda t: t.pop("logit_scale"))),
-        RETRIEVAL,
-        2,
-        "model.safetensors: does not fit this model",
-    ),
-    Fault(
-        "run with NaN",
-        unhashed(nan("run/checkpoints/step-000001/model.safetensors")),
-        RETRIEVAL,
-        2,
-        "queries: expected finite embeddings, found NaN or",
-    ),
-    Fault(
-        "run whose weights were changed",
-        nan("run/checkpoints/step-000001/model.safetensors"),
-        RETRIEVAL,
-        2,
-        "model.safetensors: is damaged: its sha256 is not",
-    ),
-    Fault(
-        "run without vocabulary",
-        remove("run/vocab.txt"),
-        RETRIEVAL,
-        2,
-        "vocab.txt: no such file; expected BERT",
-    ),
-    Fault(
-        "run of another vocabulary",
-        write("run/vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n"),
-        RETRIEVAL,
-        2,
-        "vocab.txt: has 5 tokens, the run's text encoder",
-    ),
-    Fault(
-        "run whose vocabulary has too many words",
-        write(
-            "run/vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n" + "\n".join(f"w{i}" for i in range(5000))
-        ),
-        RETRIEVAL,
-        2,
-        "vocab.txt: has 5005 tokens, the run's text encoder",
-    ),
-    Fault(
-        "reports of a dual encoder",
-        nothing,
-        RETRIEVAL.replace("retrieval", "mrg"),
-        2,
-        "run: is a run of stage 'clip1', which has no",
-    ),
-    Fault(
-        "retrieval with a language model",
-        nothing,
-        RETRIEVAL.replace("{run}", "{language}"),
-        2,
-        "language: is a run of stage 'mrg'; expected a dual",
-    ),
-    Fault(
-        "language run whose tokenizer is damaged",
-        write("language/tokenizer.json", "{}"),
-        "evaluate --task mrg --run {language} --device cpu",
-        2,
-        "tokenizer.json: cannot be read as a tokenizer",
-    ),
-    Fault(
-        "language run whose tokenizer is nested deep",
-        write("language/tokenizer.json", DEEP),
-        "evaluate --task mrg --run {language} --device cpu",
-        2,
-        "tokenizer.json: cannot be read as a tokenizer",
-    ),
-    Fault(
-        "language run without its decoder's settings",
-        change("language/config.json", "model", "decoder", value=...),
-        "evaluate --task mrg --run {language} --device cpu",
-        2,
-        "config.json: MllmConfig lacks decoder; put the file",
-    ),
-    Fault(
-        "language run whose rotary dims are a text",
-        change("language/config.json", "model", "decoder", "rope", "dims", value="x"),
-        "evaluate --task mrg --run {language} --device cpu",
-        2,
-        "config.json: dims of RopeConfig is 'x'; expected int",
-    ),
-    Fault(
-        "language run without an origin",
-        lambda s: [
-            change("language/config.json", *k, value=v)(s)
-            for k, v in ((("origin",), ...), (("model", "full"), False))
-        ],
-        "evaluate --task mrg --run {language} --device cpu",
-        2,
-        "config.json: origin does not say where the decoder",
-    ),
-    Fault(
-        "no such split",
-        nothing,
-        f"{RETRIEVAL} --split test",
-        2,
-        "manifest.json: the test split is empty; prepare",
-    ),
-    Fault(
-        "results that cannot be compared",
-        nothing,
-        "evaluate --task retrieval --compare {run} {run}",
-        2,
-        "retrieval_queries.csv: no such file; run",
-    ),
-    Fault(
-        "results to compare are a list",
-        lambda s: [write(f"run/eval/{n}", "[]")(s) for n in ("retrieval.json", "retrieval_queries.csv")],
-        "evaluate --task retrieval --compare {run} {run}",
-        2,
-        "retrieval_queries.csv: has no column id, report_to",
-    ),
-    Fault(
-        "prompts are a list",
-        write("p.json", "[]"),
-        f"{ZEROSHOT} --prompts {{p.json}}",
-        2,
-        "p.json: expected the keys classes, template; found",
-    ),
-    Fault(
-        "prompts nested 50,000 deep",
-        write("p.json", DEEP),
-        f"{ZEROSHOT} --prompts {{p.json}}",
-        2,
-        "p.json: is not valid JSON (maximum recursion depth",
-    ),
-    Fault(
-        "prompts without a place",
-        write("p.json", '{"template": "x", "classes": {}}'),
-        f"{ZEROSHOT} --prompts {{p.json}}",
-        2,
-        "p.json: template is 'x'; expected a text with one",
-    ),
-    Fault(
-        "labels with NUL bytes",
-        write("l.csv", b"id,a\n\0,\0\n"),
-        f"{ZEROSHOT} --labels {{l.csv}}",
-        2,
-        "l.csv: line 2 holds a NUL byte; save the table as",
-    ),
-    Fault(
-        "labels of other volumes",
+)
+faults(
+    f"{ZEROSHOT} --prompts {{p.json}}",
+    "prompts",
+    "p.json: ",
+    row("are a list", write("p.json", "[]"), "expected the keys classes, template; found"),
+    row("nested 50,000 deep", write("p.json", DEEP), "is not valid JSON (maximum recursion depth"),
+    row("without a place", write("p.json", '{"template": "x", "classes": {}}'), "template is 'x'; expected"),
+)
+faults(
+    f"{ZEROSHOT} --labels {{l.csv}}",
+    "labels",
+    "",
+    row("with NUL bytes", write("l.csv", b"id,a\n\0,\0\n"), "l.csv: line 2 holds a NUL byte; save the table"),
+    row(
+        "of others",
         write("l.csv", "id,Cardiomegaly\nother,1\n"),
-        f"{ZEROSHOT} --labels {{l.csv}}",
-        2,
-        "l.csv: has no labels of volume valid_1_a_1; add its",
+        "l.csv: has no labels of volume valid_1_a_1",
     ),
-    Fault(
-        "labels are a folder",
-        nothing,
-        f"{ZEROSHOT} --labels {{scans}}",
-        2,
-        "scans: is a folder, expected a file",
-    ),
-    Fault(
-        "classifier is no folder",
-        nothing,
-        "evaluate --task mrg --run {language} --classifier {none}",
-        2,
-        "none: no such folder; expected one with",
-    ),
-    Fault(
-        "classifier without weights",
-        remove("words/model.safetensors"),
-        "evaluate --task mrg --run {language} --classifier {words} --device cpu --limit 1 --new-tokens 1",
-        2,
-        "words: has none of model.safetensors",
-    ),
-    Fault(
-        "out is a file",
-        write("out", "x"),
-        f"{RETRIEVAL} --out {{out}}",
-        2,
-        "out: is a file; expected a folder to write into",
-    ),
-    Fault(
-        "published packers alone",
-        nothing,
-        "evaluate --task mrg --run {packers.bin} --data {data} --device cpu",
-        2,
-        "packers.bin: holds packers and adapters only; name",
-    ),
-    Fault(
-        "published weights without their data",
-        nothing,
-        "evaluate --task retrieval --run {m3d} --device cpu",
-        2,
-        "m3d has no data set of its own; name a prepared one",
-    ),
-    Fault(
-        "published weights on data of another size",
-        nothing,
-        "evaluate --task retrieval --run {m3d} --data {data} --device cpu",
-        2,
-        "m3d needs size 16x64x64; prepare them so with",
-    ),
-    Fault(
-        "published weights with NaN",
-        nan("m3d/model.safetensors"),
-        "evaluate --task retrieval --run {m3d} --data {data} --device cpu",
-        2,
-        "m3d: NaN or infinite values in",
-    ),
-    Fault(
-        "published weights whose settings contradict them",
-        change("m3d/config.json", "hidden_size", value=96),
-        "evaluate --task retrieval --run {m3d} --data {data} --device cpu",
-        2,
-        "config.json: hidden_size is 96, the tensors have",
-    ),
-    Fault(
-        "a flag of another task",
-        nothing,
-        f"{RETRIEVAL} --questions size",
-        2,
-        "--questions: is an option of --task vqa",
-    ),
-]
+    row("are a folder", "--labels {scans}", "scans: is a folder, expected a file"),
+)
+faults(
+    "evaluate --task retrieval --run {m3d} --device cpu",
+    "published weights",
+    "",
+    row("without their data", "", "m3d has no data set of its own; name a prepared one"),
+    row("on data of another size", "--data {data}", "m3d needs size 16x64x64; prepare them so with"),
+    row("with NaN", nan(M3D), "m3d: NaN or infinite values in", "--data {data}"),
+    row("of other settings", m3d("hidden_size", 96), "hidden_size is 96, the tensors have", "--data {data}"),
+)
 
-INFER = [
-    Fault(
-        "no scan",
-        nothing,
-        EMBED.replace("{scan}", "{none.nii.gz}"),
-        2,
-        "none.nii.gz: no such file; expected a scan that",
+faults(
+    "infer embed --run {run} --device cpu",
+    "scan",
+    "",
+    row("is not there", "{none.nii.gz}", "none.nii.gz: no such file; expected a scan that"),
+    row("of another ending", write("x.dcm", "x"), "x.dcm: expected a scan that ends in .pt, .pt", "{x.dcm}"),
+    row("is a folder", "{scans}", "scans: no such file; expected a scan that ends in"),
+    row("that would run code", pickled("x.pt", Opens()), "x.pt: holds more than tensors (io.open)", "{x.pt}"),
+    row("as .pt of a dictionary", pickled("x.pt", {}), "x.pt: holds a dict; expected one tensor", "{x.pt}"),
+    row(
+        "of one voxel, stretched",
+        pickled("x.pt", STRETCHED),
+        "claims 32000000000000 bytes and holds 4;",
+        "{x.pt}",
     ),
-    Fault(
-        "scan of another ending",
-        write("x.dcm", "x"),
-        EMBED.replace("{scan}", "{x.dcm}"),
-        2,
-        "x.dcm: expected a scan that ends in .pt, .pt.gz",
+)
+faults(
+    EMBED,
+    "scan",
+    "scan.nii.gz: ",
+    row("truncated", cut("scan.nii.gz"), "is truncated or damaged (Compressed"),
+    row("that claims 10^13 voxels", scan(**BIG), "is truncated or damaged (its header"),
+    row("of three voxels", scan(np.zeros((1, 1, 3), np.int16)), "is a 1D image of shape (1, 1, 3)"),
+    row("of a millimetre in all", scan(CT, **spaced(1e-3)), "by its header the scan is 0.006 x"),
+    row("of a kilometre a voxel", scan(CT, **spaced(1e6)), "by its header the scan is 6e+06 x"),
+    row("in micrometres", run("recipe", "spacing", [1e-3] * 3), "its 24 x 48 x 48 voxels of 13.98 x"),
+)
+faults(
+    EMBED,
+    "run",
+    "",
+    row("is not there", "--run {none}", "none: holds no run (no config.json); train one with"),
+    row("with NaN", unhashed(RUN_WEIGHTS, nan), "gives embeddings with NaN or infinity"),
+    row("whose settings are a text", write(RUN, '"x"'), "config.json: expected an object of settings, found"),
+    row(
+        "of a size of zero", run("recipe", "size", [0, 1, 1]), "config.json: --size (0, 1, 1): expected three"
     ),
-    Fault(
-        "scan is a folder",
-        nothing,
-        EMBED.replace("{scan}", "{scans}"),
-        2,
-        "scans: no such file; expected a scan that ends in",
+    row("of a language model", "--run {language}", "language: is a run of stage mrg, a language model"),
+    row("without slices", "--slice-encoder {encoder.bin}", "run takes no slice features; leave the flag out"),
+)
+faults(
+    EMBED,
+    "flag:",
+    "",
+    row("spacing of NaN", "--spacing nan 1 1", "--spacing [nan, 1.0, 1.0]: expected three positive"),
+    row("slope of zero", "--slope 0", "--slope 0: expected a finite number, and a slope"),
+    row("orientation of no kind", "--assume-orientation XYZ", "--assume-orientation: 'XYZ' is not an"),
+    row("out of another ending", "--out {here}/index.txt", "index.txt: expected a file to write that ends"),
+)
+faults(
+    REPORT,
+    "language run",
+    "",
+    row(
+        "without its weights", remove("language/checkpoints"), "language: has no checkpoint yet; let train.py"
     ),
-    Fault(
-        "scan truncated",
-        lambda s: s.scan.write_bytes(s.scan.read_bytes()[:500]),
-        EMBED,
-        2,
-        "scan.nii.gz: is truncated or damaged (Compressed",
-    ),
-    Fault(
-        "scan that claims 10^13 voxels",
-        scan(dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]),
-        EMBED,
-        2,
-        "scan.nii.gz: is truncated or damaged (its header",
-    ),
-    Fault(
-        "scan of three voxels",
-        scan(np.zeros((1, 1, 3), np.int16)),
-        EMBED,
-        2,
-        "scan.nii.gz: is a 1D image of shape (1, 1, 3)",
-    ),
-    Fault(
-        "scan of a millimetre in all",
-        scan(
-            CT,
-            pixdim=[1, 1e-3, 1e-3, 1e-3, 0, 0, 0, 0],
-            srow_x=[1e-3, 0, 0, 0],
-            srow_y=[0, 1e-3, 0, 0],
-            srow_z=[0, 0, 1e-3, 0],
-        ),
-        EMBED,
-        2,
-        "scan.nii.gz: by its header the scan is 0.006 x",
-    ),
-    Fault(
-        "scan of a kilometre a voxel",
-        scan(
-            CT,
-            pixdim=[1, 1e6, 1e6, 1e6, 0, 0, 0, 0],
-            srow_x=[1e6, 0, 0, 0],
-            srow_y=[0, 1e6, 0, 0],
-            srow_z=[0, 0, 1e6, 0],
-        ),
-        EMBED,
-        2,
-        "scan.nii.gz: by its header the scan is 6e+06 x",
-    ),
-    Fault(
-        "scan as .pt that would run code",
-        pickled("x.pt", Opens()),
-        EMBED.replace("{scan}", "{x.pt}"),
-        2,
-        "x.pt: holds more than tensors (io.open), which is",
-    ),
-    Fault(
-        "scan as .pt of a dictionary",
-        pickled("x.pt", {"a": torch.ones(3)}),
-        EMBED.replace("{scan}", "{x.pt}"),
-        2,
-        "x.pt: holds a dict; expected one tensor",
-    ),
-    Fault(
-        "scan as .pt of one stretched voxel",
-        pickled("x.pt", torch.zeros(1).expand(20000, 20000, 20000)),
-        EMBED.replace("{scan}", "{x.pt}"),
-        2,
-        "x.pt: it claims 32000000000000 bytes and holds 4;",
-    ),
-    Fault(
-        "no run",
-        nothing,
-        EMBED.replace("{run}", "{none}"),
-        2,
-        "none: holds no run (no config.json); train one with",
-    ),
-    Fault(
-        "run with NaN",
-        unhashed(nan("run/checkpoints/step-000001/model.safetensors")),
-        EMBED,
-        2,
-        "gives embeddings with NaN or infinity",
-    ),
-    Fault(
-        "run whose settings are a text",
-        write("run/config.json", '"x"'),
-        EMBED,
-        2,
-        "config.json: expected an object of settings, found",
-    ),
-    Fault(
-        "run whose recipe has a size of zero",
-        change("run/config.json", "recipe", "size", value=[0, 1, 1]),
-        EMBED,
-        2,
-        "config.json: --size (0, 1, 1): expected three",
-    ),
-    Fault(
-        "run whose recipe has a spacing of a micrometre",
-        change("run/config.json", "recipe", "spacing", value=[1e-3] * 3),
-        EMBED,
-        2,
-        "scan.nii.gz: its 24 x 48 x 48 voxels of 13.98 x",
-    ),
-    Fault(
-        "classes of a language model",
-        nothing,
-        EMBED.replace("{run}", "{language}"),
-        2,
-        "language: is a run of stage mrg, a language model",
-    ),
-    Fault(
-        "report of a dual encoder",
-        nothing,
-        REPORT.replace("{language}", "{run}"),
-        2,
-        "run: is a run of stage clip1, which has no decoder",
-    ),
-    Fault(
-        "language run without its weights",
-        remove("language/checkpoints/step-000001"),
-        REPORT,
-        2,
-        "language: has no checkpoint yet; let train.py reach",
-    ),
-    Fault(
-        "language run whose tokenizer is gone",
-        remove("language/tokenizer.json"),
-        REPORT,
-        2,
-        "language: no tokenizer found; looked for",
-    ),
-    Fault(
-        "language run whose encoders are a text",
-        change("language/config.json", "model", "encoders", value="x"),
-        REPORT,
-        2,
-        "config.json: encoders of MllmConfig is 'x'",
-    ),
-    Fault(
-        "language run whose kernel is zero",
-        change("language/config.json", "model", "kernel", value=[0, 2, 2]),
-        REPORT,
-        2,
-        "config.json: kernel of MllmConfig is (0, 2, 2)",
-    ),
-    Fault(
-        "empty question",
-        nothing,
-        "infer ask {scan} ' ' --run {language}",
-        2,
-        "the question is empty; expected some words, such as",
-    ),
-    Fault(
-        "empty prompt",
-        nothing,
-        f"{REPORT} --prompt ''",
-        2,
-        '--prompt is empty; expected some words, such as "Is',
-    ),
-    Fault(
-        "temperature below zero",
-        nothing,
-        f"{REPORT} --temperature -1",
-        2,
-        "temperature -1.0: expected 0 (greedy), or 0.0001",
-    ),
-    Fault(
-        "top-p of 7",
-        nothing,
-        f"{REPORT} --temperature 1 --top-p 7",
-        2,
-        "top_p 7.0: expected a probability above 0, at most 1",
-    ),
-    Fault(
-        "more tokens than the context has",
-        nothing,
-        REPORT.replace("--new-tokens 2", "--new-tokens 99999"),
-        2,
-        "--new-tokens 99999: a question of 18 tokens, 8 of",
-    ),
-    Fault(
-        "spacing of NaN",
-        nothing,
-        f"{EMBED} --spacing nan 1 1",
-        2,
-        "--spacing [nan, 1.0, 1.0]: expected three positive",
-    ),
-    Fault(
-        "slope of zero", nothing, f"{EMBED} --slope 0", 2, "--slope 0: expected a finite number, and a slope"
-    ),
-    Fault(
-        "orientation of no kind",
-        nothing,
-        f"{EMBED} --assume-orientation XYZ",
-        2,
-        "argument --assume-orientation: 'XYZ' is not an",
-    ),
-    Fault(
-        "slice encoder that nobody asked for",
-        nothing,
-        f"{EMBED} --slice-encoder {{encoder.bin}}",
-        2,
-        "run takes no slice features; leave the flag out",
-    ),
-    Fault(
+    row("whose tokenizer is gone", remove(WORDS), "language: no tokenizer found; looked for"),
+    row("whose encoders are a text", language("model", "encoders", "x"), "encoders of MllmConfig is 'x'"),
+    row("whose kernel is zero", language("model", "kernel", [0, 2, 2]), "kernel of MllmConfig is (0, 2, 2)"),
+    row("is a dual encoder's", "--run {run}", "run: is a run of stage clip1, which has no decoder"),
+    row("of packers alone", "--run {packers.bin}", "packers.bin: holds packers and adapters only; name"),
+)
+faults(
+    REPORT,
+    "flag:",
+    "",
+    row("empty prompt", "--prompt ''", '--prompt is empty; expected some words, such as "Is'),
+    row("temperature below zero", "--temperature -1", "temperature -1.0: expected 0 (greedy), or 0.0001"),
+    row("top-p of 7", "--temperature 1 --top-p 7", "top_p 7.0: expected a probability above 0, at most 1"),
+    row("too many tokens", "--new-tokens 99999", "--new-tokens 99999: a question of 18 tokens, 8 of"),
+)
+faults(
+    "infer",
+    "",
+    "",
+    row("empty question", "ask {scan} ' ' --run {language}", "the question is empty; expected some words"),
+    row(
         "nothing to explain",
-        nothing,
-        "infer explain {scan} --run {run} --device cpu",
-        2,
+        "explain {scan} --run {run}",
         "run: its encoder weighs no patches; stage clip2 of",
     ),
-    Fault(
-        "index is not there",
-        nothing,
-        "infer search {none.safetensors} --text effusion --run {run} --device cpu",
-        2,
-        "none.safetensors: no such file; make an index with",
+    row("search for nothing", "search {scan} --text ' '", "--text: is empty; expected words of a report"),
+    row(
+        "prompts that are none", write("p.json", "3"), "p.json: expected the keys classes, template", CLASSIFY
     ),
-    Fault(
-        "index is text",
-        write("i.safetensors", "x"),
-        "infer search {i.safetensors} --text effusion --run {run} --device cpu",
-        2,
-        "i.safetensors: is truncated or not a safetensors",
+)
+faults(
+    SEARCH,
+    "index",
+    "",
+    row("is not there", "", "i.safetensors: no such file; make an index with"),
+    row("is text", write("i.safetensors", "x"), "i.safetensors: is truncated or not a safetensors"),
+    row("without names", index(model="0"), "i.safetensors: is no index: expected unit vectors"),
+    row("of another model", index(ids="a\nb\nc", model="0" * 64), "step-000001 has 7e7403c3f4fd; name that"),
+    row(
+        "of 10^15 bytes", header("i.safetensors", 0, HUGE), "i.safetensors: is truncated or not a safetensors"
     ),
-    Fault(
-        "index without names",
-        lambda s: published_index(s, {"model": "0"}),
-        "infer search {i.safetensors} --text effusion --run {run} --device cpu",
-        2,
-        "i.safetensors: is no index: expected unit vectors",
-    ),
-    Fault(
-        "index of another model",
-        lambda s: published_index(s, {"ids": "a\nb\nc", "model": "0" * 64}),
-        "infer search {i.safetensors} --text effusion --run {run} --device cpu",
-        2,
-        "step-000001 has 7e7403c3f4fd; name that model's",
-    ),
-    Fault(
-        "index that claims 10^15 bytes",
-        header(
-            "i.safetensors",
-            0,
-            {"image": {"dtype": "F32", "shape": [10**15], "data_offsets": [0, 4 * 10**15]}},
-        ),
-        "infer search {i.safetensors} --text effusion --run {run} --device cpu",
-        2,
-        "i.safetensors: is truncated or not a safetensors",
-    ),
-    Fault(
-        "search for nothing",
-        nothing,
-        "infer search {scan} --text ' '",
-        2,
-        "--text: is empty; expected words of a report, such",
-    ),
-    Fault(
-        "out of another ending",
-        nothing,
-        f"{EMBED} --out {{here}}/index.txt",
-        2,
-        "index.txt: expected a file to write that ends in",
-    ),
-    Fault(
-        "prompts that are none",
-        write("p.json", "3"),
-        "infer classify {scan} --run {run} --prompts {p.json} --device cpu",
-        2,
-        "p.json: expected the keys classes, template; found",
-    ),
-    Fault(
-        "published packers alone",
-        nothing,
-        REPORT.replace("{language}", "{packers.bin}"),
-        2,
-        "packers.bin: holds packers and adapters only; name",
-    ),
-]
-
-
-def published_index(scene: Scene, metadata: dict) -> None:
-    save_file({"image": torch.eye(3)}, scene.folder / "i.safetensors", metadata)
-
-
-FAULTS = {"preprocess": PREPROCESS, "train": TRAIN, "evaluate": EVALUATE, "infer": INFER}
-ROWS = [
-    pytest.param(fault, id=f"{name}: {fault.name}") for name, faults in FAULTS.items() for fault in faults
-]
-
-
-@pytest.fixture(scope="session")
-def originals(prepared, tmp_path_factory) -> Path:
-    return write_originals(tmp_path_factory.mktemp("originals"), prepared)
+)
 
 
 def filled(command: str, scene: Scene) -> list[str]:
     """The command's words, with paths of the scene for what is in braces."""
 
     def place(match: re.Match) -> str:
-        name = match[1]
-        if name == "scan":
-            return str(
-                scene.folder / "scan.nii.gz" if (scene.folder / "scan.nii.gz").exists() else scene.scan
-            )
+        name = "scan.nii.gz" if match[1] == "scan" else match[1]
         return str(scene.folder if name == "here" else scene.path(name))
 
     return [re.sub(r"\{([\w.]+)\}", place, word) for word in shlex.split(command)]
 
 
-@pytest.mark.slow
+def said(words: str, line: str) -> bool:
+    return re.search(".*".join(map(re.escape, words.split("..."))), line) is not None
+
+
+# Faults of a command alone are quick.
+ROWS = [
+    pytest.param(fault, id=name, marks=[] if fault.make is nothing and fault.code else pytest.mark.slow)
+    for name, fault in FAULTS.items()
+]
+
+
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("fault", ROWS)
 def test_a_fault_ends_in_its_exit_code_and_its_one_line(fault, originals, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1913,13 +920,11 @@ def test_a_fault_ends_in_its_exit_code_and_its_one_line(fault, originals, tmp_pa
         run_script(MAIN[name], arguments)
     out, err = capsys.readouterr()
     assert ended.value.code == fault.code, err
-    lines = [
-        line for line in err.replace("\r", "\n").splitlines() if line.startswith(("error: ", "refused: "))
-    ]
-    assert any(fault.words in line for line in (lines if fault.code else (out + err).splitlines())), err
-    assert "Traceback" not in err and sum(line.startswith("error: ") for line in lines) == (
-        fault.code == 2
-    ), err
+    every = err.replace("\r", "\n").splitlines()
+    lines = [line for line in every if line.startswith(("error: ", "refused: "))]
+    assert any(said(fault.words, line) for line in (lines if fault.code else (out + err).splitlines())), err
+    assert sum(line.startswith("error: ") for line in lines) == (fault.code == 2), err
+    assert "Traceback" not in err
     assert before <= {path for path in tmp_path.rglob("*") if path.is_file()}  # what was there is there
 
 
@@ -1934,13 +939,7 @@ def test_a_fault_ends_in_its_exit_code_and_its_one_line(fault, originals, tmp_pa
     ],
 )
 def test_a_process_of_its_own_ends_in_the_same_line(name, originals, tmp_path):
-    fault, scene = next(row.values[0] for row in ROWS if row.id == name), Scene(tmp_path, originals)
+    fault, scene = FAULTS[name], Scene(tmp_path, originals)
     fault.make(scene)
     program, *arguments = filled(fault.command, scene)
-    assert fault.words in error_line(script(f"{program}.py", *arguments, cwd=tmp_path))
-
-
-def test_the_names_of_the_faults_differ():
-    for faults in FAULTS.values():
-        assert len({fault.name for fault in faults}) == len(faults)
-    assert sum(map(len, FAULTS.values())) >= 60
+    assert said(fault.words, error_line(script(f"{program}.py", *arguments, cwd=tmp_path)))

@@ -220,12 +220,9 @@ def run_settings(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def documents(prepared, tmp_path_factory) -> dict[str, tuple]:
+def documents(originals, tmp_path_factory) -> dict[str, tuple]:
     """JSON of every kind that is read, the name of its file, and its reader."""
-    from faults.scene import write_originals
-
-    folder = write_originals(tmp_path_factory.mktemp("documents"), prepared)
-    decoder = published.write_decoder(folder / "decoder")
+    folder, decoder = originals, published.write_decoder(tmp_path_factory.mktemp("documents") / "decoder")
 
     def known(path: Path):
         return json.loads(path.read_text())
@@ -258,7 +255,7 @@ def documents(prepared, tmp_path_factory) -> dict[str, tuple]:
             "manifest.json",
             lambda path: load_manifest(path.parent),
         ),
-        "run": (known(folder / "trained/config.json"), "config.json", run_settings),
+        "run": (known(folder / "clip1/config.json"), "config.json", run_settings),
         "language run": (known(folder / "language/config.json"), "config.json", run_settings),
         "prompts": (prompts, "p.json", lambda path: load_prompts(str(path))),
         "HSENet's data": (hsenet, "h.json", read_hsenet_json),
