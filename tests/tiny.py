@@ -60,6 +60,10 @@ def resume(run: Path, *more, stage: str = "clip1") -> list[str]:
     return [*flags, "--out", str(run), *map(str, more)]
 
 
+def retrieval(run: Path, *more) -> list[str]:
+    return ["--task", "retrieval", "--run", str(run), "--device", "cpu", *map(str, more)]
+
+
 def wrong(argv: list, words: str, main: Callable[[list[str]], int] = train.main) -> str:
     """The script must refuse the command in one line that matches `words`. Returns the line."""
     with pytest.raises(InputError, match=words) as caught:
@@ -157,6 +161,13 @@ def assert_close_weights(a: Path, b: Path) -> None:
         for i in parts:
             x, y = (t.tensor_split(3)[i] if keys else t for t in (tensor, two[name]))
             assert torch.allclose(x, y, atol=2e-4), name
+
+
+def assert_close_logs(a: Path, b: Path) -> None:
+    """The steps of two runs have the same losses and gradients but for rounding."""
+    for one, two in zip(numbers(a, "lr"), numbers(b, "lr"), strict=True):
+        assert one["step"] == two["step"] and two["loss"] == pytest.approx(one["loss"], abs=2e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3, abs=1e-6)
 
 
 def log_of(run: Path) -> list[dict]:
