@@ -9,8 +9,9 @@ import torch
 import reaf_hsenet.runs.checkpoint as module
 import train
 from reaf_hsenet.errors import InputError, OutputError
+from reaf_hsenet.files import read_json
 from reaf_hsenet.runs.checkpoint import Run
-from tiny import AUTO, EIGHT, assert_same, flip_last_bit, log_of, read_json, resume, tiny, wrong
+from tiny import AUTO, EIGHT, assert_same, flip_last_bit, log_of, resume, tiny, wrong
 
 
 def save(folder: Path, *steps: int, keep: int = 9) -> Run:

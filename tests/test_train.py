@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from conftest import ROOT, error_line, script
+from reaf_hsenet.files import read_json
 from reaf_hsenet.runs.checkpoint import Run
 from tiny import (
     EIGHT,
@@ -23,7 +24,6 @@ from tiny import (
     log_of,
     losses,
     numbers,
-    read_json,
     resume,
     retrieval,
     run_torchrun,
