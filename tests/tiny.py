@@ -180,6 +180,11 @@ def numbers(run: Path, *names: str) -> list[dict]:
     return [record for record in kept if record.keys() >= set(names)]
 
 
+def bad_ids(run: Path) -> list[str]:
+    """The volumes that the log says were left out."""
+    return [record["bad"] for record in numbers(run, "bad")]
+
+
 def losses(run: Path) -> list[float]:
     return [record["loss"] for record in numbers(run, "loss")]
 
