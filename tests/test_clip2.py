@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from networks import TINY
 from reaf_hsenet import distributed
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig
 from reaf_hsenet.data.loader import Batch
@@ -19,7 +20,6 @@ from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss, relat
 from reaf_hsenet.weights.files import load_matching, load_strictly
 from reaf_hsenet.weights.names import M3D_CLIP, import_state, teacher_tensors
 from reaf_hsenet.weights.shapes import initial_state
-from test_models import TINY
 from tiny import published_stage2
 
 SLICES, SLICE_WIDTH = 5, 12
