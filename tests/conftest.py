@@ -66,6 +66,11 @@ def prepared(phantom_root, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture
+def data(prepared, tmp_path) -> Path:
+    return shutil.copytree(prepared, tmp_path / "data")
+
+
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """What a script does with signals ends with its test."""

@@ -2,12 +2,12 @@
 
 import torch
 
+from networks import TINY, batch
 from reaf_hsenet.models.build import build_projector
 from reaf_hsenet.models.clip import build_dual_encoder, build_vision
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.train.calibration import calibrate, calibrate_tokens
-from test_models import TINY, batch
 
 
 def spread(features: torch.Tensor) -> float:

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or absent: damage, a full disk, which are kept, which is the best."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,29 +9,26 @@ import torch
 import reaf_hsenet.runs.checkpoint as module
 import train
 from reaf_hsenet.errors import InputError, OutputError
+from reaf_hsenet.files import read_json
 from reaf_hsenet.runs.checkpoint import Run
-from test_train import finished, keep_signal_handlers, numbers, run_copy, same_weights, tiny, wrong  # noqa: F401
-
-
-def resume(run: Path, *more) -> list[str]:
-    return ["--stage", "clip1", "--out", str(run), "--resume", "--log-every", "1", "--device", "cpu", *more]
+from tiny import AUTO, EIGHT, assert_same, flip_last_bit, log_of, resume, tiny, wrong
 
 
 def save(folder: Path, *steps: int, keep: int = 9) -> Run:
     run = Run(folder)
     for step in steps:
-        run.save(
-            step, {"a": torch.full((99,), float(step))}, {"progress": {"step": step}}, keep, best=step == 2
-        )
+        tensors = {"a": torch.full((99,), float(step))}
+        run.save(step, tensors, {"progress": {"step": step}}, keep, best=step == 2)
     return run
 
 
-def spoil(path: Path, how: str) -> None:
-    content = path.read_bytes()
+def damage(path: Path, how: str) -> None:
     if how == "absent":
         path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
     else:
-        path.write_bytes(content[:-7] if how == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+        flip_last_bit(path)
 
 
 @pytest.mark.slow
@@ -40,21 +36,18 @@ def spoil(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "changed", "absent"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_newest_that_is_whole(tmp_path, file, how):
     run = save(tmp_path, 1, 3, 4)
-    spoil(run.at(4) / file, how)
-    if (file, how) == (
-        "checkpoint.json",
-        "absent",
-    ):  # as earlier versions saved: nothing is known of the files but their names
+    damage(run.at(4) / file, how)
+    if (file, how) == ("checkpoint.json", "absent"):
+        # As earlier versions saved: nothing is known of the files but their names.
         assert run.newest_valid() == (run.at(4), [])
         (run.at(4) / "trainer.pt").unlink()
         assert run.newest_valid() == (run.at(3), [f"{run.at(4) / 'trainer.pt'}: no such file"])
         return
-    spoil(run.at(3) / file, how)
+    damage(run.at(3) / file, how)
     folder, reasons = run.newest_valid()
     assert folder == run.at(1) and len(reasons) == 2 and all("\n" not in reason for reason in reasons)
-    named = file if how != "changed" or file != "checkpoint.json" else "checkpoint.json"
-    assert reasons[0].startswith(f"{run.at(4) / named}: ")
-    spoil(run.at(1) / file, how)
+    assert reasons[0].startswith(f"{run.at(4) / file}: ")
+    damage(run.at(1) / file, how)
     with pytest.raises(InputError, match="no other checkpoint is left"):
         run.newest_valid()
 
@@ -79,7 +72,7 @@ def test_damaged_lines_of_the_log_are_left_out(tmp_path):
 
 def test_an_evaluation_does_not_read_damaged_weights(tmp_path):
     run = save(tmp_path, 1)
-    spoil(run.at(1) / "model.safetensors", "changed")
+    flip_last_bit(run.at(1) / "model.safetensors")
     with pytest.raises(InputError, match="model.safetensors: is damaged: its sha256"):
         run.load_model("last")
 
@@ -92,49 +85,39 @@ def test_last_can_be_set_back_by_hand(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_resumes_from_before_a_damaged_checkpoint_and_ends_the_same(run_copy, finished, capsys):
-    spoil(Run(run_copy).at(8) / "trainer.pt", "changed")
+    flip_last_bit(Run(run_copy).at(8) / "trainer.pt")
     assert train.main(resume(run_copy)) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
-    assert len(said) == 1 and said[0].endswith("; continuing from step-000006")
-    assert same_weights(run_copy, finished) and numbers(run_copy) == numbers(finished)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert said.endswith("; continuing from step-000006")
+    assert_same(run_copy, finished)
     assert Run(run_copy).pointer("best").name == Run(finished).pointer("best").name
 
 
 def test_the_last_n_and_the_best_are_kept(tmp_path):
     run = save(tmp_path, 1, 2, 3, 4, 5, keep=2)
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == [
-        "best",
-        "last",
-        "step-000002",
-        "step-000004",
-        "step-000005",
-    ]
+    names = ["best", "last", "step-000002", "step-000004", "step-000005"]
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == names
     assert run.pointer("best") == run.at(2) and run.pointer("last") == run.at(5)
 
 
 def test_a_checkpoint_lists_its_files_with_sizes_and_hashes(finished):
     folder = Run(finished).pointer("last")
-    written = json.loads((folder / "checkpoint.json").read_text())
+    written = read_json(folder / "checkpoint.json")
     assert written["step"] == 8 and set(written["files"]) == {"model.safetensors", "trainer.pt"}
     assert all(file["bytes"] == (folder / name).stat().st_size for name, file in written["files"].items())
 
 
-class FullDisk:
-    """Lets files of chosen steps, or the log, not be written. As torch's, safetensors' and the system's
-    errors are.
-    """
+def fill_disk(monkeypatch, *steps: int) -> None:
+    """Weights of these steps cannot be written; the error is as safetensors' is."""
+    save_file = module.save_file
 
-    def __init__(self, monkeypatch, steps: tuple[int, ...]):
-        save_file = module.save_file
+    def full(tensors, path):
+        if any(f"step-{step:06d}" in str(path) for step in steps):
+            said = 'Error while serializing: IoError(Os { code: 28, message: "No space left" })'
+            raise module.SafetensorError(said)
+        return save_file(tensors, path)
 
-        def full(tensors, path):
-            if any(f"step-{step:06d}" in str(path) for step in steps):
-                raise module.SafetensorError(
-                    'Error while serializing: IoError(Os { code: 28, message: "No space left" })'
-                )
-            return save_file(tensors, path)
-
-        monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "save_file", full)
 
 
 @pytest.mark.slow
@@ -142,31 +125,24 @@ def test_a_full_disk_leaves_the_run_alive_and_the_last_checkpoint_whole(
     prepared, finished, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        FullDisk(patch, (3,))
-        assert train.main(tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9)) == 0
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert (
-        len(warnings) == 1
-        and "step-000003: cannot be written" in warnings[0]
-        and "No space left" in warnings[0]
-    )
-    assert "training goes on" in warnings[0] and not Run(out).at(3).exists()
-    assert same_weights(out, finished) and numbers(out) == numbers(finished)
+    fill_disk(monkeypatch, 3)
+    assert train.main(tiny(prepared, out, *EIGHT)) == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    for words in ("step-000003: cannot be written", "No space left", "training goes on"):
+        assert words in said
+    assert not Run(out).at(3).exists()
+    assert_same(out, finished)
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_an_error(prepared, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        FullDisk(patch, (8,))
-        wrong(
-            tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9),
-            "step-000008: cannot be written.*free space.*--resume",
-        )
+        fill_disk(patch, 8)
+        wrong(tiny(prepared, out, *EIGHT), "step-000008: cannot be written.*free space.*--resume")
     assert Run(out).pointer("last") == Run(out).at(6)
     assert train.main(resume(out)) == 0
-    assert same_weights(out, finished) and numbers(out) == numbers(finished)
+    assert_same(out, finished)
 
 
 def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room(tmp_path, monkeypatch):
@@ -202,22 +178,16 @@ def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room(tmp_path,
 @pytest.mark.parametrize("name", ["report_to_volume/R@1", "volume_to_report/R@10"])
 def test_the_best_checkpoint_is_chosen_by_the_number_that_is_named(prepared, tmp_path, name):
     out = tmp_path / "run"
-    assert (
-        train.main(
-            tiny(prepared, out, "--max-steps", 6, "--validate-every", 0.16, "--keep", 9, "--best-by", name)
-        )
-        == 0
-    )
-    scores = {r["step"]: r["validation"][name] for r in Run(out).read_log() if "validation" in r}
-    best = max(scores.values())
-    assert Run(out).pointer("best") == Run(out).at(
-        min(step for step, score in scores.items() if score == best)
-    )
+    flags = ("--max-steps", 6, "--validate-every", 0.16, "--keep", 9, "--best-by", name)
+    assert train.main(tiny(prepared, out, *flags)) == 0
+    scores = {r["step"]: r["validation"][name] for r in log_of(out) if "validation" in r}
+    first = min(step for step, score in scores.items() if score == max(scores.values()))
+    assert Run(out).pointer("best") == Run(out).at(first)
 
 
 def test_a_best_checkpoint_that_is_gone_is_not_held_against_the_next(run_copy, finished):
     run, best = Run(run_copy), Run(finished).pointer("best").name
-    (run.checkpoints / "last").write_text("step-000006\n")
+    run.point("last", 6)
     for path in run.checkpoints.glob("step-*"):
         if path.name != "step-000006":
             shutil.rmtree(path)
@@ -226,16 +196,14 @@ def test_a_best_checkpoint_that_is_gone_is_not_held_against_the_next(run_copy, f
 
 
 @pytest.mark.parametrize("lost", ["checkpoints/last", "config.json"])
-@pytest.mark.parametrize("how", [(), ("--resume", "auto")])
+@pytest.mark.parametrize("how", [(), AUTO])
 def test_no_start_deletes_the_checkpoints_of_a_run_that_has_lost_a_file(prepared, run_copy, lost, how):
     before = {path: path.stat().st_mtime_ns for path in Run(run_copy).all()}
     (run_copy / lost).unlink()
     argv = tiny(prepared, run_copy, "--max-steps", 8, *how)
     if lost == "config.json":
-        wrong(
-            argv,
-            "config.json: no such file beside .*checkpoints; put the run's own back, or choose another --out",
-        )
+        advice = "put the run's own back, or choose another --out"
+        wrong(argv, f"config.json: no such file beside .*checkpoints; {advice}")
     elif how:
         assert train.main(argv) == 0 and Run(run_copy).pointer("last").name == "step-000008"
     else:
@@ -244,7 +212,7 @@ def test_no_start_deletes_the_checkpoints_of_a_run_that_has_lost_a_file(prepared
 
 
 def test_a_full_disk_at_a_runs_only_checkpoint_does_not_speak_of_others(prepared, tmp_path, monkeypatch):
-    FullDisk(monkeypatch, (1, 2))
+    fill_disk(monkeypatch, 1, 2)
     with pytest.raises(OutputError, match="free space; there is none before it$"):
         train.main(tiny(prepared, tmp_path / "run", "--max-steps", 2))
 
@@ -261,8 +229,5 @@ def test_a_log_writer_that_fails_ends_nothing(prepared, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(train, "make_writer", lambda *_: full)
     assert train.main(tiny(prepared, tmp_path / "run", "--max-steps", 2)) == 0
-    said = capsys.readouterr().out
-    assert (
-        said.count("warning: --log: cannot be written (No space left on device); training goes on without it")
-        == 1
-    )
+    said = "warning: --log: cannot be written (No space left on device); training goes on without it"
+    assert capsys.readouterr().out.count(said) == 1

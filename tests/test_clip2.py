@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from networks import TINY
 from reaf_hsenet import distributed
 from reaf_hsenet.config import ClipConfig, GuidedVisionConfig
 from reaf_hsenet.data.loader import Batch
@@ -19,7 +20,7 @@ from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss, relat
 from reaf_hsenet.weights.files import load_matching, load_strictly
 from reaf_hsenet.weights.names import M3D_CLIP, import_state, teacher_tensors
 from reaf_hsenet.weights.shapes import initial_state
-from test_models import TINY
+from tiny import published_stage2
 
 SLICES, SLICE_WIDTH = 5, 12
 STUDENT = replace(
@@ -178,61 +179,6 @@ def test_slice_features_of_another_shape_are_refused():
     batch = double(data())
     with pytest.raises(ValueError, match=r"\(4, 12\), this encoder takes \(5, 12\)"):
         student.encode_image(batch.volume, batch.slices[:, :4])
-
-
-def published_stage2(student, teacher) -> dict[str, torch.Tensor]:
-    """Both models under the names of HSENet's published stage-2 checkpoint."""
-    vision = {
-        "pos_embed": "patch_embedding.position_embeddings",
-        "patch_embed.proj.weight": "patch_embedding.patch_embeddings.1.weight",
-        "patch_embed.proj.bias": "patch_embedding.patch_embeddings.1.bias",
-    }
-    parts = (
-        ("mlp.fc1.", "mlp.linear1."),
-        ("mlp.fc2.", "mlp.linear2."),
-        ("attn.proj.", "attn.out_proj."),
-        ("guidance.query.", "slice_guided_attention.Wq."),
-        ("guidance.key.", "slice_guided_attention.Wk."),
-        ("guidance.value.", "slice_guided_attention.Wv."),
-        ("guidance.proj.", "slice_guided_attention.output_linear."),
-        ("guidance.norm.", "slice_guided_attention.norm."),
-        ("score.", "patch_score_proj."),
-    )
-    text = (
-        ("word_embed.", "embeddings.word_embeddings."),
-        ("pos_embed.", "embeddings.position_embeddings."),
-        ("type_embed.", "embeddings.token_type_embeddings."),
-        ("blocks.", "encoder.layer."),
-        (".attn.proj.", ".attention.output.dense."),
-        (".norm1.", ".attention.output.LayerNorm."),
-        (".mlp.fc1.", ".intermediate.dense."),
-        (".mlp.fc2.", ".output.dense."),
-        (".norm2.", ".output.LayerNorm."),
-    )
-    made = {}
-    for prefix, model in (("", student), ("stage1_pretrained_CLIP.", teacher)):
-        for name, tensor in model.state_dict().items():
-            tower, _, rest = name.partition(".")
-            if tower == "vision":
-                rest = vision.get(rest, rest)
-                for ours, theirs in parts:
-                    rest = rest.replace(ours, theirs)
-                made[f"{prefix}vision_encoder.{rest}"] = tensor.clone()
-            elif tower == "text" and ".qkv." in rest:
-                for kind, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                    layer = rest.replace("blocks.", "encoder.layer.").replace(
-                        "attn.qkv.", f"attention.self.{kind}."
-                    )
-                    made[f"{prefix}language_encoder.{layer}"] = third.clone()
-            elif tower == "text":
-                rest = "embeddings.LayerNorm." + rest[5:] if rest.startswith("norm.") else rest
-                for ours, theirs in text:
-                    rest = rest.replace(ours, theirs)
-                made[f"{prefix}language_encoder.{rest}"] = tensor.clone()
-            else:
-                name = name.replace("vision_proj", "mm_vision_proj").replace("text_proj", "mm_language_proj")
-                made[prefix + name] = tensor.clone()
-    return made
 
 
 def test_a_published_stage_2_checkpoint_gives_student_and_teacher():

@@ -15,7 +15,7 @@ from reaf_hsenet.data.bad_volumes import BadVolumes
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.train import training
-from test_train import keep_signal_handlers, numbers, tiny  # noqa: F401  (a fixture)
+from tiny import numbers, tiny
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_blocks_are_compiled_although_a_gpus_first_step_counts_their_flops(prepa
     counters.clear()
     assert train.main(tiny(prepared, tmp_path / "run", "--max-steps", 2, "--compile")) == 0
     assert counters["frames"]["ok"] >= 2  # the vision blocks' code, and the text blocks'
-    logged = [record for record in numbers(tmp_path / "run") if "loss" in record]
+    logged = numbers(tmp_path / "run", "loss")
     assert len(logged) == 2 and all(record["mfu"] > 0 for record in logged)
 
 

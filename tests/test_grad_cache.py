@@ -11,19 +11,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from networks import SMALL_REAF
 from reaf_hsenet import distributed
 from reaf_hsenet.config import ClipConfig, TextConfig
 from reaf_hsenet.models.clip import build_dual_encoder, set_grad_checkpoint
 from reaf_hsenet.train.grad_cache import GradCache
 from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss, gather_with_grad
-from test_reaf import SMALL
 
 ROWS, CHUNK = 6, 2
 TEXT = TextConfig(
     vocab=50, width=32, depth=2, heads=4, mlp=64, positions=24, dropout=0.3, attention_dropout=0.3
 )
 REAF = ClipConfig(
-    "reaf", replace(SMALL, drop_path=0.5), TEXT, embed=16, projection_bias=False, logit_scale="exp"
+    "reaf", replace(SMALL_REAF, drop_path=0.5), TEXT, embed=16, projection_bias=False, logit_scale="exp"
 )
 
 

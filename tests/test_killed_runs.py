@@ -2,63 +2,31 @@
 by the same command.
 """
 
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch
 
-import train
 from conftest import ROOT
 from reaf_hsenet.runs.checkpoint import Run
-from test_language_runs import language, stages  # noqa: F401
-from test_train import assert_close_weights, numbers, same_weights, tiny
+from tiny import (
+    AUTO,
+    assert_close_logs,
+    assert_close_weights,
+    assert_same,
+    finish,
+    language,
+    start,
+    tiny,
+)
 
-FORKS = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forks():
-    """Processes are forked from one that has imported all and computed nothing: a start costs no import."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        FORKS.set_forkserver_preload(["test_killed_runs"])
-        forkserver.ensure_running()
-
-
-def one_rank(rank: int, world: int, port: int, argv: list[str]) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.exit(train.main(argv))
-
-
-def start(argv: list[str], world: int = 1, target: Callable = one_rank) -> list[BaseProcess]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [FORKS.Process(target=target, args=(rank, world, port, argv)) for rank in range(world)]
-    for rank in ranks:
-        rank.start()
-    return ranks
-
-
-def finish(argv: list[str], world: int = 1) -> None:
-    ranks = start(argv, world)
-    for rank in ranks:
-        rank.join(120)
-        assert rank.exitcode == 0
+pytestmark = pytest.mark.usefixtures("forks")
 
 
 def kill_when(moment: Callable[[], bool], delay: float, argv: list[str], world: int = 1) -> bool:
@@ -90,34 +58,15 @@ def kill_often(argv: list[str], out: Path, times: int, world: int = 1, seed: int
     finish(argv, world)
 
 
-AUTO = ("--resume", "auto")
-
-
 @pytest.mark.slow
 def test_twenty_kills_change_no_weight_and_no_number_of_the_log(prepared, tmp_path):
     """With accumulation, gradient caching, mixed precision and gradient checkpointing."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = (
-        "--max-steps",
-        30,
-        "--save-every",
-        1,
-        "--validate-every",
-        0.2,
-        "--precision",
-        "bf16",
-        "--grad-checkpoint",
-        "--batch-size",
-        4,
-        "--accumulate",
-        2,
-        "--grad-cache",
-        3,
-        *AUTO,
-    )
+    more = "--max-steps 30 --save-every 1 --validate-every 0.2 --precision bf16 --grad-checkpoint".split()
+    more += ["--accumulate", 2, "--grad-cache", 3, *AUTO]
     finish(tiny(prepared, whole, *more))
     kill_often(tiny(prepared, killed, *more), killed, 20)
-    assert same_weights(whole, killed) and numbers(whole) == numbers(killed)
+    assert_same(whole, killed)
     assert Run(whole).pointer("best").name == Run(killed).pointer("best").name
     assert not list(killed.rglob("*.tmp"))
 
@@ -132,7 +81,7 @@ def test_every_stage_survives_kills(stages, tmp_path, stage, world):
     first = "clip1" if stage == "clip2" else "clip2"
     finish(language(stages, whole, *more, stage=stage, start=first), world)
     kill_often(language(stages, killed, *more, stage=stage, start=first), killed, 3, world)
-    assert same_weights(whole, killed) and numbers(whole) == numbers(killed)
+    assert_same(whole, killed)
 
 
 def two(data: Path, out: Path, *more) -> list[str]:
@@ -149,7 +98,7 @@ def two_whole(prepared, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_two_processes_survive_kills(prepared, two_whole, tmp_path):
     kill_often(two(prepared, tmp_path / "killed", *AUTO), tmp_path / "killed", 4, 2)
-    assert same_weights(two_whole, tmp_path / "killed") and numbers(two_whole) == numbers(tmp_path / "killed")
+    assert_same(two_whole, tmp_path / "killed")
 
 
 @pytest.mark.slow
@@ -162,30 +111,16 @@ def test_a_checkpoint_of_four_processes_resumes_on_two_and_on_one(prepared, tmp_
     for world, step in ((4, 3), (2, 6)):
         assert kill_when(Run(out).at(step).is_dir, 0, argv, world)
     finish(argv)
-    for a, b in zip(numbers(one), numbers(out), strict=True):
-        assert a["step"] == b["step"] and a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=2e-5)
+    assert_close_logs(one, out)
     assert_close_weights(one, out)
-
-
-def elastic(argv: list[str]) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "--max-restarts",
-        "1",
-    ]
-    command += [str(ROOT / "train.py"), *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_same_weights(prepared, two_whole, tmp_path):
     out = tmp_path / "run"
-    job = elastic(two(prepared, out, *AUTO))
+    command = "-m torch.distributed.run --nproc-per-node 2 --standalone --max-restarts 1".split()
+    command = [sys.executable, *command, str(ROOT / "train.py"), *two(prepared, out, *AUTO)]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         while not Run(out).at(2).is_dir() and job.poll() is None:
             time.sleep(0.01)
@@ -195,4 +130,4 @@ def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_same_weights(pr
     finally:
         job.kill()
     assert job.returncode == 0, said
-    assert same_weights(two_whole, out) and numbers(two_whole) == numbers(out)
+    assert_same(two_whole, out)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from networks import TINY, batch
 from reaf_hsenet.config import LoraConfig
 from reaf_hsenet.models.clip import adapt, build_dual_encoder
 from reaf_hsenet.models.layers import FusedLinear
 from reaf_hsenet.models.lora import LoraLinear, add_lora, merge_lora, merged_state, unmerge_lora
-from test_models import TINY, batch
 
 LORA = LoraConfig(towers=("vision", "text"), r=3, alpha=6, targets=("query", "value", "fc1"))
 

@@ -6,12 +6,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from networks import TINY, batch
 from reaf_hsenet import distributed
 from reaf_hsenet.data.loader import Batch
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.train.contrastive import Contrastive, encode
 from reaf_hsenet.train.losses import contrastive_logits, contrastive_loss, gather_with_grad
-from test_models import TINY, batch
 
 
 def loss_of(model, volume, ids, mask):

@@ -3,26 +3,11 @@
 import pytest
 import torch
 
-from reaf_hsenet.config import ClipConfig, TextConfig, VisionConfig
+from networks import TINY, batch
+from reaf_hsenet.config import ClipConfig
 from reaf_hsenet.models.clip import build_dual_encoder, set_grad_checkpoint
 from reaf_hsenet.models.layers import PatchEmbed3D
 from reaf_hsenet.models.vit3d import ViT3D
-
-TINY = ClipConfig(
-    vision=VisionConfig((8, 16, 16), (4, 8, 8), width=32, depth=2, heads=4, mlp=64),
-    text=TextConfig(
-        vocab=50, width=32, depth=2, heads=4, mlp=64, positions=24, dropout=0.0, attention_dropout=0.0
-    ),
-    embed=16,
-)
-
-
-def batch(size=3):
-    torch.manual_seed(0)
-    ids = torch.randint(5, 50, (size, 12))
-    mask = torch.ones_like(ids)
-    mask[0, 7:] = 0
-    return torch.rand(size, 1, 8, 16, 16), ids, mask
 
 
 def test_base_configuration_has_the_published_sizes():

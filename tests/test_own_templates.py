@@ -14,7 +14,7 @@ import train
 from reaf_hsenet.data.questions import question_answer, read_templates
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.runs.trained import load_trained
-from test_language_runs import decoder_folder, language, stages  # noqa: F401
+from tiny import config_of, language, losses, wrong
 
 # In the form of HSENet's prompt_templates.py; the wordings are the test's.
 PUBLISHED = """
@@ -30,13 +30,7 @@ Radgeome_vqa_templates = {
     "size": ["How large is the {abnormality}?"],
 }
 """
-ROW = {
-    "kind": "location",
-    "anatomy": "lung/left lung",
-    "abnormality": "cyst",
-    "answer": "left",
-    "question": "Whence?",
-}
+ROW = dict(kind="location", anatomy="lung/left lung", abnormality="cyst", answer="left", question="Whence?")
 
 
 @pytest.fixture
@@ -65,21 +59,20 @@ def test_every_question_is_one_of_the_users_drawn_uniformly(published):
     assert min(asked.values()) > 150
 
 
+NONE = "has no list of questions of this kind; expected "
+
+
 @pytest.mark.parametrize(
     "name, text, words",
     [
         ("a.py", "x = [1", "a.py: cannot be read"),
-        (
-            "a.py",
-            "x = {'presence': ['Is it {abnormality}?']}",
-            'a.py: has no list of questions of this kind; expected {"location"',
-        ),
-        ("a.json", '["Where?"]', "a.json: has no list of questions"),
-        ("a.json", '{"location": []}', "a.json: has no list of questions"),
+        ("a.py", "x = {'presence': ['Is it {abnormality}?']}", f'a.py: {NONE}{{"location"'),
+        ("a.json", '["Where?"]', f"a.json: {NONE}"),
+        ("a.json", '{"location": []}', f"a.json: {NONE}"),
         (
             "a.json",
-            '{"location": ["Where is it?"]}',
-            "'Where is it?' is no question with {abnormality} or {anatomy} in it",
+            '{"location": ["Where?"]}',
+            "'Where?' is no question with {abnormality} or {anatomy} in",
         ),
         ("a.json", '{"location": [3]}', "3 is no question"),
         ("a.json", "{", "a.json: is not valid JSON"),
@@ -97,28 +90,14 @@ def test_a_file_that_has_none_is_one_line(tmp_path, name, text, words):
 @pytest.mark.slow
 def test_a_run_keeps_its_templates_and_is_evaluated_with_them(stages, decoder_folder, published, tmp_path):
     out = tmp_path / "vqa"
-    start = language(
-        stages,
-        out,
-        "--decoder",
-        decoder_folder,
-        "--templates",
-        published,
-        "--max-steps",
-        1,
-        "--frozen-dropout",
-        stage="vqa",
-    )
+    flags = ("--decoder", decoder_folder, "--templates", published, "--max-steps", 1, "--frozen-dropout")
+    start = language(stages, out, *flags, stage="vqa")
     assert train.main(start) == 0
-    values = json.loads((out / "config.json").read_text())
-    assert (
-        values["train"]["templates"] == list(read_templates(published, "location"))
-        and values["train"]["frozen_dropout"]
-    )
+    kept = config_of(out)["train"]
+    assert kept["templates"] == list(read_templates(published, "location")) and kept["frozen_dropout"]
     assert train.main([*start, "--resume"]) == 0
     published.write_text(PUBLISHED.replace("fifty", "still fifty").replace("In which", "In what"))
-    with pytest.raises(InputError, match="--templates: with --resume a run keeps its settings"):
-        train.main([*start, "--resume"])
+    wrong([*start, "--resume"], "--templates: with --resume a run keeps its settings")
     flags = ["--task", "vqa", "--run", str(out), "--device", "cpu", "--new-tokens", "2", "--limit", "8"]
     for more, words in (([], "In which part"), (["--templates", str(published)], "In what part")):
         assert evaluate.main([*flags, "--out", str(tmp_path / words[:7]), *more]) == 0
@@ -135,12 +114,7 @@ def test_frozen_encoders_keep_their_dropout_when_that_is_asked_for(stages, decod
     assert model.train() and not guidance.training and guidance.dropout.p > 0
     model.frozen_dropout = True
     assert model.train() and guidance.training and not model.eval().encoders[1].guidance.training
-    with pytest.raises(InputError, match="--cache-features: features under dropout are others each time"):
-        train.main(
-            language(stages, tmp_path / "r", *flags, "--frozen-dropout", "--cache-features", "--no-augment")
-        )
-    losses = []
-    for out, more in (("plain", ()), ("dropout", ("--frozen-dropout",))):
-        assert train.main(language(stages, tmp_path / out, *flags, "--no-augment", *more)) == 0
-        losses.append(json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[0])["loss"])
-    assert losses[0] != losses[1]
+    plain, dropped = tmp_path / "plain", tmp_path / "dropout"
+    assert train.main(language(stages, plain, *flags, "--no-augment")) == 0
+    assert train.main(language(stages, dropped, *flags, "--no-augment", "--frozen-dropout")) == 0
+    assert losses(plain)[0] != losses(dropped)[0]

@@ -4,6 +4,7 @@ somebody presses Ctrl-C.
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from reaf_hsenet.files import folder_lock
 from reaf_hsenet.runs import checkpoint
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.script import run_script
-from test_train import at_step, finished, keep_signal_handlers, numbers, run_copy, same_weights, tiny, wrong  # noqa: F401
+from tiny import EIGHT, at_step, resume, same_weights, tiny, wrong
 
 
 def shell(command: str, **options) -> subprocess.CompletedProcess:
@@ -45,13 +46,11 @@ def until(there, process: subprocess.Popen) -> None:
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_ends_a_run_with_its_loaders(prepared, tmp_path):
     """Its end, the pipes' too, is what is tested: the loader processes hold them as well."""
-    flags = " ".join(
-        tiny(prepared, tmp_path / "run", "--max-steps", 2, "--workers", 2, "--validate-every", 1)
-    )
-    done = shell(f"ulimit -f 1000; exec {sys.executable} train.py {flags}")
-    assert "step-000002: cannot be written" in error_line(done) and done.stderr.rstrip().endswith(
-        "free space; there is none before it"
-    )
+    flags = ("--max-steps", 2, "--workers", 2, "--validate-every", 1)
+    command = " ".join(tiny(prepared, tmp_path / "run", *flags))
+    done = shell(f"ulimit -f 1000; exec {sys.executable} train.py {command}")
+    assert "step-000002: cannot be written" in error_line(done)
+    assert done.stderr.rstrip().endswith("free space; there is none before it")
 
 
 def test_a_loader_that_is_killed_while_a_checkpoint_is_written_does_not_drop_it(
@@ -64,9 +63,8 @@ def test_a_loader_that_is_killed_while_a_checkpoint_is_written_does_not_drop_it(
     def killing(tensors, path):
         (loader,) = set(multiprocessing.active_children()) - before
         loader.kill()
-        while (
-            " Z " not in Path(f"/proc/{loader.pid}/stat").read_text()
-        ):  # what torch raises when it hears of it, is raised here
+        # What torch raises when it hears of it, is raised here.
+        while " Z " not in Path(f"/proc/{loader.pid}/stat").read_text():
             time.sleep(0.001)
         return save_file(tensors, path)
 
@@ -91,31 +89,26 @@ SAYS = (
 )
 
 
+UNWRITTEN = "warning: standard output cannot be written ({}); going on without it"
+FULL = "No space left on device"
+UNWRITABLE = f"cannot be written ({FULL}); free space and run again"
+
+
 @pytest.mark.parametrize(
     ("streams", "result", "code", "said"),
     [
-        (
-            ">/dev/full",
-            False,
-            0,
-            "warning: standard output cannot be written (No space left on device); going on without it",
-        ),
+        (">/dev/full", False, 0, UNWRITTEN.format(FULL)),
         (">/dev/full 2>&1", False, 0, ""),
         ("2>/dev/full", False, 0, ""),
         (">&-", False, 0, ""),
         (">&- 2>&-", False, 0, ""),
-        (
-            "| head -c 1 >/dev/null",
-            False,
-            0,
-            "warning: standard output cannot be written (Broken pipe); going on without it",
-        ),
+        ("| head -c 1 >/dev/null", False, 0, UNWRITTEN.format("Broken pipe")),
         ("| head -c 1 >/dev/null", True, 141, ""),
         (
             ">/dev/full",
             True,
             2,
-            "error: standard output: cannot be written (No space left on device); free space and run again",
+            f"error: standard output: cannot be written ({FULL}); free space and run again",
         ),
         (">/dev/full 2>&1", True, 2, ""),
     ],
@@ -135,7 +128,7 @@ def test_a_run_outlives_its_output(prepared, tmp_path):
 @pytest.mark.slow
 def test_a_run_whose_folder_is_moved_ends_and_begins_no_other(prepared, finished, tmp_path, monkeypatch):
     out, moved = tmp_path / "run", tmp_path / "moved"
-    argv = tiny(prepared, out, "--max-steps", 8, "--save-every", 3, "--keep", 9, "--log-every", 100)
+    argv = tiny(prepared, out, *EIGHT, "--log-every", 100)
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda: out.rename(moved))
         wrong(argv, f"{out}: was moved, removed or replaced while the run wrote into it.*--resume")
@@ -154,9 +147,8 @@ def test_a_run_whose_folder_is_replaced_writes_nothing_into_the_other(prepared, 
 
     at_step(monkeypatch, 3, replaced)
     wrong(tiny(prepared, out, "--max-steps", 8), "was moved, removed or replaced")
-    assert [path.name for path in out.iterdir()] == ["log.jsonl"] and (
-        out / "log.jsonl"
-    ).read_text() == "another's\n"
+    assert [path.name for path in out.iterdir()] == ["log.jsonl"]
+    assert (out / "log.jsonl").read_text() == "another's\n"
 
 
 SCRIPTS = {
@@ -172,8 +164,8 @@ def test_ctrl_c_while_a_script_imports_is_one_line(tmp_path, name):
     for library in ("numpy", "torch"):  # whichever is imported first
         (tmp_path / library).mkdir()
         (tmp_path / library / "__init__.py").write_text(
-            "import time\ntry:\n    open('importing', 'w').close(), time.sleep(60)\nexcept "
-            "BaseException:\n    time.sleep(60)\n"
+            "import time\ntry:\n    open('importing', 'w').close(), time.sleep(60)\n"
+            "except BaseException:\n    time.sleep(60)\n"
         )
     (tmp_path / "scan.nii").touch()
     script = started(name, *SCRIPTS[name], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
@@ -191,12 +183,8 @@ def test_sigusr1_before_the_first_step_waits_for_a_checkpoint(prepared, tmp_path
     script = started("train.py", *tiny(prepared, out, "--max-steps", 500, "--validate-every", 1))
 
     def catches() -> bool:
-        caught = [
-            line
-            for line in Path(f"/proc/{script.pid}/status").read_text().splitlines()
-            if line.startswith("SigCgt")
-        ]
-        return bool(int(caught[0].split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{script.pid}/status").read_text())
+        return bool(int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
     until(catches, script)
     script.send_signal(signal.SIGUSR1)
@@ -206,10 +194,8 @@ def test_sigusr1_before_the_first_step_waits_for_a_checkpoint(prepared, tmp_path
 
 
 def test_a_phantom_worker_that_is_killed_is_one_line():
-    with pytest.raises(
-        InputError,
-        match="a worker was killed, most likely for want of memory; run again with fewer --workers",
-    ):
+    words = "a worker was killed, most likely for want of memory; run again with fewer --workers"
+    with pytest.raises(InputError, match=words):
         list(dataset._map(os._exit, [1, 1], 2))
 
 
@@ -239,9 +225,8 @@ def test_a_worker_ends_with_the_process_that_is_killed():
 
 def test_workers_leave_signals_to_the_main_process():
     with worker_pool(1) as pool:
-        assert [pool.submit(signal.getsignal, n).result() for n in (signal.SIGINT, signal.SIGUSR1)] == [
-            signal.SIG_IGN
-        ] * 2
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            assert pool.submit(signal.getsignal, number).result() == signal.SIG_IGN
 
 
 def test_a_file_that_the_system_refuses_is_one_line(tmp_path, capsys):
@@ -265,12 +250,7 @@ def test_a_folder_is_locked_though_its_disk_is_full(tmp_path, monkeypatch):
 
 def test_a_checkpoint_that_lists_no_files_is_passed_over_for_an_older_one(run_copy, finished, capsys):
     (Run(run_copy).at(8) / "checkpoint.json").write_text('{"step": 8, "files": {}}')
-    assert (
-        train.main(
-            ["--stage", "clip1", "--out", str(run_copy), "--resume", "--log-every", "1", "--device", "cpu"]
-        )
-        == 0
-    )
+    assert train.main(resume(run_copy)) == 0
     assert "step-000008/checkpoint.json: is damaged; continuing from step-000006" in capsys.readouterr().out
     assert same_weights(run_copy, finished)
 
@@ -278,16 +258,6 @@ def test_a_checkpoint_that_lists_no_files_is_passed_over_for_an_older_one(run_co
 @pytest.mark.slow
 def test_a_run_goes_on_in_fp16_where_it_was_in_fp32(run_copy):
     """Its checkpoint has no loss scale."""
-    (run_copy / "checkpoints/last").write_text("step-000006\n")
-    resumed = [
-        "--stage",
-        "clip1",
-        "--out",
-        str(run_copy),
-        "--resume",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp16",
-    ]
-    assert train.main(resumed) == 0 and Run(run_copy).pointer("last") == Run(run_copy).at(8)
+    Run(run_copy).point("last", 6)
+    assert train.main(resume(run_copy, "--precision", "fp16")) == 0
+    assert Run(run_copy).pointer("last") == Run(run_copy).at(8)

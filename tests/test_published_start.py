@@ -2,7 +2,6 @@
 trains them.
 """
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -13,17 +12,14 @@ from reaf_hsenet.config import GuidedVisionConfig, TextConfig
 from reaf_hsenet.models.clip import build_dual_encoder, start_as_published
 from reaf_hsenet.presets import PRESETS, stage_config
 from reaf_hsenet.train import contrastive
-from test_train import same_weights, tiny
+from tiny import config_of, edited, same_weights, tiny
 
 
 def started(preset: str, **vision) -> dict[str, torch.Tensor]:
     """The state of a base-width model of one block a tower."""
     config = PRESETS[preset]
-    encoder = replace(
-        config.vision,
-        depth=1,
-        **({"scan_layers": (0,), "size": (24, 72, 72)} if preset.startswith("reaf") else {}),
-    )
+    small = {"scan_layers": (0,), "size": (24, 72, 72)} if preset.startswith("reaf") else {}
+    encoder = replace(config.vision, depth=1, **small)
     if vision:
         encoder = GuidedVisionConfig(**vars(encoder), **vision)
     torch.manual_seed(0)
@@ -61,13 +57,10 @@ def test_hsenets_vit_starts_as_monai_starts_it():
 def test_reafs_vit_starts_as_timm_starts_it():
     state = started("reaf-base")
     for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-        assert (
-            normal(state[f"vision.blocks.0.{name}.weight"])
-            and not state[f"vision.blocks.0.{name}.bias"].any()
-        )
-    assert uniform(state["vision.patch_embed.proj.weight"], 4608) and uniform(
-        state["vision.patch_embed.proj.bias"], 4608
-    )
+        assert normal(state[f"vision.blocks.0.{name}.weight"])
+        assert not state[f"vision.blocks.0.{name}.bias"].any()
+    for name in ("weight", "bias"):
+        assert uniform(state[f"vision.patch_embed.proj.{name}"], 4608)
     assert uniform(state["vision.fusion_layer.weight"], 768) and uniform(state["vision_proj.weight"], 768)
     assert state["vision.cls_token"].std().item() == pytest.approx(1e-6, rel=0.1)
 
@@ -90,16 +83,12 @@ def test_base_presets_start_as_published_and_tiny_ones_do_not():
 
 
 def test_a_run_starts_as_its_recipe_says_and_what_is_loaded_stays(prepared, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        contrastive, "start_as_published", lambda model: seen.append(start_as_published(model))
-    )
+    seen, noted = [], lambda model: seen.append(start_as_published(model))
+    monkeypatch.setattr(contrastive, "start_as_published", noted)
     assert train.main(tiny(prepared, tmp_path / "tiny", "--max-steps", 1)) == 0
-    assert not seen and json.loads((tmp_path / "tiny/config.json").read_text())["train"]["start"] == "xavier"
-    monkeypatch.setattr(
-        "reaf_hsenet.train.setup.stage_config",
-        lambda *names: replace(stage_config(*names), start="published"),
-    )
+    assert not seen and config_of(tmp_path / "tiny")["train"]["start"] == "xavier"
+    as_published = lambda *names: replace(stage_config(*names), start="published")
+    monkeypatch.setattr("reaf_hsenet.train.setup.stage_config", as_published)
     assert train.main(tiny(prepared, tmp_path / "two", "--max-steps", 1, "--init", tmp_path / "tiny")) == 0
     assert seen and same_weights(tmp_path / "tiny", tmp_path / "two")  # the first step's rate is 0
 
@@ -107,8 +96,7 @@ def test_a_run_starts_as_its_recipe_says_and_what_is_loaded_stays(prepared, tmp_
 def test_a_finished_run_from_before_a_setting_was_known_is_still_finished(prepared, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main(tiny(prepared, out, "--max-steps", 1)) == 0
-    config = json.loads((out / "config.json").read_text())
-    del config["train"]["start"]
-    (out / "config.json").write_text(json.dumps(config))
+    with edited(out / "config.json") as config:
+        del config["train"]["start"]
     assert train.main(tiny(prepared, out, "--max-steps", 1)) == 0
     assert "finished already" in capsys.readouterr().out

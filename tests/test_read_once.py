@@ -10,9 +10,11 @@ import pytest
 
 from reaf_hsenet import files
 from reaf_hsenet.runs import checkpoint
+from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import load_trained
-from test_killed_runs import forks, one_rank, start  # noqa: F401
-from test_language_runs import decoder_folder, language, stages  # noqa: F401
+from tiny import finish, language, one_rank
+
+pytestmark = pytest.mark.usefixtures("forks")
 
 
 def counted(folder: Path, rank: int) -> None:
@@ -44,30 +46,17 @@ def counting_rank(rank: int, world: int, port: int, argv: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_new_run_reads_and_hashes_every_file_once(stages, decoder_folder, tmp_path, world):
-    argv = language(
-        stages, tmp_path / "run", "--decoder", decoder_folder, "--max-steps", 1, "--batch-size", 2
-    )
-    argv = [part for part in argv if part != "--out" and part != str(tmp_path / "run")] + [
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    for rank in start(argv, world, counting_rank):
-        rank.join(240)
-        assert rank.exitcode == 0
-    encoders = {
-        str((stages / name / "checkpoints/step-000002/model.safetensors").resolve())
-        for name in ("clip1", "clip2")
-    }
+    flags = ("--decoder", decoder_folder, "--max-steps", 1, "--batch-size", 2, "--out", tmp_path / "run")
+    finish(language(stages, tmp_path / "run", *flags), world, counting_rank)
+    last = [Run(stages / name).pointer("last") for name in ("clip1", "clip2")]
+    encoders = {str((folder / "model.safetensors").resolve()) for folder in last}
     bases = {str(path.resolve()) for path in decoder_folder.glob("*.safetensors")}
     for rank in range(world):
-        lines = [
-            tuple(json.loads(line)) for line in (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()
-        ]
-        count = Counter(line for line in lines if str(tmp_path / "run") not in line[1])
+        lines = map(json.loads, (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines())
+        count = Counter(tuple(line) for line in lines if str(tmp_path / "run") not in line[1])
         assert {path for kind, path in count if kind == "read"} == encoders
-        assert {path for kind, path in count if kind == "hashed"} == (
-            encoders | bases if rank == 0 else set()
-        )
+        hashed = encoders | bases if rank == 0 else set()
+        assert {path for kind, path in count if kind == "hashed"} == hashed
         assert set(count.values()) == {1}
 
 
@@ -75,15 +64,11 @@ def test_a_new_run_reads_and_hashes_every_file_once(stages, decoder_folder, tmp_
 def test_a_run_that_is_read_again_hashes_its_own_checkpoint_and_no_decoder(
     stages, decoder_folder, tmp_path, monkeypatch
 ):
-    argv = language(stages, tmp_path / "run", "--decoder", decoder_folder, "--max-steps", 1)
-    (rank,) = start(argv)
-    rank.join(240)
-    hashed = []
+    finish(language(stages, tmp_path / "run", "--decoder", decoder_folder, "--max-steps", 1))
     files._sha256.cache_clear()
-    whole = files._sha256
-    monkeypatch.setattr(
-        files, "_sha256", lambda path, *unchanged: (hashed.append(path), whole(path, *unchanged))[1]
-    )
+    hashed, whole = [], files._sha256
+    noted = lambda path, *unchanged: (hashed.append(path), whole(path, *unchanged))[1]
+    monkeypatch.setattr(files, "_sha256", noted)
     run = load_trained(tmp_path / "run")
     run.sha256(), run.base_sha256()
     assert not any("decoder" in path for path in hashed)

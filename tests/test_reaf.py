@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reaf_hsenet.config import FUSIONS, ReafVisionConfig
+from networks import SMALL_REAF as SMALL
+from reaf_hsenet.config import FUSIONS
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import build_dual_encoder, build_vision
 from reaf_hsenet.models.fusion import build_fusion, layer_weights
@@ -18,18 +19,6 @@ from reaf_hsenet.models.saliency import RegionalSaliency
 from reaf_hsenet.presets import PRESETS
 
 # 3 x 4 x 2 patches, so that no two axes are alike and regions of 2 x 3 x 1 leave a remainder on two of them.
-SMALL = ReafVisionConfig(
-    (6, 16, 8),
-    (2, 4, 4),
-    width=24,
-    depth=4,
-    heads=2,
-    mlp=48,
-    scan_layers=(1, 3),
-    regions=1,
-    region_size=(2, 3, 1),
-    drop_path=0.0,
-)
 
 
 def encoder(**changes):

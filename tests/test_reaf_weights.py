@@ -25,6 +25,7 @@ from reaf_hsenet.models.positions import resample_3d
 from reaf_hsenet.weights.files import load_matching, load_strictly, read_checkpoint
 from reaf_hsenet.weights.names import REAF, import_state
 from reaf_hsenet.weights.shapes import flat_reaf, initial_state
+from tiny import same_weights, weights
 
 CONFIG = ClipConfig(
     "reaf",
@@ -299,8 +300,6 @@ def tiny(data, out, *more) -> list[str]:
 
 @pytest.mark.slow
 def test_reaf_trains_resumes_and_starts_another_run(prepared_reaf, tmp_path, capsys):
-    from test_train import same_weights
-
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = ("--drop-path", 0.3, "--fusion", "random_weighted_mean", "--class-score", "class_token")
     assert train.main(tiny(prepared_reaf, whole, "--max-steps", 4, *settings)) == 0
@@ -322,8 +321,6 @@ def test_reaf_trains_resumes_and_starts_another_run(prepared_reaf, tmp_path, cap
 
 @pytest.mark.slow
 def test_grad_cache_trains_as_one_pass_does(prepared_reaf, tmp_path):
-    from test_train import weights
-
     runs = {}
     for chunk in (None, 1, 3):
         flags = ("--grad-cache", chunk) if chunk else ()
@@ -336,8 +333,6 @@ def test_grad_cache_trains_as_one_pass_does(prepared_reaf, tmp_path):
 
 
 def test_the_frozen_text_encoder_trains_its_layer_norms_only(prepared_reaf, tmp_path):
-    from test_train import weights
-
     start, end = tmp_path / "start", tmp_path / "end"
     for out, steps in ((start, 1), (end, 3)):  # the first step has a rate of 0 in neither
         flags = ("--max-steps", steps, "--unfreeze-text", 0, "--weight-decay", 0.5)
@@ -366,7 +361,6 @@ def test_lora_trains_the_adapters_of_both_towers_and_leaves_their_matrices(
     prepared_reaf, started, tmp_path, frozen
 ):
     import evaluate
-    from test_train import weights
 
     out, flags = tmp_path / "lora", ("--init", started, "--lora", "text", "vision", "--lora-r", 2)
     assert train.main(tiny(prepared_reaf, out, "--max-steps", 3, *flags, *frozen)) == 0
@@ -390,7 +384,6 @@ def test_lora_trains_the_adapters_of_both_towers_and_leaves_their_matrices(
 
 def test_a_run_to_start_from_gives_weights_and_words_not_settings(prepared_reaf, started, tmp_path, capsys):
     from reaf_hsenet.models.fusion import layer_weights
-    from test_train import weights
 
     out = tmp_path / "mean"
     flags = ("--init", started, "--fusion", "mean", "--lr", "1e-9", "--max-steps", 1)
@@ -407,8 +400,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 @pytest.mark.slow
 def test_two_processes_with_grad_cache_train_as_one_process_does(prepared_reaf, tmp_path):
-    from test_train import weights
-
     runs = {}
     for port, (name, batch, more) in enumerate(
         (

@@ -18,12 +18,22 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.build import build_mllm
 from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.mllm_config import MllmConfig
+from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.train.sharding import require_shardable, shard, whole
 from reaf_hsenet.train.stability import clip_gradients, not_finite
-from test_bad_volumes import bad_records, spoil, volume
-from test_language_runs import decoder_folder, language, stages, wrong  # noqa: F401  (fixtures)
-from test_train import keep_signal_handlers, numbers, torchrun, weights  # noqa: F401  (a fixture)
+from tiny import (
+    bad_ids,
+    language,
+    losses,
+    numbers,
+    resume,
+    spoil,
+    torchrun,
+    volume,
+    weights,
+    wrong,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="needs torch 2.6")
 
@@ -32,9 +42,8 @@ def small(tied: bool = True):
     """A model of a frozen encoder, a projector without dropout, and a decoder of two blocks."""
     torch.manual_seed(0)
     encoder = VisionConfig((8, 16, 16), (4, 8, 8), 32, 1, 2, 64)
-    decoder = DecoderConfig(
-        "llama", 61, 32, 2, 2, 1, 16, 64, 128, RopeConfig(dims=16), tied=tied, eos_ids=(1,), bos_id=2
-    )
+    ends = {"tied": tied, "eos_ids": (1,), "bos_id": 2}
+    decoder = DecoderConfig("llama", 61, 32, 2, 2, 1, 16, 64, 128, RopeConfig(dims=16), **ends)
     config = MllmConfig("stage1", (encoder,), decoder, projector="average_pool", kernel=(2, 2, 2), full=True)
     return build_mllm(config).train()
 
@@ -91,21 +100,9 @@ def test_sharded_gradients_are_those_of_one_process(tmp_path, tied, checkpointin
 
 def sharded(root: Path, out: Path, folder: Path, *more) -> list[str]:
     """A full fine-tuning of a published decoder without dropout, with a batch of 4 on two processes."""
-    flags = (
-        "--decoder",
-        folder,
-        "--full",
-        "--vision",
-        "stage1",
-        "--projector",
-        "average_pool",
-        "--keep",
-        9,
-        "--no-augment",
-    )
-    arguments = language(root, out, *flags, *more, start="clip1")
-    arguments[arguments.index("--batch-size") + 1] = "2"
-    return arguments
+    flags = ("--decoder", folder, "--full", "--vision", "stage1", "--projector", "average_pool")
+    flags += ("--keep", 9, "--no-augment", "--batch-size", 2)
+    return language(root, out, *flags, *more, start="clip1")
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +113,13 @@ def pair(stages, decoder_folder, tmp_path_factory):
         sharded(stages, root / name, decoder_folder, "--max-steps", 4, "--save-every", 2)
         for name in ("one", "two")
     )
-    one[one.index("--batch-size") + 1] = "4"
-    assert train.main(one) == 0
-    done = torchrun(2, *two, "--shard", "--grad-checkpoint", cwd=root)
-    assert done.returncode == 0, done.stderr
+    assert train.main([*one, "--batch-size", "4"]) == 0
+    torchrun(2, [*two, "--shard", "--grad-checkpoint"], cwd=root)
     return root
 
 
 def assert_alike(one: Path, two: Path, tolerance: float = 1e-5) -> None:
-    first, second = ([r for r in numbers(run) if "lr" in r] for run in (one, two))
-    for a, b in zip(first, second, strict=True):
+    for a, b in zip(numbers(one, "lr"), numbers(two, "lr"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=tolerance)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
     saved, other = weights(one), weights(two)
@@ -137,25 +131,21 @@ def assert_alike(one: Path, two: Path, tolerance: float = 1e-5) -> None:
 @pytest.mark.slow
 def test_two_sharded_processes_reach_the_weights_of_one(pair):
     assert_alike(pair / "one", pair / "two")
-    values = [
-        r["validation"]["loss"] for run in ("one", "two") for r in numbers(pair / run) if "validation" in r
-    ]
-    half = len(values) // 2
-    assert values[:half] == pytest.approx(values[half:], rel=1e-5) and half > 1
     one, two = (
-        load_trained(pair / name, "last") for name in ("one", "two")
-    )  # as evaluate.py and infer.py do
-    assert torch.allclose(one.model.decoder.norm.weight, two.model.decoder.norm.weight, atol=1e-5)
+        [r["validation"]["loss"] for r in numbers(pair / run, "validation")] for run in ("one", "two")
+    )
+    assert one == pytest.approx(two, rel=1e-5) and len(one) > 1
+    # As evaluate.py and infer.py load them.
+    one, two = (load_trained(pair / name, "last").model.decoder.norm.weight for name in ("one", "two"))
+    assert torch.allclose(one, two, atol=1e-5)
 
 
 def test_full_training_starts_from_the_decoders_weights(stages, decoder_folder, tmp_path):
     flags = ("--decoder", decoder_folder, "--full", "--vision", "stage1", "--max-steps", 1, "--lr", 1e-12)
     assert train.main(language(stages, tmp_path / "run", *flags, start="clip1")) == 0
     base, own = load_file(decoder_folder / "model.safetensors"), weights(tmp_path / "run")
-    assert torch.allclose(own["decoder.norm.weight"], base["model.norm.weight"], atol=1e-9)
-    assert torch.allclose(
-        own["decoder.layers.1.mlp.down_proj.weight"], base["model.layers.1.mlp.down_proj.weight"], atol=1e-9
-    )
+    for name in ("norm.weight", "layers.1.mlp.down_proj.weight"):
+        assert torch.allclose(own[f"decoder.{name}"], base[f"model.{name}"], atol=1e-9)
 
 
 @pytest.mark.slow
@@ -163,14 +153,13 @@ def test_full_training_starts_from_the_decoders_weights(stages, decoder_folder, 
 def test_checkpoints_go_from_sharded_to_unsharded_runs_and_back(pair, tmp_path, start):
     """The half-way checkpoint of either run, continued by the other kind, reaches the same weights."""
     out = shutil.copytree(pair / start, tmp_path / "run")
-    (out / "checkpoints/last").write_text("step-000002\n")
-    again = ["--stage", "mrg", "--out", str(out), "--resume", "--log-every", "1", "--device", "cpu"]
+    Run(out).point("last", 2)
+    again = resume(out, stage="mrg")
     if start == "two":
         wrong(again, "--shard: one process has nobody to share with; .*--no-shard")
         assert train.main([*again, "--no-shard"]) == 0
     else:
-        done = torchrun(2, *again, "--shard", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        torchrun(2, [*again, "--shard"], cwd=tmp_path)
     assert_alike(pair / "one", out)
 
 
@@ -178,22 +167,14 @@ def test_checkpoints_go_from_sharded_to_unsharded_runs_and_back(pair, tmp_path, 
 def test_sharded_ranks_compute_in_bf16_accumulate_and_go_on_when_one_is_left_without_samples(
     pair, stages, decoder_folder, tmp_path
 ):
-    root = shutil.copytree(stages, tmp_path / "stages")
-    bad = {spoil(volume(root / "data", row)) for row in (1, 5, 6)}
-    bad.add(spoil(volume(root / "data", 0, "validation")))
-    arguments = sharded(
-        root, tmp_path / "half", decoder_folder, "--max-steps", 4, "--accumulate", 2, "--max-bad", 4
-    )
-    arguments[arguments.index("--batch-size") + 1] = "1"
-    done = torchrun(
-        2, *arguments, "--shard", "--precision", "bf16", "--data", str(root / "data"), cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert {name for _, name in bad_records(tmp_path / "half")} == bad
-    arguments[arguments.index("--batch-size") + 1] = "2"
-    arguments[arguments.index(str(tmp_path / "half"))] = str(tmp_path / "whole")
-    assert train.main([*arguments, "--data", str(root / "data")]) == 0
-    half, one = ([r["loss"] for r in numbers(tmp_path / name) if "lr" in r] for name in ("half", "whole"))
+    data = shutil.copytree(stages / "data", tmp_path / "data")
+    bad = {spoil(volume(data, row)) for row in (1, 5, 6)} | {spoil(volume(data, 0, "validation"))}
+    flags = ("--max-steps", 4, "--accumulate", 2, "--max-bad", 4, "--data", data)
+    half = sharded(stages, tmp_path / "half", decoder_folder, *flags, "--batch-size", 1)
+    torchrun(2, [*half, "--shard", "--precision", "bf16"], cwd=tmp_path)
+    assert set(bad_ids(tmp_path / "half")) == bad
+    assert train.main(sharded(stages, tmp_path / "whole", decoder_folder, *flags)) == 0
+    half, one = losses(tmp_path / "half"), losses(tmp_path / "whole")
     assert half == pytest.approx(one, rel=0.02) and half != one
     assert all(t.dtype == torch.float32 for t in weights(tmp_path / "half").values())
 
@@ -201,16 +182,10 @@ def test_sharded_ranks_compute_in_bf16_accumulate_and_go_on_when_one_is_left_wit
 def test_where_sharding_makes_no_sense_it_is_refused_in_one_line(
     stages, decoder_folder, tmp_path, monkeypatch
 ):
-    wrong(["--stage", "clip1", "--shard"], "--shard: is an option of --stage mrg and vqa; leave it out")
-    wrong(["--stage", "clip2", "--shard"], "--shard: is an option of --stage mrg and vqa; leave it out")
-    wrong(
-        sharded(stages, tmp_path / "r", decoder_folder, "--shard"),
-        "--shard: one process has nobody to share with",
-    )
-    adapters = language(
-        stages, tmp_path / "r", "--decoder", decoder_folder, "--vision", "stage1", "--shard", start="clip1"
-    )
-    wrong(adapters, "--shard: adapters and their states are small.*add --full")
+    out, adapters = tmp_path / "r", ("--decoder", decoder_folder, "--vision", "stage1", "--shard")
+    wrong(sharded(stages, out, decoder_folder, "--shard"), "--shard: one process has nobody to share with")
+    words = "--shard: adapters and their states are small.*add --full"
+    wrong(language(stages, out, *adapters, start="clip1"), words)
     two = Ranks(0, 2, torch.device("cpu"))
     for arguments, words in (
         ((True, "fp16", False), "say --precision bf16"),

@@ -18,8 +18,7 @@ from conftest import ROOT
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.train.training_state import TrainingState
-from test_language_runs import decoder_folder, language, stages  # noqa: F401  (fixtures)
-from test_train import keep_signal_handlers, tiny, weights  # noqa: F401  (a fixture)
+from tiny import language, tiny, weights
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import sizing  # noqa: E402

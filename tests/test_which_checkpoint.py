@@ -3,7 +3,6 @@ named.
 """
 
 import csv
-import json
 import shutil
 from pathlib import Path
 
@@ -12,16 +11,25 @@ import torch
 
 import evaluate
 import train
-from reaf_hsenet.data.slice_features import add_slice_features
-from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.scan_model import ScanModel
+from reaf_hsenet.files import read_json
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.published import open_source
 from reaf_hsenet.runs.trained import is_published, load_trained
-from reaf_hsenet.weights.slice_encoder import describe
-from test_clip2_runs import encoder, stage2
-from test_language_runs import language
-from test_train import finished, run_copy, same_weights, tiny, weights  # noqa: F401
+from tiny import (
+    AUTO,
+    config_of,
+    edited,
+    language,
+    resume,
+    retrieval,
+    same_weights,
+    stage2,
+    tiny,
+    weights,
+    with_slices,
+    wrong,
+)
 
 
 @pytest.fixture
@@ -31,45 +39,26 @@ def run(run_copy) -> Path:
     return run_copy
 
 
-def evaluated(run: Path, out: Path, *more) -> dict:
-    assert (
-        evaluate.main(["--task", "retrieval", "--run", str(run), "--out", str(out), "--device", "cpu", *more])
-        == 0
-    )
-    return json.loads((out / "retrieval.json").read_text())
-
-
-def wrong(words: str, call, *arguments) -> None:
-    with pytest.raises(InputError, match=words) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
+def evaluated(run: Path, out: Path, *more) -> tuple:
+    """Name and step of the checkpoint, and the split it was chosen on."""
+    assert evaluate.main(retrieval(run, "--out", out, *more)) == 0
+    found = read_json(out / "retrieval.json")
+    assert found["checkpoint"] == str(Run(run).at(found["checkpoint_step"]))
+    return found["checkpoint_name"], found["checkpoint_step"], found["checkpoint_chosen_on"]
 
 
 @pytest.mark.slow
 def test_the_last_checkpoint_is_evaluated_and_the_results_say_so(run, tmp_path, capsys):
-    found = evaluated(run, tmp_path / "eval")
-    assert (found["checkpoint_name"], found["checkpoint_step"], found["checkpoint_chosen_on"]) == (
-        "last",
-        8,
-        None,
-    )
-    assert found["checkpoint"] == str(Run(run).at(8))
+    assert evaluated(run, tmp_path / "eval") == ("last", 8, None)
     assert f"{run}: checkpoint last, step 8\n" in capsys.readouterr().out
     with open(tmp_path / "eval/retrieval_queries.csv", newline="") as file:
         assert {row["checkpoint"] for row in csv.DictReader(file)} == {"last, step 8"}
 
 
 def test_the_best_is_taken_by_name_and_called_optimistic_on_the_split_that_chose_it(run, tmp_path, capsys):
-    found = evaluated(run, tmp_path / "eval", "--checkpoint", "best")
-    assert (found["checkpoint_name"], found["checkpoint_step"], found["checkpoint_chosen_on"]) == (
-        "best",
-        3,
-        "validation",
-    )
-    assert (
-        "checkpoint best, step 3, chosen on this very split: its scores are optimistic\n"
-        in capsys.readouterr().out
-    )
+    assert evaluated(run, tmp_path / "eval", "--checkpoint", "best") == ("best", 3, "validation")
+    said = "checkpoint best, step 3, chosen on this very split: its scores are optimistic\n"
+    assert said in capsys.readouterr().out
     evaluated(run, tmp_path / "train", "--checkpoint", "best", "--split", "train")
     assert "optimistic" not in capsys.readouterr().out
 
@@ -85,12 +74,10 @@ def test_a_comparison_says_which_checkpoints_were_evaluated(run, tmp_path, capsy
 
 @pytest.mark.parametrize("name, step", [("last", 8), ("best", 3), ("step-000006", 6)])
 def test_a_flag_and_a_path_name_a_checkpoint_alike(run, name, step):
-    path = run / "checkpoints" / name
+    path, last = run / "checkpoints" / name, weights(run)["logit_scale"]
     for loaded in (load_trained(run, name), load_trained(path)):
         assert (loaded.checkpoint.name, loaded.checkpoint.step) == (name, step)
-        assert torch.equal(loaded.model.state_dict()["logit_scale"], weights(run)["logit_scale"]) == (
-            step == 8
-        )
+        assert torch.equal(loaded.model.state_dict()["logit_scale"], last) == (step == 8)
     assert not is_published(path) and open_source(str(path)).file == Run(run).at(step) / "model.safetensors"
     assert ScanModel(path).checkpoint == ScanModel(run, checkpoint=name).checkpoint == Run(path).choose()
 
@@ -103,39 +90,9 @@ def test_the_best_is_the_default_where_a_development_split_chose_it(run):
     assert Run(run).choose("last").step == 8
 
 
-def test_a_checkpoint_that_is_not_there_is_one_line(run):
-    wrong(
-        "run: has no checkpoint step-000007; there are step-000001, step-000002",
-        load_trained,
-        run,
-        "step-000007",
-    )
-    wrong(
-        "--checkpoint newest: expected last, best or a step such as step-000100",
-        load_trained,
-        run,
-        "newest",
-    )
-    wrong(
-        "--checkpoint best: the path names another, last; leave one of them out",
-        load_trained,
-        run / "checkpoints/last",
-        "best",
-    )
-    (run / "checkpoints/best").unlink()
-    wrong("run: has no checkpoint best; there are step-000001", load_trained, run, "best")
-    wrong(
-        "--out .*checkpoints/last: is a checkpoint of a run; name the run's folder, .*run",
-        train.main,
-        ["--stage", "clip1", "--out", str(run / "checkpoints/last"), "--resume", "--device", "cpu"],
-    )
-
-
 def test_a_folder_named_checkpoints_is_no_run(tmp_path):
-    assert (
-        Run(tmp_path / "checkpoints/last").named is None
-        and Run(tmp_path / "checkpoints/a").folder.name == "a"
-    )
+    assert Run(tmp_path / "checkpoints/last").named is None
+    assert Run(tmp_path / "checkpoints/a").folder.name == "a"
 
 
 def test_a_run_starts_from_the_checkpoint_that_its_path_names_and_resumes_with_the_same_command(
@@ -145,42 +102,30 @@ def test_a_run_starts_from_the_checkpoint_that_its_path_names_and_resumes_with_t
         start = tiny(prepared, tmp_path / name, "--init", run / "checkpoints" / name, "--max-steps", 1)
         assert train.main(start) == 0  # the first step's rate is 0
         assert same_weights(tmp_path / name, run) == (name == "last")
-        assert train.main([*start, "--resume", "auto"]) == 0
-    assert torch.equal(
-        weights(tmp_path / "best")["vision.pos_embed"], weights(run, "best")["vision.pos_embed"]
-    )
+        assert train.main([*start, *AUTO]) == 0
+    found, best = weights(tmp_path / "best"), weights(run, "best")
+    assert torch.equal(found["vision.pos_embed"], best["vision.pos_embed"])
 
 
 @pytest.mark.slow
 def test_what_a_run_was_made_from_is_found_by_its_hash_whichever_checkpoint_that_is(run, prepared, tmp_path):
     """Runs of before took `best`, and the last one moves when a run is trained on."""
-    data = shutil.copytree(prepared, tmp_path / "data")
-    add_slice_features(data, encoder(), describe(encoder(), "tiny", recipe="phantom"), progress=False)
+    data = with_slices(prepared, tmp_path / "data")
     second, third = tmp_path / "second", tmp_path / "third"
     best = run / "checkpoints/best"
-    assert (
-        train.main(stage2(best, second, "--max-steps", 2, "--save-every", 1, "--keep", 9, "--data", data))
-        == 0
-    )
+    flags = ("--max-steps", 2, "--save-every", 1, "--keep", 9, "--data", data)
+    assert train.main(stage2(best, second, *flags)) == 0
     kept = weights(second)
-    config = json.loads((second / "config.json").read_text())
-    config["origin"] |= {"teacher": str(run), "init": str(run)}  # as before paths named checkpoints
-    (second / "config.json").write_text(json.dumps(config))
-    (second / "checkpoints/last").write_text("step-000001\n")
-    assert train.main(["--stage", "clip2", "--out", str(second), "--resume", "--device", "cpu"]) == 0
+    with edited(second / "config.json") as config:
+        config["origin"] |= {"teacher": str(run), "init": str(run)}  # as before paths named checkpoints
+    Run(second).point("last", 1)
+    assert train.main(resume(second, stage="clip2")) == 0
     assert all(torch.equal(kept[n], t) for n, t in weights(second).items())
     flags = ("--data", data, "--max-steps", 1, "--no-train-vision")
     assert train.main(language(tmp_path, third, *flags, start="second")) == 0
-    origin = json.loads((third / "config.json").read_text())["origin"]
-    assert (
-        origin["encoders"][0]["sha256"] == config["origin"]["teacher_sha256"] == load_trained(best).sha256()
-    )
-    assert torch.equal(
-        load_trained(third).model.encoders[0].pos_embed, weights(run, "best")["vision.pos_embed"]
-    )
+    sha256 = config_of(third)["origin"]["encoders"][0]["sha256"]
+    assert sha256 == config["origin"]["teacher_sha256"] == load_trained(best).sha256()
+    found = load_trained(third).model.encoders[0].pos_embed
+    assert torch.equal(found, weights(run, "best")["vision.pos_embed"])
     shutil.rmtree(Run(run).at(3))
-    wrong(
-        "none of its checkpoints is the teacher that the run had",
-        train.main,
-        ["--stage", "clip2", "--out", str(second), "--resume", "--device", "cpu"],
-    )
+    wrong(resume(second, stage="clip2"), "none of its checkpoints is the teacher that the run had")

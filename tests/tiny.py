@@ -26,6 +26,7 @@ from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.questions import report_prompts
 from reaf_hsenet.data.slice_features import add_slice_features
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import read_json, write_json
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.slice_encoder import SliceEncoder
@@ -58,6 +59,10 @@ def language(stages: Path, out: Path, *more, stage: str = "mrg", start: str = "c
 def resume(run: Path, *more, stage: str = "clip1") -> list[str]:
     flags = ["--stage", stage, "--resume", "--log-every", "1", "--device", "cpu"]
     return [*flags, "--out", str(run), *map(str, more)]
+
+
+def retrieval(run: Path, *more) -> list[str]:
+    return ["--task", "retrieval", "--run", str(run), "--device", "cpu", *map(str, more)]
 
 
 def wrong(argv: list, words: str, main: Callable[[list[str]], int] = train.main) -> str:
@@ -114,10 +119,6 @@ def finish(argv: list[str], world: int = 1, target: Callable = one_rank) -> None
 # What is read off a run.
 
 
-def read_json(path: Path):
-    return json.loads(path.read_text())
-
-
 def config_of(run: Path) -> dict:
     return read_json(run / "config.json")
 
@@ -127,7 +128,7 @@ def edited(path: Path) -> Iterator[dict]:
     """The values of a JSON file, written back with what the block changes."""
     values = read_json(path)
     yield values
-    path.write_text(json.dumps(values))
+    write_json(path, values)
 
 
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
@@ -159,6 +160,13 @@ def assert_close_weights(a: Path, b: Path) -> None:
             assert torch.allclose(x, y, atol=2e-4), name
 
 
+def assert_close_logs(a: Path, b: Path) -> None:
+    """The steps of two runs have the same losses and gradients but for rounding."""
+    for one, two in zip(numbers(a, "lr"), numbers(b, "lr"), strict=True):
+        assert one["step"] == two["step"] and two["loss"] == pytest.approx(one["loss"], abs=2e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3, abs=1e-6)
+
+
 def log_of(run: Path) -> list[dict]:
     """The records of the log, in which NaN is no JSON."""
     refuse = lambda name: pytest.fail(f"{name} is not JSON")
@@ -170,6 +178,11 @@ def numbers(run: Path, *names: str) -> list[dict]:
     clock = ("samples_per_s", "memory_gb", "waiting")
     kept = [{k: v for k, v in record.items() if k not in clock} for record in log_of(run)]
     return [record for record in kept if record.keys() >= set(names)]
+
+
+def bad_ids(run: Path) -> list[str]:
+    """The volumes that the log says were left out."""
+    return [record["bad"] for record in numbers(run, "bad")]
 
 
 def losses(run: Path) -> list[float]:
@@ -245,3 +258,58 @@ def write_decoder(folder: Path, data: Path) -> Path:
     save_decoder(Decoder(config), folder)
     tokenizer.save(folder)
     return folder
+
+
+def published_stage2(student, teacher) -> dict[str, torch.Tensor]:
+    """Both models under the names of HSENet's published stage-2 checkpoint."""
+    vision = {
+        "pos_embed": "patch_embedding.position_embeddings",
+        "patch_embed.proj.weight": "patch_embedding.patch_embeddings.1.weight",
+        "patch_embed.proj.bias": "patch_embedding.patch_embeddings.1.bias",
+    }
+    parts = (
+        ("mlp.fc1.", "mlp.linear1."),
+        ("mlp.fc2.", "mlp.linear2."),
+        ("attn.proj.", "attn.out_proj."),
+        ("guidance.query.", "slice_guided_attention.Wq."),
+        ("guidance.key.", "slice_guided_attention.Wk."),
+        ("guidance.value.", "slice_guided_attention.Wv."),
+        ("guidance.proj.", "slice_guided_attention.output_linear."),
+        ("guidance.norm.", "slice_guided_attention.norm."),
+        ("score.", "patch_score_proj."),
+    )
+    text = (
+        ("word_embed.", "embeddings.word_embeddings."),
+        ("pos_embed.", "embeddings.position_embeddings."),
+        ("type_embed.", "embeddings.token_type_embeddings."),
+        ("blocks.", "encoder.layer."),
+        (".attn.proj.", ".attention.output.dense."),
+        (".norm1.", ".attention.output.LayerNorm."),
+        (".mlp.fc1.", ".intermediate.dense."),
+        (".mlp.fc2.", ".output.dense."),
+        (".norm2.", ".output.LayerNorm."),
+    )
+    made = {}
+    for prefix, model in (("", student), ("stage1_pretrained_CLIP.", teacher)):
+        for name, tensor in model.state_dict().items():
+            tower, _, rest = name.partition(".")
+            if tower == "vision":
+                rest = vision.get(rest, rest)
+                for ours, theirs in parts:
+                    rest = rest.replace(ours, theirs)
+                made[f"{prefix}vision_encoder.{rest}"] = tensor.clone()
+            elif tower == "text" and ".qkv." in rest:
+                for kind, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                    layer = rest.replace("blocks.", "encoder.layer.").replace(
+                        "attn.qkv.", f"attention.self.{kind}."
+                    )
+                    made[f"{prefix}language_encoder.{layer}"] = third.clone()
+            elif tower == "text":
+                rest = "embeddings.LayerNorm." + rest[5:] if rest.startswith("norm.") else rest
+                for ours, theirs in text:
+                    rest = rest.replace(ours, theirs)
+                made[f"{prefix}language_encoder.{rest}"] = tensor.clone()
+            else:
+                name = name.replace("vision_proj", "mm_vision_proj").replace("text_proj", "mm_language_proj")
+                made[prefix + name] = tensor.clone()
+    return made
