@@ -122,10 +122,10 @@ def _tilt(canvas: Canvas, tilt: float) -> None:
 
 def _draw_table(canvas: Canvas, body: Body) -> None:
     """Paint a curved carbon table below the patient's back."""
-    _, y, x = canvas.coordinates((slice(None),) * 3)
+    _, y, x = canvas.coordinates()
     surface = body.half_depth + 4 - (x / 60) ** 2
     shell = (y > surface) & (y < surface + 12) & (np.abs(x) < 190)
-    np.copyto(canvas.hu, -250, where=shell & (canvas.hu < AIR + 50))
+    canvas.hu[shell & (canvas.hu < AIR + 50)] = -250
 
 
 def _sharpen(hu: np.ndarray) -> np.ndarray:
