@@ -16,8 +16,7 @@ import pytest
 import train
 from conftest import ROOT, error_line
 from reaf_hsenet import files
-from reaf_hsenet.data.phantom import dataset
-from reaf_hsenet.data.pool import worker_pool
+from reaf_hsenet.data.pool import map_in_order, worker_pool
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import folder_lock
 from reaf_hsenet.runs import checkpoint
@@ -193,10 +192,10 @@ def test_sigusr1_before_the_first_step_waits_for_a_checkpoint(prepared, tmp_path
     assert Run(out).pointer("last") == Run(out).at(1)
 
 
-def test_a_phantom_worker_that_is_killed_is_one_line():
+def test_a_worker_that_is_killed_is_one_line():
     words = "a worker was killed, most likely for want of memory; run again with fewer --workers"
     with pytest.raises(InputError, match=words):
-        list(dataset._map(os._exit, [1, 1], 2))
+        list(map_in_order(os._exit, [1, 1], 2))
 
 
 WORKS = """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from reaf_hsenet.data.phantom.canvas import AIR, Canvas, Point
+from reaf_hsenet.data.phantom.canvas import AIR, Box, Canvas, Point
 from reaf_hsenet.data.phantom.findings import LOBES
 
 LUNG, FAT, FLUID, BLOOD, SOFT, LIVER, BONE, CALCIUM, METAL = -810, -100, 8, 42, 50, 60, 350, 800, 3000
@@ -15,7 +15,7 @@ LUNG, FAT, FLUID, BLOOD, SOFT, LIVER, BONE, CALCIUM, METAL = -810, -100, 8, 42, 
 
 @dataclass(frozen=True)
 class Body:
-    """What differs between two healthy people. Lengths in mm; `shift` (y, x) in the field of view."""
+    """The body of one healthy person. Lengths in mm; `shift` (y, x) in the field of view."""
 
     sex: str
     age: int
@@ -31,6 +31,16 @@ class Body:
     cardiothoracic_ratio: float
     lung_hu: float
     noise: float
+
+    @property
+    def width(self) -> float:
+        """Half the width inside the fat."""
+        return self.half_width - self.fat
+
+    @property
+    def depth(self) -> float:
+        """Half the depth inside the fat."""
+        return self.half_depth - self.fat
 
 
 def sample_body(rng: np.random.Generator) -> Body:
@@ -60,7 +70,7 @@ def sample_body(rng: np.random.Generator) -> Body:
 
 
 def scan_spacing(body: Body, shape: tuple[int, int, int]) -> Point:
-    """Spacing (z, y, x) in mm with which a (D, H, W) scan covers the body."""
+    """Return the spacing (z, y, x) in mm with which a (D, H, W) scan covers the body."""
     pixel = round(body.field_of_view / min(shape[1:]), 3)
     return round(body.height / shape[0], 3), pixel, pixel
 
@@ -69,8 +79,11 @@ def scan_spacing(body: Body, shape: tuple[int, int, int]) -> Point:
 class Anatomy:
     """A painted chest and where its parts are.
 
-    lobes: (D, H, W) int8, 0 outside the aerated lungs, else 1 + the index in LOBES. lung_radius: (D, H, W), 0
-    on a lung's axis and 1 at its pleura. landmarks: points (z, y, x) in mm. heart: its centre and radii.
+    lobes: (D, H, W) int8, 0 outside the aerated lungs, else 1 + the index in LOBES.
+    lung_radius: (D, H, W), 0 on a lung's axis and 1 at its pleura.
+    landmarks: points (z, y, x) in mm.
+    heart: centre and radii.
+    paths: courses of vessels, airways and the oesophagus, as chains of points.
     """
 
     canvas: Canvas
@@ -81,8 +94,13 @@ class Anatomy:
     heart: tuple[Point, Point] = ((0, 0, 0), (1, 1, 1))
     paths: dict[str, list[Point]] = field(default_factory=dict)
 
-    def lobe(self, name: str) -> tuple[tuple[slice, slice, slice], np.ndarray]:
-        """The bounding box of a lobe and its mask in that box."""
+    @property
+    def lungs(self) -> np.ndarray:
+        """The mask of the aerated lungs."""
+        return self.lobes > 0
+
+    def lobe(self, name: str) -> tuple[Box, np.ndarray]:
+        """Return the bounding box of a lobe and its mask in that box."""
         mask = self.lobes == 1 + LOBES.index(name)
         box = []
         for axis in range(3):
@@ -99,7 +117,7 @@ def draw_anatomy(
     cardiothoracic_ratio: float | None = None,
     pericardial_effusion: float = 0.0,
 ) -> Anatomy:
-    """Paint a healthy chest, but for the heart's size (ratio) and the thickness (mm) of fluid around it."""
+    """Paint a chest that is healthy but for the heart's size (ratio) and the fluid (mm) around it."""
     canvas = Canvas(shape, scan_spacing(body, shape), body.shift)
     anatomy = Anatomy(canvas, body, np.zeros(shape, np.int8), np.ones(shape, np.float32))
     _place_landmarks(anatomy)
@@ -115,7 +133,7 @@ def draw_anatomy(
 
 def _place_landmarks(anatomy: Anatomy) -> None:
     body = anatomy.body
-    depth, top = body.half_depth - body.fat, body.height
+    depth, top = body.depth, body.height
     carina = body.lung_base + 0.58 * (body.lung_apex - body.lung_base)
     arch = carina + 32
     anatomy.landmarks = {
@@ -124,24 +142,16 @@ def _place_landmarks(anatomy: Anatomy) -> None:
         "left hilum": (carina - 18, 0.08 * depth, 42.0),
         "heart": (body.lung_base + 34, -0.22 * depth, 0.0),
         "right axilla": (body.lung_apex - 50, -0.35 * depth, 0.06 * depth - body.half_width + body.fat),
-        "left axilla": (body.lung_apex - 50, -0.35 * depth, body.half_width - body.fat - 0.06 * depth),
+        "left axilla": (body.lung_apex - 50, -0.35 * depth, body.width - 0.06 * depth),
         "hiatus": (body.lung_base + 8, 0.30 * depth, 8.0),
         "spine": (0.0, 0.60 * depth, 0.0),
         "sternum": (body.lung_base + 0.5 * (body.lung_apex - body.lung_base), -0.90 * depth, 0.0),
     }
+    arch_start, arch_end = (arch - 12, -0.30 * depth, -14), (arch - 14, 0.36 * depth, 25)
     anatomy.paths = {
-        "ascending aorta": [(carina - 40, -0.25 * depth, -4), (arch - 12, -0.30 * depth, -14)],
-        "aortic arch": [
-            (arch - 12, -0.30 * depth, -14),
-            (arch, -0.10 * depth, 2),
-            (arch, 0.15 * depth, 18),
-            (arch - 14, 0.36 * depth, 25),
-        ],
-        "descending aorta": [
-            (arch - 14, 0.36 * depth, 25),
-            (body.lung_base, 0.36 * depth, 22),
-            (0, 0.34 * depth, 14),
-        ],
+        "ascending aorta": [(carina - 40, -0.25 * depth, -4), arch_start],
+        "aortic arch": [arch_start, (arch, -0.10 * depth, 2), (arch, 0.15 * depth, 18), arch_end],
+        "descending aorta": [arch_end, (body.lung_base, 0.36 * depth, 22), (0, 0.34 * depth, 14)],
         "trachea": [(top, -0.12 * depth, 0), anatomy.landmarks["carina"]],
         "oesophagus": [(top, 0.14 * depth, 4), (carina, 0.26 * depth, 4), (0, 0.26 * depth, 12)],
         "superior vena cava": [(arch + 25, -0.22 * depth, -26), (carina - 40, -0.18 * depth, -28)],
@@ -149,17 +159,17 @@ def _place_landmarks(anatomy: Anatomy) -> None:
 
 
 def _draw_body_wall(anatomy: Anatomy) -> np.ndarray:
-    """Skin, fat, muscle, breasts, ribs and sternum; returns the mask of the cavity inside the ribs."""
+    """Paint fat, muscle, breasts, ribs and sternum; return the mask of the cavity inside the ribs."""
     canvas, body = anatomy.canvas, anatomy.body
-    z, y, x = canvas.coordinates((slice(None),) * 3)
+    z, y, x = canvas.coordinates()
     # The chest narrows towards the neck. An exponent above 2 gives the boxy outline of a chest.
     narrow = 1 - 0.35 * np.clip((z - (body.lung_apex - 25)) / 90, 0, 1) ** 1.5
-    inner_width, inner_depth = (body.half_width - body.fat) * narrow, (body.half_depth - body.fat) * narrow
+    inner_width, inner_depth = body.width * narrow, body.depth * narrow
     outer = np.abs(x / (inner_width + body.fat)) ** 2.4 + np.abs(y / (inner_depth + body.fat)) ** 2.4
     inner = np.abs(x / inner_width) ** 2.4 + np.abs(y / inner_depth) ** 2.4
-    np.copyto(canvas.hu, FAT, where=outer < 1)
-    np.copyto(canvas.hu, SOFT, where=inner < 1)
-    np.copyto(canvas.hu, FAT + 20, where=inner < 0.85**2.4)
+    canvas.hu[outer < 1] = FAT
+    canvas.hu[inner < 1] = SOFT
+    canvas.hu[inner < 0.85**2.4] = FAT + 20
     if body.sex == "F":
         for x_center in (-0.48 * body.half_width, 0.48 * body.half_width):
             center = (anatomy.landmarks["heart"][0] + 25, -body.half_depth, x_center)
@@ -169,23 +179,21 @@ def _draw_body_wall(anatomy: Anatomy) -> np.ndarray:
     # Ribs run downwards from the spine to the front; cartilage, not bone, joins them to the sternum.
     rib_phase = np.mod((z - 0.45 * y) / 27, 1)
     ribs = (inner < 0.94**2.4) & (inner > 0.86**2.4) & (rib_phase < 0.42) & (z > 45)
-    np.copyto(canvas.hu, BONE, where=ribs & (y > -0.72 * inner_depth))
+    canvas.hu[ribs & (y > -0.72 * inner_depth)] = BONE
     bottom, front, _ = anatomy.landmarks["sternum"]
-    canvas.blend(
-        canvas.box((bottom - 35, front - 5, -17), (bottom + 75, front + 7, 17)), np.float32(1), BONE - 240
-    )
-    cavity = inner < 0.86**2.4
-    return cavity
+    sternum = canvas.box((bottom - 35, front - 5, -17), (bottom + 75, front + 7, 17))
+    canvas.blend(sternum, np.float32(1), BONE - 240)
+    return inner < 0.86**2.4
 
 
 def _draw_lung_and_abdomen(anatomy: Anatomy, side: str, cavity: np.ndarray) -> None:
-    """One lung above its diaphragm with the lobes marked, and the liver, or stomach and spleen, below it."""
+    """Paint one lung, mark its lobes, and paint what is below the diaphragm: liver, or stomach and spleen."""
     canvas, body = anatomy.canvas, anatomy.body
     sign, columns = (-1, canvas.axes[2] < 0) if side == "right" else (1, canvas.axes[2] >= 0)
     used = np.flatnonzero(columns)
     half = (slice(None), slice(None), slice(used[0], used[-1] + 1))
     z, y, x = canvas.coordinates(half)
-    width, depth = body.half_width - body.fat, body.half_depth - body.fat
+    width, depth = body.width, body.depth
     rise = (z - (body.lung_base - 30)) / (body.lung_apex - body.lung_base + 30)
     across = ((x - sign * 0.48 * width) / (0.42 * width)) ** 2
     deep = ((y - 0.04 * depth) / (0.84 * depth)) ** 2
@@ -197,19 +205,19 @@ def _draw_lung_and_abdomen(anatomy: Anatomy, side: str, cavity: np.ndarray) -> N
     region = canvas.hu[half]
     np.copyto(region, body.lung_hu + 0.25 * y, where=lung)
     if side == "right":
-        np.copyto(region, LIVER, where=below)
+        region[below] = LIVER
         names = ("right upper lobe", "right middle lobe", "right lower lobe")
     else:
         stomach = (body.lung_base - 32, -0.1 * depth, 0.45 * width)
         canvas.ellipsoid(stomach, (38, 42, 42), 25, within=cavity)
         canvas.ellipsoid((stomach[0], stomach[1] - 24, stomach[2]), (24, 12, 24), AIR, within=cavity)
-        canvas.ellipsoid((body.lung_base - 35, 0.5 * depth, 0.62 * width), (40, 34, 28), SOFT, within=cavity)
-        canvas.ellipsoid(
-            (body.lung_base - 42, -0.35 * depth, 0.05 * width), (36, 34, 60), LIVER, within=cavity
-        )
+        spleen = (body.lung_base - 35, 0.5 * depth, 0.62 * width)
+        canvas.ellipsoid(spleen, (40, 34, 28), SOFT, within=cavity)
+        left_liver = (body.lung_base - 42, -0.35 * depth, 0.05 * width)
+        canvas.ellipsoid(left_liver, (36, 34, 60), LIVER, within=cavity)
         names = ("left upper lobe", "left upper lobe", "left lower lobe")
     upper, middle, lower = (1 + LOBES.index(name) for name in names)
-    # The oblique fissure climbs backwards, the horizontal one cuts the middle lobe off the right upper lobe.
+    # The oblique fissure climbs backwards; the horizontal fissure parts the right upper and middle lobes.
     center = body.lung_base + 0.38 * (body.lung_apex - body.lung_base)
     fissure = center + 0.85 * (y - 0.04 * depth)
     above_oblique = np.where(z > center + 14, upper, middle)
@@ -219,30 +227,30 @@ def _draw_lung_and_abdomen(anatomy: Anatomy, side: str, cavity: np.ndarray) -> N
 def _draw_spine(anatomy: Anatomy) -> None:
     canvas, body = anatomy.canvas, anatomy.body
     _, back, _ = anatomy.landmarks["spine"]
-    box = canvas.box((-1, back - 24, -40), (body.height + 1, body.half_depth - body.fat, 40))
+    box = canvas.box((-1, back - 24, -40), (body.height + 1, body.depth, 40))
     z, y, x = canvas.coordinates(box)
     region = canvas.hu[box]
-    np.copyto(region, SOFT, where=((x / 34) ** 2 + ((y - back - 22) / 40) ** 2 < 1) & (z > -1))
+    region[((x / 34) ** 2 + ((y - back - 22) / 40) ** 2 < 1) & (z > -1)] = SOFT
     vertebra = (x / 18) ** 2 + ((y - back) / 15) ** 2
     np.copyto(region, np.where(np.mod(z / 26, 1) < 0.78, BONE - 200, 80), where=vertebra < 1)
     canal = (x / 9) ** 2 + ((y - back - 23) / 8) ** 2
     arch = (np.abs(x) < 24) & (np.abs(y - back - 25) < 10) & (np.mod(z / 26, 1) < 0.6)
-    np.copyto(region, BONE, where=arch & (canal > 1))
-    np.copyto(region, 25, where=(canal < 1) & (z > -1))
+    region[arch & (canal > 1)] = BONE
+    region[(canal < 1) & (z > -1)] = 25
     spinous = (np.abs(x) < 5) & (y > back + 33) & (y < back + 52) & (np.mod(z / 26, 1) < 0.5)
-    np.copyto(region, BONE, where=spinous)
+    region[spinous] = BONE
 
 
 def _draw_mediastinum(anatomy: Anatomy, cardiothoracic_ratio: float, pericardial_effusion: float) -> None:
-    """Fat between the lungs; in it thyroid, great vessels, oesophagus and the heart in its sac."""
-    canvas, body = anatomy.canvas, anatomy.body
-    width, depth = body.half_width - body.fat, body.half_depth - body.fat
+    """Paint the fat between the lungs and, in it, thyroid, great vessels, oesophagus and heart."""
+    canvas, body, depth = anatomy.canvas, anatomy.body, anatomy.body.depth
     box = canvas.box((body.lung_base - 25, -0.86 * depth, -40), (body.height + 1, 0.6 * depth, 40))
     _, y, x = canvas.coordinates(box)
     core = (np.abs(x) / 36) ** 3 + np.abs((y + 0.05 * depth) / (0.72 * depth)) ** 3
     np.copyto(canvas.hu[box], FAT + 15, where=np.broadcast_to(core < 1, canvas.hu[box].shape))
-    # The heart's width is stated against the inner width of the chest; it leans to the left.
-    half_width = cardiothoracic_ratio * 0.86 * width
+    # The cardiothoracic ratio compares the heart's width with the inner width of the chest. The heart leans
+    # to the left.
+    half_width = cardiothoracic_ratio * 0.86 * body.width
     growth = cardiothoracic_ratio / 0.44
     radii = (46 * growth**0.7, 0.45 * depth * growth**0.6, half_width)
     z_heart, y_heart, _ = anatomy.landmarks["heart"]
@@ -252,14 +260,12 @@ def _draw_mediastinum(anatomy: Anatomy, cardiothoracic_ratio: float, pericardial
     for layer, hu in ((sac, FLUID), (4 if sac else 2, FAT), (0, BLOOD)):
         if layer or hu == BLOOD:
             canvas.ellipsoid(center, tuple(radius + layer for radius in radii), hu)
-    hila = anatomy.landmarks["right hilum"], anatomy.landmarks["left hilum"]
-    trunk = (hila[0][0] - 2, -0.2 * depth, 16)
-    for path in (
-        [hila[0], (trunk[0], 0.0, -8), trunk],
-        [hila[1], trunk],
-        [trunk, (trunk[0] - 30, -0.25 * depth, 14)],
-    ):
-        canvas.tube(path, 10, BLOOD)
+    right, left = anatomy.landmarks["right hilum"], anatomy.landmarks["left hilum"]
+    height = right[0] - 2
+    trunk = (height, -0.2 * depth, 16)
+    canvas.tube([right, (height, 0.0, -8), trunk], 10, BLOOD)
+    canvas.tube([left, trunk], 10, BLOOD)
+    canvas.tube([trunk, (height - 30, -0.25 * depth, 14)], 10, BLOOD)
     for part in ("ascending aorta", "aortic arch", "descending aorta"):
         canvas.tube(anatomy.paths[part], 13.5, BLOOD)
     canvas.tube(anatomy.paths["superior vena cava"], 8, BLOOD)
@@ -269,11 +275,10 @@ def _draw_mediastinum(anatomy: Anatomy, cardiothoracic_ratio: float, pericardial
 
 
 def _draw_airways_and_vessels(anatomy: Anatomy, rng: np.random.Generator) -> None:
-    """Trachea, main and lobar bronchi, and the vessels that fan out from each hilum."""
+    """Paint trachea, main bronchi, and the vessels that fan out from each hilum."""
     canvas, landmarks = anatomy.canvas, anatomy.landmarks
     z_low, z_high = anatomy.body.lung_base + 20, anatomy.body.lung_apex - 40
-    width, depth = anatomy.body.half_width - anatomy.body.fat, anatomy.body.half_depth - anatomy.body.fat
-    lungs = anatomy.lobes > 0
+    width, depth, lungs = anatomy.body.width, anatomy.body.depth, anatomy.lungs
     for sign, side in ((-1, "right"), (1, "left")):
         hilum = landmarks[f"{side} hilum"]
         for _ in range(10):

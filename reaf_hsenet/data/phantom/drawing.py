@@ -1,6 +1,6 @@
 """Paints findings into a phantom chest: each at its stated place, in its stated size, with plausible HU.
 
-They are painted strongly: a small model that sees 10 mm voxels has to tell them, their side and their size.
+They are painted strongly: a small model that sees 10 mm voxels has to recognise them, their side and size.
 """
 
 from collections.abc import Iterable
@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from reaf_hsenet.data.phantom.anatomy import BLOOD, CALCIUM, FAT, FLUID, METAL, SOFT, Anatomy
-from reaf_hsenet.data.phantom.canvas import AIR
-from reaf_hsenet.data.phantom.findings import Finding
+from reaf_hsenet.data.phantom.canvas import AIR, Box, Point
+from reaf_hsenet.data.phantom.findings import RIGHT_LUNG, Finding
 
 
 def draw_findings(anatomy: Anatomy, findings: Iterable[Finding], rng: np.random.Generator) -> None:
@@ -28,8 +28,8 @@ def _side(place: str) -> str:
     return "right" if place.startswith("right") else "left"
 
 
-def _waves(anatomy: Anatomy, box: tuple, wavelength: float, rng: np.random.Generator) -> np.ndarray:
-    """A smooth random pattern of patches: positive in about half of the box."""
+def _waves(anatomy: Anatomy, box: Box, wavelength: float, rng: np.random.Generator) -> np.ndarray:
+    """Return a smooth random pattern of patches, positive in about half of the box."""
     z, y, x = anatomy.canvas.coordinates(box)
     slants = rng.uniform(-0.5, 0.5, 3).astype(np.float32)
     phases = rng.uniform(0, 2 * np.pi, 3).astype(np.float32)
@@ -39,8 +39,8 @@ def _waves(anatomy: Anatomy, box: tuple, wavelength: float, rng: np.random.Gener
     return waves[0] + waves[1] + waves[2]
 
 
-def _nearest_share(anatomy: Anatomy, lobe: str, target: tuple, share: float) -> tuple[tuple, np.ndarray]:
-    """The given share of a lobe's voxels that lies nearest to a point (mm)."""
+def _nearest_share(anatomy: Anatomy, lobe: str, target: Point, share: float) -> tuple[Box, np.ndarray]:
+    """Return the box of a lobe and the mask of the given share of its voxels that is nearest to a point."""
     box, mask = anatomy.lobe(lobe)
     if not mask.any():
         return box, mask
@@ -51,8 +51,8 @@ def _nearest_share(anatomy: Anatomy, lobe: str, target: tuple, share: float) -> 
 
 def _points_in_lobe(
     anatomy: Anatomy, lobe: str, count: int, rng: np.random.Generator, depth: float
-) -> list[tuple]:
-    """Random points (mm) of a lobe, away from the pleura where the lobe allows it (lung radius < `depth`)."""
+) -> list[Point]:
+    """Draw random points (mm) of a lobe, if possible away from the pleura (lung radius < `depth`)."""
     box, mask = anatomy.lobe(lobe)
     inner = mask & (anatomy.lung_radius[box] < depth)
     indices = np.argwhere(inner if inner.any() else mask)
@@ -65,11 +65,10 @@ def _points_in_lobe(
 
 def _emphysema(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     box, mask = anatomy.lobe(finding.place)
-    target = {"mild": -915, "moderate": -950, "severe": -985}[finding.kind]
-    anatomy.canvas.blend(box, 0.9 * mask, target)
-    bullae = {"mild": 2, "moderate": 4, "severe": 7}[finding.kind]
+    hu, bullae = {"mild": (-915, 2), "moderate": (-950, 4), "severe": (-985, 7)}[finding.kind]
+    anatomy.canvas.blend(box, 0.9 * mask, hu)
     for point in _points_in_lobe(anatomy, finding.place, bullae, rng, 0.8):
-        anatomy.canvas.ellipsoid(point, (rng.uniform(6, 14),) * 3, AIR, within=anatomy.lobes > 0)
+        anatomy.canvas.ellipsoid(point, (rng.uniform(6, 14),) * 3, AIR, within=anatomy.lungs)
 
 
 def _mosaic(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
@@ -85,7 +84,7 @@ def _ground_glass(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) 
 
 
 def _septal_thickening(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
-    """A net of thin walls around secondary lobules, about 26 mm apart."""
+    """Paint a net of thin walls around secondary lobules, about 26 mm apart."""
     box, mask = anatomy.lobe(finding.place)
     z, y, x = anatomy.canvas.coordinates(box)
     offsets = rng.uniform(0, 26, 3)
@@ -96,7 +95,7 @@ def _septal_thickening(anatomy: Anatomy, finding: Finding, rng: np.random.Genera
 
 
 def _fibrotic_sequela(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
-    """Coarse bands that reach the pleura, where it is thickened."""
+    """Paint coarse bands that reach the pleura, and thicken the pleura."""
     box, mask = anatomy.lobe(finding.place)
     z, y, x = anatomy.canvas.coordinates(box)
     radius = anatomy.lung_radius[box]
@@ -109,22 +108,18 @@ def _fibrotic_sequela(anatomy: Anatomy, finding: Finding, rng: np.random.Generat
     anatomy.canvas.blend(box, bands.astype(np.float32), 20)
 
 
-def _bronchi(anatomy: Anatomy, finding: Finding, rng: np.random.Generator, count: int) -> list[list[tuple]]:
-    hilum = anatomy.landmarks[f"{_side(finding.place)} hilum"]
-    ends = _points_in_lobe(anatomy, finding.place, count, rng, 0.6)
-    return [[tuple(0.8 * np.array(hilum) + 0.2 * np.array(end)), end] for end in ends]
-
-
 def _peribronchial_thickening(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
-    lungs = anatomy.lobes > 0
-    for path in _bronchi(anatomy, finding, rng, 4):
+    """Paint bronchi with thick walls on the way from the hilum into the lobe."""
+    hilum, lungs = np.array(anatomy.landmarks[f"{_side(finding.place)} hilum"]), anatomy.lungs
+    for end in _points_in_lobe(anatomy, finding.place, 4, rng, 0.6):
+        path = [tuple(0.8 * hilum + 0.2 * np.array(end)), end]
         anatomy.canvas.tube(path, 7.5, SOFT, within=lungs)
         anatomy.canvas.tube(path, 2.5, AIR, within=lungs)
 
 
 def _bronchiectasis(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
-    """A cluster of wide airways: air inside a thick wall."""
-    lungs = anatomy.lobes > 0
+    """Paint a cluster of wide airways: air inside a thick wall."""
+    lungs = anatomy.lungs
     for end in _points_in_lobe(anatomy, finding.place, 14, rng, 0.5):
         radius = rng.uniform(9, 13)
         anatomy.canvas.ellipsoid(end, (radius * 1.5, radius, radius), SOFT, within=lungs)
@@ -132,7 +127,7 @@ def _bronchiectasis(anatomy: Anatomy, finding: Finding, rng: np.random.Generator
 
 
 def _consolidation(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
-    """More than half of the lobe, from the chest wall inwards, with air bronchograms."""
+    """Fill more than half of the lobe, from the chest wall inwards, and leave air bronchograms."""
     sign = -1 if _side(finding.place) == "right" else 1
     z = anatomy.canvas.axes[0][anatomy.lobe(finding.place)[0][0]]
     middle = float(z.mean()) if z.size else 0.0
@@ -143,7 +138,7 @@ def _consolidation(anatomy: Anatomy, finding: Finding, rng: np.random.Generator)
 
 
 def _atelectasis(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
-    """The lobe collapsed against the mediastinum: its share nearest to the hilum, dense and without air."""
+    """Paint the part of the lobe that is nearest to the hilum as if collapsed: dense and without air."""
     z, y, x = anatomy.landmarks[f"{_side(finding.place)} hilum"]
     box, collapsed = _nearest_share(anatomy, finding.place, (z, y, 0.4 * x), float(rng.uniform(0.30, 0.42)))
     anatomy.canvas.blend(box, collapsed.astype(np.float32), 55)
@@ -156,20 +151,20 @@ def _nodule(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> Non
 
 
 def _pleural_effusion(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
-    """Fluid behind the lung of a lying patient: the stated thickness at the base, less towards the apex."""
+    """Paint fluid behind the lung of a lying patient: as thick as stated at the base, less to the apex."""
     canvas = anatomy.canvas
-    codes = (1, 2, 3) if finding.place == "right" else (4, 5)
-    lung = (anatomy.lobes >= codes[0]) & (anatomy.lobes <= codes[-1])
-    z, y, _ = canvas.coordinates((slice(None),) * 3)
+    is_right = anatomy.lobes <= len(RIGHT_LUNG)
+    lung = anatomy.lungs & (is_right if finding.place == "right" else ~is_right)
+    z, y, _ = canvas.coordinates()
     last = lung.shape[1] - 1 - lung[:, ::-1].argmax(axis=1)
     back = canvas.axes[1][last][:, None, :]
     level = (z - anatomy.body.lung_base) / (anatomy.body.lung_apex - anatomy.body.lung_base)
     thickness = finding.size * np.clip(1.5 - 1.5 * level, 0, 1)
-    np.copyto(canvas.hu, FLUID, where=lung & (y > back - thickness))
+    canvas.hu[lung & (y > back - thickness)] = FLUID
 
 
 def _hiatal_hernia(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
-    """The stomach behind the heart: a round wall, fluid below and gas above an air-fluid level."""
+    """Paint the stomach behind the heart: a round wall, fluid below and gas above an air-fluid level."""
     radius = finding.size / 2
     z, y, x = anatomy.landmarks["hiatus"]
     center = (z + 0.8 * radius, y - 6, x + float(rng.uniform(0, 8)))
@@ -189,22 +184,22 @@ def _lymphadenopathy(anatomy: Anatomy, finding: Finding, rng: np.random.Generato
         "right axillary": anatomy.landmarks["right axilla"],
         "left axillary": anatomy.landmarks["left axilla"],
     }[finding.place]
-    # Short axis as stated; nodes are longer than wide along the body.
+    # The short axis is as stated. Nodes are longer than wide along the body.
     short = finding.size / 2
     anatomy.canvas.ellipsoid((z, y, x), (1.5 * short, short, 1.1 * short), SOFT + 25)
 
 
 def _aortic_calcification(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
-    """Plaques along the wall of one part of the aorta, as arcs around the patent lumen."""
+    """Paint plaques along the wall of one part of the aorta, as arcs around the patent lumen."""
     path = anatomy.paths[finding.place]
     anatomy.canvas.tube(path, 17, CALCIUM - 250)
     anatomy.canvas.tube(path, 10.5, BLOOD)
 
 
 def _coronary_calcification(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
-    """Plaques on the heart's surface, along the course of one artery."""
+    """Paint plaques on the heart's surface, along the course of one artery."""
     center, radii = anatomy.heart
-    # Directions from the heart's centre (z, y, x), ends of a course over its surface.
+    # The directions (z, y, x), from the heart's centre, of the two ends of the artery.
     start, stop = {
         "left anterior descending artery": ((0.75, -0.55, 0.25), (-0.2, -0.85, 0.5)),
         "circumflex artery": ((0.6, 0.5, 0.5), (-0.3, 0.75, 0.6)),
@@ -216,8 +211,8 @@ def _coronary_calcification(anatomy: Anatomy, finding: Finding, rng: np.random.G
         anatomy.canvas.ellipsoid(tuple(point), (6.5, 5, 5), CALCIUM + 200)
 
 
-def _metal(anatomy: Anatomy, center: tuple, radii: tuple) -> None:
-    """A metal part, and the dark band that beam hardening leaves around metal in its slices."""
+def _metal(anatomy: Anatomy, center: Point, radii: Point) -> None:
+    """Paint a metal part, and the dark band that beam hardening leaves around metal in its slices."""
     z, y, x = radii
     canvas = anatomy.canvas
     inside = 0.7 * (canvas.hu > FAT - 50)

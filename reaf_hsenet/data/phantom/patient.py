@@ -1,4 +1,4 @@
-"""A phantom patient, and the scan of one.
+"""A phantom patient, and a patient's scans.
 
 Everything about patient i of a split follows from (seed, split, i) alone, whatever else is generated and in
 what order.
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reaf_hsenet.data.phantom.anatomy import Body, draw_anatomy, sample_body
-from reaf_hsenet.data.phantom.canvas import AIR, Canvas
+from reaf_hsenet.data.phantom.anatomy import Body, draw_anatomy, sample_body, scan_spacing
+from reaf_hsenet.data.phantom.canvas import AIR, Canvas, Point
 from reaf_hsenet.data.phantom.drawing import draw_findings
 from reaf_hsenet.data.phantom.findings import Finding, find, sample_findings
 
@@ -30,7 +30,7 @@ class Patient:
     second_reconstruction: str = ""
 
     def rng(self, stream: int) -> np.random.Generator:
-        """A fresh generator for one aspect of this patient."""
+        """Return a fresh generator for one aspect of this patient."""
         return _generator(self.seed, self.split, self.index, stream)
 
     @property
@@ -38,9 +38,9 @@ class Patient:
         """The numbers of this patient's reconstructions."""
         return (1, 2) if self.second_reconstruction else (1,)
 
-    def scan_name(self, reconstruction: int = 1) -> str:
-        """CT-RATE's file name, e.g. train_1_a_1.nii.gz."""
-        return f"{self.split}_{self.index}_a_{reconstruction}.nii.gz"
+    def scan_name(self, number: int = 1) -> str:
+        """Return CT-RATE's file name, e.g. train_1_a_1.nii.gz."""
+        return f"{self.split}_{self.index}_a_{number}.nii.gz"
 
 
 def _generator(seed: int, split: str, index: int, stream: int) -> np.random.Generator:
@@ -48,7 +48,10 @@ def _generator(seed: int, split: str, index: int, stream: int) -> np.random.Gene
 
 
 def sample_patient(seed: int, split: str, index: int, reconstructions: float = 0.0) -> Patient:
-    """Patient `index` (from 1) of "train" or "valid"; `reconstructions` as in `write_phantom_dataset`."""
+    """Draw patient `index` (from 1) of a split.
+
+    reconstructions: probability of a second reconstruction.
+    """
     rng = _generator(seed, split, index, RECONSTRUCTION)
     has_second, style = rng.random() < reconstructions, ("thick", "sharp")[rng.integers(2)]
     return Patient(
@@ -61,12 +64,22 @@ def sample_patient(seed: int, split: str, index: int, reconstructions: float = 0
     )
 
 
-def phantom_volume(
-    patient: Patient, shape: tuple[int, int, int] = (48, 96, 96), reconstruction: int = 1
-) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """One scan: ((D, H, W) int16 HU with axes Superior, Posterior, Left; spacing (z, y, x) in mm).
+def scan_grid(
+    patient: Patient, shape: tuple[int, int, int], number: int
+) -> tuple[tuple[int, int, int], Point]:
+    """Return shape (D, H, W) and spacing (z, y, x) in mm of a scan; `shape` is the first reconstruction's."""
+    spacing = scan_spacing(patient.body, shape)
+    if number == 2 and patient.second_reconstruction == "thick":
+        return (shape[0] // 2, *shape[1:]), (round(2 * spacing[0], 3), *spacing[1:])
+    return shape, spacing
 
-    Reconstruction 2 shows the same patient in slices twice as thick, or with a sharper, noisier kernel.
+
+def phantom_volume(
+    patient: Patient, shape: tuple[int, int, int] = (48, 96, 96), number: int = 1
+) -> tuple[np.ndarray, Point]:
+    """Paint one scan: ((D, H, W) int16 HU with axes Superior, Posterior, Left; spacing (z, y, x) in mm).
+
+    Scan number 2 shows the same patient in slices twice as thick, or with a sharper, noisier kernel.
     """
     rng = patient.rng(DRAWING)
     enlarged = find(patient.findings, "Cardiomegaly")
@@ -80,24 +93,21 @@ def phantom_volume(
     )
     draw_findings(anatomy, patient.findings, rng)
     canvas = anatomy.canvas
-    spacing = canvas.spacing
     _tilt(canvas, patient.body.tilt)
     _draw_table(canvas, patient.body)
     hu, noise = canvas.hu, patient.body.noise
-    if reconstruction == 2:
+    (slices, rows, columns), spacing = scan_grid(patient, shape, number)
+    if number == 2:
         rng = patient.rng(RECONSTRUCTION)
         if patient.second_reconstruction == "thick":
-            thick = shape[0] // 2
-            hu = hu[: 2 * thick].reshape(thick, 2, *shape[1:]).mean(axis=1)
-            spacing = (round(2 * spacing[0], 3), *spacing[1:])
+            hu = hu[: 2 * slices].reshape(slices, 2, rows, columns).mean(axis=1)
             noise *= 0.7
         else:
             hu, noise = _sharpen(hu), 2 * noise
     hu = hu + np.float32(noise) * rng.standard_normal(hu.shape, dtype=np.float32)
-    # Outside of the circle that the scanner reconstructs, CT files hold the lowest value.
-    _, rows, columns = np.ogrid[:1, : shape[1], : shape[2]]
-    radius = min(shape[1:]) / 2
-    outside = (rows + 0.5 - shape[1] / 2) ** 2 + (columns + 0.5 - shape[2] / 2) ** 2 > radius**2
+    # CT files hold the lowest value outside the circle that the scanner reconstructs.
+    _, y, x = np.ogrid[:1, :rows, :columns]
+    outside = (y + 0.5 - rows / 2) ** 2 + (x + 0.5 - columns / 2) ** 2 > (min(rows, columns) / 2) ** 2
     np.copyto(hu, -1024, where=outside)
     return np.clip(np.rint(hu), -1024, 3071).astype(np.int16), spacing
 
@@ -111,11 +121,11 @@ def _tilt(canvas: Canvas, tilt: float) -> None:
 
 
 def _draw_table(canvas: Canvas, body: Body) -> None:
-    """A curved carbon table below the patient's back."""
-    _, y, x = canvas.coordinates((slice(None),) * 3)
+    """Paint a curved carbon table below the patient's back."""
+    _, y, x = canvas.coordinates()
     surface = body.half_depth + 4 - (x / 60) ** 2
     shell = (y > surface) & (y < surface + 12) & (np.abs(x) < 190)
-    np.copyto(canvas.hu, -250, where=shell & (canvas.hu < AIR + 50))
+    canvas.hu[shell & (canvas.hu < AIR + 50)] = -250
 
 
 def _sharpen(hu: np.ndarray) -> np.ndarray:

@@ -1,9 +1,12 @@
 """Writes the report of a phantom: what is present, in varied wording, among normal and negated sentences.
 
 The order is CT-RATE's: airways, vessels and heart, oesophagus, lymph nodes, lungs, pleura, abdomen, bones.
+The wording is data: sentences.json.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -17,25 +20,27 @@ from reaf_hsenet.data.phantom.findings import (
     Finding,
     find,
 )
-from reaf_hsenet.data.phantom.sentences import ABSENT, ABSENT_SHARE, NORMAL, PRESENT, SUMMARIES
 
+SENTENCES = json.loads((Path(__file__).parent / "sentences.json").read_text(encoding="utf-8"))
 MAX_WORDS = 220
 LUNG_LABELS = (
-    "Emphysema",
-    "Mosaic attenuation pattern",
-    "Peribronchial thickening",
-    "Bronchiectasis",
-    "Interlobular septal thickening",
-    "Lung opacity",
-    "Consolidation",
-    "Atelectasis",
-    "Pulmonary fibrotic sequela",
-    "Lung nodule",
+    *("Emphysema", "Mosaic attenuation pattern", "Peribronchial thickening", "Bronchiectasis"),
+    *("Interlobular septal thickening", "Lung opacity", "Consolidation", "Atelectasis"),
+    *("Pulmonary fibrotic sequela", "Lung nodule"),
 )
+# Words for whole groups of lobes.
+LUNG_PHRASES = (
+    (LOBES, ("both lungs", "all lobes of both lungs")),
+    (RIGHT_LUNG, ("the right lung", "all lobes of the right lung")),
+    (LEFT_LUNG, ("the left lung", "both lobes of the left lung")),
+    (UPPER_LOBES, ("the upper lobes of both lungs", "both upper lobes", "bilateral upper lobes")),
+    (LOWER_LOBES, ("the lower lobes of both lungs", "both lower lobes", "bilateral lower lobes")),
+)
+LOBE_PHRASES = ("the {side} {part} lobe", "the {part} lobe of the {side} lung", "the {side} lung {part} lobe")
 
 
 def write_report(findings: Iterable[Finding], rng: np.random.Generator) -> tuple[str, str]:
-    """(Findings_EN, Impressions_EN) of a patient, at most about 220 words in all but the sickest."""
+    """Return a patient's (Findings_EN, Impressions_EN), at most about 220 words in all but the sickest."""
     findings = list(findings)
     sentences: list[tuple[str, bool]] = []  # (sentence, whether it may be left out)
 
@@ -48,20 +53,21 @@ def write_report(findings: Iterable[Finding], rng: np.random.Generator) -> tuple
             stated = _state(label, find(findings, label), rng)
             sentences.extend((sentence, False) for sentence in stated)
             if not stated:
-                say(ABSENT[label], ABSENT_SHARE.get(label, 0.12))
+                say(SENTENCES["absent"][label], SENTENCES["absent_share"].get(label, 0.12))
 
-    say(NORMAL["airways"], 0.5)
+    normal = SENTENCES["normal"]
+    say(normal["airways"], 0.5)
     describe("Medical material")
-    say(NORMAL["vessels"], 0.3)
+    say(normal["vessels"], 0.3)
     describe("Arterial wall calcification", "Coronary artery wall calcification", "Cardiomegaly")
     describe("Pericardial effusion", "Hiatal hernia", "Lymphadenopathy")
     if rng.random() < 0.4:
-        sentences.append((_choose(NORMAL["lungs"], rng), False))
+        sentences.append((_choose(normal["lungs"], rng), False))
     if not any(find(findings, label) for label in LUNG_LABELS):
-        say(NORMAL["clear lungs"])
+        say(normal["clear lungs"])
     describe(*LUNG_LABELS, "Pleural effusion")
-    say(NORMAL["abdomen"], 0.4)
-    say(NORMAL["bones"], 0.4)
+    say(normal["abdomen"], 0.4)
+    say(normal["bones"], 0.4)
     while sum(len(sentence.split()) for sentence, _ in sentences) > MAX_WORDS:
         spare = [i for i, (_, optional) in enumerate(sentences) if optional]
         if not spare:
@@ -75,7 +81,7 @@ def _choose(choices: Sequence, rng: np.random.Generator):
 
 
 def _state(label: str, findings: list[Finding], rng: np.random.Generator) -> list[str]:
-    """Sentences that state one label: one for all places that share size and kind."""
+    """Return sentences that state one label: one sentence for all places that share size and kind."""
     if label == "Pleural effusion" and len(findings) == 2 and rng.random() < 0.5:
         sizes = {finding.place: _length(finding.size, rng) for finding in findings}
         where = f"{sizes['right']} on the right and {sizes['left']} on the left"
@@ -87,7 +93,7 @@ def _state(label: str, findings: list[Finding], rng: np.random.Generator) -> lis
         groups.setdefault((finding.size, finding.kind, apart), []).append(finding.place)
     sentences = []
     for (size, kind, _), places in groups.items():
-        key = kind if label == "Medical material" else label
+        amount = "moderate" if size < 50 else "large"
         words = {
             "place": phrase_places(label, places, rng),
             "side": places[0],
@@ -96,9 +102,10 @@ def _state(label: str, findings: list[Finding], rng: np.random.Generator) -> lis
             "ratio": f"{size:.2f}",
             "kind": kind or _choose(("solid", "noncalcified", "parenchymal"), rng),
             "Kind": kind.capitalize(),
-            "amount": "small" if size < 25 else "moderate" if size < 50 else "large",
+            "amount": "small" if size < 25 else amount,
         }
-        sentences.append(_choose(PRESENT[key], rng).format(**words))
+        templates = SENTENCES["present"][kind if label == "Medical material" else label]
+        sentences.append(_choose(templates, rng).format(**words))
     return sentences
 
 
@@ -108,30 +115,23 @@ def _length(millimetres: float, rng: np.random.Generator) -> str:
     return f"{millimetres:g} mm"
 
 
-def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
 def phrase_places(label: str, places: list[str], rng: np.random.Generator) -> str:
-    """Words for a set of places, e.g. "both upper lobes" or "the aortic arch and the descending aorta"."""
+    """Return words for a set of places, e.g. "both upper lobes" or "the aortic arch and the LAD"."""
     if label == "Coronary artery wall calcification" and len(places) == 3 and rng.random() < 0.5:
         return "all three coronary arteries"
     if places[0] not in LOBES:
         article = "" if label == "Lymphadenopathy" else "the "
         return _join([article + place for place in places])
-    for lobes, phrases in (
-        (LOBES, ("both lungs", "all lobes of both lungs")),
-        (RIGHT_LUNG, ("the right lung", "all lobes of the right lung")),
-        (LEFT_LUNG, ("the left lung", "both lobes of the left lung")),
-        (UPPER_LOBES, ("the upper lobes of both lungs", "both upper lobes", "bilateral upper lobes")),
-        (LOWER_LOBES, ("the lower lobes of both lungs", "both lower lobes", "bilateral lower lobes")),
-    ):
+    for lobes, phrases in LUNG_PHRASES:
         if set(places) == set(lobes):
             return _choose(phrases, rng)
-    style = _choose(
-        ("the {side} {part} lobe", "the {part} lobe of the {side} lung", "the {side} lung {part} lobe"), rng
-    )
-    return _join([style.format(side=place.split()[0], part=place.split()[1]) for place in places])
+    phrase = _choose(LOBE_PHRASES, rng)
+    sides_and_parts = [place.split()[:2] for place in places]
+    return _join([phrase.format(side=side, part=part) for side, part in sides_and_parts])
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
 def _summarise(findings: list[Finding], rng: np.random.Generator) -> str:
@@ -139,13 +139,14 @@ def _summarise(findings: list[Finding], rng: np.random.Generator) -> str:
         return "Thoracic CT examination within normal limits."
     sentences = []
     for label in LABELS:
-        places = list(dict.fromkeys(finding.place for finding in find(findings, label)))
+        found = find(findings, label)
+        places = [finding.place for finding in found]
         if label == "Medical material":
-            sentences += [f"{finding.kind.capitalize()}." for finding in find(findings, label)]
-        elif places:
-            name = SUMMARIES.get(label, label.lower())
+            sentences += [f"{finding.kind.capitalize()}." for finding in found]
+        elif found:
             where = f" in {phrase_places(label, places, rng)}" if places[0] in LOBES else ""
             if label == "Pleural effusion":
                 where = " on both sides" if len(places) == 2 else f" on the {places[0]}"
+            name = SENTENCES["summaries"].get(label, label.lower())
             sentences.append(f"{name.capitalize()}{where}.")
     return " ".join(sentences)
