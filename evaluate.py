@@ -33,80 +33,51 @@ from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import read_templates
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.evaluate import comparison, figures, language_scores, zeroshot
+from reaf_hsenet.evaluate import comparison, figures, language_scores, retrieval, zeroshot
 from reaf_hsenet.evaluate.evaluate_flags import LANGUAGE, parse
-from reaf_hsenet.evaluate.language_evaluation import asked_rows, fingerprint, generate_answers
-from reaf_hsenet.evaluate.retrieval_results import print_table, write_queries
+from reaf_hsenet.evaluate.language_evaluation import AnsweredRows, asked_rows, fingerprint, generate_answers
 from reaf_hsenet.files import atomic_write, folder_lock, write_json
 from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
 from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
-from reaf_hsenet.metrics.retrieval import cross_retrieval, cross_retrieval_per_scan, label_overlap
-from reaf_hsenet.runs.answering import check_context, usual_new_tokens
+from reaf_hsenet.runs.answering import answer_length
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.embedding import embed
+from reaf_hsenet.runs.generation import PRECISIONS
 from reaf_hsenet.runs.trained import DualEncoderRun, MllmRun, is_published, load_dual_encoder, load_mllm
 from reaf_hsenet.script import run_script
-
-PRECISIONS = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv, __doc__)
     if args.compare:
-        results = comparison.compare(args.task, args.compare, args.bootstrap, args.seed)
-        runs = [comparison.evaluated_run(folder, args.task) for folder in args.compare]
-        comparison.print_comparison(results, runs)
-        if args.out:
-            write_json(
-                args.out / f"comparison_{args.task}.json",
-                {"runs": list(map(str, args.compare)), "evaluated": runs, **results},
-            )
+        compare(args)
         return 0
     if args.figures:
         figures.new_figure(1, 1)  # a missing matplotlib is said now, too
     ranks = distributed.start(args.device, hours=24)
     try:
-        (language if args.task in LANGUAGE else dual_encoder)(args, ranks)
+        (evaluate_language if args.task in LANGUAGE else evaluate_dual_encoder)(args, ranks)
     finally:
         distributed.stop()
     return 0
 
 
-def results_folder(args: argparse.Namespace) -> Path:
-    """--out; else the run's own, or for published weights one here."""
-    return args.out or (
-        Path("eval") / args.run.stem if is_published(args.run) else Run(args.run).folder / "eval"
-    )
+def compare(args: argparse.Namespace) -> None:
+    results = comparison.compare(args.task, args.compare, args.bootstrap, args.seed)
+    runs = [comparison.evaluated_run(folder, args.task) for folder in args.compare]
+    comparison.print_comparison(results, runs)
+    if args.out:
+        compared = {"runs": list(map(str, args.compare)), "evaluated": runs}
+        write_json(args.out / f"comparison_{args.task}.json", {**compared, **results})
 
 
-def say_checkpoint(args: argparse.Namespace, run: DualEncoderRun | MllmRun) -> None:
-    """Print the notes of published weights, and which checkpoint is evaluated."""
-    print(*run.origin.get("notes", ()), sep="\n", end="\n" if run.origin.get("notes") else "")
-    chosen = run.checkpoint.chosen_on == args.split
-    print(
-        f"{args.run}: checkpoint {run.checkpoint}"
-        + ", chosen on this very split: its scores are optimistic" * chosen
-    )
-
-
-def find_data(args: argparse.Namespace, run: DualEncoderRun | MllmRun, reports: bool) -> Manifest:
-    """The data set, checked to be what the run's model takes."""
-    if not (args.data or run.data):
-        raise InputError(f"--data: {args.run} has no data set of its own; name a prepared one")
-    manifest = load_manifest(args.data or run.data)
-    manifest.require(run.recipe, str(args.run))
-    if run.guided:
-        manifest.require_slices(run.slices, str(args.run))
-    manifest.check([args.split], slices=run.guided, reports=reports)
-    return manifest
-
-
-def dual_encoder(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+def evaluate_dual_encoder(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+    # Load the run, and the data set that it takes.
     run = load_dual_encoder(args.run, args.checkpoint, args.text_model)
-    if ranks.main:
-        say_checkpoint(args, run)
-    manifest = find_data(args, run, reports=args.task == "retrieval")
+    say_checkpoint(args, run, ranks)
+    reports = args.task == "retrieval"
+    manifest = find_data(args, run, reports)
     dataset = CTReportDataset(
         manifest,
         args.split,
@@ -115,116 +86,100 @@ def dual_encoder(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
         style=run.config.model,
         slices=run.guided,
     )
+    task = None if reports else zeroshot_task(args, manifest)
     run.model.to(ranks.device)
-    {"retrieval": retrieval, "zeroshot": classify}[args.task](args, run, manifest, dataset, ranks)
-    if args.figures and ranks.main:
+
+    # Embed the split on all ranks, score it on the first.
+    image, text = embed(
+        run.model, dataset, ranks, args.batch_size, workers=args.workers, progress=True, reports=reports
+    )
+    if not ranks.main:
+        return
+    if reports:
+        write_retrieval(args, run, manifest, image, text, ranks.device)
+    else:
+        write_zeroshot(args, run, manifest, image, task)
+    if args.figures:
         saliency_figures(args, run, manifest, ranks.device)
 
 
-def retrieval(
+def write_retrieval(
     args: argparse.Namespace,
     run: DualEncoderRun,
     manifest: Manifest,
-    dataset: CTReportDataset,
-    ranks: distributed.Ranks,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    device: torch.device,
 ) -> None:
-    image, text = embed(run.model, dataset, ranks, args.batch_size, workers=args.workers, progress=True)
-    if not ranks.main:
-        return
-    entries, device = manifest.entries(args.split), ranks.device
-    names = sorted({entry["scan"] for entry in entries})
-    number = {name: i for i, name in enumerate(names)}
-    scans = torch.tensor([number[entry["scan"]] for entry in entries], device=device)
-    on_device = image.to(device), text.to(device)
-    exact = cross_retrieval(*on_device)
-    per_scan = cross_retrieval_per_scan(*on_device, scans)
-    overlap = None
-    if all(entry["labels"] is not None for entry in entries):
-        labels = torch.tensor([entry["labels"] for entry in entries], device=device)
-        overlap = label_overlap(on_device[0], labels, scans)
-    results = {
-        "n": len(entries),
-        "scans": len(names),
-        "reports_sha256": comparison.fingerprint(entries),
-        "split": args.split,
-        "data": str(manifest.folder),
-        **run.checkpoint.record(),
-        **exact.tables,
-        "per_scan": per_scan.tables,
-        "volume_to_volume": overlap,
-    }
-    out = results_folder(args)
+    entries, out = manifest.entries(args.split), results_folder(args)
+    scores, exact, per_scan = retrieval.score(image.to(device), text.to(device), entries)
+    results = {"n": len(entries), "scans": scores["scans"], **evaluated(args, run, manifest), **scores}
     write_json(out / "retrieval.json", results)
-    write_queries(out / "retrieval_queries.csv", entries, exact, per_scan, run.checkpoint)
+    retrieval.write_queries(out / "retrieval_queries.csv", entries, exact, per_scan, run.checkpoint)
     with atomic_write(out / "embeddings.safetensors", "wb") as file:
         ids = "\n".join(entry["id"] for entry in entries)
         file.write(save({"image": image, "text": text}, {"ids": ids, "model": run.sha256()}))
-    print_table(results, exact, per_scan)
+    retrieval.print_scores(results)
     print(f"written to {out}")
     if args.figures:
         figures.recall_figure(args.figures / "recall.png", exact.ranks)
 
 
-def classify(
+def zeroshot_task(args: argparse.Namespace, manifest: Manifest) -> zeroshot.Task:
+    """Match the prompts with the labels of --labels, or of the manifest."""
+    known = [entry["id"] for entries in manifest.splits.values() for entry in entries]
+    table = read_label_table(args.labels, known) if args.labels else manifest_labels(manifest, args.split)
+    prompts, label_set = zeroshot.load_prompts(args.prompts), load_label_set(args.label_set)
+    ids = [entry["id"] for entry in manifest.entries(args.split)]
+    return zeroshot.define_task(prompts, label_set, table, ids)
+
+
+def write_zeroshot(
     args: argparse.Namespace,
     run: DualEncoderRun,
     manifest: Manifest,
-    dataset: CTReportDataset,
-    ranks: distributed.Ranks,
+    image: torch.Tensor,
+    task: zeroshot.Task,
 ) -> None:
-    entries = manifest.entries(args.split)
-    ids = [entry["id"] for entry in entries]
-    known = [entry["id"] for entries in manifest.splits.values() for entry in entries]
-    table = read_label_table(args.labels, known) if args.labels else manifest_labels(manifest, args.split)
-    label_set = load_label_set(args.label_set)
-    task = zeroshot.define_task(zeroshot.load_prompts(args.prompts), label_set, table, ids)
-    image, _ = embed(
-        run.model, dataset, ranks, args.batch_size, workers=args.workers, progress=True, reports=False
-    )
-    if not ranks.main:
-        return
+    ids, out = [entry["id"] for entry in manifest.entries(args.split)], results_folder(args)
     scores = zeroshot.score(run, image, task)
     report = classification_report(task.labels, scores, task.names, task.means, args.bootstrap, args.seed)
     results = {
-        "n": len(ids),
-        "reports_sha256": comparison.fingerprint(entries),
-        "split": args.split,
-        "data": str(manifest.folder),
-        **run.checkpoint.record(),
-        "labels": {"table": str(table.source), "set": args.label_set},
+        **evaluated(args, run, manifest),
+        "labels": {"table": str(task.source), "set": args.label_set},
         "prompts": {"source": args.prompts, "texts": task.texts},
         "bootstrap": {"resamples": args.bootstrap, "seed": args.seed},
         **report,
         "notes": task.notes,
     }
-    out = results_folder(args)
     write_json(out / "zeroshot.json", results)
     zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task, scores, run.checkpoint)
-    zeroshot.print_table(results)
+    zeroshot.print_scores(results)
     print(f"written to {out}")
     if args.figures:
         figures.roc_figure(args.figures / "roc.png", task.labels, scores, task.names)
 
 
-def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
-    names = args.decoder, args.encoders, args.text_model
-    run = load_mllm(args.run, args.checkpoint, PRECISIONS[args.precision], *names)
-    if ranks.main:
-        say_checkpoint(args, run)
+def evaluate_language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
+    # Load the run, the data set that it takes, and what is asked about its volumes.
+    names = {"decoder": args.decoder, "encoders": args.encoders, "text_model": args.text_model}
+    run = load_mllm(args.run, args.checkpoint, PRECISIONS.get(args.precision), **names)
+    say_checkpoint(args, run, ranks)
     reports = args.task == "mrg"
     manifest = find_data(args, run, reports)
-    kind = "mrg" if reports else args.questions or run.train.get("questions") or "location"
+    trained_on = run.train.get("questions")
+    kind = "mrg" if reports else args.questions or trained_on or "location"
     prompt = (args.prompt or GENERATION["mrg"]["prompt"]) if reports else None
-    image_tokens, most = run.model.visual_tokens, run.config.max_text
-    own = run.train.get("templates") if kind == run.train.get("questions") else None
-    templates = read_templates(args.templates, kind) if args.templates else own and tuple(own)
+    templates = read_templates(args.templates, kind) if args.templates else None
+    if templates is None and kind == trained_on and run.train.get("templates"):
+        templates = tuple(run.train["templates"])
     data = LanguageDataset(
         manifest,
         args.split,
         kind,
         run.tokenizer,
-        image_tokens,
-        most,
+        run.model.visual_tokens,
+        run.config.max_text,
         slices=run.guided,
         prompt=prompt,
         templates=templates,
@@ -232,8 +187,7 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     everything = asked_rows(data)
     rows = everything[: args.limit]
     asked = sorted({row.question for row in rows})
-    new_tokens = args.new_tokens or usual_new_tokens(run.model, run.tokenizer, asked, args.task)
-    check_context(run.model, run.tokenizer, asked, new_tokens)
+    new_tokens = answer_length(run.model, run.tokenizer, asked, args.task, args.new_tokens)
     head = {
         "checkpoint_sha256": run.sha256(),
         "base_sha256": run.base_sha256(),
@@ -249,10 +203,13 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
         bert = load_bert(args.bertscore, args.bertscore_layer, ranks.device) if args.bertscore else None
         labeler = load_classifier(args.classifier, ranks.device) if args.classifier else None
     run.place(ranks.device, args.compile)
+
+    # Generate on all ranks, score and write on the first.
     out = results_folder(args)
     with folder_lock(out) if ranks.main else nullcontext():
-        texts, kept = generate_answers(
-            run, data, rows, new_tokens, args.batch_size, ranks, out, args.task, head, args.anew, args.workers
+        kept = AnsweredRows(out, args.task, head, ranks, args.anew)
+        texts = generate_answers(
+            run, data, rows, kept, new_tokens, batch=args.batch_size, ranks=ranks, workers=args.workers
         )
         if not ranks.main:
             return
@@ -272,6 +229,48 @@ def language(args: argparse.Namespace, ranks: distributed.Ranks) -> None:
     print(f"written to {out}")
 
 
+def say_checkpoint(args: argparse.Namespace, run: DualEncoderRun | MllmRun, ranks: distributed.Ranks) -> None:
+    """Print the notes of published weights, and which checkpoint is evaluated."""
+    if not ranks.main:
+        return
+    for note in run.origin.get("notes", ()):
+        print(note)
+    chosen = run.checkpoint.chosen_on == args.split
+    warning = ", chosen on this very split: its scores are optimistic" if chosen else ""
+    print(f"{args.run}: checkpoint {run.checkpoint}{warning}")
+
+
+def find_data(args: argparse.Namespace, run: DualEncoderRun | MllmRun, reports: bool) -> Manifest:
+    """Load the data set, checked to be what the run's model takes."""
+    if not (args.data or run.data):
+        raise InputError(f"--data: {args.run} has no data set of its own; name a prepared one")
+    manifest = load_manifest(args.data or run.data)
+    manifest.require(run.recipe, str(args.run))
+    if run.guided:
+        manifest.require_slices(run.slices, str(args.run))
+    manifest.check([args.split], slices=run.guided, reports=reports)
+    return manifest
+
+
+def results_folder(args: argparse.Namespace) -> Path:
+    """Return --out; else the run's own folder, or for published weights one here."""
+    if args.out:
+        return args.out
+    return Path("eval") / args.run.stem if is_published(args.run) else Run(args.run).folder / "eval"
+
+
+def evaluated(args: argparse.Namespace, run: DualEncoderRun, manifest: Manifest) -> dict:
+    """Return the entries of a results file that say what was evaluated."""
+    entries = manifest.entries(args.split)
+    return {
+        "n": len(entries),
+        "reports_sha256": comparison.fingerprint(entries),
+        "split": args.split,
+        "data": str(manifest.folder),
+        **run.checkpoint.record(),
+    }
+
+
 @torch.inference_mode()
 def saliency_figures(
     args: argparse.Namespace, run: DualEncoderRun, manifest: Manifest, device: torch.device
@@ -284,15 +283,10 @@ def saliency_figures(
         if not found:
             print("saliency: this encoder chooses no regions, so there are no pictures of them")
             break
-        regions = {name: r[0] for name, r in found.items()}
-        figures.saliency_figure(
-            args.figures / f"saliency_{entry['id']}.png",
-            volume[0],
-            regions,
-            entry["id"],
-            recipe.axes,
-            recipe.spacing if recipe.fit == "crop" else None,
-        )
+        regions, name = {name: r[0] for name, r in found.items()}, entry["id"]
+        spacing = recipe.spacing if recipe.fit == "crop" else None
+        path = args.figures / f"saliency_{name}.png"
+        figures.saliency_figure(path, volume[0], regions, name, recipe.axes, spacing)
     print(f"pictures in {args.figures}")
 
 
