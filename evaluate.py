@@ -32,80 +32,51 @@ from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import read_templates
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.evaluate import comparison, figures, language_scores, zeroshot
+from reaf_hsenet.evaluate import comparison, figures, language_scores, retrieval, zeroshot
 from reaf_hsenet.evaluate.command import Command, parse
-from reaf_hsenet.evaluate.language_evaluation import asked_rows, fingerprint, generate_answers
-from reaf_hsenet.evaluate.retrieval_results import print_table, write_queries
+from reaf_hsenet.evaluate.language_evaluation import AnsweredRows, asked_rows, fingerprint, generate_answers
 from reaf_hsenet.files import atomic_write, folder_lock, write_json
 from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
 from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
-from reaf_hsenet.metrics.retrieval import cross_retrieval, cross_retrieval_per_scan, label_overlap
-from reaf_hsenet.runs.answering import check_context, usual_new_tokens
+from reaf_hsenet.runs.answering import answer_length
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.embedding import embed
+from reaf_hsenet.runs.generation import PRECISIONS
 from reaf_hsenet.runs.trained import Trained, is_published, load_trained
 from reaf_hsenet.script import run_script
-
-PRECISIONS = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: list[str]) -> int:
     command = parse(argv, __doc__)
     if command.compare:
-        results = comparison.compare(command.task, command.compare, command.bootstrap, command.seed)
-        runs = [comparison.evaluated_run(folder, command.task) for folder in command.compare]
-        comparison.print_comparison(results, runs)
-        if command.out:
-            write_json(
-                command.out / f"comparison_{command.task}.json",
-                {"runs": list(map(str, command.compare)), "evaluated": runs, **results},
-            )
+        compare(command)
         return 0
     if command.figures:
         figures.new_figure(1, 1)  # a missing matplotlib is said now, too
     ranks = distributed.start(command.device, hours=24)
     try:
-        (language if command.task in LANGUAGE else dual_encoder)(command, ranks)
+        (evaluate_language if command.task in LANGUAGE else evaluate_dual_encoder)(command, ranks)
     finally:
         distributed.stop()
     return 0
 
 
-def results_folder(command: Command) -> Path:
-    """--out; else the run's own, or for published weights one here."""
-    return command.out or (
-        Path("eval") / command.run.stem if is_published(command.run) else Run(command.run).folder / "eval"
-    )
+def compare(command: Command) -> None:
+    results = comparison.compare(command.task, command.compare, command.bootstrap, command.seed)
+    runs = [comparison.evaluated_run(folder, command.task) for folder in command.compare]
+    comparison.print_comparison(results, runs)
+    if command.out:
+        compared = {"runs": list(map(str, command.compare)), "evaluated": runs}
+        write_json(command.out / f"comparison_{command.task}.json", {**compared, **results})
 
 
-def say_checkpoint(command: Command, run: Trained) -> None:
-    """Print the notes of published weights, and which checkpoint is evaluated."""
-    print(*run.origin.get("notes", ()), sep="\n", end="\n" if run.origin.get("notes") else "")
-    chosen = run.checkpoint.chosen_on == command.split
-    print(
-        f"{command.run}: checkpoint {run.checkpoint}"
-        + ", chosen on this very split: its scores are optimistic" * chosen
-    )
-
-
-def find_data(command: Command, run: Trained, reports: bool) -> Manifest:
-    """The data set, checked to be what the run's model takes."""
-    if not (command.data or run.data):
-        raise InputError(f"--data: {command.run} has no data set of its own; name a prepared one")
-    manifest = load_manifest(command.data or run.data)
-    manifest.require(run.recipe, str(command.run))
-    if run.guided:
-        manifest.require_slices(run.slices, str(command.run))
-    manifest.check([command.split], slices=run.guided, reports=reports)
-    return manifest
-
-
-def dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
+def evaluate_dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
+    # Load the run, and the data set that it takes.
     run = load_trained(command.run, command.checkpoint, CONTRASTIVE, text_model=command.text_model)
-    if ranks.main:
-        say_checkpoint(command, run)
-    manifest = find_data(command, run, reports=command.task == "retrieval")
+    say_checkpoint(command, run, ranks)
+    reports = command.task == "retrieval"
+    manifest = find_data(command, run, reports)
     dataset = CTReportDataset(
         manifest,
         command.split,
@@ -114,128 +85,105 @@ def dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
         style=run.config.model,
         slices=run.guided,
     )
+    task = None if reports else zeroshot_task(command, manifest)
     run.model.to(ranks.device)
-    {"retrieval": retrieval, "zeroshot": classify}[command.task](command, run, manifest, dataset, ranks)
-    if command.figures and ranks.main:
+
+    # Embed the split on all ranks, score it on the first.
+    image, text = embed(
+        run.model, dataset, ranks, command.batch_size, workers=command.workers, progress=True, reports=reports
+    )
+    if not ranks.main:
+        return
+    if reports:
+        write_retrieval(command, run, manifest, image, text, ranks.device)
+    else:
+        write_zeroshot(command, run, manifest, image, task)
+    if command.figures:
         saliency_figures(command, run, manifest, ranks.device)
 
 
-def retrieval(
+def write_retrieval(
     command: Command,
     run: Trained,
     manifest: Manifest,
-    dataset: CTReportDataset,
-    ranks: distributed.Ranks,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    device: torch.device,
 ) -> None:
-    image, text = embed(run.model, dataset, ranks, command.batch_size, workers=command.workers, progress=True)
-    if not ranks.main:
-        return
-    entries, device = manifest.entries(command.split), ranks.device
-    names = sorted({entry["scan"] for entry in entries})
-    number = {name: i for i, name in enumerate(names)}
-    scans = torch.tensor([number[entry["scan"]] for entry in entries], device=device)
-    on_device = image.to(device), text.to(device)
-    exact = cross_retrieval(*on_device)
-    per_scan = cross_retrieval_per_scan(*on_device, scans)
-    overlap = None
-    if all(entry["labels"] is not None for entry in entries):
-        labels = torch.tensor([entry["labels"] for entry in entries], device=device)
-        overlap = label_overlap(on_device[0], labels, scans)
-    results = {
-        "n": len(entries),
-        "scans": len(names),
-        "reports_sha256": comparison.fingerprint(entries),
-        "split": command.split,
-        "data": str(manifest.folder),
-        **run.checkpoint.record(),
-        **exact.tables,
-        "per_scan": per_scan.tables,
-        "volume_to_volume": overlap,
-    }
-    out = results_folder(command)
+    entries, out = manifest.entries(command.split), results_folder(command)
+    scores, exact, per_scan = retrieval.score(image.to(device), text.to(device), entries)
+    results = {"n": len(entries), "scans": scores["scans"], **evaluated(command, run, manifest), **scores}
     write_json(out / "retrieval.json", results)
-    write_queries(out / "retrieval_queries.csv", entries, exact, per_scan, run.checkpoint)
+    retrieval.write_queries(out / "retrieval_queries.csv", entries, exact, per_scan, run.checkpoint)
     with atomic_write(out / "embeddings.safetensors", "wb") as file:
         ids = "\n".join(entry["id"] for entry in entries)
         file.write(save({"image": image, "text": text}, {"ids": ids, "model": run.sha256()}))
-    print_table(results, exact, per_scan)
+    retrieval.print_scores(results)
     print(f"written to {out}")
     if command.figures:
         figures.recall_figure(command.figures / "recall.png", exact.ranks)
 
 
-def classify(
-    command: Command,
-    run: Trained,
-    manifest: Manifest,
-    dataset: CTReportDataset,
-    ranks: distributed.Ranks,
-) -> None:
-    entries = manifest.entries(command.split)
-    ids = [entry["id"] for entry in entries]
+def zeroshot_task(command: Command, manifest: Manifest) -> zeroshot.Task:
+    """Match the prompts with the labels of --labels, or of the manifest."""
     known = [entry["id"] for entries in manifest.splits.values() for entry in entries]
     if command.labels:
         table = read_label_table(command.labels, known)
     else:
         table = manifest_labels(manifest, command.split)
-    label_set = load_label_set(command.label_set)
-    task = zeroshot.define_task(zeroshot.load_prompts(command.prompts), label_set, table, ids)
-    image, _ = embed(
-        run.model, dataset, ranks, command.batch_size, workers=command.workers, progress=True, reports=False
-    )
-    if not ranks.main:
-        return
+    prompts, label_set = zeroshot.load_prompts(command.prompts), load_label_set(command.label_set)
+    ids = [entry["id"] for entry in manifest.entries(command.split)]
+    return zeroshot.define_task(prompts, label_set, table, ids)
+
+
+def write_zeroshot(
+    command: Command,
+    run: Trained,
+    manifest: Manifest,
+    image: torch.Tensor,
+    task: zeroshot.Task,
+) -> None:
+    ids, out = [entry["id"] for entry in manifest.entries(command.split)], results_folder(command)
     scores = zeroshot.score(run, image, task)
     report = classification_report(
         task.labels, scores, task.names, task.means, command.bootstrap, command.seed
     )
     results = {
-        "n": len(ids),
-        "reports_sha256": comparison.fingerprint(entries),
-        "split": command.split,
-        "data": str(manifest.folder),
-        **run.checkpoint.record(),
-        "labels": {"table": str(table.source), "set": command.label_set},
+        **evaluated(command, run, manifest),
+        "labels": {"table": str(task.source), "set": command.label_set},
         "prompts": {"source": command.prompts, "texts": task.texts},
         "bootstrap": {"resamples": command.bootstrap, "seed": command.seed},
         **report,
         "notes": task.notes,
     }
-    out = results_folder(command)
     write_json(out / "zeroshot.json", results)
     zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task, scores, run.checkpoint)
-    zeroshot.print_table(results)
+    zeroshot.print_scores(results)
     print(f"written to {out}")
     if command.figures:
         figures.roc_figure(command.figures / "roc.png", task.labels, scores, task.names)
 
 
-def language(command: Command, ranks: distributed.Ranks) -> None:
-    run = load_trained(
-        command.run,
-        command.checkpoint,
-        LANGUAGE,
-        dtype=PRECISIONS[command.precision],
-        text_model=command.text_model,
-        decoder=command.decoder,
-        encoders=command.encoders,
-    )
-    if ranks.main:
-        say_checkpoint(command, run)
+def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
+    # Load the run, the data set that it takes, and what is asked about its volumes.
+    names = {"decoder": command.decoder, "encoders": command.encoders, "text_model": command.text_model}
+    run = load_trained(command.run, command.checkpoint, LANGUAGE, PRECISIONS.get(command.precision), **names)
+    say_checkpoint(command, run, ranks)
     reports = command.task == "mrg"
     manifest = find_data(command, run, reports)
-    kind = "mrg" if reports else command.questions or run.train.get("questions") or "location"
+    trained_on = run.train.get("questions")
+    kind = "mrg" if reports else command.questions or trained_on or "location"
     prompt = (command.prompt or GENERATION["mrg"]["prompt"]) if reports else None
-    image_tokens, most = run.model.visual_tokens, run.config.max_text
-    own = run.train.get("templates") if kind == run.train.get("questions") else None
-    templates = read_templates(command.templates, kind) if command.templates else own and tuple(own)
+    templates = read_templates(command.templates, kind) if command.templates else None
+    if templates is None and kind == trained_on and run.train.get("templates"):
+        templates = tuple(run.train["templates"])
     data = LanguageDataset(
         manifest,
         command.split,
         kind,
         run.tokenizer,
-        image_tokens,
-        most,
+        run.model.visual_tokens,
+        run.config.max_text,
         slices=run.guided,
         prompt=prompt,
         templates=templates,
@@ -243,8 +191,7 @@ def language(command: Command, ranks: distributed.Ranks) -> None:
     everything = asked_rows(data)
     rows = everything[: command.limit]
     asked = sorted({row.question for row in rows})
-    new_tokens = command.new_tokens or usual_new_tokens(run.model, run.tokenizer, asked, command.task)
-    check_context(run.model, run.tokenizer, asked, new_tokens)
+    new_tokens = answer_length(run.model, run.tokenizer, asked, command.task, command.new_tokens)
     head = {
         "checkpoint_sha256": run.sha256(),
         "base_sha256": run.base_sha256(),
@@ -262,20 +209,13 @@ def language(command: Command, ranks: distributed.Ranks) -> None:
         if command.classifier:
             labeler = load_classifier(command.classifier, ranks.device)
     run.place(ranks.device, command.compile)
+
+    # Generate on all ranks, score and write on the first.
     out = results_folder(command)
     with folder_lock(out) if ranks.main else nullcontext():
-        texts, kept = generate_answers(
-            run,
-            data,
-            rows,
-            new_tokens,
-            batch=command.batch_size,
-            ranks=ranks,
-            folder=out,
-            task=command.task,
-            head=head,
-            anew=command.anew,
-            workers=command.workers,
+        kept = AnsweredRows(out, command.task, head, ranks, command.anew)
+        texts = generate_answers(
+            run, data, rows, kept, new_tokens, batch=command.batch_size, ranks=ranks, workers=command.workers
         )
         if not ranks.main:
             return
@@ -297,6 +237,48 @@ def language(command: Command, ranks: distributed.Ranks) -> None:
     print(f"written to {out}")
 
 
+def say_checkpoint(command: Command, run: Trained, ranks: distributed.Ranks) -> None:
+    """Print the notes of published weights, and which checkpoint is evaluated."""
+    if not ranks.main:
+        return
+    for note in run.origin.get("notes", ()):
+        print(note)
+    chosen = run.checkpoint.chosen_on == command.split
+    warning = ", chosen on this very split: its scores are optimistic" if chosen else ""
+    print(f"{command.run}: checkpoint {run.checkpoint}{warning}")
+
+
+def find_data(command: Command, run: Trained, reports: bool) -> Manifest:
+    """Load the data set, checked to be what the run's model takes."""
+    if not (command.data or run.data):
+        raise InputError(f"--data: {command.run} has no data set of its own; name a prepared one")
+    manifest = load_manifest(command.data or run.data)
+    manifest.require(run.recipe, str(command.run))
+    if run.guided:
+        manifest.require_slices(run.slices, str(command.run))
+    manifest.check([command.split], slices=run.guided, reports=reports)
+    return manifest
+
+
+def results_folder(command: Command) -> Path:
+    """Return --out; else the run's own folder, or for published weights one here."""
+    if command.out:
+        return command.out
+    return Path("eval") / command.run.stem if is_published(command.run) else Run(command.run).folder / "eval"
+
+
+def evaluated(command: Command, run: Trained, manifest: Manifest) -> dict:
+    """Return the entries of a results file that say what was evaluated."""
+    entries = manifest.entries(command.split)
+    return {
+        "n": len(entries),
+        "reports_sha256": comparison.fingerprint(entries),
+        "split": command.split,
+        "data": str(manifest.folder),
+        **run.checkpoint.record(),
+    }
+
+
 @torch.inference_mode()
 def saliency_figures(command: Command, run: Trained, manifest: Manifest, device: torch.device) -> None:
     vision, recipe = run.model.vision, manifest.recipe
@@ -307,15 +289,10 @@ def saliency_figures(command: Command, run: Trained, manifest: Manifest, device:
         if not found:
             print("saliency: this encoder chooses no regions, so there are no pictures of them")
             break
-        regions = {name: r[0] for name, r in found.items()}
-        figures.saliency_figure(
-            command.figures / f"saliency_{entry['id']}.png",
-            volume[0],
-            regions,
-            entry["id"],
-            recipe.axes,
-            recipe.spacing if recipe.fit == "crop" else None,
-        )
+        regions, name = {name: r[0] for name, r in found.items()}, entry["id"]
+        spacing = recipe.spacing if recipe.fit == "crop" else None
+        path = command.figures / f"saliency_{name}.png"
+        figures.saliency_figure(path, volume[0], regions, name, recipe.axes, spacing)
     print(f"pictures in {command.figures}")
 
 

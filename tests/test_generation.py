@@ -16,7 +16,6 @@ from reaf_hsenet.runs.generation import (
     Sampling,
     choose,
     generate,
-    left_padded,
     row_positions,
     steps,
 )
@@ -32,6 +31,13 @@ def golden(name: str):
 def phi():
     """Phi-4-mini's structure; long factors for more than 64 tokens."""
     return golden("phi4mini_tiny")
+
+
+def left_padded(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids -> ids (B, T) with their ends aligned, and mask (B, T)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.volume import TableRow, read_volume
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.evaluate import figures, scan_answers
+from reaf_hsenet.evaluate import figures
 from reaf_hsenet.evaluate import scan_model as inference
 from reaf_hsenet.evaluate.scan_model import ScanModel
 from reaf_hsenet.evaluate.search_index import SearchIndex, read_index
@@ -199,8 +199,8 @@ def test_the_prompt_for_a_report_is_the_published_one(runs, scans):
 
 
 def test_text_comes_while_it_is_made(runs, scans, monkeypatch):
-    made, steps = [], scan_answers.steps
-    monkeypatch.setattr(scan_answers, "steps", lambda *a, **k: (made.append(s) or s for s in steps(*a, **k)))
+    made, steps = [], answering.steps
+    monkeypatch.setattr(answering, "steps", lambda *a, **k: (made.append(s) or s for s in steps(*a, **k)))
     model, sampling = load(runs / "mrg-hsenet"), Sampling(1.0, seed=2)
     pieces = model.stream(scans[0], new_tokens=40, sampling=sampling)
     first = next(pieces)
@@ -214,9 +214,7 @@ def test_a_report_is_what_follows_the_list_of_labels(runs, scans, monkeypatch):
     model, made = load(runs / "mrg-hsenet"), None
     tokenizer = model.run.tokenizer
     tokenizer.add_tokens(["<list_end>"])
-    monkeypatch.setattr(
-        scan_answers, "steps", lambda *a, **k: ((torch.tensor(token), None) for token in made)
-    )
+    monkeypatch.setattr(answering, "steps", lambda *a, **k: ((torch.tensor(token), None) for token in made))
     listed, written = (
         tokenizer.encode(text, special_tokens=False)
         for text in ("effusion, nodule", " Heart size is normal.")

@@ -30,8 +30,7 @@ from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import language_evaluation, language_scores
-from reaf_hsenet.evaluate.answered_rows import AnsweredRows
-from reaf_hsenet.evaluate.language_evaluation import Asked, asked_rows
+from reaf_hsenet.evaluate.language_evaluation import AnsweredRows, Asked, asked_rows
 from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
 from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.slice_encoder import SliceEncoder

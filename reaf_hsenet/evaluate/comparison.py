@@ -14,6 +14,8 @@ import numpy as np
 
 from reaf_hsenet.data.sources.tables import csv_rows
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate.retrieval import DIRECTIONS
+from reaf_hsenet.evaluate.show import show
 from reaf_hsenet.files import read_json
 from reaf_hsenet.metrics.classification import (
     METRICS,
@@ -26,7 +28,6 @@ from reaf_hsenet.metrics.classification import (
 
 FILES = {"retrieval": "retrieval_queries.csv", "zeroshot": "zeroshot_scores.csv"}
 RECALL_KS = (1, 5, 10, 50)
-DIRECTIONS = ("report_to_volume", "volume_to_report")
 SHOWN = ("auroc", "average_precision", "thresholded.balanced_accuracy", "thresholded.f1_weighted")
 
 
@@ -58,32 +59,26 @@ def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[s
         )
     results: dict[str, list[dict]] = {}
     for name in shared:
-        first, rows = found[0][name], []
-        for k, (value, draws) in enumerate(run[name] for run in found):
-            row = {"value": float(value)}
-            if k:
-                row["difference"] = float(value - first[0])
-                differences = draws - first[1]
-                differences = differences[np.isfinite(differences)]  # a resample may lack a label
-                some = resamples and len(differences)
-                row["interval_95"] = (
-                    np.percentile(differences, (2.5, 97.5)).tolist() if some else [None, None]
-                )
-            rows.append(row)
-        results[name] = rows
+        (first, first_draws), *others = (run[name] for run in found)
+        results[name] = [{"value": float(first)}]
+        for value, draws in others:
+            differences = draws - first_draws
+            differences = differences[np.isfinite(differences)]  # a resample may lack a label
+            some = resamples and len(differences)
+            interval = np.percentile(differences, (2.5, 97.5)).tolist() if some else [None, None]
+            row = {"value": float(value), "difference": float(value - first), "interval_95": interval}
+            results[name].append(row)
     return results
 
 
 def fingerprint(entries: list[dict]) -> str:
-    """Of the ids and reports of a manifest's entries: the same however, and wherever, their volumes were
-    prepared.
-    """
+    """Hash the ids and reports of a manifest's entries, which do not depend on how volumes were prepared."""
     reports = json.dumps(sorted((entry["id"], entry["text"]) for entry in entries))
     return hashlib.sha256(reports.encode()).hexdigest()
 
 
 def evaluated(path: Path, task: str, folder: Path) -> dict[str, object]:
-    """What a results json says was evaluated, by what a message calls it."""
+    """Read what was evaluated from a results json, by what a message calls it."""
     again, values = f"run evaluate.py --task {task} --run {folder} again", read_json(path)
     try:
         found = {"split": values["split"], "data": values["reports_sha256"]}
@@ -95,16 +90,14 @@ def evaluated(path: Path, task: str, folder: Path) -> dict[str, object]:
 
 
 def evaluated_run(folder: Path, task: str) -> str:
-    """`RUN (last, step 434)`: a run, and the checkpoint that its results are of."""
+    """Name a run and the checkpoint that its results are of: `RUN (last, step 434)`."""
     values = read_json(folder / "eval" / f"{task}.json")
     name = values.get("checkpoint_name")  # None: published weights, or results of an earlier version
     return str(folder) if name is None else f"{folder} ({name}, step {values.get('checkpoint_step')})"
 
 
 def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float]]:
-    """The rows of a results csv by id: the ranks of both directions, or the scores and labels of all
-    classes.
-    """
+    """Rows of a results csv by id: ranks of both directions, or scores and labels of all classes."""
     again = f"run evaluate.py --task {task} --run {folder} again"
     if not path.is_file():
         raise InputError(f"{path}: no such file; run evaluate.py --task {task} --run {folder} first")
@@ -162,18 +155,17 @@ def _class_scores(rows: list[dict], resamples: int, seed: int) -> dict[str, tupl
     }
 
 
-def print_comparison(results: dict[str, list[dict]], folders: list[Path] | list[str]) -> None:
-    for k, folder in enumerate(folders):
-        print(f"[{k + 1}] {folder}")
-    width = max(map(len, results)) + 1
-    print(
-        f"{'':<{width}}{'[1]':>7}"
-        + "".join(f"{f'[{k + 1}]':>7}{'difference, 95%':>26}" for k in range(1, len(folders)))
-    )
-    for name, runs in results.items():
-        cells = f"{runs[0]['value']:>7.3f}"
-        for run in runs[1:]:
+def print_comparison(results: dict[str, list[dict]], runs: list[str]) -> None:
+    for k, run in enumerate(runs, start=1):
+        print(f"[{k}] {run}")
+    columns = [("[1]", 7)]
+    for k in range(2, len(runs) + 1):
+        columns += [(f"[{k}]", 7), ("difference, 95%", 26)]
+    rows = {}
+    for name, (first, *others) in results.items():
+        rows[name] = [first["value"]]
+        for run in others:
             low, high = run["interval_95"]
             interval = "" if low is None else f" ({low:+.3f} to {high:+.3f})"
-            cells += f"{run['value']:>7.3f}{format(run['difference'], '+.3f') + interval:>26}"
-        print(f"{name:<{width}}{cells}")
+            rows[name] += [run["value"], f"{run['difference']:+.3f}{interval}"]
+    show(rows, columns, width=max(map(len, rows)) + 1)

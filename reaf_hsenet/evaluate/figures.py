@@ -2,7 +2,7 @@
 else does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,9 @@ def new_figure(width: float, height: float, wanted_by: str = "--figures"):
 
 
 def roc_figure(path: Path, labels: np.ndarray, scores: np.ndarray, names: list[str]) -> None:
-    """A ROC curve a class with its AUROC. labels: (N, C) bool, scores: (N, C). One label value: no curve,
-    AUROC -.
+    """Draw a ROC curve for each class with its AUROC, - for a class with one label value.
+
+    labels: (N, C) bool. scores: (N, C).
     """
     figure = new_figure(9, 6)
     from matplotlib import colormaps
@@ -45,7 +46,7 @@ def roc_figure(path: Path, labels: np.ndarray, scores: np.ndarray, names: list[s
 
 
 def recall_figure(path: Path, ranks: dict[str, Tensor]) -> None:
-    """Recall at every k for each direction of retrieval. ranks: {direction: (Q,) from 1}."""
+    """Draw recall at every k for each direction of retrieval. ranks: {direction: (Q,) from 1}."""
     figure = new_figure(6, 4.5)
     axes = figure.subplots()
     for direction, found in ranks.items():
@@ -63,90 +64,80 @@ def recall_figure(path: Path, ranks: dict[str, Tensor]) -> None:
     save(figure, path)
 
 
-def saliency_figure(
-    path: Path,
-    volume: Tensor,
-    regions: dict[str, Tensor],
-    title: str,
-    axes: str = "SPL",
-    spacing: tuple[float, float, float] | None = None,
-) -> None:
-    """Axial, coronal and sagittal planes through the strongest region, with all chosen regions drawn over
-    them.
+def saliency_figure(path: Path, volume: Tensor, regions: dict[str, Tensor], title: str, *grid) -> None:
+    """Draw planes through the strongest region, with all chosen regions over them.
 
-    volume: (D, H, W). regions: {branch: (d, h, w)}, the saliency inside the chosen regions and 0 elsewhere;
-    one row of pictures a branch. axes: what D, H, W run to (S superior, P posterior, L left). spacing: mm in
-    D, H, W; None when the grid does not keep proportions.
+    regions: {branch: (d, h, w)}, the saliency inside the chosen regions and 0 elsewhere. volume, grid: as of
+    `planes`.
     """
-    figure = new_figure(12, 4.3 * len(regions))
-    for place, values, ratio in _planes(figure, volume, regions, strongest, axes, spacing):
+
+    def draw(place, values: np.ndarray, ratio) -> None:
         mask = values > 0
         overlay = np.ma.masked_equal(mask.astype(float), 0)
         place.imshow(overlay, aspect=ratio, cmap="autumn", vmin=0, vmax=2, alpha=0.3)
         if mask.any() and not mask.all():
             place.contour(mask.astype(float), [0.5], colors="red", linewidths=1)
-    figure.suptitle(title)
-    save(figure, path)
+
+    save(planes(volume, regions, title, draw, strongest, *grid), path)
 
 
-def score_figure(
-    path: Path,
-    volume: Tensor,
-    scores: dict[str, Tensor],
-    title: str,
-    axes: str = "SPL",
-    spacing: tuple[float, float, float] | None = None,
-) -> None:
-    """The same planes through the patch with the highest score, with every patch in the colour of its score.
+def score_figure(path: Path, volume: Tensor, scores: dict[str, Tensor], title: str, *grid) -> None:
+    """Draw planes through the patch with the highest score, every patch in the colour of its score.
 
-    scores: {name: (d, h, w)}; the other arguments are saliency_figure's.
+    scores: {name: (d, h, w)}. volume, grid (axes, spacing): as of `planes`.
     """
-    figure = new_figure(12, 4.3 * len(scores))
     every = torch.cat([s.flatten() for s in scores.values()])
-    scale = {"vmin": float(every.min()), "vmax": float(every.max())}
-    for place, values, ratio in _planes(figure, volume, scores, highest, axes, spacing):
-        drawn = place.imshow(values, aspect=ratio, cmap="inferno", alpha=0.3, **scale)
-    figure.colorbar(drawn, ax=figure.axes, shrink=0.6, label="patch score")
-    figure.suptitle(title)
+    style = {"cmap": "inferno", "alpha": 0.3, "vmin": float(every.min()), "vmax": float(every.max())}
+
+    def draw(place, values: np.ndarray, ratio) -> None:
+        place.imshow(values, aspect=ratio, **style)
+
+    figure = planes(volume, scores, title, draw, highest, *grid)
+    figure.colorbar(figure.axes[-1].images[-1], ax=figure.axes, shrink=0.6, label="patch score")
     save(figure, path)
 
 
-def _planes(
-    figure,
+def planes(
     volume: Tensor,
     maps: dict[str, Tensor],
+    title: str,
+    draw: Callable,
     centre_of: Callable[[Tensor], list[int]],
-    axes: str,
-    spacing,
-) -> Iterator[tuple]:
-    """Draw the CT in three planes through the patch centre_of(map), superior up, a row a map.
+    axes: str = "SPL",
+    spacing: tuple[float, float, float] | None = None,
+):
+    """Return a figure of the CT in axial, coronal and sagittal planes, superior up, a row a map.
 
-    Yields (matplotlib axes, the map in that plane at the CT's size, the pixels' height over their width).
+    volume: (D, H, W). maps: {name: (d, h, w)}; the planes go through the patch centre_of(map).
+    draw: takes matplotlib's axes, the map in that plane at the CT's size, the pixels' height over width.
+    axes: what D, H, W run to (S superior, P posterior, L left). spacing: mm in D, H, W; None when the grid
+    does not keep proportions.
     """
+    figure = new_figure(12, 4.3 * len(maps))
     turned = ["SPL".index(a) for a in axes]
     order = [turned.index(i) for i in range(3)]  # to superior, posterior, left
     volume = volume.permute(order).float().cpu()
-    shown = {"cmap": "gray", "vmin": float(volume.min()), "vmax": float(volume.max())}
+    grey = {"cmap": "gray", "vmin": float(volume.min()), "vmax": float(volume.max())}
     for row, (name, values) in enumerate(maps.items()):
         values = values.permute(order).float().cpu()
-        centre = [
-            int((p + 0.5) * n / g)
-            for p, n, g in zip(centre_of(values), volume.shape, values.shape, strict=True)
-        ]
-        drawn = F.interpolate(values[None, None], volume.shape, mode="nearest")[0, 0]
+        patch, shapes = centre_of(values), zip(volume.shape, values.shape, strict=True)
+        centre = [int((p + 0.5) * n / g) for p, (n, g) in zip(patch, shapes, strict=True)]
+        enlarged = F.interpolate(values[None, None], volume.shape, mode="nearest")[0, 0]
         for column, plane in enumerate(("axial", "coronal", "sagittal")):
             place = figure.add_subplot(len(maps), 3, 3 * row + column + 1)
-            picture, overlay = (t.select(column, centre[column]) for t in (volume, drawn))
+            picture, overlay = (t.select(column, centre[column]) for t in (volume, enlarged))
             if column:  # superior is up
                 picture, overlay = picture.flip(0), overlay.flip(0)
             ratio = "auto"
             if spacing is not None:
                 in_plane = [spacing[order[i]] for i in range(3) if i != column]
                 ratio = in_plane[0] / in_plane[1]
-            place.imshow(picture.numpy(), aspect=ratio, **shown)
+            place.imshow(picture.numpy(), aspect=ratio, **grey)
             place.set_title(f"{name}: {plane} plane {centre[column]}", fontsize="medium")
             place.set_axis_off()
-            yield place, overlay.numpy(), ratio
+            draw(place, overlay.numpy(), ratio)
+    figure.suptitle(title)
+    return figure
 
 
 def highest(values: Tensor) -> list[int]:

@@ -15,15 +15,21 @@ from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.phantom.findings import LABELS
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.evaluate.language_evaluation import Asked
+from reaf_hsenet.evaluate.show import cell, show
 from reaf_hsenet.files import atomic_write
 from reaf_hsenet.metrics.bertscore import Bert, bert_score
 from reaf_hsenet.metrics.clinical import attribute_agreement, clinical_report, phantom_labels
 from reaf_hsenet.metrics.text import ORDERS, SAMPLE_SCORES, nltk_meteor, sample_scores, text_report
-from reaf_hsenet.metrics.vqa import ANATOMIES, anatomy_of, answer_accuracies, vqa_report
+from reaf_hsenet.metrics.vqa import ACCURACIES, ANATOMIES, anatomy_of, answer_accuracies, vqa_report
 from reaf_hsenet.runs.checkpoint import Choice
 
 Labeler = Callable[[Sequence[str]], np.ndarray]  # texts -> (n, 18) of 0 and 1
 SHOWN_TEXT = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-1", "ROUGE-L", "METEOR")
+COLUMNS = (
+    *("id", "Question", "Anatomy Type", "Ground Truth", "pred"),
+    *("bleu1", "bleu2", "bleu3", "bleu4", "rouge1", "rougeL", "meteor", "meteor_without_synonyms"),
+    *("bert_f1", "acc_class", "acc_class_strict", "acc_text"),
+)
 
 
 def true_labels(manifest: Manifest, entries: list[dict]) -> np.ndarray | None:
@@ -141,24 +147,6 @@ def _text_scores(predictions: list[str], rows: list[Asked], bert: Bert | None) -
     return scores, table
 
 
-COLUMNS = (
-    "id",
-    "Question",
-    "Anatomy Type",
-    "Ground Truth",
-    "pred",
-    *(f"bleu{n}" for n in ORDERS),
-    "rouge1",
-    "rougeL",
-    "meteor",
-    "meteor_without_synonyms",
-    "bert_f1",
-    "acc_class",
-    "acc_class_strict",
-    "acc_text",
-)
-
-
 def write_rows(path: Path, table: list[dict], checkpoint: Choice) -> None:
     """Write the csv: the rows' COLUMNS as far as there are such, and the checkpoint."""
     with atomic_write(path) as file:
@@ -168,86 +156,76 @@ def write_rows(path: Path, table: list[dict], checkpoint: Choice) -> None:
 
 
 def print_reports(scores: dict) -> None:
-    text, majority = scores["text"], scores["majority"]
+    text = scores["text"]
     print(f"{text['reports']} reports, {text['empty_reports']} of them empty")
-    _print_text({"generated": text, "most frequent report for all": majority})
-    print(
-        "corpus BLEU 1 to 4, with brevity penalty: "
-        + ", ".join(f"{text[f'corpus_bleu_{n}']:.3f}" for n in ORDERS)
-    )
+    _print_text({"generated": text, "most frequent report for all": scores["majority"]})
+    bleu = ", ".join(f"{text[f'corpus_bleu_{n}']:.3f}" for n in ORDERS)
+    print(f"corpus BLEU 1 to 4, with brevity penalty: {bleu}")
     _print_bertscore(scores)
     if "clinical" not in scores:
         print("findings: left out; name a classifier of reports with --classifier")
         return
     found = scores["clinical"]
-    print(f"\n{'findings':<40}{'micro-F1':>10}{'macro-F1':>10}{'precision':>10}{'recall':>10}")
-    for name, row in {"generated": None, **found["baselines"]}.items():
-        cells = (
-            (row["micro_f1"], row["macro_f1"])
-            if row
-            else (
-                found["micro"]["f1"],
-                found["macro"]["f1"],
-                found["micro"]["precision"],
-                found["micro"]["recall"],
-            )
-        )
-        print(f"{name.replace('_', ' '):<40}" + "".join(f"{_cell(value):>10}" for value in cells))
-    print(f"\n{'':<40}{'F1':>10}{'precision':>10}{'recall':>10}{'support':>10}{'named':>10}")
-    for name, row in found["classes"].items():
-        cells = "".join(f"{_cell(row[m]):>10}" for m in ("f1", "precision", "recall", "support", "predicted"))
-        print(f"{name:<40}{cells}")
+    micro, macro = found["micro"], found["macro"]
+    rows = {"generated": [micro["f1"], macro["f1"], micro["precision"], micro["recall"]]}
+    for name, row in found["baselines"].items():
+        rows[name.replace("_", " ")] = [row["micro_f1"], row["macro_f1"]]
+    print()
+    columns = ("micro-F1", "macro-F1", "precision", "recall")
+    show(rows, [(name, 10) for name in columns], "findings", 40)
+    metrics = ("f1", "precision", "recall", "support", "predicted")
+    rows = {name: [row[metric] for metric in metrics] for name, row in found["classes"].items()}
+    print()
+    columns = ("F1", "precision", "recall", "support", "named")
+    show(rows, [(name, 10) for name in columns], width=40)
     if "attributes" in scores:
         parts = [
-            f"{n} {_cell(row['agreement'])} of {row['compared']}" for n, row in scores["attributes"].items()
+            f"{name} {cell(row['agreement'])} of {row['compared']}"
+            for name, row in scores["attributes"].items()
         ]
         print("agreement where both name the finding: " + ", ".join(parts))
 
 
 def print_answers(scores: dict) -> None:
-    majority, chance = scores["majority"], scores["chance"]
+    majority, found, per_anatomy = scores["majority"], scores["classification"], scores["per_anatomy"]
     print(f"{scores['questions']} questions, {scores['empty_answers']} answers empty")
     lines = {
-        "generated": scores["micro_average"] | {"acc_anatomy": scores["classification"]["accuracy"]},
+        "generated": scores["micro_average"] | {"acc_anatomy": found["accuracy"]},
         "mean over anatomies": scores["macro_average"],
         f"always {majority['answer'][:24]!r}": majority,
-        "chance": chance,
+        "chance": scores["chance"],
     }
-    names = {
-        "acc_class": "class accuracy",
-        "acc_class_strict": "strict",
-        "acc_text": "exact match",
-        "acc_anatomy": "anatomy",
-    }
-    print(f"{'':<34}" + "".join(f"{shown:>15}" for shown in names.values()))
-    for line, row in lines.items():
-        print(f"{line:<34}" + "".join(f"{_cell(row.get(name)):>15}" for name in names))
+    metrics = (*ACCURACIES, "acc_anatomy")
+    columns = ("class accuracy", "strict", "exact match", "anatomy")
+    show(
+        {line: [row.get(metric) for metric in metrics] for line, row in lines.items()},
+        [(name, 15) for name in columns],
+    )
     generated = scores["micro_average"] | {"meteor": scores["text"]["meteor"]}
     _print_text({"generated": generated, "mean over anatomies": scores["macro_average"]})
     _print_bertscore(scores)
-    found, per_anatomy = scores["classification"], scores["per_anatomy"]
     if set(per_anatomy) == {ANATOMIES[-1]}:
         return  # the answers are no places
-    columns = ("precision", "recall", "F1", "support")
-    print(f"\n{'anatomy':<34}" + "".join(f"{c:>10}" for c in columns) + f"{'class acc.':>12}{'exact':>10}")
+    rows = {}
     for name in ANATOMIES:
         row, means = found["anatomies"][name], per_anatomy.get(name, {})
-        cells = "".join(f"{_cell(row[m]):>10}" for m in ("precision", "recall", "f1", "support"))
-        print(f"{name:<34}{cells}{_cell(means.get('acc_class')):>12}{_cell(means.get('acc_text')):>10}")
+        rows[name] = [row[metric] for metric in ("precision", "recall", "f1", "support")]
+        rows[name] += [means.get("acc_class"), means.get("acc_text")]
     for mean in ("macro", "macro_over_true_anatomies", "weighted"):
-        cells = "".join(f"{_cell(found[mean][m]):>10}" for m in ("precision", "recall", "f1"))
-        print(f"{mean.replace('_', ' '):<34}{cells}")
+        rows[mean.replace("_", " ")] = [found[mean][metric] for metric in ("precision", "recall", "f1")]
+    print()
+    columns = [(name, 10) for name in ("precision", "recall", "F1", "support")]
+    show(rows, [*columns, ("class acc.", 12), ("exact", 10)], "anatomy")
 
 
 def _print_text(lines: dict[str, dict]) -> None:
-    """BLEU as published: n-gram precisions."""
-    print(f"{'':<34}" + "".join(f"{name:>9}" for name in SHOWN_TEXT))
+    """Print BLEU as published (n-gram precisions), ROUGE and METEOR, with synonyms where nltk is there."""
+    rows, meteor = {}, lines["generated"]["meteor"]
     for line, row in lines.items():
-        meteor = row.get("meteor")
-        values = [*(row[f"ngram_precision_{n}"] for n in ORDERS), row["rouge1"], row["rougeL"]]
-        values.append(meteor if isinstance(meteor, float) else row["meteor_without_synonyms"])
-        print(f"{line:<34}" + "".join(f"{_cell(value):>9}" for value in values))
-    meteor = lines["generated"]["meteor"]
+        rows[line] = [*(row[f"ngram_precision_{n}"] for n in ORDERS), row["rouge1"], row["rougeL"]]
+        with_synonyms = isinstance(row.get("meteor"), float)
+        rows[line].append(row["meteor" if with_synonyms else "meteor_without_synonyms"])
+    show(rows, [(name, 9) for name in SHOWN_TEXT])
     print("BLEU as published: n-gram precisions.")
     if isinstance(meteor, str):
         print(f"METEOR without synonyms; with them: {meteor}")
@@ -257,7 +235,3 @@ def _print_bertscore(scores: dict) -> None:
     if found := scores.get("bertscore"):
         values = ", ".join(f"{name} {found[name]:.3f}" for name in ("f1", "precision", "recall"))
         print(f"BERTScore {values} ({found['variant']})")
-
-
-def _cell(value: float | int | None) -> str:
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"

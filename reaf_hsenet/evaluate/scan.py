@@ -1,8 +1,6 @@
-"""One CT file -> what a trained network takes: the volume of the run's recipe, and slice features where these
-guide it.
+"""One CT file -> what a trained network takes: a volume by the run's recipe, and slice features.
 
-What training reads from a prepared folder is float16, so that is what a scan is rounded to here: both give
-the same result.
+Training reads float16 from a prepared folder; a scan is rounded to it, so that both give the same result.
 """
 
 from dataclasses import dataclass
@@ -23,10 +21,9 @@ from reaf_hsenet.weights.slice_encoder import load_slice_encoder
 
 @dataclass
 class Scan:
-    """volume: (1, 1, D, H, W) float32 on the CPU. images: (32, size, size) uint8 slices, where they were
-    wanted.
+    """A scan that was read. record: what the file held and how it was read.
 
-    record: what the file held and how it was read.
+    volume: (1, 1, D, H, W) float32 on the CPU. images: (32, size, size) uint8 slices, where they were wanted.
     """
 
     path: Path
@@ -35,7 +32,7 @@ class Scan:
     record: dict
 
     def account(self) -> str:
-        """What was decided about it, in a line."""
+        """Say in a line what was decided about the scan."""
         known = self.record
         parts = ["x".join(map(str, known["shape"])) + " voxels"]
         if "spacing" in known:
@@ -45,11 +42,10 @@ class Scan:
 
 
 def check_scan(path: Path) -> None:
-    """Raises InputError unless there is a file whose name is a scan's; it is not opened."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; expected a scan that ends in {', '.join(ENDINGS)}")
-    if ending(Path(path).name) is None:
-        raise InputError(f"{path}: expected a scan that ends in {', '.join(ENDINGS)}")
+    """Raise InputError unless there is a file whose name is a scan's; it is not opened."""
+    missing = "" if path.is_file() else "no such file; "
+    if missing or ending(path.name) is None:
+        raise InputError(f"{path}: {missing}expected a scan that ends in {', '.join(ENDINGS)}")
 
 
 def read_scan(
@@ -67,19 +63,13 @@ def read_scan(
         if str(error).endswith("with --rescale"):  # there is no table here to take them from
             raise InputError(f"{error}, or give the --slope and --intercept that make them HU") from error
         raise
-    return Scan(
-        path,
-        torch.from_numpy(voxels).half().float()[None],
-        images if images is None else torch.from_numpy(images),
-        record,
-    )
+    volume = torch.from_numpy(voxels).half().float()[None]
+    return Scan(path, volume, None if images is None else torch.from_numpy(images), record)
 
 
 @torch.inference_mode()
 def slice_features(scan: Scan, encoder: SliceEncoder, provenance: dict, device: torch.device) -> Tensor:
-    """Return (1, S, C) float32 features of the scan's slices, on the device. provenance: of
-    find_slice_encoder.
-    """
+    """Return (1, S, C) float32 features of the scan's slices. encoder, provenance: of find_slice_encoder."""
     features = encoder.to(device)(normalise(scan.images.to(device))).half().float()
     if not features.isfinite().all():
         raise InputError(f"{provenance['encoder']}: gives {scan.path} NaN, or values beyond float16's")
@@ -89,11 +79,11 @@ def slice_features(scan: Scan, encoder: SliceEncoder, provenance: dict, device: 
 def find_slice_encoder(
     run: Path, data: Path | None, wanted: dict, named: str | None = None
 ) -> tuple[SliceEncoder, dict]:
-    """The encoder that made the slice features a run was trained on, with its provenance.
+    """Load the encoder that made the slice features a run was trained on; return it with its provenance.
 
-    wanted: that of the run's features. The first of `named` (file, folder or hub id), the run's own folder's,
-    its data set's, and the place where it lay in training. Raises InputError when there is none, and for
-    another encoder.
+    wanted: provenance of the run's features. The encoder is `named` (file, folder or hub id), else the one in
+    the run's folder, in its data set, or where it lay in training. Raises InputError when there is none, and
+    for another encoder.
     """
     known = wanted.get("encoder", "")
     places = [folder / "slice_encoder" for folder in (run, data) if folder] + [Path(known)] * bool(known)

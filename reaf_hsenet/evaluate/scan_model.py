@@ -10,6 +10,7 @@ read.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -18,15 +19,7 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet import distributed
-from reaf_hsenet.config import (
-    CONTRASTIVE,
-    GENERATION,
-    LANGUAGE,
-    ClipConfig,
-    GuidedVisionConfig,
-    ReafVisionConfig,
-    Recipe,
-)
+from reaf_hsenet.config import CONTRASTIVE, GENERATION, LANGUAGE, ClipConfig, ReafVisionConfig, Recipe
 from reaf_hsenet.data.labels import LabelTable, load_label_set
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.slice_features import slices_wanted
@@ -35,25 +28,75 @@ from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import figures, zeroshot
 from reaf_hsenet.evaluate.scan import Scan, find_slice_encoder, read_scan, slice_features
-from reaf_hsenet.evaluate.scan_answers import answer_length, stream_answer
 from reaf_hsenet.evaluate.search_index import SearchIndex, read_index
+from reaf_hsenet.models.build import build_mllm
 from reaf_hsenet.models.mllm_config import MllmConfig
-from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.generation import Sampling
+from reaf_hsenet.runs.answering import answer_length, stream_answer
+from reaf_hsenet.runs.checkpoint import Choice, Run
+from reaf_hsenet.runs.generation import PRECISIONS, Sampling
 from reaf_hsenet.runs.trained import Trained, check_compiled, is_published, load_trained
 from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EMPTY_TEXT = '--text: is empty; expected words of a report, such as "bilateral pleural effusion"'
 
 
 def load(folder: Path | str, **settings) -> "ScanModel":
-    """The model of a run folder, or of published weights' file or folder, read. settings: as ScanModel
-    takes them.
-    """
+    """Read a run folder's model, or published weights' file or folder. settings: as ScanModel takes them."""
     model = ScanModel(folder, **settings)
-    model.run  # noqa: B018
+    _ = model.run  # reads the weights
     return model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is known of a run before its weights are read. load: reads them.
+
+    tokenizer: of a language model. slices: what made the slice features that the encoder was trained with.
+    """
+
+    folder: Path
+    stage: str
+    config: ClipConfig | MllmConfig
+    recipe: Recipe
+    tokenizer: Tokenizer | None
+    checkpoint: Choice
+    data: Path | None
+    slices: dict | None
+    load: Callable[[], Trained]
+
+
+def read_settings(folder: Path, which: str | None, precision: str | None, names: dict) -> Settings:
+    """Read a run's settings; those of published weights come with the weights.
+
+    names: of published weights, what they stand on.
+    """
+    dtype = PRECISIONS.get(precision)
+    if is_published(folder):
+        run = load_trained(folder, dtype=dtype, **names)
+        known = {name: getattr(run, name) for name in Settings.__annotations__ if name != "load"}
+        return Settings(**known, load=lambda: run)
+    run = Run(folder)
+    values, source = run.read_config(), str(run.folder / "config.json")
+    checkpoint, stage = run.choose(which), values["stage"]
+    for name in [name for name, value in names.items() if value is not None]:
+        flag = name.replace("_", "-")
+        raise InputError(f"--{flag}: is of published weights; the run {folder} knows its own, leave it out")
+    if stage not in (*CONTRASTIVE, *LANGUAGE):
+        raise InputError(f"{folder}: is a run of stage {stage!r}; expected one of clip1, clip2, mrg and vqa")
+    language = stage in LANGUAGE
+    return Settings(
+        folder=run.folder,
+        stage=stage,
+        config=from_dict(MllmConfig if language else ClipConfig, values["model"], source),
+        recipe=from_dict(Recipe, values["recipe"], source),
+        tokenizer=load_tokenizer(run.folder) if language else None,
+        checkpoint=checkpoint,
+        data=Path(values["data"]) if values["data"] else None,
+        slices=values.get("slices"),
+        load=lambda: load_trained(run.folder, checkpoint.name, dtype=dtype),
+    )
 
 
 class ScanModel:
@@ -64,7 +107,7 @@ class ScanModel:
     folder or hub id; see find_slice_encoder.
     precision: of the decoder, one of PRECISIONS; by default that of its files. text_model, decoder, encoders:
     of published weights, see runs/trained.py. compiled: run the decoder's steps as one compiled graph, on a
-    GPU. say: takes an account of every scan that is read.
+    GPU. say: takes a line about every scan that is read.
 
     Every method raises InputError, a line that names the file or setting, for what cannot be done.
     """
@@ -84,67 +127,37 @@ class ScanModel:
         compiled: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ):
-        self.folder, self.named, self.precision = Path(folder), slice_encoder, precision
-        self.reading, self.table, self.say = reading or Reading(), table or TableRow(), say
+        self.reading, self.table = reading or Reading(), table or TableRow()
+        self.slice_encoder, self.compiled, self.say = slice_encoder, compiled, say
+        self.device = distributed.start(device).device
+        check_compiled(compiled, self.device)
         names = {"text_model": text_model, "decoder": decoder, "encoders": encoders}
-        if is_published(self.folder):  # its settings are read from its weights
-            self.run = run = load_trained(self.folder, dtype=PRECISIONS.get(precision), **names)
-            self.checkpoint, self.stage, self.data, self.made_of = (
-                run.checkpoint,
-                run.stage,
-                run.data,
-                run.slices,
-            )
-            self.config, self.recipe = run.config, run.recipe
-            for note in run.origin["notes"]:
-                say(note)
-        else:
-            run = Run(folder)
-            values, source = run.read_config(), str(run.folder / "config.json")
-            self.checkpoint = run.choose(checkpoint)
-            self.folder, self.which = run.folder, self.checkpoint.name
-            for name in [name for name, value in names.items() if value is not None]:
-                flag = name.replace("_", "-")
-                raise InputError(
-                    f"--{flag}: is of published weights; the run {folder} knows its own, leave it out"
-                )
-            self.stage, self.data, self.made_of = values["stage"], values["data"], values.get("slices")
-            if self.stage not in (*CONTRASTIVE, *LANGUAGE):
-                raise InputError(
-                    f"{folder}: is a run of stage {self.stage!r}; expected one of clip1, clip2, mrg and vqa"
-                )
-            of = MllmConfig if self.has_decoder else ClipConfig
-            self.config, self.recipe = (
-                from_dict(of, values["model"], source),
-                from_dict(Recipe, values["recipe"], source),
-            )
+        self.settings = known = read_settings(Path(folder), checkpoint, precision, names)
+        self.folder, self.stage, self.checkpoint = known.folder, known.stage, known.checkpoint
+        self.config, self.recipe = known.config, known.recipe
+        self.has_decoder = self.stage in LANGUAGE
+        self.encoders = self.config.encoders if self.has_decoder else (self.config.vision,)
+        self.guided = self.config.guided
         if precision is not None and (precision not in PRECISIONS or not self.has_decoder):
             raise InputError(
                 f"--precision {precision}: expected one of {', '.join(PRECISIONS)}, and a run with a decoder"
             )
-        self.device = distributed.start(device).device
-        self.compiled = compiled
-        check_compiled(compiled, self.device)
-        if "run" in vars(self):
-            self.run.place(self.device, compiled)
-        self.encoders = self.config.encoders if self.has_decoder else (self.config.vision,)
-        self.guided = any(isinstance(encoder, GuidedVisionConfig) for encoder in self.encoders)
         if slice_encoder is not None and not self.guided:
             raise InputError(f"--slice-encoder: {folder} takes no slice features; leave the flag out")
-
-    @property
-    def has_decoder(self) -> bool:
-        return self.stage in LANGUAGE
+        if is_published(self.folder):
+            for note in self.run.origin["notes"]:
+                say(note)
 
     @cached_property
     def run(self) -> Trained:
-        run = load_trained(self.folder, self.which, dtype=PRECISIONS.get(self.precision))
+        """The run with its weights, on the device."""
+        run = self.settings.load()
         run.place(self.device, self.compiled)
         return run
 
     @cached_property
     def sha256(self) -> str:
-        """Of the checkpoint's weights, by which an index knows the model that made it."""
+        """Hash of the checkpoint's weights, by which an index knows the model that made it."""
         return self.run.sha256()
 
     def report(self, scan: Path | str, prompt: str | None = None, **settings) -> str:
@@ -175,8 +188,11 @@ class ScanModel:
                 f"mrg or vqa"
             )
         question = GENERATION["mrg"]["prompt"] if question is None else question
-        tokenizer = self.run.tokenizer if "run" in vars(self) else load_tokenizer(self.folder)
-        most = answer_length(self.config, tokenizer, question, new_tokens, GENERATION[task]["new_tokens"])
+        if not question.strip():
+            raise InputError('the question is empty; ask something, such as "Is there pleural effusion?"')
+        with torch.device("meta"):  # its sizes, without weights that may take minutes to read
+            sizes = build_mllm(self.config)
+        most = answer_length(sizes, self.settings.tokenizer, [question], task, new_tokens)
         volume, slices, _ = self.read(scan)
         yield from stream_answer(
             self.run.model, self.run.tokenizer, question, volume, slices, most, sampling, self.compiled
@@ -204,9 +220,7 @@ class ScanModel:
         """A report's unit vector, (C,) float32 on the CPU; the text is cleaned as those of training are."""
         self.require_towers()
         if not text.strip():
-            raise InputError(
-                '--text: is empty; expected words of a report, such as "bilateral pleural effusion"'
-            )
+            raise InputError(EMPTY_TEXT)
         tokenizer, limit = self.run.tokenizer, self.run.config.max_text
         if self.run.config.model == "reaf":
             text = plain_report(text)
@@ -282,7 +296,8 @@ class ScanModel:
 
     @cached_property
     def _slice_encoder(self):
-        return find_slice_encoder(self.folder, self.data and Path(self.data), self.made_of, self.named)
+        known = self.settings
+        return find_slice_encoder(known.folder, known.data, known.slices, self.slice_encoder)
 
     def require_towers(self) -> None:
         """Raises InputError unless this is a dual encoder."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reaf_hsenet.data.labels import LabelSet, LabelTable
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate.show import cell, show
 from reaf_hsenet.files import atomic_write, read_json
 from reaf_hsenet.metrics.classification import AT_A_CUT, both_values
 from reaf_hsenet.runs.checkpoint import Choice
@@ -25,9 +26,7 @@ PROMPTS = ("volume", "organ")
 
 @dataclass(frozen=True)
 class Prompts:
-    """texts: class -> (negative, positive), with the template filled in. source: `volume`, `organ` or a
-    file.
-    """
+    """texts: {class: (negative, positive)} with the template filled in. source: `volume`, `organ`, a file."""
 
     source: str
     texts: dict[str, tuple[str, str]]
@@ -35,10 +34,12 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Task:
-    """What is scored: each class with the prompts that score it, its labels (N, C) bool, and the means to
-    take.
+    """What is scored: each class with the prompts that score it, its labels (N, C) bool, and means to take.
+
+    source: where the labels are from.
     """
 
+    source: Path
     texts: dict[str, tuple[str, str]]
     scored_from: dict[str, list[str]]
     labels: np.ndarray
@@ -75,12 +76,8 @@ def load_prompts(name: str) -> Prompts:
         )
     texts = {}
     for label, prompt in classes.items():
-        _only(
-            prompt,
-            {"positive", "negative"} | ({"organ"} if by_organ else set()),
-            set(),
-            f"{path}: class {label}",
-        )
+        keys = {"positive", "negative"} | ({"organ"} if by_organ else set())
+        _only(prompt, keys, set(), f"{path}: class {label}")
         wrong = next((k for k, text in prompt.items() if not isinstance(text, str) or not text.strip()), None)
         if wrong:
             raise InputError(f"{path}: class {label}: {wrong} is {prompt[wrong]!r}; expected a text")
@@ -125,14 +122,12 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
             f"(--label-set {label_set.name}); they have {', '.join([*offered, *parents])}"
         )
     for label, parts in scored_from.items():
-        missing = [
-            p for p in label_set.scored_from.get(label, ()) if p not in parts and label not in prompts.texts
-        ]
+        whole = label_set.scored_from.get(label, ())
+        missing = [part for part in whole if part not in parts and label not in prompts.texts]
         if missing:
             raise InputError(
-                f"--prompts {prompts.source}: {label} is scored from "
-                f"{' and '.join(label_set.scored_from[label])}; add {', '.join(missing)}, or prompts of "
-                f"{label} itself"
+                f"--prompts {prompts.source}: {label} is scored from {' and '.join(whole)}; add "
+                f"{', '.join(missing)}, or prompts of {label} itself"
             )
     labels = table.values(ids, [known[label] for label in scored_from])
     notes = [f"{table.source} has no labels of {', '.join(absent)}: left out"] if absent else []
@@ -146,9 +141,8 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
             )
     means = {"mean": []}
     means |= {name: out for name, out in label_set.means.items() if set(out) & set(scored_from)}
-    return Task(
-        {p: prompts.texts[p] for ps in scored_from.values() for p in ps}, scored_from, labels, means, notes
-    )
+    texts = {prompt: prompts.texts[prompt] for parts in scored_from.values() for prompt in parts}
+    return Task(table.source, texts, scored_from, labels, means, notes)
 
 
 @torch.inference_mode()
@@ -188,34 +182,21 @@ def write_scores(path: Path, ids: list[str], task: Task, scores: np.ndarray, che
             writer.writerow([volume, *(f"{v:.9g}" for v in row), *labels.astype(int), checkpoint])
 
 
-def print_table(results: dict) -> None:
-    """Per class and mean: ranking metrics, then those at argmax and at the threshold."""
-    names = {
-        "balanced_accuracy": "b.acc",
-        "accuracy": "acc",
-        "f1_weighted": "F1",
-        "recall": "rec",
-        "precision": "prec",
-    }
+def print_scores(results: dict) -> None:
+    """Print a line for each class and mean: ranking metrics, those at argmax and those at the threshold."""
     rows = {**results["classes"], **{f"{k} of {v['classes']}": v for k, v in results["means"].items()}}
     width = max(map(len, rows)) + 1
-    at_cut = "".join(f"{names[m]:>6}" for m in AT_A_CUT)
-    print(f"{'':<{width + 35}}{'at argmax':^30}{'':>7}{'at the threshold':^30}")
-    print(f"{'class':<{width}}{'n':>6}{'AUROC':>7}{'95%':>15}{'AP':>7}{at_cut}{'thr':>7}{at_cut}")
+    at_cut = [(name, 6) for name in ("b.acc", "acc", "F1", "rec", "prec")]  # of AT_A_CUT
+    columns = [("n", 6), ("AUROC", 7), ("95%", 15), ("AP", 7), *at_cut, ("thr", 7), *at_cut]
+    values = {}
     for name, row in rows.items():
-        bounds = row["interval_95"]["auroc"] if "interval_95" in row else [None, None]
-        interval = f"{_cell(bounds[0])} to {_cell(bounds[1])}" if bounds[0] is not None else "-"
-        cells = "".join(f"{_cell(row['argmax'][m]):>6}" for m in AT_A_CUT)
-        cells += f"{_cell(row.get('threshold')):>7}"
-        cells += "".join(f"{_cell(row['thresholded'][m]):>6}" for m in AT_A_CUT)
-        print(
-            f"{name:<{width}}{row.get('positives', ''):>6}{_cell(row['auroc']):>7}{interval:>15}"
-            f"{_cell(row['average_precision']):>7}{cells}"
-        )
+        low, high = row["interval_95"]["auroc"] if "interval_95" in row else (None, None)
+        interval = None if low is None else f"{cell(low)} to {cell(high)}"
+        values[name] = [row.get("positives", ""), row["auroc"], interval, row["average_precision"]]
+        values[name] += [row["argmax"][metric] for metric in AT_A_CUT]
+        values[name] += [row.get("threshold"), *(row["thresholded"][metric] for metric in AT_A_CUT)]
+    print(f"{'':<{width + 35}}{'at argmax':^30}{'':>7}{'at the threshold':^30}")
+    show(values, columns, "class", width)
     print("n: positives. F1: weighted. Thresholds are found on this data itself, as published.")
     for note in results["notes"]:
         print(f"note: {note}")
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -4,6 +4,8 @@ Question lengths differ, so the rows of a batch are padded on the left, before b
 alone and in a batch.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from reaf_hsenet.data.language import LIST_END, question_text
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.packed import packable
-from reaf_hsenet.runs.generation import Sampling, generate
+from reaf_hsenet.runs.generation import Sampling, generate, steps
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 
 
@@ -28,33 +30,59 @@ def answer(
     features: list[Tensor] | None = None,
     compiled: bool = False,
 ) -> list[str]:
-    """Return an answer of at most `new_tokens` tokens to each question, as plain text without special tokens.
+    """An answer of at most `new_tokens` tokens to each question, as plain text without special tokens.
 
     volume: (B, 1, D, H, W), one a question; slices: (B, S, C), for an encoder or a projector that is guided
     by them.
     features: of `image_features`, (B, N, C) each, where they are known already; volume is then not used. All
-    on the model's device. compiled: as of generation.steps. Raises InputError when a question and its answer
-    do not fit the decoder's context.
+    on the model's device. compiled: as of generation.steps.
     """
-    embeddings, mask = prompt_embeddings(model, tokenizer, questions, volume, slices, features)
-    made = generate(
-        model.decoder,
-        embeddings=embeddings,
-        mask=mask,
-        new_tokens=new_tokens,
-        stop_ids=stop_ids(model, tokenizer),
-        sampling=sampling,
-        pad_id=tokenizer.pad_id,
-        compiled=compiled,
-    )
+    inputs = _decoder_inputs(model, tokenizer, questions, volume, slices, features)
+    made = generate(model.decoder, **inputs, new_tokens=new_tokens, sampling=sampling, compiled=compiled)
     return [answer_text(model, tokenizer, row) for row in made.tolist()]
+
+
+def stream_answer(
+    model: Mllm,
+    tokenizer: Tokenizer,
+    question: str,
+    volume: Tensor,
+    slices: Tensor | None,
+    new_tokens: int,
+    sampling: Sampling | None = None,
+    compiled: bool = False,
+) -> Iterator[str]:
+    """Yield pieces of text, which together are the answer of `answer` to one question.
+
+    A word is given when the next one begins: until then, further tokens may change it.
+    """
+    with torch.inference_mode():
+        inputs = _decoder_inputs(model, tokenizer, [question], volume, slices)
+    made = steps(model.decoder, **inputs, new_tokens=new_tokens, sampling=sampling, compiled=compiled)
+    ids, shown, text = [], 0, ""
+    mark = tokenizer.ids.get(LIST_END)
+    for token, _ in made:
+        ids.append(int(token))
+        text = answer_text(model, tokenizer, ids)
+        if mark is not None and mark not in ids:
+            continue  # what is there so far may be the list of labels
+        if (end := max(text.rfind(" "), text.rfind("\n"))) > shown:
+            yield text[shown:end]
+            shown = end
+    if text[shown:]:
+        yield text[shown:]
+
+
+def _decoder_inputs(model: Mllm, tokenizer: Tokenizer, *prompt) -> dict:
+    """Return what generation.steps takes for a prompt and its end. prompt: as of prompt_embeddings."""
+    embeddings, mask = prompt_embeddings(model, tokenizer, *prompt)
+    ending = {"stop_ids": stop_ids(model, tokenizer), "pad_id": tokenizer.pad_id}
+    return {"embeddings": embeddings, "mask": mask, **ending}
 
 
 @torch.inference_mode()
 def image_features(model: Mllm, volume: Tensor, slices: Tensor | None) -> list[Tensor]:
-    """Patch tokens (B, N, C) of every encoder, in mixed precision when the decoder is in half precision;
-    see `_autocast`.
-    """
+    """Return patch tokens (B, N, C) of every encoder, in the precision of `_autocast`."""
     with _autocast(model, volume.device):
         return model.features(volume, slices)
 
@@ -68,14 +96,13 @@ def prompt_embeddings(
     slices: Tensor | None,
     features: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what generation.steps takes: embeddings (B, T, W), padded on the left, and mask (B, T)."""
+    """Return embeddings (B, T, W), padded on the left, and mask (B, T), as generation.steps takes them."""
     features = image_features(model, volume, slices) if features is None else features
     device = features[0].device
     ids, mask = (t.to(device) for t in tokenizer.batch(question_ids(model, tokenizer, questions)))
     with _autocast(model, device):
-        rows = model.embed(
-            ids, features, slices, mask
-        )  # padded on the right, so that the image has its columns
+        # Padded on the right, so that the image has its columns.
+        rows = model.embed(ids, features, slices, mask)
     pads = (mask.shape[1] - mask.sum(1)).tolist()
     moved = [[row.roll(pad, 0) for row, pad in zip(rows_, pads, strict=True)] for rows_ in (rows, mask)]
     return torch.stack(moved[0]), torch.stack(moved[1])
@@ -87,39 +114,36 @@ def question_ids(model: Mllm, tokenizer: Tokenizer, questions: list[str]) -> lis
     return [tokenizer.encode(text, special_tokens=False) for text in texts]
 
 
-def usual_new_tokens(model: Mllm, tokenizer: Tokenizer, questions: list[str], task: str) -> int:
-    """Return how many new tokens `task` (mrg or vqa) is published with, or as many as the decoder's context
-    leaves.
-    """
-    return max(1, min(GENERATION[task]["new_tokens"], _room(model, tokenizer, questions)))
+def answer_length(
+    model: Mllm, tokenizer: Tokenizer, questions: list[str], task: str, wanted: int | None = None
+) -> int:
+    """Return how many new tokens to make at most: `wanted`, else the task's, cut to what the context leaves.
 
-
-def check_context(model: Mllm, tokenizer: Tokenizer, questions: list[str], new_tokens: int) -> None:
-    """Raise InputError unless the longest of the questions and `new_tokens` more fit the decoder's
-    context.
+    task: `mrg` or `vqa`. Raises InputError when the longest question leaves no room, or not for `wanted`.
     """
-    room = _room(model, tokenizer, questions)
-    if new_tokens > room:
-        context = model.decoder.config.context
+    length, context = max(map(len, question_ids(model, tokenizer, questions))), model.decoder.config.context
+    asked = f"a question of {length} tokens, {model.visual_tokens} of them of the image, leaves"
+    if length >= context:
+        raise InputError(f"{asked} no room for an answer in the decoder's context of {context}: shorten it")
+    if wanted is None:
+        return min(GENERATION[task]["new_tokens"], context - length)
+    if wanted > context - length:
         raise InputError(
-            f"--new-tokens {new_tokens}: a question of {context - room} tokens, {model.visual_tokens} of "
-            f"them of the image, leaves {max(0, room)} of the decoder's context of {context}; shorten the "
-            "question or ask for fewer"
+            f"--new-tokens {wanted}: {asked} {context - length} of the decoder's context of {context}; "
+            "shorten the question or ask for fewer"
         )
-
-
-def _room(model: Mllm, tokenizer: Tokenizer, questions: list[str]) -> int:
-    return model.decoder.config.context - max(map(len, question_ids(model, tokenizer, questions)))
+    return wanted
 
 
 def stop_ids(model: Mllm, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the tokens that end an answer: training's, and those that the decoder's config names."""
+    """Return what ends an answer: the token that training puts there, and those of the decoder's config."""
     return tuple(dict.fromkeys((tokenizer.eos_id, *model.decoder.config.eos_ids)))
 
 
 def answer_text(model: Mllm, tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Return the text before the first stop token, after the list of labels where there is one; no special
-    tokens, no outer spaces.
+    """Return the text before the first stop token, after the list of labels where there is one.
+
+    It has no special tokens and no outer spaces.
     """
     stops = stop_ids(model, tokenizer)
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))

@@ -15,6 +15,7 @@ from torch import Tensor
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.decoder import Decoder, KVCache
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of a decoder
 CACHE_STEP, KEPT_STEPS = 256, 4  # compiled caches have sizes of multiples of this; so many are kept
 
 
@@ -55,16 +56,6 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
             0  # the likeliest is always kept
         )
     return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
-
-
-def left_padded(
-    rows: list[list[int]], pad_id: int, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rows of ids -> ids (B, T) with their ends aligned, and mask (B, T)."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 def row_positions(mask: Tensor) -> Tensor:
