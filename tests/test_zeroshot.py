@@ -589,7 +589,7 @@ def test_saliency_is_drawn_of_the_first_volumes_of_an_encoder_that_has_it(
 
 def test_prompts_and_label_sets_are_installed_with_the_package():
     settings = (ROOT / "pyproject.toml").read_text()
-    assert '"reaf_hsenet.data" = ["prompts/*.json", "label_sets/*.json"]' in settings
+    assert '"reaf_hsenet.data" = ["prompts/*.json", "label_sets/*.json", "phantom/*.json"]' in settings
     files = {p.stem for p in (ROOT / "reaf_hsenet/data/prompts").glob("*.json")}
     assert files - {"report", "questions"} == set(zeroshot.PROMPTS)
 

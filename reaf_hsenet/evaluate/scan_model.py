@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet import distributed
-from reaf_hsenet.config import CONTRASTIVE, GENERATION, LANGUAGE, ClipConfig, ReafVisionConfig, Recipe
+from reaf_hsenet.config import (
+    CONTRASTIVE,
+    GENERATION,
+    LANGUAGE,
+    ClipConfig,
+    GuidedVisionConfig,
+    ReafVisionConfig,
+    Recipe,
+)
 from reaf_hsenet.data.labels import LabelTable, load_label_set
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.slice_features import slices_wanted
