@@ -51,9 +51,10 @@ from reaf_hsenet.train.training_state import Outcome, TrainingState
 
 def main(argv: list[str]) -> int:
     command = parse(argv, __doc__)
-    # Whatever train() has built is gone when it returns, as stop() asks for.
     code = train(command, distributed.start(command.device))
-    distributed.stop()  # not after an error, which the other ranks would hear of as a lost connection first
+    # The process group is left when train() has returned, and its models are freed. After an error it is not
+    # left: the other ranks would report a lost connection before this error.
+    distributed.stop()
     return code
 
 
@@ -64,16 +65,14 @@ def train(command: Command, ranks: Ranks) -> int:
         raise InputError(
             f"--out {command.out}: is a checkpoint of a run; name the run's folder, {run.folder}"
         )
-    with run.writing() if ranks.main else nullcontext():
+    with run.writing() if ranks.main else nullcontext():  # locks the folder
         training = start(command, run, ranks)
         if training is None:
             return 0
         code = fit(training)
         if code == 0 and ranks.main:
-            print(
-                f"{run.folder}: finished; best checkpoint {run.pointer('best')}, which is taken by name only",
-                flush=True,
-            )
+            best = run.pointer("best")
+            print(f"{run.folder}: finished; best checkpoint {best}, which is taken by name only", flush=True)
         return code
 
 
@@ -87,7 +86,7 @@ def start(command: Command, run: Run, ranks: Ranks) -> Training | None:
         if ranks.main:
             print(text, flush=True)
 
-    # What the stage is built by. The other stages' modules are not loaded.
+    # The modules that build the stage; those of the other stages are not loaded.
     if command.stage in LANGUAGE:
         from reaf_hsenet.train.language import build
         from reaf_hsenet.train.language_setup import new_setup
@@ -101,10 +100,13 @@ def start(command: Command, run: Run, ranks: Ranks) -> Training | None:
         setup = resumed_setup(command, run, ranks)
     else:
         setup = new_setup(command, ranks, say)
-        # Without a checkpoint there is nothing to lose or to continue: a run that died early starts anew.
         if begun:
-            already_there(command, run, setup, say)
+            require_finished(command, run, setup)  # raises where another run, or an unfinished one, is there
+            say(
+                f"{run.folder}: this run is finished already; evaluate it, or train another with --out FOLDER"
+            )
             return None
+        # Without a checkpoint there is nothing to lose: a run that died early is started again.
         if ranks.main:
             run.forget_after(0)
     settings = setup.train
@@ -115,15 +117,17 @@ def start(command: Command, run: Run, ranks: Ranks) -> Training | None:
         for block in job.blocks:
             block.compile()
 
-    # The optimizer, the order of the samples, the log and the counts; of a resumed run as its checkpoint has
-    # them.
+    # The optimizer, the order of the samples, the log and the counts, of a resumed run from its checkpoint.
+    workers = command.workers
+    if workers is None:
+        workers = 4 if ranks.device.type == "cuda" else 0
     training = Training(
         job,
         settings,
         run,
         ranks,
         max_steps=command.max_steps or setup.max_steps,
-        workers=command.workers if command.workers is not None else 4 if ranks.device.type == "cuda" else 0,
+        workers=workers,
         log_every=command.log_every,
         writer=make_writer(command.log, run, ranks),
         profile=command.profile,
@@ -146,7 +150,8 @@ def start(command: Command, run: Run, ranks: Ranks) -> Training | None:
             "total_steps": training.total,
             "torch": torch.__version__,
         }
-        if resumed:  # on other ranks the batches differ, but not the command that started the run
+        # The file keeps the number of ranks and the batch size that the run was started with.
+        if resumed:
             values["world"] = run.read_config()["world"]
             values["train"]["batch_size"] = settings.batch_size * ranks.world // values["world"]
         run.write_config(values)
@@ -186,7 +191,8 @@ def fit(training: Training) -> int:
                 if last or progress.step % training.log_every == 0:
                     training.log(done, rate)
 
-                # Validate when it is due. A signal is obeyed first: the resumed run validates then.
+                # Validate when it is due. A signal is obeyed first, and the resumed run validates; after the
+                # last step there is nothing to stop.
                 stopped = 0 if last else done.signal
                 best = validate(training) if training.validation_due() and not stopped else False
 
@@ -216,20 +222,20 @@ def train_step(
 ) -> Outcome:
     """Run one optimizer step on the micro-batches of `group`, or skip it where it is not finite.
 
-    step: number of steps before this one. rate: learning rate. signal: returns the number of a signal that
-    this
-    rank has received, or 0; it is called after the backward pass. Returns the same outcome on every rank.
+    step: number of steps before this one, skipped ones included. rate: learning rate.
+    signal: returns the number of a signal that this rank has received, or 0; called after the backward pass.
+    Returns the same outcome on every rank.
     """
     job, config, model = state.job, state.config, state.model
     optimizer, scaler = state.optimizer, state.scaler
     for parameters in optimizer.param_groups:
-        parameters["lr"] = rate * parameters["rate"]
+        parameters["lr"] = rate * parameters["rate"]  # encoders of a language stage may have a lower one
 
     # Dropout and drop path depend on (seed, step, rank) alone, so that a resumed run needs no random state.
     torch.manual_seed(((config.seed * 1_000_003 + step) * 65_536 + state.ranks.rank) % 2**63)
     state.ddp.train()
 
-    # A micro-batch of which no rank could read anything has no part in the step.
+    # A micro-batch of which no rank could read anything has no part in the step. counts: rows of every rank.
     group = [batch for batch in group if sum(batch.counts)]
     loss = norm = torch.zeros((), device=state.ranks.device)
     for i, batch in enumerate(group):
@@ -249,18 +255,19 @@ def train_step(
             cache.backward()
         loss = loss + value.detach() / len(group)
 
-    # Clip the gradients' norm, in their own scale.
+    # Clip the gradients' norm, without fp16's loss scale. unscale_ and the check below stand for scaler.step,
+    # which would look at this rank's gradients alone.
     if group:
         scaler.unscale_(optimizer)
         norm = clip_gradients(model, config.clip_norm)
 
-    # The step's only wait for the device. All ranks see the losses, norms and signals of all, so they decide
-    # alike.
-    told = distributed.gather_equal(torch.stack([loss, norm, torch.full_like(norm, signal())]))
-    losses, norms, signals = zip(*told.tolist(), strict=True)
+    # The step's only wait for the device. Every rank gets the losses, norms and signals of all, and decides
+    # as they do.
+    own = torch.stack([loss, norm, torch.full_like(norm, signal())])
+    losses, norms, signals = zip(*distributed.gather_equal(own).tolist(), strict=True)
     stop = int(max(signals))
     if not group:
-        return Outcome(math.nan, {}, math.nan, stop, None, False)
+        return Outcome(loss=math.nan, numbers={}, norm=math.nan, signal=stop)
 
     # Step, or skip it where any rank's loss or gradient is not finite.
     trouble, overflow = None, False
@@ -268,13 +275,14 @@ def train_step(
         optimizer.step()
     else:
         names = not_finite(model)
-        # Overflow is normal at the start of fp16 training: the scaler halves its scale until the gradients
-        # fit.
+        # Overflow is normal at the start of fp16 training: the scaler halves its scale until gradients fit.
+        # In other precisions the scale is 1.
         overflow = bool(names) and all(map(math.isfinite, losses)) and scaler.get_scale() > 1
         trouble = None if overflow else diagnosis(losses, names)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return Outcome(sum(losses) / len(losses), numbers, norms[0], stop, trouble, overflow)
+    mean = sum(losses) / len(losses)
+    return Outcome(mean, numbers, norm=norms[0], signal=stop, trouble=trouble, overflow=overflow)
 
 
 def validate(training: Training) -> bool:
@@ -292,7 +300,7 @@ def validate(training: Training) -> bool:
         training.say(f"warning: step {progress.step}: the validation is not finite, {stability.invalid}")
         training.record({"step": progress.step, "not_finite": stability.invalid})
         return False
-    if by is not None:
+    if by is not None:  # --best-by; a loss is better when it is lower
         score = -numbers[by] if by == "loss" else numbers[by]
     training.say(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
     training.record({"step": progress.step, "validation": numbers})
@@ -313,21 +321,21 @@ def begun_and_resumed(command: Command, run: Run) -> tuple[bool, bool]:
     return begun, begun if command.resume == "auto" else bool(command.resume)
 
 
-def already_there(command: Command, run: Run, setup: Setup, say) -> None:
-    """Say that the same run is finished. Raises InputError where it is not, or where it is another."""
+def require_finished(command: Command, run: Run, setup: Setup) -> None:
+    """Raise InputError unless the folder holds the very run that the command would start, finished."""
     values, last = run.read_config(), run.pointer("last")
-    if values.get(
-        "train"
-    ):  # a converted run has none. Settings that came after a run have their defaults in it
+    # Settings that came after the run was made have their defaults in it. A converted run has no settings.
+    if values.get("train"):
         values["train"] = to_dict(from_dict(TrainConfig, values["train"], str(run.folder / "config.json")))
     now, values = (json.loads(json.dumps(v)) for v in (setup.values(), values))
     same = all(values.get(name) == now[name] for name in now) and values["max_steps"] == command.max_steps
     # A last validation that was not finite is an error, which --resume says again.
     validated = {record["step"] for record in run.read_log() if "validation" in record}
-    if same and last == run.at(values["total_steps"]) and values["total_steps"] in validated:
-        say(f"{run.folder}: this run is finished already; evaluate it, or train another with --out FOLDER")
-        return
-    raise InputError(f"{run.folder}: holds a run already; continue it with --resume, or choose another --out")
+    total = values["total_steps"]
+    if not (same and last == run.at(total) and total in validated):
+        raise InputError(
+            f"{run.folder}: holds a run already; continue it with --resume, or choose another --out"
+        )
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def _encoder(default, help: str, **how):
     return setting(default, help, only=CONTRASTIVE, **how)
 
 
-def _kept(default, help: str, **how):
+def _changeable(default, help: str, **how):
     """Return the field of a setting that a resumed run may change."""
-    return setting(default, help, free=True, **how)
+    return setting(default, help, changeable=True, **how)
 
 
 def _whole_heads(config) -> None:
@@ -297,7 +297,7 @@ class TrainConfig:
     """Settings of one training stage. Those with a text are flags of train.py; of the others:
 
     betas, eps: of AdamW. no_decay: the published rule of each method (train/optimizer.py).
-    first_step: 0, the warm-up starts at a rate of 0; 1, at the first step's share of it, as REAF does.
+    first_step: step i of the warm-up, from 0, has the rate lr (i + first_step) / warm-up; 1 as REAF does.
     encoder_rate: factor on the learning rate, for encoders that a language stage trains on.
     label_epochs: epochs before the first step, in which encoders learn the labels (train/label_start.py).
     list_epochs: first epochs of a language stage, in which the answer is the list of these labels. Later
@@ -312,21 +312,21 @@ class TrainConfig:
     betas: tuple[float, float] = setting(least=0, most=0.999999)
     eps: float = setting(least=0, most=1)
     warmup: float = setting(MISSING, "share of all steps", least=0, most=1)
-    epochs: int = _kept(MISSING, "passes over the training split", above=0)
+    epochs: int = _changeable(MISSING, "passes over the training split", above=0)
     batch_size: int = setting(MISSING, "volumes per process", above=0)
     no_decay: Literal["hsenet", "reaf"] = "hsenet"
     clip_norm: float | None = setting(1.0, "largest norm of the gradients", above=0)
     accumulate: int = setting(1, "batches per optimizer step", above=0)
-    precision: Literal["fp32", "bf16", "fp16"] = _kept("bf16", "of products (default: fp32 on a CPU)")
-    grad_checkpoint: bool = _kept(False, "less memory, a third more time")
+    precision: Literal["fp32", "bf16", "fp16"] = _changeable("bf16", "of products (default: fp32 on a CPU)")
+    grad_checkpoint: bool = _changeable(False, "less memory, a third more time")
     seed: int = setting(42, "of weights, order, augmentation and dropout", least=0, most=2**31)
     augment: Augmentation = setting(
         Augmentation(), "train on the volumes as they are", flag="no_augment", const=NO_AUGMENTATION
     )
-    validate_every: float = _kept(0.04, "share of all steps between validations", above=0, most=1e6)
-    validate_samples: int = _kept(512, "first N of the validation split", metavar="N", above=0)
-    save_every: int = _kept(1000, "steps between checkpoints", above=0)
-    keep: int = _kept(2, "checkpoints to keep, beside the best and the last good one (default: 2)", above=0)
+    validate_every: float = _changeable(0.04, "share of all steps between validations", above=0, most=1e6)
+    validate_samples: int = _changeable(512, "first N of the validation split", metavar="N", above=0)
+    save_every: int = _changeable(1000, "steps between checkpoints", above=0)
+    keep: int = _changeable(2, "checkpoints to keep beside the best and the last good (default: 2)", above=0)
     first_step: Literal[0, 1] = 0
     text_blocks: int | None = setting(
         None,
@@ -337,7 +337,7 @@ class TrainConfig:
         least=0,
         only=CONTRASTIVE,
     )
-    grad_cache: int | None = _kept(
+    grad_cache: int | None = _changeable(
         None,
         "the whole batch's gradients, CHUNK volumes at a time",
         metavar="CHUNK",
@@ -365,18 +365,18 @@ class TrainConfig:
         only=("vqa",),
     )
     frozen_dropout: bool = setting(False, "frozen encoders keep their dropout, as published", only=LANGUAGE)
-    max_bad: int = _kept(
+    max_bad: int = _changeable(
         0,
         "volumes that may be left out, each by name, because they cannot be read (default: 0, the run stops)",
         metavar="N",
         least=0,
     )
-    shard: bool = _kept(
+    shard: bool = _changeable(
         False,
         "with --full: every GPU holds a part of the weights and the optimizer's states (FSDP)",
         only=LANGUAGE,
     )
-    max_skipped: int = _kept(
+    max_skipped: int = _changeable(
         10,
         "steps to skip as their loss or gradients are not finite, before the run stops (default: 10)",
         metavar="N",
@@ -439,24 +439,13 @@ STAGES = {
 STAGES |= {(stage, "reaf"): STAGES[stage, "hsenet"] for stage in ("mrg", "vqa")}
 
 # What belongs to one stage only. Text lengths are tokens, the 256 visual tokens of report generation and
-# question answering included. REAF's LoRA, off in its recipe, is LoraConfig.
-DECODER_LORA = {
-    "r": 16,
-    "alpha": 32,
-    "dropout": 0.05,
-    "targets": "every linear layer of the decoder but lm_head",
-}
+# question answering included. REAF's LoRA, off in its recipe, is LoraConfig. The decoder's adapters are in
+# every linear layer but lm_head.
+DECODER_LORA = {"r": 16, "alpha": 32, "dropout": 0.05}
 PUBLISHED_VISUAL_TOKENS = 256
 TEXT_LENGTH = {"clip1": 512, "clip2": 512, "mrg": 800, "vqa": 330}
+# The likeliest token is taken. A question of vqa comes from a template (data/questions.py).
 GENERATION = {
-    "mrg": {
-        "new_tokens": 512,
-        "sample": False,
-        "prompt": "Can you summarize with findings the images presented?",
-    },
-    "vqa": {
-        "new_tokens": 74,
-        "sample": False,
-        "prompt": "a location template with the name of the abnormality",
-    },
+    "mrg": {"new_tokens": 512, "prompt": "Can you summarize with findings the images presented?"},
+    "vqa": {"new_tokens": 74},
 }

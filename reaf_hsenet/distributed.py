@@ -64,8 +64,8 @@ def start(device: str | None = None, hours: float = 0.5) -> Ranks:
 def stop() -> None:
     """Leave the process group. No DistributedDataParallel may be in use any more.
 
-    One that outlives its group holds the group's last reference, and frees it with the interpreter locked: it
-    then waits for ever, for a thread of gloo's that waits for the interpreter.
+    A DDP model that is still alive frees the group later, while it holds Python's lock. A thread of gloo's
+    waits for that lock then: a deadlock.
     """
     if dist.is_initialized():
         gc.collect()  # those that only a cycle of references still holds

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import sys
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 
 from reaf_hsenet.errors import InputError
@@ -35,19 +36,38 @@ class Range:
         return ""
 
 
-def setting(default=MISSING, help: str = "", *, above=None, least=None, most=None, **flag):
-    """Return a dataclass field with a range and, where `help` is given, a flag of the command line.
+def setting(
+    default=MISSING,
+    help: str = "",
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    flag: str = "",
+    only: tuple[str, ...] = (),
+    changeable: bool = False,
+    required: bool = False,
+    none: str | None = None,
+    bare=MISSING,
+    const=MISSING,
+    word: Callable | None = None,
+    metavar: str | tuple[str, ...] | None = None,
+):
+    """Return a dataclass field with a range. A field with a `help` is a flag of the command line, too.
 
     above, least, most: range of a number, or of each of several. least=-inf allows that too.
-    flag: its name, when it is not the field's. only: stages or tasks that have it; none given: all.
-    free: a resumed run may change it. none: word for None. bare: value of the flag without a word.
-    required: the flag must be given. const: value of a flag that takes no word. metavar: as argparse has it.
-    word: type of the word, when the annotation does not tell.
+    flag: its name, when it is not the field's. metavar: as argparse has it. required: it must be given.
+    only: stages or tasks that have it, as ("clip2",); none given: all.
+    changeable: --resume may give another value; without, a run keeps the value it was started with.
+    none: the word for None, as `all` of `--unfreeze-text all`.
+    bare: the value of the flag alone, as True of `--resume`, which also takes a word.
+    const: the value of a flag that takes no word, as False of `--slices-stay`.
+    word: what reads a word, where the annotation does not tell.
     """
-    held = {**flag, **({"help": help} if help else {})}
-    if (above, least, most) != (None, None, None):
-        held["range"] = Range(above, least, most)
-    return dataclasses.field(metadata=held, **({} if default is MISSING else {"default": default}))
+    how = {"help": help, "flag": flag, "only": only, "changeable": changeable, "required": required}
+    how |= {"none": none, "bare": bare, "const": const, "word": word, "metavar": metavar}
+    how["range"] = Range(above, least, most)
+    return dataclasses.field(metadata=how, **({} if default is MISSING else {"default": default}))
 
 
 def check_ranges(config) -> None:
@@ -60,7 +80,8 @@ def check_ranges(config) -> None:
 
 def flag_name(field: dataclasses.Field) -> str:
     """Return the name of a field's flag, as argparse stores it; empty where it has none."""
-    return field.metadata.get("flag", field.name) if "help" in field.metadata else ""
+    how = field.metadata
+    return how["flag"] or field.name if how.get("help") else ""
 
 
 def flags(*classes) -> dict[str, tuple[dataclasses.Field, object]]:
@@ -78,19 +99,19 @@ def add_flags(parser, known: dict[str, tuple[dataclasses.Field, object]]) -> Non
     """Add flags to a parser or to a group of it. A flag that is not on the command line leaves no value."""
     for name, (field, hint) in known.items():
         how = field.metadata
-        only = f" ({', '.join(how['only'])})" if "only" in how else ""
+        only = f" ({', '.join(how['only'])})" if how["only"] else ""
         options = {"dest": name, "default": argparse.SUPPRESS, "help": how["help"] + only}
-        options["required"] = how.get("required", False)
-        kind, count, choices = (how["word"], None, []) if "word" in how else _word(hint)
-        if "const" in how:
+        options["required"] = how["required"]
+        kind, count, choices = (how["word"], None, []) if how["word"] else _word(hint)
+        if how["const"] is not MISSING:
             options |= {"action": "store_const", "const": how["const"]}
         elif kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            choices += [how["none"]] if choices and "none" in how else []
-            options |= {"type": _reader(kind, how.get("none")), "choices": choices or None}
-            options |= {"nargs": count, "metavar": how.get("metavar")}
-            if "bare" in how:
+            choices += [how["none"]] if choices and how["none"] else []
+            options |= {"type": _reader(kind, how["none"]), "choices": choices or None}
+            options |= {"nargs": count, "metavar": how["metavar"]}
+            if how["bare"] is not MISSING:
                 options |= {"nargs": "?", "const": how["bare"]}
         parser.add_argument("--" + name.replace("_", "-"), **options)
 
@@ -118,7 +139,7 @@ def _reader(kind: type, none: str | None):
 
 def spelled(name: str, value, known: dict[str, tuple[dataclasses.Field, object]]) -> str:
     """Return a flag as the command line has it: `--lr`, `--no-guidance`."""
-    negated = value is False and "const" not in known[name][0].metadata
+    negated = value is False and known[name][0].metadata["const"] is MISSING
     return "--" + "no-" * negated + name.replace("_", "-")
 
 
@@ -133,12 +154,12 @@ def given(args: argparse.Namespace, known: dict[str, tuple[dataclasses.Field, ob
         if name not in known:
             continue
         how, shown = known[name][0].metadata, spelled(name, value, known)
-        if expected := how.get("range", Range()).expected(value):
+        if expected := how["range"].expected(value):
             value = " ".join(map(str, value)) if isinstance(value, list) else value
             raise InputError(f"{shown} {value}: expected {expected}")
-        if "only" in how and getattr(args, key) not in how["only"]:
+        if how["only"] and getattr(args, key) not in how["only"]:
             raise InputError(f"{shown}: is an option of --{key} {' and '.join(how['only'])}; leave it out")
-        value = None if "none" in how and value == how["none"] else value
+        value = None if how["none"] and value == how["none"] else value
         found[name] = tuple(value) if isinstance(value, list) else value
     return found
 

@@ -181,7 +181,7 @@ def test_volumes_are_prepared_on_their_own_grid_as_published(root, tmp_path):
     manifest.check(["train", "validation"])
 
 
-def test_a_chosen_spacing_or_recipe_is_kept(root, tmp_path):
+def test_a_chosen_spacing_or_recipe_is_changeable(root, tmp_path):
     for more, spacing in (
         (("--spacing", 3, 2, 2), (3.0, 2.0, 2.0)),
         (("--recipe", "reaf"), RECIPES["reaf"].spacing),

@@ -93,7 +93,7 @@ def test_a_run_resumes_from_before_a_damaged_checkpoint_and_ends_the_same(run_co
     assert Run(run_copy).pointer("best").name == Run(finished).pointer("best").name
 
 
-def test_the_last_n_and_the_best_are_kept(tmp_path):
+def test_the_last_n_and_the_best_are_changeable(tmp_path):
     run = save(tmp_path, 1, 2, 3, 4, 5, keep=2)
     names = ["best", "last", "step-000002", "step-000004", "step-000005"]
     assert sorted(p.name for p in run.checkpoints.iterdir()) == names

@@ -64,5 +64,5 @@ def test_blocks_are_compiled_although_a_gpus_first_step_counts_their_flops(prepa
 def test_one_process_counts_its_rows_on_the_host():
     # Nothing can be read from a meta tensor, as nothing can be from a GPU without a wait.
     batch = Batch(torch.rand(2, 1, 2, 2, 2), torch.ones(2, 3), torch.ones(2, 3), [0, 1])
-    BadVolumes(0, Ranks(0, 1, torch.device("meta"))).count([batch], expected=2)
+    BadVolumes(0, Ranks(0, 1, torch.device("meta"))).exchange([batch], expected=2)
     assert batch.counts == [2]

@@ -427,7 +427,7 @@ def test_an_interrupted_evaluation_generates_only_what_is_missing(vqa_run, whole
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_one_line_that_says_what_is_kept(vqa_run, tmp_path):
+def test_ctrl_c_is_one_line_that_says_what_is_changeable(vqa_run, tmp_path):
     done = interrupted(vqa_run, tmp_path, "SIGINT", after=1)
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == f"interrupted; {tmp_path} keeps 3 answers, start again to go on"
@@ -671,7 +671,7 @@ def test_the_default_run_is_the_tasks_own(tmp_path, monkeypatch):
     assert line == "error: --limit 0: expected 1 or more"
 
 
-def test_a_volume_that_cannot_be_read_is_named_and_the_answers_before_it_are_kept(
+def test_a_volume_that_cannot_be_read_is_named_and_the_answers_before_it_are_changeable(
     prepared, vqa_run, tmp_path
 ):
     data = shutil.copytree(prepared, tmp_path / "data")

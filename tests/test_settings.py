@@ -41,7 +41,7 @@ from reaf_hsenet.settings import (
 )
 from reaf_hsenet.train.command import FLAGS, parse
 from reaf_hsenet.train.stability import Stability
-from reaf_hsenet.train.training import Progress, Saved
+from reaf_hsenet.train.training import Progress, TrainerFile
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,16 @@ SETTINGS = (
         Progress,
         ReafVisionConfig,
     ),
-    *(RunSettings, Saved, Stability, TextConfig, TrainConfig, VisionConfig, DecoderConfig, RopeConfig),
+    *(RunSettings, TrainerFile, Stability, TextConfig, TrainConfig, VisionConfig, DecoderConfig, RopeConfig),
 )
 
 
 def ranges(cls) -> dict[str, Range]:
-    return {f.name: f.metadata["range"] for f in dataclasses.fields(cls) if "range" in f.metadata}
+    return {
+        f.name: f.metadata["range"]
+        for f in dataclasses.fields(cls)
+        if f.metadata.get("range", Range()) != Range()
+    }
 
 
 @pytest.mark.parametrize("cls", SETTINGS)

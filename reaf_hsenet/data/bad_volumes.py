@@ -61,10 +61,11 @@ class BadVolumes:
                     met.append(Unreadable(entry["id"], str(error)))
         self.agree(met)
 
-    def count(self, batches: list, expected: int) -> None:
-        """Set each batch's counts, the rows that every rank has of it, and agree on what is missing.
+    def exchange(self, batches: list, expected: int) -> None:
+        """Exchange how many rows each rank could read of each batch (batch.counts).
 
-        All ranks call it together, with a step's batches of `expected` rows each.
+        Where any is short, the unreadable volumes are shared. All ranks call it together, with a step's
+        batches of `expected` rows each.
         """
         # One process alone has nothing to send: on its GPU, the rows would be waited for at every step.
         device = self.ranks.device if self.ranks.world > 1 else "cpu"

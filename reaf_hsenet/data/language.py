@@ -49,12 +49,12 @@ def question_text(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> str:
 
 
 def language_example(tokenizer: Tokenizer, question: str, answer: str, max_length: int) -> LanguageExample:
-    """question: as question_text makes it. answer: a report after clean_report, or an answer as it is.
+    """Return the tokens of a question and its answer, at most max_length, with labels.
 
-    At most max_length tokens. Learned are the answer, with the space before it, and the stop token; one that
-    pads (unk, or bos and eos of GPT-2's family) is not learned inside an answer. The stop token has mask 0,
-    since it is predicted from the answer's last token and nothing follows it; a text that fills max_length
-    has none.
+    question: as question_text makes it. answer: a report after clean_report, or an answer as it is. The
+    answer, with the space before it, and the stop token are learned. Where a tokenizer pads with a token that
+    may occur in an answer (unk or eos), that token is not learned there. The stop token has mask 0: it is
+    predicted from the answer's last token, and nothing follows it. A text that fills max_length has none.
     Raises InputError when the question leaves no room for an answer.
     """
     if tokenizer.eos_id is None:

@@ -185,13 +185,13 @@ def choose_rescale(voxels: np.ndarray, table: TableRow, rescale: str) -> tuple[f
         # As asked, whatever comes of it: the published code applies CT-RATE's offset to values that have it
         # already.
         decision, fault = "metadata: slope and intercept of the table applied", None
-    elif rescale == "header" or not_hu(sample) is None:
+    elif rescale == "header" or why_not_hu(sample) is None:
         slope, intercept = 1.0, 0.0
-        decision, fault = f"{rescale}: HU already ({facts})", not_hu(sample)
+        decision, fault = f"{rescale}: HU already ({facts})", why_not_hu(sample)
     else:
         decision = f"auto: raw values ({facts}); table's {slope:g} * v {intercept:+g} applied"
-        fault = not_hu(sample)
-        if not_hu(sample * slope + intercept) is None:
+        fault = why_not_hu(sample)
+        if why_not_hu(sample * slope + intercept) is None:
             fault = None
         elif (slope, intercept) != (1, 0):
             raise InputError(
@@ -203,7 +203,7 @@ def choose_rescale(voxels: np.ndarray, table: TableRow, rescale: str) -> tuple[f
     return slope, intercept, decision
 
 
-def not_hu(sample: np.ndarray) -> str | None:
+def why_not_hu(sample: np.ndarray) -> str | None:
     """Say why values cannot be those of a chest in HU; None when they can.
 
     Air or lung lies below -200. The middle of all that is denser than lung, above -500, is fat and muscle:

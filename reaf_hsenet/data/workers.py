@@ -83,9 +83,7 @@ def _quiet_deaths():
 
 @contextmanager
 def worker_deaths_later():
-    """Let a block that must not be interrupted end, whatever becomes of the loader processes: the next
-    batch that is asked for raises what would have been raised here.
-    """
+    """Ignore loader processes that die during a block that must end. The next batch raises the error."""
     handler = _quiet_deaths()
     try:
         yield
@@ -108,9 +106,9 @@ def worker_deaths_named():
 
 
 def _leave_signals(worker: int) -> None:
-    """Ignore SIGINT, SIGUSR1 and the first SIGTERM: the main process needs batches for its checkpoint.
+    """Ignore Ctrl-C, SIGUSR1 and the first SIGTERM: the main process still needs batches for its step.
 
-    A second SIGTERM, which torch sends to a process that hangs, ends it.
+    The second SIGTERM, which torch sends at shutdown, ends the process.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -28,10 +28,10 @@ from reaf_hsenet.settings import MISSING, add_flags, flags, given, setting
 class Command:
     """What is trained, on what, from what, and where it is written. given: all flags of the command line."""
 
-    stage: Literal[(*CONTRASTIVE, *LANGUAGE)] = setting(MISSING, "what is trained", required=True, free=True)
-    model: Literal[tuple(RECIPES)] = setting("hsenet", "the method (default: hsenet)", free=True)
+    stage: Literal[(*CONTRASTIVE, *LANGUAGE)] = setting(MISSING, "stage", required=True, changeable=True)
+    model: Literal[tuple(RECIPES)] = setting("hsenet", "the method (default: hsenet)", changeable=True)
     data: Path | None = setting(
-        None, "folder written by preprocess.py (default: phantoms, made if missing)", free=True
+        None, "folder written by preprocess.py (default: phantoms, made if missing)", changeable=True
     )
     preset: str | None = setting(
         None, f"{', '.join(PRESETS)} (default: tiny on phantoms, base with --data)", metavar="NAME"
@@ -68,24 +68,24 @@ class Command:
         None, "tokens of prompt and answer (default: mrg 544, vqa 74)", above=0, only=LANGUAGE
     )
     max_steps: int | None = setting(None, "number of optimizer steps, in place of epochs", above=0)
-    out: Path | None = setting(None, "run folder (default: runs/STAGE-MODEL)", free=True)
+    out: Path | None = setting(None, "run folder (default: runs/STAGE-MODEL)", changeable=True)
     resume: bool | Literal["auto"] = setting(
         False,
         "continue the run in --out; auto: or start it, when there is none to continue",
         bare=True,
         metavar="auto",
-        free=True,
+        changeable=True,
     )
     log: Literal["tensorboard", "wandb"] | None = setting(
-        None, "also log there, when it is installed", free=True
+        None, "also log there, when it is installed", changeable=True
     )
-    log_every: int = setting(10, "steps between lines of log.jsonl (default: 10)", above=0, free=True)
-    profile: bool = setting(False, "write a trace of steps 5 to 10 into the run folder", free=True)
-    compile: bool = setting(False, "torch.compile the blocks", free=True)
+    log_every: int = setting(10, "steps between lines of log.jsonl (default: 10)", above=0, changeable=True)
+    profile: bool = setting(False, "write a trace of steps 5 to 10 into the run folder", changeable=True)
+    compile: bool = setting(False, "torch.compile the blocks", changeable=True)
     workers: int | None = setting(
-        None, "loader processes (default: 4 with a GPU, else 0)", least=0, most=10_000, free=True
+        None, "loader processes (default: 4 with a GPU, else 0)", least=0, most=10_000, changeable=True
     )
-    device: str | None = setting(None, "cpu, cuda or cuda:N (default: a GPU where there is one)", free=True)
+    device: str | None = setting(None, "cpu, cuda or cuda:N (default: a GPU if any)", changeable=True)
     given: dict = field(default_factory=dict)
 
 

@@ -76,8 +76,8 @@ class Teacher:
 
     Reports: once per distinct sequence of tokens, of which the last `kept_reports` are kept: a report that is
     shortened at random is another one every epoch. Volumes: once, when `images_change` (augmentation) is off.
-    What is kept is computed alone: in a batch its last digits would depend on the others, and a resumed run
-    would differ.
+    Kept features are computed one at a time: in a batch, rounding depends on the other rows, and a resumed
+    run would differ.
     """
 
     def __init__(

@@ -15,8 +15,9 @@ from torch import Tensor
 class GradCache:
     """The features of a batch, without a graph, whose gradients are taken back to the parameters in chunks.
 
-    encode(i) returns the outputs of chunk i, each with the chunk's rows first, or a scalar that all chunks
-    share. features: leaf tensors that a loss is computed from; backward() continues from their gradients.
+    encode(i) returns the outputs of chunk i: tensors whose first dimension is the chunk's rows, or a scalar
+    that is equal in all chunks. features: leaf tensors that a loss is computed from; backward() continues
+    from their gradients.
     """
 
     def __init__(self, encode: Callable[[int], tuple[Tensor, ...]], chunks: int, device: torch.device):

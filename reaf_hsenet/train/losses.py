@@ -9,9 +9,9 @@ from torch import Tensor
 class _Gather(torch.autograd.Function):
     """Concatenate every rank's rows, in rank order, and give each rank its own rows' gradient.
 
-    Every rank computes the same loss of the gathered rows, so the sum of the ranks' gradients for a row is
-    world times its own: no second communication is needed. Averaging over ranks, as DDP does, then gives
-    exactly the gradient of one process with the concatenated batch.
+    Every rank computes the same loss of the gathered rows, and so the same gradient for each row. The sum of
+    these gradients over ranks is `world` times the local one: multiplying takes the place of communicating.
+    DDP then averages over ranks, which gives exactly the gradient of one process with the whole batch.
     """
 
     @staticmethod

@@ -144,7 +144,7 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
             have["max_text"] = config.max_text - visual_tokens(config)
     else:  # a teacher may have been moved: its weights tell that it is the same
         have["teacher"] = located(command.teacher)
-    free = {name for name in command.given if FLAGS[name][0].metadata.get("free")}
+    free = {name for name in command.given if FLAGS[name][0].metadata["changeable"]}
     for name, value in command.given.items():
         if name in free:
             continue

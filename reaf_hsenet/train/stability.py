@@ -48,13 +48,10 @@ def diagnosis(losses: list[float], names: list[str]) -> str:
 class Stability:
     """Counts of a run's numerical trouble.
 
-    skipped: steps left out as numerical trouble. overflows: steps left out by fp16's loss scale, which finds
-    its
-    size so. invalid: what was not finite in the last validation, or nothing. saved: step of the newest
-    checkpoint
-    that was not written after such a validation; good: the newest of these that a finite step or validation
-    came
-    from.
+    skipped: steps left out as numerical trouble. overflows: steps left out while fp16's loss scale found its
+    size. invalid: what was not finite in the last validation; empty when all was.
+    saved: step of the newest checkpoint that was written while the last validation was finite.
+    good: step of the newest of these whose weights have given a finite step or validation since.
     """
 
     skipped: int = setting(0, least=0)

@@ -28,7 +28,7 @@ from reaf_hsenet.settings import check_ranges, from_dict, setting
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.stability import Stability
 from reaf_hsenet.train.step_log import Meter, peak_flops, profiler
-from reaf_hsenet.train.training_state import Outcome, TrainingState, other_form
+from reaf_hsenet.train.training_state import Outcome, TrainingState, reading_trainer
 
 # Each writes a checkpoint and ends the run: Ctrl-C, a scheduler's end of time, its warning before.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -57,7 +57,7 @@ class Progress:
 
 
 @dataclass
-class Saved:
+class TrainerFile:
     """The content of trainer.pt beside the optimizer's state. log_lines: length of log.jsonl at that time."""
 
     progress: Progress
@@ -124,9 +124,9 @@ class Training:
         for reason in reasons:
             say(f"{reason}; continuing from {folder.name}")
         state = self.state.load(lambda: self.run.load_trainer(folder), str(folder))
-        saved = from_dict(Saved, state, str(folder / "trainer.pt"))
+        saved = from_dict(TrainerFile, state, str(folder / "trainer.pt"))
         if self.state.scaler.is_enabled() and saved.scaler:  # empty after steps in another precision
-            with other_form(str(folder)):
+            with reading_trainer(str(folder)):
                 self.state.scaler.load_state_dict(saved.scaler)
         self.stability, self.progress = saved.stability, saved.progress
         progress = self.progress
@@ -137,7 +137,7 @@ class Training:
         self.job.bad.restore(saved.bad)
 
         def as_it_was() -> bool:
-            """The folder, when the checkpoint was written. Whether its best checkpoint is still there."""
+            """Put the run's folder back to this checkpoint. Returns whether the best one still exists."""
             self.run.forget_after(progress.step, saved.log_lines)
             self.run.point("last", progress.step)
             if "best_step" in state["progress"]:
@@ -146,7 +146,7 @@ class Training:
 
         if not distributed.on_main(as_it_was):
             progress.best = -math.inf
-        self.saved()
+        self.note_checkpoint()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -168,7 +168,7 @@ class Training:
         for batch in self.meter.waiting(batches(self.loader, place, tolerant=True)):
             group.append(batch)
             if len(group) == self.config.accumulate:
-                self.job.bad.count(group, self.config.batch_size)
+                self.job.bad.exchange(group, self.config.batch_size)
                 self.record_bad(self.progress.step + 1)
                 yield group
                 group = []
@@ -282,9 +282,9 @@ class Training:
             progress.best, progress.best_step = self.saved_best
             self.say(f"warning: {error}; training goes on, the next checkpoint is tried when it is due")
         else:
-            self.saved()
+            self.note_checkpoint()
 
-    def saved(self) -> None:
+    def note_checkpoint(self) -> None:
         """Note that there is a checkpoint of this step."""
         progress = self.progress
         self.saved_best = progress.best, progress.best_step
@@ -316,8 +316,7 @@ class Training:
 
     def _note_signal(self, number: int, frame) -> None:
         self.signal = number
-        if (
-            number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ
-        ):  # torchrun passes one Ctrl-C on twice
+        # A second Ctrl-C stops at once; not under torchrun, which passes one on twice.
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without")

@@ -36,11 +36,11 @@ class Outcome:
     numbers: dict
     norm: float
     signal: int
-    trouble: str | None
-    overflow: bool
+    trouble: str | None = None
+    overflow: bool = False
 
 
-def other_form(checkpoint: str):
+def reading_trainer(checkpoint: str):
     """Return a block that reads trainer.pt: an exception in it becomes one line."""
     advice = (
         "write the name of an older step's folder into checkpoints/last, or start again with another --out"
@@ -105,7 +105,7 @@ class TrainingState:
         def fitting() -> tuple[dict[str, Tensor], dict, dict]:
             tensors, state = read()
             require_fit(tensors, self.job.saved(self.model), source)
-            with other_form(source):
+            with reading_trainer(source):
                 return tensors, self._moments(state.pop("optimizer")), state
 
         if self.config.shard:

@@ -16,12 +16,11 @@ State = dict[str, Tensor]
 
 
 class Row(NamedTuple):
-    """A published prefix, our prefix, and pairs (theirs, ours) that are replaced, in order, in what follows
-    it.
+    """A published prefix, our prefix, and pairs (theirs, ours) that are replaced, in order, in the rest.
 
-    ours: None for tensors that no model here takes. A pair whose first entry is a tuple joins these tensors,
-    in that order, along the first axis. In both directions the longest prefix decides, of equal ones the
-    first. A published name without a row is kept as it is.
+    A pair whose first entry is a tuple joins these tensors, in that order, along the first axis. ours None
+    drops the tensors, which no model here takes; a name without a row is kept. In both directions the row of
+    the longest prefix decides, of equal ones the first.
     """
 
     theirs: str
