@@ -19,7 +19,7 @@ from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.int8 import Int8Linear
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import load_trained
-from reaf_hsenet.tokenizer.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.tokenizer import train_words
 from reaf_hsenet.weights.decoder import save_decoder
 from reaf_hsenet.weights.slice_encoder import describe
 from test_clip2_runs import encoder, stage2
