@@ -36,7 +36,7 @@ from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.language import base_decoder
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.tokenizer.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.tokenizer import train_words
 from reaf_hsenet.weights.slice_encoder import describe, save_slice_encoder
 
 

@@ -16,8 +16,7 @@ from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.settings import to_dict
-from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
-from reaf_hsenet.tokenizer.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.tokenizer import train_wordpiece, train_words
 
 WIDTH, CONTEXT = 32, 512
 

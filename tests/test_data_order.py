@@ -21,8 +21,7 @@ from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.questions import report_prompts
 from reaf_hsenet.data.samplers import GlobalBatches
 from reaf_hsenet.data.workers import batches, make_loader
-from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
-from reaf_hsenet.tokenizer.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.tokenizer import train_wordpiece, train_words
 from tiny import tiny
 
 GLOBAL = 8

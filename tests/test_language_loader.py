@@ -13,7 +13,7 @@ from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.questions import label_list, report_prompts
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.tokenizer.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.tokenizer import train_words
 
 
 @pytest.fixture(scope="module")

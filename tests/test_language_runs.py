@@ -14,7 +14,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.int8 import Int8Linear
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import load_trained
-from reaf_hsenet.tokenizer.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.tokenizer import train_words
 from tiny import (
     AUTO,
     assert_close_weights,

@@ -274,7 +274,7 @@ def test_a_broken_file_is_named(name, content, tmp_path):
 def test_a_broken_tokenizer_config_is_named(tmp_path):
     shutil.copy(FOLDERS / "wordpiece/vocab.txt", tmp_path)
     path = tmp_path / "tokenizer_config.json"
-    for content, reason in (("{", "not valid JSON"), ("[]", "expected a JSON object")):
+    for content, reason in (("{", "not valid JSON"), ("[]", "expected an object")):
         path.write_text(content)
         message = error_of(load_tokenizer, tmp_path)
         assert str(path) in message and reason in message

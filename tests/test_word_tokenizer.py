@@ -2,7 +2,7 @@
 
 from reaf_hsenet.data.language import add_image_tokens
 from reaf_hsenet.tokenizer.loading import load_tokenizer
-from reaf_hsenet.tokenizer.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.tokenizer import train_words
 
 TEXTS = [
     "A nodule of 12 mm is seen in the right lung.",

@@ -1,4 +1,4 @@
-"""Text to ids and back: the tokenizers of the text encoders and the language models."""
+"""Tokenizers of the text encoders and the language models: text to ids and back."""
 
 from reaf_hsenet.tokenizer.loading import load_tokenizer, load_wordpiece
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, WordPiece

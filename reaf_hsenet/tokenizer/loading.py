@@ -1,7 +1,7 @@
 """Folders of tokenizers -> Tokenizer: which files there are, their settings, and what is refused.
 
-The splitting itself is a library's: `tokenizers` for tokenizer.json, for GPT-2's vocab.json with merges.txt
-and for BERT's vocab.txt (`WordPiece`), `sentencepiece` for tokenizer.model (sentencepiece_tokenizer.py).
+A library does the splitting: `tokenizers` for tokenizer.json, for GPT-2's vocab.json with merges.txt and for
+BERT's vocab.txt (`WordPiece`), `sentencepiece` for tokenizer.model (sentencepiece_tokenizer.py).
 """
 
 import json
@@ -13,18 +13,13 @@ from tokenizers import Tokenizer as Backend
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import find_folder, named, read_json, read_object
 from reaf_hsenet.tokenizer.sentencepiece_tokenizer import SentencePiece
-from reaf_hsenet.tokenizer.tokenizer import BERT_RULES, FLAGS, ROLES, Added, Tokenizer, WordPiece
+from reaf_hsenet.tokenizer.tokenizer import BERT_RULES, FLAGS, ROLES, Tokenizer, WordPiece, add_to_backend
+
+AddedList = list[tuple[int, AddedToken]]
 
 GPT2_NAMES = dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>")
-SWITCHES = (
-    "add_bos_token",
-    "add_eos_token",
-    "do_lower_case",
-    "strip_accents",
-    "tokenize_chinese_chars",
-    "do_basic_tokenize",
-)
-# What else of a tokenizer.json is as every BERT has it.
+SWITCHES = ("add_bos_token", "add_eos_token", *BERT_RULES, "do_basic_tokenize")
+# The other settings of a tokenizer.json, with the values that every BERT has.
 BERT_ONLY = {
     ("normalizer", "clean_text"): True,
     ("pre_tokenizer", "type"): "BertPreTokenizer",
@@ -50,19 +45,17 @@ HUB_FILES = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "a
 
 
 def load_tokenizer(name: Path | str, form: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder, of one of its files or of a hub id; form: one of FORMS, else the first that
-    is there.
+    """Read the tokenizer of a folder, of one of its files or of a hub id.
 
+    form: one of FORMS; None for the first that is there.
     bos, eos, unk, pad and added tokens come from tokenizer_config.json and special_tokens_map.json, if there
-    are any.
-    Raises InputError when there is no tokenizer, or one that cannot be read.
+    are any. Raises InputError when there is no tokenizer, or one that cannot be read.
     """
     if form not in (None, *FORMS):
         raise InputError(f"tokenizer form {form!r}: expected one of {', '.join(FORMS)}")
     path, wanted = Path(name), FORMS if form is None else {form: FORMS[form]}
-    is_file = path.is_file() or any(
-        path.name in files for files in FORMS.values()
-    )  # an absent one is no hub id
+    # An absent file with a tokenizer's name is no hub id.
+    is_file = path.is_file() or any(path.name in files for files in FORMS.values())
     folder = path.parent if is_file else find_folder(str(name), HUB_FILES)
     for kind, files in wanted.items():
         if all((folder / file).is_file() for file in files) and (not is_file or path.name in files):
@@ -80,11 +73,11 @@ def _read(folder: Path, form: str) -> Tokenizer:
             return SentencePiece(path.read_bytes(), names, added, *around)
         backend = _backend(path) if form == "tokenizer.json" else _gpt2(folder, added)
         backend.encode("A text, 1 of 2.")  # some damage is only met here
-    except (
-        BaseException
-    ) as error:  # what `tokenizers` raises is of no narrower class, and its panics are no Exception
-        panic = type(error).__name__ == "PanicException"
-        if isinstance(error, InputError) or not isinstance(error, Exception) and not panic:
+    except InputError:
+        raise
+    except BaseException as error:
+        # `tokenizers` raises plain Exceptions, and its panics are no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(
             f"{path}: cannot be read as a tokenizer ({error}); copy it again from its source"
@@ -100,32 +93,31 @@ def _read(folder: Path, form: str) -> Tokenizer:
 
 
 def _backend(path: Path) -> Backend:
-    """The library adds a file's tokens together, and then counts on from the vocabulary's size where its ids
-    have gaps.
+    """Read a tokenizer.json, with its added tokens at the ids that the file gives them.
 
-    Added one by one they follow the last id, which is what the file says.
+    The library adds all of them together, and counts on from the vocabulary's size even if its ids have gaps.
+    Added one by one they follow the last id.
     """
     backend = Backend.from_file(str(path))
     values = read_json(path)
-    wanted = sorted(values["added_tokens"], key=lambda token: token["id"])
-    if all(backend.token_to_id(token["content"]) == token["id"] for token in wanted):
+    added = _listed(path, values["added_tokens"])
+    if all(backend.token_to_id(token.content) == number for number, token in added):
         return backend
     backend = Backend.from_str(json.dumps(values | {"added_tokens": []}))
-    for token in wanted:
-        added = AddedToken(token["content"], **{flag: token[flag] for flag in FLAGS if flag in token})
-        (backend.add_special_tokens if token["special"] else backend.add_tokens)([added])
-        if backend.token_to_id(token["content"]) != token["id"]:
-            found = backend.token_to_id(token["content"])
+    for number, token in added:
+        add_to_backend(backend, token)
+        if (found := backend.token_to_id(token.content)) != number:
             raise InputError(
-                f"{path}: its added token {token['content']} has id {token['id']}, but becomes {found}; "
-                f"fetch it again"
+                f"{path}: its added token {token.content} has id {number}, but becomes {found}; "
+                "fetch it again"
             )
     return backend
 
 
-def _gpt2(folder: Path, added: Added) -> Backend:
-    """GPT-2's own split of the text, whatever a tokenizer.json beside it says (transformers'
-    GPT2Tokenizer).
+def _gpt2(folder: Path, added: AddedList) -> Backend:
+    """Read vocab.json and merges.txt, split as transformers' GPT2Tokenizer does.
+
+    A tokenizer.json beside them may say otherwise.
     """
     vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     backend = Backend(models.BPE(vocab | {token.content: number for number, token in added}, merges))
@@ -134,56 +126,54 @@ def _gpt2(folder: Path, added: Added) -> Backend:
     return backend
 
 
-def _settings(folder: Path) -> tuple[dict, dict[str, str], Added]:
-    """tokenizer_config.json over special_tokens_map.json: (all settings, texts of ROLES, added tokens by
-    id).
+def _settings(folder: Path) -> tuple[dict, dict[str, str], AddedList]:
+    """Read tokenizer_config.json over special_tokens_map.json: settings, texts of ROLES, added tokens.
+
+    Older folders have their added tokens in added_tokens.json, without flags.
     """
-    paths = [folder / f"{name}.json" for name in ("special_tokens_map", "tokenizer_config", "added_tokens")]
-    found = [read_json(path) if path.is_file() else {} for path in paths]
-    for path, values in zip(paths, found, strict=True):
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: expected a JSON object, as transformers writes it")
-    settings, texts, more = {}, {}, []
-    for path, values in zip(paths[:2], found[:2], strict=True):
-        values = {name: value for name, value in values.items() if value is not None}
+    names = ("special_tokens_map", "tokenizer_config", "added_tokens")
+    special_map, config, older = paths = [folder / f"{name}.json" for name in names]
+    held = {path: read_object(path) if path.is_file() else {} for path in paths}
+    settings, texts, special = {}, {}, set()
+    for path in (special_map, config):
+        values = {name: value for name, value in held[path].items() if value is not None}
         for name in SWITCHES:
             _expect(path, name, values.get(name, True), bool, "true or false")
         for role in (*ROLES, "cls", "sep", "mask"):
-            if f"{role}_token" in values:
-                texts[role] = _token(path, f"{role}_token", values[f"{role}_token"]).content
-        listed = _expect(
-            path, "additional_special_tokens", values.get("additional_special_tokens", []), list, "a list"
-        )
-        more += [_token(path, "additional_special_tokens", value).content for value in listed]
+            if (name := f"{role}_token") in values:
+                texts[role] = _token(path, name, values[name]).content
+        name = "additional_special_tokens"
+        for value in _expect(path, name, values.get(name, []), list, "a list"):
+            special.add(_token(path, name, value).content)
         settings |= values
-    name, kind = "added_tokens_decoder", "an object with a token's content and flags by id"
     added = []
-    for number, value in _expect(paths[1], name, settings.get(name, {}), dict, kind).items():
+    name, kind = "added_tokens_decoder", "an object with a token's content and flags by id"
+    for number, value in _expect(config, name, settings.get(name, {}), dict, kind).items():
         if not number.isdecimal():
-            raise InputError(f"{paths[1]}: {name} has {number!r}; expected {kind}")
-        added.append((int(number), _token(paths[1], name, _expect(paths[1], name, value, dict, kind))))
+            raise InputError(f"{config}: {name} has {number!r}; expected {kind}")
+        added.append((int(number), _token(config, name, _expect(config, name, value, dict, kind))))
     if not added:
-        for text, number in found[2].items():
-            flags = {"normalized": False, "special": text in (*texts.values(), *more)}
-            _expect(paths[2], repr(text), number, int, "an id")
-            added.append((number, _token(paths[2], f"token {number}", {"content": text, **flags})))
-    return (
-        settings,
-        {role: texts[role] for role in ROLES if role in texts},
-        sorted(added, key=lambda item: item[0]),
-    )
+        special |= {*texts.values()}
+        for text, number in held[older].items():
+            _expect(older, repr(text), number, int, "an id")
+            value = {"content": text, "normalized": False, "special": text in special}
+            added.append((number, _token(older, f"token {number}", value)))
+    roles = {role: texts[role] for role in ROLES if role in texts}
+    return settings, roles, sorted(added, key=lambda item: item[0])
 
 
-def _expect(path: Path, name: str, value, kind: type, expected: str):
-    if type(value) is not kind:  # True is an int too
-        raise InputError(f"{path}: {name} is {value!r}; expected {expected}")
-    return value
+def _listed(path: Path, values) -> AddedList:
+    """Return the added tokens of a tokenizer.json, in the order of their ids."""
+    added = []
+    for value in _expect(path, "added_tokens", values, list, "a list"):
+        number = _expect(path, "an added token", value, dict, "an object").get("id")
+        _expect(path, "id of an added token", number, int, "an id")
+        added.append((number, _token(path, f"added token {number}", value)))
+    return sorted(added, key=lambda item: item[0])
 
 
 def _token(path: Path, name: str, value) -> AddedToken:
-    """A token as transformers writes it: its text, or an object with the text as its content and with
-    flags.
-    """
+    """Return a token that transformers wrote as its text, or as an object with its content and flags."""
     values = value if isinstance(value, dict) else {"content": value}
     text, flags = values.get("content"), {flag: values[flag] for flag in FLAGS if flag in values}
     if not isinstance(text, str) or not text or not all(isinstance(flag, bool) for flag in flags.values()):
@@ -194,6 +184,12 @@ def _token(path: Path, name: str, value) -> AddedToken:
     return AddedToken(text, **flags)
 
 
+def _expect(path: Path, name: str, value, kind: type, expected: str):
+    if type(value) is not kind:  # True is an int too
+        raise InputError(f"{path}: {name} is {value!r}; expected {expected}")
+    return value
+
+
 def has_wordpiece(folder: Path) -> bool:
     """Return whether a folder has a BERT's vocabulary."""
     whole = Path(folder) / "tokenizer.json"
@@ -201,7 +197,7 @@ def has_wordpiece(folder: Path) -> bool:
 
 
 def load_wordpiece(folder: Path) -> WordPiece:
-    """Read a BERT folder's vocab.txt, or tokenizer.json where there is none, and its rules.
+    """Read a BERT folder's vocab.txt, or tokenizer.json if there is none, and its rules.
 
     The rules are tokenizer_config.json's, and those that it leaves open tokenizer.json's, as in transformers.
     Raises InputError when there is no vocabulary, and for rules that are not BERT's.
@@ -214,16 +210,15 @@ def load_wordpiece(folder: Path) -> WordPiece:
                 f"{folder / 'tokenizer_config.json'}: {name} is {settings[name]!r}, which is not "
                 f"supported; use a BERT that leaves it out"
             )
-    whole, rules, ids, more = folder / "tokenizer.json", {}, {}, []
-    if whole.is_file():
-        rules, ids, more = _bert_rules(whole)
-    if ids and not (folder / "vocab.txt").is_file():
+    whole, listing = folder / "tokenizer.json", folder / "vocab.txt"
+    rules, ids, more = _bert_rules(whole) if whole.is_file() else ({}, {}, [])
+    if ids and not listing.is_file():
         if not all(type(i) is int for i in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
             raise InputError(f"{whole}: its ids are not those from 0 to {len(ids) - 1}; fetch it again")
         vocab = sorted(ids, key=ids.get)
     else:
-        with named(folder / "vocab.txt", "is not UTF-8 text", "expected BERT's vocabulary"):
-            text = (folder / "vocab.txt").read_text(encoding="utf-8")
+        with named(listing, "is not UTF-8 text", "expected BERT's vocabulary"):
+            text = listing.read_text(encoding="utf-8")
         vocab = [token.removesuffix("\r") for token in text.rstrip("\n").split("\n")]
         if wrong := [token for token, i in ids.items() if i < len(vocab) and vocab[i] != token]:
             raise InputError(
@@ -233,17 +228,15 @@ def load_wordpiece(folder: Path) -> WordPiece:
     return WordPiece(vocab, added or [(i, token) for i, token in more if i >= len(vocab)], **rules)
 
 
-def _bert_rules(path: Path) -> tuple[dict[str, bool], dict[str, int], list[tuple[int, AddedToken]]]:
-    """Return the rules, the vocabulary and the added tokens of a tokenizer.json; nothing of one that is
-    no WordPiece.
+def _bert_rules(path: Path) -> tuple[dict[str, bool], dict[str, int], AddedList]:
+    """Return the rules, the vocabulary and the added tokens of a tokenizer.json.
+
+    All three are empty for a tokenizer that is no WordPiece. Raises InputError for rules that are not BERT's.
     """
     values = read_object(path)
     model, normalizer = values.get("model"), values.get("normalizer")
-    if (
-        not isinstance(model, dict)
-        or model.get("type", "WordPiece") != "WordPiece"
-        or not isinstance(model.get("vocab"), dict)
-    ):
+    is_wordpiece = isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece"
+    if not is_wordpiece or not isinstance(model.get("vocab"), dict):
         return {}, {}, []
     if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
         kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
@@ -253,20 +246,9 @@ def _bert_rules(path: Path) -> tuple[dict[str, bool], dict[str, int], list[tuple
         held = parts[part].get(key, usual) if isinstance(parts[part], dict) else parts[part]
         if held != usual:
             raise InputError(f"{path}: {key} of its {part} is {held!r:.60}; expected a BERT's, {usual!r}")
-    rules = {}
-    for name, (known, default) in BERT_RULES.items():
-        value = normalizer.get(known, default)
+    rules = {name: normalizer.get(known, default) for name, (known, default) in BERT_RULES.items()}
+    for name, value in rules.items():
         if not (value is None or isinstance(value, bool)):
+            known = BERT_RULES[name][0]
             raise InputError(f"{path}: {known} of its normalizer is {value!r}; expected true or false")
-        rules[name] = value
-    more = []
-    for listed in _expect(path, "added_tokens", values.get("added_tokens") or [], list, "a list"):
-        number = _expect(
-            path,
-            "id of an added token",
-            _expect(path, "an added token", listed, dict, "an object").get("id"),
-            int,
-            "an id",
-        )
-        more.append((number, _token(path, f"added token {number}", listed)))
-    return rules, model["vocab"], sorted(more, key=lambda item: item[0])
+    return rules, model["vocab"], _listed(path, values.get("added_tokens") or [])

@@ -1,7 +1,7 @@
-"""tokenizer.model of the Llama and Phi-3 families: sentencepiece's pieces, with added tokens around them.
+"""The tokenizer.model of the Llama and Phi-3 families: sentencepiece's pieces between added tokens.
 
-Source: LlamaTokenizer of transformers with legacy False. The text begins with a word, so with WORD_START,
-unless a special token comes first; what follows a token does not.
+Source: LlamaTokenizer of transformers with legacy False. A text begins with a word, hence with WORD_START,
+unless a special token comes first. Text after an added token gets no WORD_START.
 """
 
 import re
@@ -20,7 +20,7 @@ WORD_START = "\u2581"  # a space, as sentencepiece spells it
 
 
 class SentencePiece(Tokenizer):
-    """A sentencepiece model, read as the module says, whatever the folder's `legacy` is.
+    """A sentencepiece model; the folder's `legacy` is ignored.
 
     add_bos, add_eos: whether encode puts bos first and eos last.
     """
@@ -33,8 +33,8 @@ class SentencePiece(Tokenizer):
         add_bos: bool = True,
         add_eos: bool = False,
     ):
-        # normalizer_spec.add_dummy_prefix = False: of a protocol buffer's joined values the last counts.
-        # encode writes it.
+        # Append normalizer_spec.add_dummy_prefix = False: the last value in a protocol buffer counts. encode
+        # writes WORD_START itself.
         backend = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         own = {role: getattr(backend, f"{role}_id")() for role in ("bos", "eos", "unk")}
         own = {role: backend.id_to_piece(number) for role, number in own.items() if number >= 0}
@@ -53,7 +53,7 @@ class SentencePiece(Tokenizer):
         self.splitter = re.compile(f"({'|'.join(map(_pattern, longest_first))})")
 
     def _split(self, text: str) -> list[str]:
-        """text, token, text, token, ..., text. A token takes the spaces on the sides that its flags name."""
+        """Return [text, token, text, ..., text]. A token with lstrip or rstrip takes the spaces beside it."""
         parts = self.splitter.split(text)
         for i in range(1, len(parts), 2):
             token = self.added[self.ids[parts[i]]]

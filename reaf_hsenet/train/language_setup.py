@@ -21,8 +21,7 @@ from reaf_hsenet.runs.language import decoder_hashes
 from reaf_hsenet.runs.trained import Trained, load_trained
 from reaf_hsenet.settings import changed
 from reaf_hsenet.tokenizer.loading import load_tokenizer
-from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits
-from reaf_hsenet.tokenizer.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits, train_words
 from reaf_hsenet.train.command import Command
 from reaf_hsenet.train.contrastive_setup import load_teacher
 from reaf_hsenet.train.setup import Setup, data_of, fitting_batch, located, recipe_settings

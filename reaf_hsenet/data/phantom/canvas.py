@@ -1,7 +1,7 @@
 """A voxel grid in mm on which phantoms are painted, in Hounsfield units.
 
-Points are (z, y, x) in mm: z to Superior from the lowest slice, y to Posterior and x to Left from the middle
-of the body.
+Points are (z, y, x) in mm. z runs to Superior from the lowest slice; y to Posterior and x to Left from the
+middle of the body.
 """
 
 from itertools import pairwise

@@ -30,7 +30,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write
 from reaf_hsenet.progress import progress_bar
 
-Scan = tuple[Patient, int]  # and the number of the reconstruction
+Scan = tuple[Patient, int]  # a patient and the number of the reconstruction
 
 MINIMAL_SHAPE = (16, 32, 32)
 PARAMETERS_FILE = "phantom.json"

@@ -24,10 +24,6 @@ def draw_findings(anatomy: Anatomy, findings: Iterable[Finding], rng: np.random.
                 draw(anatomy, finding, rng)
 
 
-def _side(place: str) -> str:
-    return "right" if place.startswith("right") else "left"
-
-
 def _waves(anatomy: Anatomy, box: Box, wavelength: float, rng: np.random.Generator) -> np.ndarray:
     """Return a smooth random pattern of patches, positive in about half of the box."""
     z, y, x = anatomy.canvas.coordinates(box)
@@ -110,7 +106,7 @@ def _fibrotic_sequela(anatomy: Anatomy, finding: Finding, rng: np.random.Generat
 
 def _peribronchial_thickening(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     """Paint bronchi with thick walls on the way from the hilum into the lobe."""
-    hilum, lungs = np.array(anatomy.landmarks[f"{_side(finding.place)} hilum"]), anatomy.lungs
+    hilum, lungs = np.array(anatomy.landmarks[f"{finding.side} hilum"]), anatomy.lungs
     for end in _points_in_lobe(anatomy, finding.place, 4, rng, 0.6):
         path = [tuple(0.8 * hilum + 0.2 * np.array(end)), end]
         anatomy.canvas.tube(path, 7.5, SOFT, within=lungs)
@@ -128,7 +124,7 @@ def _bronchiectasis(anatomy: Anatomy, finding: Finding, rng: np.random.Generator
 
 def _consolidation(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     """Fill more than half of the lobe, from the chest wall inwards, and leave air bronchograms."""
-    sign = -1 if _side(finding.place) == "right" else 1
+    sign = -1 if finding.side == "right" else 1
     z = anatomy.canvas.axes[0][anatomy.lobe(finding.place)[0][0]]
     middle = float(z.mean()) if z.size else 0.0
     wall = (middle, float(rng.uniform(-20, 40)), sign * anatomy.body.half_width)
@@ -139,7 +135,7 @@ def _consolidation(anatomy: Anatomy, finding: Finding, rng: np.random.Generator)
 
 def _atelectasis(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     """Paint the part of the lobe that is nearest to the hilum as if collapsed: dense and without air."""
-    z, y, x = anatomy.landmarks[f"{_side(finding.place)} hilum"]
+    z, y, x = anatomy.landmarks[f"{finding.side} hilum"]
     box, collapsed = _nearest_share(anatomy, finding.place, (z, y, 0.4 * x), float(rng.uniform(0.30, 0.42)))
     anatomy.canvas.blend(box, collapsed.astype(np.float32), 55)
 

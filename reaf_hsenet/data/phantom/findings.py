@@ -92,6 +92,11 @@ class Finding:
     size: float = 0.0
     kind: str = ""
 
+    @property
+    def side(self) -> str:
+        """The right or left side of a place that has one."""
+        return self.place.split()[0]
+
 
 def labels_of(findings: Iterable[Finding]) -> list[int]:
     """Return the 18 values (1 present, 0 absent) in the order of LABELS."""

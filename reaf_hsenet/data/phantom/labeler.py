@@ -1,8 +1,8 @@
 """Reads findings back from the text of a chest CT report: labels, places, sizes and kinds, by rules alone.
 
-The text is cut into clauses. In a clause the finding words of each label count unless they are negated, and
-the places and sizes of the clause belong to the label. The rules invert every phantom report exactly and read
-plain hand-written sentences, so that generated reports can be scored by them.
+The text is cut into clauses. A label is found in a clause that has its words, unless they are negated, and
+takes the clause's places and sizes. The rules invert every phantom report exactly, and read plain sentences
+written by hand, so that they can score generated reports.
 """
 
 import re

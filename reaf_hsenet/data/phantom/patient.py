@@ -48,10 +48,7 @@ def _generator(seed: int, split: str, index: int, stream: int) -> np.random.Gene
 
 
 def sample_patient(seed: int, split: str, index: int, reconstructions: float = 0.0) -> Patient:
-    """Draw patient `index` (from 1) of a split.
-
-    reconstructions: probability of a second reconstruction.
-    """
+    """Draw patient `index` (from 1) of a split, with the probability of a second reconstruction."""
     rng = _generator(seed, split, index, RECONSTRUCTION)
     has_second, style = rng.random() < reconstructions, ("thick", "sharp")[rng.integers(2)]
     return Patient(
