@@ -31,7 +31,7 @@ from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 from reaf_hsenet.models.slice_encoder import SliceEncoder
 from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.tokenizer.word_tokenizer import train_words
+from reaf_hsenet.tokenizer.tokenizer import train_words
 from reaf_hsenet.weights.decoder import save_decoder
 from reaf_hsenet.weights.slice_encoder import describe, save_slice_encoder
 

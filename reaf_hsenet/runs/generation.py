@@ -21,8 +21,10 @@ CACHE_STEP, KEPT_STEPS = 256, 4  # compiled caches have sizes of multiples of th
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token. top_k, top_p: the tokens to draw from, after the
-    temperature; top_p keeps the likeliest ones whose probabilities add up to it.
+    """How tokens are drawn; temperature 0 takes the likeliest.
+
+    top_k, top_p: the tokens to draw from, after the temperature; top_p keeps the likeliest ones whose
+    probabilities add up to it.
     """
 
     temperature: float = 0.0
@@ -52,9 +54,8 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
         probabilities[:, sampling.top_k :] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
     if sampling.top_p is not None:
-        probabilities[probabilities.cumsum(-1) - probabilities >= sampling.top_p] = (
-            0  # the likeliest is always kept
-        )
+        before = probabilities.cumsum(-1) - probabilities  # 0 for the likeliest, which is always kept
+        probabilities[before >= sampling.top_p] = 0
     return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
@@ -74,49 +75,50 @@ def steps(
     pad_id: int | None = None,
     compiled: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (tokens (B,), the logits (B, V) they were chosen from) until every row has stopped or
-    `new_tokens` are made.
+    """Yield tokens (B,) and the logits (B, V) they were chosen from, until all rows have stopped.
 
-    ids (B, T) or embeddings (B, T, C), padded on the left where mask (B, T) is 0. A row that has stopped goes
-    on with `pad_id` (by default the decoder's own, else the first stop token). The decoder runs in evaluation
-    mode.
+    new_tokens: at most. ids (B, T) or embeddings (B, T, C) are padded on the left where mask (B, T) is 0. A
+    row that has stopped goes on with `pad_id` (by default the decoder's own, else the first stop token). The
+    decoder runs in evaluation mode.
     compiled: later steps run as one compiled graph (torch.compile, CUDA graphs on a GPU), which is kept for
     later calls of about this size.
 
     LongRoPE takes other factors for more tokens than the original context, which turn the cached keys too. At
     the step that passes it everything is computed anew, so that the result is the same as without a cache.
     """
-    _check(decoder, ids, embeddings, mask, new_tokens)
+    assert (ids is None) != (embeddings is None), "a prompt is either ids or embeddings"
+    prompt = decoder.embed_tokens(ids) if embeddings is None else embeddings
+    _check(decoder, prompt, mask, new_tokens)
     if pad_id is None and stop_ids:
         pad_id = decoder.config.pad_id if decoder.config.pad_id is not None else stop_ids[0]
-    prompt = decoder.embed_tokens(ids) if embeddings is None else embeddings
-    size, compiled_step = prompt.shape[1] + new_tokens, None
+    batch, size = len(prompt), prompt.shape[1] + new_tokens
     if compiled:
-        compiled_step = _take_compiled(decoder, len(prompt), size, prompt)
-    cache = (
-        compiled_step.cache
-        if compiled
-        else KVCache(decoder.config, len(prompt), size, prompt.dtype, prompt.device)
-    )
+        step = _take_compiled(decoder, batch, size, prompt)
+        cache = step.cache
+    else:
+        step, cache = decoder.forward, KVCache(decoder.config, batch, size, prompt.dtype, prompt.device)
     training = decoder.training
     decoder.eval()
     try:
-        step = compiled_step or decoder.forward
         yield from _steps(
-            decoder, prompt, mask, new_tokens, stop_ids, sampling or Sampling(), pad_id, cache, step
+            decoder,
+            prompt,
+            mask,
+            new_tokens=new_tokens,
+            stop_ids=stop_ids,
+            sampling=sampling or Sampling(),
+            pad_id=pad_id,
+            cache=cache,
+            step=step,
         )
     finally:
         decoder.train(training)
         if compiled:
-            _give_back(decoder, compiled_step)
+            _give_back(decoder, step)
 
 
-def _check(
-    decoder: Decoder, ids: Tensor | None, embeddings: Tensor | None, mask: Tensor | None, new_tokens: int
-) -> None:
-    if (ids is None) == (embeddings is None):
-        raise InputError("a prompt is either ids or embeddings: give one of them")
-    batch, length = (embeddings if ids is None else ids).shape[:2]
+def _check(decoder: Decoder, prompt: Tensor, mask: Tensor | None, new_tokens: int) -> None:
+    batch, length = prompt.shape[:2]
     if not batch or not length or new_tokens < 1:
         raise InputError(
             f"{batch} prompts of {length} tokens, {new_tokens} new ones: expected at least one of each"
@@ -134,11 +136,11 @@ def _check(
 def _steps(
     decoder: Decoder,
     prompt: Tensor,
-    mask,
+    mask: Tensor | None,
     new_tokens: int,
-    stop_ids,
+    stop_ids: tuple[int, ...],
     sampling: Sampling,
-    pad_id,
+    pad_id: int | None,
     cache: KVCache,
     step: Callable,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -183,9 +185,7 @@ def _steps(
 
 
 class CompiledStep:
-    """One token's step over a cache whose shapes and addresses stay: compiled once, on a GPU recorded as
-    a graph.
-    """
+    """One token's step over a cache of fixed shapes and addresses: compiled once, on a GPU a CUDA graph."""
 
     def __init__(self, decoder: Decoder, batch: int, size: int, like: Tensor):
         self.key = batch, size, like.dtype, like.device
@@ -198,8 +198,7 @@ class CompiledStep:
         return self.compiled(**inputs).clone()  # the graph's own output is overwritten by the next step
 
 
-# Of every decoder the compiled steps of the last few sizes. One in use is not here, so that no two calls
-# share a cache.
+# Compiled steps of the last few sizes, by decoder. One in use is not here: no two calls share a cache.
 _COMPILED: WeakKeyDictionary[Decoder, list[CompiledStep]] = WeakKeyDictionary()
 
 
@@ -218,7 +217,5 @@ def _give_back(decoder: Decoder, step: CompiledStep) -> None:
 
 
 def generate(decoder: Decoder, **settings) -> Tensor:
-    """New tokens (B, N) of all steps; settings as of `steps`. The stop token is the last of a row, pads
-    follow it.
-    """
+    """Return new tokens (B, N), a stop token the last of its row, then pads. settings: as of `steps`."""
     return torch.stack([token for token, _ in steps(decoder, **settings)], dim=1)
