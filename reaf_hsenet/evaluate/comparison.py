@@ -116,7 +116,7 @@ def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float
 
 
 def _labels(row: dict[str, float]) -> dict[str, float | None]:
-    """The classes of a zero-shot row, and whether the volume has them; the names alone of a rank."""
+    """Return a zero-shot row's classes and whether the volume has them; of a row of ranks the names alone."""
     return {name: value if name.startswith("label: ") else None for name, value in row.items()}
 
 

@@ -1,6 +1,4 @@
-"""Pictures of an evaluation or of one scan, written as PNG files. They need matplotlib, which nothing
-else does.
-"""
+"""Pictures of an evaluation or of one scan, written as PNG files. Nothing else needs matplotlib."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,7 @@ from reaf_hsenet.metrics.classification import both_values, class_metrics, roc_c
 
 
 def new_figure(width: float, height: float, wanted_by: str = "--figures"):
-    """An empty matplotlib figure, size in inches. Raises InputError when matplotlib is not installed."""
+    """Return an empty figure, size in inches. Raises InputError when matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -41,7 +41,7 @@ def true_labels(manifest: Manifest, entries: list[dict]) -> np.ndarray | None:
 
 
 def are_phantoms(manifest: Manifest) -> bool:
-    """Whether the phantoms' labeler reads every report's labels exactly as the manifest has them."""
+    """Return True if the phantoms' labeler reads every report's labels exactly as the manifest has them."""
     entries = [entry for split in manifest.splits.values() for entry in split]
     labels = true_labels(manifest, entries)
     return labels is not None and all(
@@ -80,9 +80,10 @@ def report_scores(
 
 
 def finding_baselines(truth: np.ndarray) -> dict[str, dict]:
-    """Micro and macro F1 of findings told without looking: chance, each drawn at its true rate (of micro
-    F1 the ratio of the expectations); all positive; majority, those that more than half of the reports
-    have.
+    """Micro and macro F1 of findings that are guessed without looking at the scan.
+
+    chance: each finding is drawn at its true rate; micro F1 is then the ratio of expectations.
+    all_positive: all findings. majority: those that more than half of the reports have.
     """
     rates = truth.mean(0)
     positive = rates.sum() > 0
@@ -112,9 +113,7 @@ def answer_scores(
 
 
 def class_chance(answers: list[str]) -> dict[str, float]:
-    """The expected acc_class and acc_class_strict of an answer drawn from the true ones, where another,
-    drawn the same way, is true.
-    """
+    """Expected acc_class and acc_class_strict of one true answer, drawn at random, for another one."""
     texts = Counter(answer.strip().lower() for answer in answers)
     classes: Counter[str] = Counter()
     for text, count in texts.items():

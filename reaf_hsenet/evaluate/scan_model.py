@@ -1,5 +1,4 @@
-"""A trained run at work on single scans: report, answer, classes, embedding, neighbours, a picture of what it
-looks at.
+"""A trained run at work on single scans: report, answer, classes, embedding, neighbours, picture.
 
     from reaf_hsenet import load
     model = load("runs/mrg-hsenet")
@@ -59,7 +58,7 @@ def load(folder: Path | str, **settings) -> "ScanModel":
 
 @dataclass(frozen=True)
 class Settings:
-    """What is known of a run before its weights are read. load: reads them.
+    """A run's settings, known before its weights are read. load: reads them.
 
     tokenizer: of a language model. slices: what made the slice features that the encoder was trained with.
     """
@@ -169,11 +168,11 @@ class ScanModel:
         return self.run.sha256()
 
     def report(self, scan: Path | str, prompt: str | None = None, **settings) -> str:
-        """The findings as text. settings: new_tokens and sampling, as of `stream`."""
+        """Return the findings as text. settings: new_tokens and sampling, as of `stream`."""
         return "".join(self.stream(scan, prompt, **settings))
 
     def ask(self, scan: Path | str, question: str, **settings) -> str:
-        """An answer in text. settings: new_tokens and sampling, as of `stream`."""
+        """Return an answer as text. settings: new_tokens and sampling, as of `stream`."""
         return "".join(self.stream(scan, question, "vqa", **settings))
 
     def stream(
@@ -184,10 +183,9 @@ class ScanModel:
         new_tokens: int | None = None,
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
-        """A report or an answer in pieces, as it is made; without a question, the prompt for a report.
+        """Yield a report or an answer in pieces, as it is made; without a question, the prompt for a report.
 
-        new_tokens: at most; by default those of the task, `mrg` or `vqa`, or what the decoder's context
-        leaves.
+        new_tokens: at most; by default the task's (`mrg` or `vqa`), or what the decoder's context leaves.
         sampling: by default the likeliest token is taken.
         """
         if not self.has_decoder:
@@ -218,14 +216,14 @@ class ScanModel:
 
     @torch.inference_mode()
     def embed(self, scan: Path | str) -> Tensor:
-        """The scan's unit vector, (C,) float32 on the CPU."""
+        """Return the scan's unit vector, (C,) float32 on the CPU."""
         self.require_towers()
         volume, slices, _ = self.read(scan)
         return self.finite(self.run.model.encode_image(volume, slices))
 
     @torch.inference_mode()
     def embed_text(self, text: str) -> Tensor:
-        """A report's unit vector, (C,) float32 on the CPU; the text is cleaned as those of training are."""
+        """Return a report's unit vector, (C,) float32 on the CPU; the text is cleaned as in training."""
         self.require_towers()
         if not text.strip():
             raise InputError(EMPTY_TEXT)
@@ -325,9 +323,7 @@ class ScanModel:
 
 
 def class_task(prompts: str, label_set: str) -> zeroshot.Task:
-    """Zero-shot classification without labels: every class of the label set, or of the prompts where it
-    lists none.
-    """
+    """Zero-shot classification without labels: all classes of the label set, else of the prompts."""
     texts, known = zeroshot.load_prompts(prompts), load_label_set(label_set)
     names = list(known.columns or texts.texts)
     nothing = LabelTable(Path(label_set), names, {"scan": dict.fromkeys(names, 0)})

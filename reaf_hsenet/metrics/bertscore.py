@@ -51,7 +51,7 @@ class TextReader:
 
 
 def load_text_reader(folder: Path) -> TextReader:
-    """The tokenizer and config.json of a folder. Raises InputError when they are absent or of two models."""
+    """Read a folder's tokenizer and config.json. Raises InputError when they are absent or of two models."""
     config, tokenizer = bert_config(folder), load_tokenizer(folder)
     check_fits(tokenizer, config.vocab, {}, str(Path(folder) / "config.json"))
     first, last = (tokenizer.id_of(token) for token in AROUND[config.kind])
@@ -61,7 +61,7 @@ def load_text_reader(folder: Path) -> TextReader:
 
 @dataclass(frozen=True)
 class Bert:
-    """What bert_score compares texts by. variant: which BERTScore that gives, in words."""
+    """A BERT that bert_score compares texts by. variant: which BERTScore that gives, in words."""
 
     reader: TextReader
     model: TextEncoder
@@ -69,7 +69,7 @@ class Bert:
 
 
 def load_bert(folder: Path, layer: int | None = None, device: torch.device | str = "cpu") -> Bert:
-    """The encoder of a BERT or RoBERTa folder up to a layer, counted from 1; by default all."""
+    """Load the encoder of a BERT or RoBERTa folder up to a layer, counted from 1; by default all."""
     folder, reader = Path(folder), load_text_reader(folder)
     depth = reader.config.depth
     if layer is not None and not 1 <= layer <= depth:

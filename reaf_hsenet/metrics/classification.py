@@ -100,9 +100,7 @@ def find_thresholds(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def bootstrap(
     labels: np.ndarray, scores: np.ndarray, thresholds: np.ndarray, resamples: int, seed: int
 ) -> np.ndarray:
-    """(R, M, C): the metrics on N volumes drawn with replacement; NaN where the draw has one label value
-    of a class.
-    """
+    """Return (R, M, C) metrics on N volumes drawn with replacement; NaN where a class has one label value."""
     rng, n = np.random.default_rng(seed), len(labels)
     found = np.empty((resamples, len(METRICS), labels.shape[1]))
     block = max(1, PER_BLOCK // n)
@@ -126,9 +124,7 @@ def mean_over_classes(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One class, (N,) each -> (false, true positive rates) from (0, 0) to (1, 1), one point a distinct
-    score.
-    """
+    """Return false and true positive rates of one class, (N,) each, from 0 to 1, a point a distinct score."""
     true, false = _cumulated(labels, scores.astype(np.float64), np.ones((1, len(labels))))
     return false[0] / false[0, -1], true[0] / true[0, -1]
 
@@ -144,16 +140,13 @@ def _cumulated(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> tu
 
 
 def _ranking(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC, the area under the ROC curve, and AP, the sum of (R_i - R_(i-1)) P_i over distinct scores;
-    (R,) each.
-    """
+    """Return (R,) each of AUROC and of AP, the sum of (R_i - R_(i-1)) P_i over distinct scores."""
     true, false = _cumulated(labels, scores, counts)
     gained = np.diff(true, axis=1)
     with np.errstate(invalid="ignore"):
         area = (np.diff(false, axis=1) * (true[:, 1:] - gained / 2)).sum(1) / (true[:, -1] * false[:, -1])
-        precision = np.nan_to_num(
-            true[:, 1:] / (true[:, 1:] + false[:, 1:])
-        )  # 0/0: nothing drawn down to here
+        drawn = true[:, 1:] + false[:, 1:]
+        precision = np.nan_to_num(true[:, 1:] / drawn)  # 0/0: nothing drawn down to here
         return area, (gained * precision).sum(1) / true[:, -1]
 
 

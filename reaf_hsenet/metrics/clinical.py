@@ -76,7 +76,7 @@ def phantom_labels(texts: Sequence[str]) -> np.ndarray:
 
 
 def attribute_agreement(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict]:
-    """How often the generated text agrees on side, lobe and size, among the findings that both texts name.
+    """Count how often the generated text agrees on side, lobe and size of findings that both texts name.
 
     Read by the phantoms' labeler. Only findings whose reference tells the attribute are `compared`; a
     generated text that leaves it open does not agree. side, lobe: the same set. size: the largest, within
@@ -96,9 +96,8 @@ def attribute_agreement(predictions: Sequence[str], references: Sequence[str]) -
             found, size = (max(f.size for f in findings) for findings in (generated, stated))
             if size and label != "Cardiomegaly":  # whose size is a ratio
                 error = abs(found - size)
-                agrees["size"].append(
-                    bool(found) and error <= max(SIZE_TOLERANCE[0], SIZE_TOLERANCE[1] * size)
-                )
+                tolerance = max(SIZE_TOLERANCE[0], SIZE_TOLERANCE[1] * size)
+                agrees["size"].append(bool(found) and error <= tolerance)
                 errors += [error] * bool(found)
     report: dict[str, dict] = {
         name: {"agreement": float(np.mean(values)) if values else None, "compared": len(values)}
@@ -110,7 +109,7 @@ def attribute_agreement(predictions: Sequence[str], references: Sequence[str]) -
 
 
 def _sides(findings: list[Finding]) -> set[str]:
-    """A coronary artery's right and left are its name."""
+    """Return right or left; a coronary artery's right and left are its name."""
     first = {f.place.split(" ")[0] for f in findings if f.label != "Coronary artery wall calcification"}
     return first & {"right", "left"}
 
@@ -135,13 +134,12 @@ class ReportClassifier(nn.Module):
 def load_classifier(
     folder: Path, device: torch.device | str = "cpu", batch_size: int = 32
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    """A function from texts to labels (n, 18) int64: 1 where the sigmoid is 0.5 or more; none for an empty
-    text.
+    """Return a function from texts to labels (n, 18) int64: 1 where the sigmoid is 0.5 or more.
 
     folder: config.json, tokenizer, and weights under the names of transformers' BertForSequenceClassification
     or RobertaForSequenceClassification, or CT-RATE's RadBertClassifier.pth. Where config.json names the
-    classes, they are put in the order of LABELS. Raises InputError, by name, for weights that do not fit, and
-    for other classes.
+    classes, they are put in the order of LABELS. An empty text has no label. Raises InputError, by name, for
+    weights that do not fit, and for other classes.
     """
     folder, reader = Path(folder), load_text_reader(folder)
     order = _label_order(folder / "config.json")
@@ -168,11 +166,10 @@ def load_classifier(
 
 
 def _label_order(path: Path) -> list[int]:
-    """The columns of the classifier's output in the order of LABELS, by id2label where it has names."""
+    """Return the columns of the classifier's output in the order of LABELS, by the names of id2label."""
     named = {str(name).lower(): int(i) for i, name in read_object(path).get("id2label", {}).items()}
-    if all(
-        re.fullmatch(r"label_\d+", name) for name in named
-    ):  # what transformers writes where nobody named them
+    # What transformers writes where nobody named the classes.
+    if all(re.fullmatch(r"label_\d+", name) for name in named):
         return list(range(len(LABELS)))
     wanted = {label.lower() for label in LABELS}
     if set(named) != wanted or sorted(named.values()) != list(range(len(LABELS))):

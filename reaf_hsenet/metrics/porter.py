@@ -52,7 +52,7 @@ STEP4 = "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous 
 
 @lru_cache(maxsize=2**16)
 def porter_stem(word: str) -> str:
-    """The stem of one word, lower-cased. Words of one or two letters stay as they are."""
+    """Return the stem of one word, lower-cased. Words of one or two letters stay as they are."""
     word = word.lower()
     if word in IRREGULAR:
         return IRREGULAR[word]
@@ -71,7 +71,7 @@ def _letters(word: str) -> str:
 
 
 def _measure(stem: str) -> int:
-    """How many times vowels are followed by consonants."""
+    """Count how many times vowels are followed by consonants."""
     return _letters(stem).count("vc")
 
 
@@ -82,7 +82,7 @@ def _ends_cvc(word: str) -> bool:
 
 
 def _step1(word: str) -> str:
-    """Plurals, -ed and -ing, and y after a consonant."""
+    """Remove plurals, -ed and -ing; y after a consonant becomes i."""
     if word.endswith("ies") and len(word) == 4:
         word = word[:-1]  # ties -> tie
     elif word.endswith(("sses", "ies")):
@@ -137,7 +137,7 @@ def _step4(word: str) -> str:
 
 
 def _step5(word: str) -> str:
-    """A last e, and one of two l."""
+    """Remove a last e, and one of two l."""
     if word.endswith("e"):
         measure = _measure(word[:-1])
         if measure > 1 or measure == 1 and not _ends_cvc(word[:-1]):

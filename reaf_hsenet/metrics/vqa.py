@@ -30,7 +30,7 @@ ACCURACIES = ("acc_class", "acc_class_strict", "acc_text")
 
 
 def anatomy_of(text: str) -> str:
-    """The first of ANATOMIES named in the text; "mediastinum/left lung hilum" is Lung, as published."""
+    """Return the first of ANATOMIES named in the text; as published, "mediastinum/left lung" is Lung."""
     text = text.lower()
     return next((name for name in ANATOMIES[:-1] if name.lower() in text), ANATOMIES[-1])
 
@@ -84,7 +84,7 @@ def vqa_report(predictions: Sequence[str], answers: Sequence[str]) -> dict:
 
 
 def anatomy_classification(named: Sequence[str], true: Sequence[str]) -> dict:
-    """The classification report of vqa_report, of anatomies named and true, one of ANATOMIES each."""
+    """Return vqa_report's classification report of named and true anatomies, one of ANATOMIES each."""
     one_hot = [np.array(side)[:, None] == np.array(ANATOMIES) for side in (named, true)]
     scores = {name: np.nan_to_num(v) for name, v in label_scores(*one_hot).items() if name != "predicted"}
     support = scores["support"]

@@ -30,10 +30,9 @@ def answer(
     features: list[Tensor] | None = None,
     compiled: bool = False,
 ) -> list[str]:
-    """An answer of at most `new_tokens` tokens to each question, as plain text without special tokens.
+    """Return an answer of at most `new_tokens` tokens to each question, without special tokens.
 
-    volume: (B, 1, D, H, W), one a question; slices: (B, S, C), for an encoder or a projector that is guided
-    by them.
+    volume: (B, 1, D, H, W), one a question. slices: (B, S, C), for encoders or projectors that they guide.
     features: of `image_features`, (B, N, C) each, where they are known already; volume is then not used. All
     on the model's device. compiled: as of generation.steps.
     """
