@@ -31,12 +31,8 @@ COMMANDS = {
 
 
 def submit(folder: Path, text: str) -> subprocess.Popen:
-    environment = {
-        "SLURM_SUBMIT_DIR": str(folder),
-        "SLURM_JOB_ID": "4711",
-        "SLURM_NNODES": "1",
-        "SLURM_JOB_NODELIST": "localhost",
-    }
+    environment = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "4711", "SLURM_NNODES": "1"}
+    environment["SLURM_JOB_NODELIST"] = "localhost"
     environment["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(
@@ -82,10 +78,8 @@ def test_a_batch_file_that_is_warned_requeues_with_a_checkpoint_and_its_second_s
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
     assert job.returncode == 0 and (tmp_path / "asked").read_text() == "requeue 4711\n", said
-    assert (
-        "stopped by SIGUSR1" in said
-        and 0 < json.loads((run.pointer("last") / "checkpoint.json").read_text())["step"] < 60
-    )
+    step = json.loads((run.pointer("last") / "checkpoint.json").read_text())["step"]
+    assert "stopped by SIGUSR1" in said and 0 < step < 60
     again = submit(tmp_path, text)
     said = again.communicate(timeout=200)[0]
     assert again.returncode == 0, said

@@ -328,7 +328,7 @@ def test_a_diverged_run_is_diagnosed_and_keeps_its_best_and_its_last_good_checkp
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     words = [f"warning: step {n}: the validation is not finite" for n in (6, 9)]
     assert [line.split(", ")[0] for line in warnings] == words
-    assert wrong([*argv, "--resume"], "") == said
+    assert wrong([*argv, "--resume"], "^step 9") == said
     wrong(argv, "holds a run already")  # it is not finished
     run.point("last", 5)
     assert train.main([*argv, *AUTO]) == 0

@@ -243,7 +243,7 @@ def with_slices(prepared: Path, out: Path, seed: int = 0) -> Path:
     """A copy of a prepared folder with slice features, and the encoder that made them beside them."""
     shutil.copytree(prepared, out)
     encoder = slice_encoder(seed)
-    add_slice_features(out, encoder, describe(encoder, "tiny", recipe="phantom"), progress=False)
+    add_slice_features(out, encoder, describe(encoder, "phantoms", recipe="phantom"), progress=False)
     save_slice_encoder(out / "slice_encoder", encoder)
     return out
 

@@ -64,20 +64,26 @@ class Fault(NamedTuple):
     command: str
     code: int
     words: str
+    slow: bool
+
+
+class Row(NamedTuple):
+    name: str
+    how: Make | str
+    words: str
+    flags: str = ""
 
 
 FAULTS: dict[str, Fault] = {}
 
 
-def row(name: str, how: Make | str, words: str, flags: str = "") -> tuple[str, Make, str, str]:
-    return (name, nothing, words, how) if isinstance(how, str) else (name, how, words, flags)
-
-
-def faults(command: str, what: str, file: str, *rows: tuple[str, Make, str, str], code: int = 2) -> None:
-    for name, make, words, flags in rows:
-        name = f"{command.split()[0]}: {what} {name}".replace("  ", " ")
+def faults(command: str, what: str, file: str, *rows: Row, code: int = 2) -> None:
+    for row in rows:
+        name = f"{command.split()[0]}: {what} {row.name}".replace("  ", " ")
         assert name not in FAULTS, name
-        FAULTS[name] = Fault(make, f"{command} {flags}", code, file + words)
+        quick = isinstance(row.how, str)  # nothing is trained, and no file is changed
+        make, flags = (nothing, row.how) if quick else (row.how, row.flags)
+        FAULTS[name] = Fault(make, f"{command} {flags}", code, file + row.words, slow=not quick or code == 0)
 
 
 SHORT = "--batch-size 4 --max-steps 1 --out {out} --device cpu"
@@ -207,261 +213,261 @@ faults(
     NIFTI,
     "scan",
     "a.nii.gz: ",
-    row("truncated", cut(SCAN), "is truncated or damaged (Compressed file"),
-    row("is text", write(SCAN, "not a scan"), "is truncated or damaged (Not a gzipped"),
-    row("is empty", write(SCAN, ""), "is not a readable NIfTI file (Binary"),
-    row("is a folder", all_of(remove(SCAN), folder(SCAN)), "is listed in the table but absent"),
-    row("of four dimensions", listed(np.stack([CT] * 3, 3)), "is a 4D image of shape (6, 6, 6, 3)"),
-    row("that claims 10^13 voxels", listed(**BIG), "is truncated or damaged (its header"),
-    row(
+    Row("truncated", cut(SCAN), "is truncated or damaged (Compressed file"),
+    Row("is text", write(SCAN, "not a scan"), "is truncated or damaged (Not a gzipped"),
+    Row("is empty", write(SCAN, ""), "is not a readable NIfTI file (Binary"),
+    Row("is a folder", all_of(remove(SCAN), folder(SCAN)), "is listed in the table but absent"),
+    Row("of four dimensions", listed(np.stack([CT] * 3, 3)), "is a 4D image of shape (6, 6, 6, 3)"),
+    Row("that claims 10^13 voxels", listed(**BIG), "is truncated or damaged (its header"),
+    Row(
         "that claims as many and a scale", listed(**BIG, scl_slope=2.0), "is truncated or damaged (its header"
     ),
-    row("that claims no voxels", listed(**sized(0, 5, 5)), "is a 2D image of shape (0, 5, 5)"),
-    row("of a negative size", listed(**sized(-4, 5, 5)), "is a 2D image of shape (-4, 5, 5)"),
-    row("whose data lie beyond its end", listed(vox_offset=1e9), "is truncated or damaged (its header tells"),
-    row("whose data lie at infinity", listed(vox_offset=np.inf), "is not a readable NIfTI file (cannot"),
-    row(
+    Row("that claims no voxels", listed(**sized(0, 5, 5)), "is a 2D image of shape (0, 5, 5)"),
+    Row("of a negative size", listed(**sized(-4, 5, 5)), "is a 2D image of shape (-4, 5, 5)"),
+    Row("whose data lie beyond its end", listed(vox_offset=1e9), "is truncated or damaged (its header tells"),
+    Row("whose data lie at infinity", listed(vox_offset=np.inf), "is not a readable NIfTI file (cannot"),
+    Row(
         "that unpacks to 64 MB",
         write(SCAN, gzip.compress(bytes(2**26))),
         "the header's spacing is 0 x 0 x 0 mm",
     ),
-    row("with NaN", listed(np.where(CT > 400, np.nan, CT)), "15 voxels are NaN or infinite, or beyond"),
-    row("of one value", listed(np.zeros((6, 6, 6), np.int16)), "every voxel is 0; expected a CT"),
-    row("is a mask", listed((CT > 0).astype(np.int16)), "holds only whole numbers from 0 to 1"),
-    row("of air", listed((CT // 12 - 940).astype(np.int16)), "the values are not HU: only 0.0% of"),
-    row("of complex numbers", listed(CT.astype(np.complex64)), "holds complex64 values; expected integers"),
-    row("without orientation", listed(sform_code=0, qform_code=0), "the header has no orientation (sform"),
-    row("without spacing", listed(pixdim=[1, *[0] * 7]), "the header's spacing is 0 x 0 x 0 mm"),
-    row("of two parallel axes", listed(sform_code=2, srow_x=ONES, srow_y=ONES), "...affine is degenerate"),
-    row("that is listed but absent", remove(SCAN), "is listed in the table but absent"),
-    row("without a report", table("id,text\na,\nb,x\nc,y\n"), "has an empty text in reports.csv"),
+    Row("with NaN", listed(np.where(CT > 400, np.nan, CT)), "15 voxels are NaN or infinite, or beyond"),
+    Row("of one value", listed(np.zeros((6, 6, 6), np.int16)), "every voxel is 0; expected a CT"),
+    Row("is a mask", listed((CT > 0).astype(np.int16)), "holds only whole numbers from 0 to 1"),
+    Row("of air", listed((CT // 12 - 940).astype(np.int16)), "the values are not HU: only 0.0% of"),
+    Row("of complex numbers", listed(CT.astype(np.complex64)), "holds complex64 values; expected integers"),
+    Row("without orientation", listed(sform_code=0, qform_code=0), "the header has no orientation (sform"),
+    Row("without spacing", listed(pixdim=[1, *[0] * 7]), "the header's spacing is 0 x 0 x 0 mm"),
+    Row("of two parallel axes", listed(sform_code=2, srow_x=ONES, srow_y=ONES), "...affine is degenerate"),
+    Row("that is listed but absent", remove(SCAN), "is listed in the table but absent"),
+    Row("without a report", table("id,text\na,\nb,x\nc,y\n"), "has an empty text in reports.csv"),
     code=3,
 )
 faults(
     NIFTI,
     "table",
     "reports.csv: ",
-    row("without its column", table("id,words\na,x\n"), "has no column text; its columns are"),
-    row("is empty", table(""), "has no column id, text; its columns"),
-    row("without rows", table("id,text\n"), "has no rows; expected an id and a text"),
-    row("with NUL bytes", table(b"id,text\na,\0\0\n"), "line 2 holds a NUL byte; save the"),
-    row("with a field of 200 kB", table("id,text\na," + "x" * 200_000), "line 2: the quotes do not balance"),
-    row("with too many fields", table("id,text\na,x,y\n"), "line 2 has more fields than the"),
-    row("with too few fields", table("id,text\na\n"), "line 2 has fewer fields than the header"),
-    row("in Latin-1", table("id,text\na,Müller\n".encode("latin-1")), "is not a UTF-8 csv file ('utf-8'"),
-    row("that lists a volume twice", table("id,text\na,x\na,y\n"), "id a is listed twice, the second time"),
-    row("that leaves its folder", table("id,text\n../a,x\n"), "id '../a' is not a path below"),
-    row("whose id has a NUL byte", table("id,text\na\0b,x\n"), "line 2 holds a NUL byte; save the"),
-    row("whose id is 5,000 letters long", table(f"id,text\n{'a' * 5000},x\n"), "id"),
+    Row("without its column", table("id,words\na,x\n"), "has no column text; its columns are"),
+    Row("is empty", table(""), "has no column id, text; its columns"),
+    Row("without rows", table("id,text\n"), "has no rows; expected an id and a text"),
+    Row("with NUL bytes", table(b"id,text\na,\0\0\n"), "line 2 holds a NUL byte; save the"),
+    Row("with a field of 200 kB", table("id,text\na," + "x" * 200_000), "line 2: the quotes do not balance"),
+    Row("with too many fields", table("id,text\na,x,y\n"), "line 2 has more fields than the"),
+    Row("with too few fields", table("id,text\na\n"), "line 2 has fewer fields than the header"),
+    Row("in Latin-1", table("id,text\na,Müller\n".encode("latin-1")), "is not a UTF-8 csv file ('utf-8'"),
+    Row("that lists a volume twice", table("id,text\na,x\na,y\n"), "id a is listed twice, the second time"),
+    Row("that leaves its folder", table("id,text\n../a,x\n"), "id '../a' is not a path below"),
+    Row("whose id has a NUL byte", table("id,text\na\0b,x\n"), "line 2 holds a NUL byte; save the"),
+    Row("whose id is 5,000 letters long", table(f"id,text\n{'a' * 5000},x\n"), "id"),
 )
 faults(
     NIFTI,
     "",
     "",
-    row("two tables", write("scans/more.csv", "id,text\na,x\n"), "scans: has 2 csv files; name the one with"),
-    row("no such root", "--root {none}", "none: no such folder"),
-    row("out is a file", write("out", "x"), "out: cannot be used as a folder to write into (File"),
-    row("size of zero", "--size 0 16 16", "--size (0, 16, 16): expected three positive numbers"),
-    row("window turned round", "--window 200 -1000", "--window (200.0, -1000.0): expected LOW HIGH in HU"),
-    row("spacing of NaN", "--spacing nan 1 1", "--spacing (nan, 1.0, 1.0): expected three positive"),
-    row("unknown flag", "--quick", "unrecognized arguments: --quick; see __main__.py"),
-    row("no workers", "--workers 0", "--workers 0: expected 1 or more"),
+    Row("two tables", write("scans/more.csv", "id,text\na,x\n"), "scans: has 2 csv files; name the one with"),
+    Row("no such root", "--root {none}", "none: no such folder"),
+    Row("out is a file", write("out", "x"), "out: cannot be used as a folder to write into (File"),
+    Row("size of zero", "--size 0 16 16", "--size (0, 16, 16): expected three positive numbers"),
+    Row("window turned round", "--window 200 -1000", "--window (200.0, -1000.0): expected LOW HIGH in HU"),
+    Row("spacing of NaN", "--spacing nan 1 1", "--spacing (nan, 1.0, 1.0): expected three positive"),
+    Row("unknown flag", "--quick", "unrecognized arguments: --quick; see __main__.py"),
+    Row("no workers", "--workers 0", "--workers 0: expected 1 or more"),
 )
 faults(
     "preprocess --out {out} --dataset",
     "data set",
     "",
-    row("without root", "nifti", "--dataset nifti needs --root, the folder of the raw"),
-    row("of no questions", "radgenome --root {scans} --out {data}", "scans: has no RadGenome-ChestCT tables"),
-    row(
+    Row("without root", "nifti", "--dataset nifti needs --root, the folder of the raw"),
+    Row("of no questions", "radgenome --root {scans} --out {data}", "scans: has no RadGenome-ChestCT tables"),
+    Row(
         "of REAF whose reports are no list",
         all_of(write("reaf/train/reports/r.json", "{}"), folder("reaf/train/volumes")),
         "r.json: holds no list; expected a list of image and",
         "reaf --root {reaf}",
     ),
-    row("of CT-RATE, empty", "ct-rate --root {scans}", "train_reports.csv or validation_reports.csv below"),
+    Row("of CT-RATE, empty", "ct-rate --root {scans}", "train_reports.csv or validation_reports.csv below"),
 )
 faults(
     SLICES,
     "slice encoder",
     "encoder.bin: ",
-    row("of an unknown family", pickled("encoder.bin", UNET), "is not a 2D ViT such as BiomedCLIP's"),
-    row("with NaN", nan("encoder.bin"), "NaN or infinite values in cls_token"),
-    row("truncated", cut("encoder.bin"), "is truncated or not a checkpoint (File"),
-    row("that would run code", pickled("encoder.bin", {"a": Opens()}), "holds more than tensors (io.open)"),
+    Row("of an unknown family", pickled("encoder.bin", UNET), "is not a 2D ViT such as BiomedCLIP's"),
+    Row("with NaN", nan("encoder.bin"), "NaN or infinite values in cls_token"),
+    Row("truncated", cut("encoder.bin"), "is truncated or not a checkpoint (File"),
+    Row("that would run code", pickled("encoder.bin", {"a": Opens()}), "holds more than tensors (io.open)"),
 )
 faults(
     SLICES,
     "slice features",
     "",
-    row("of another encoder", "", "data: holds slice features with another sha256"),
-    row("without volumes", "--out {out}", "manifest.json: no such file; prepare volumes first"),
-    row("for a list", write(MANIFEST, "[]"), "manifest.json: expected an object of settings"),
+    Row("of another encoder", "", "data: holds slice features with another sha256"),
+    Row("without volumes", "--out {out}", "manifest.json: no such file; prepare volumes first"),
+    Row("for a list", write(MANIFEST, "[]"), "manifest.json: expected an object of settings"),
 )
 
 faults(
     CLIP1,
     "manifest",
     "manifest.json: ",
-    row("is not there", "--data {none}", "no such file; make it with"),
-    row("is no JSON", write(MANIFEST, "{"), "is not valid JSON (Expecting"),
-    row("is a list", write(MANIFEST, "[]"), "expected an object of settings"),
-    row("nested 50,000 deep", write(MANIFEST, DEEP), "is not valid JSON (maximum recursion"),
-    row("is binary", write(MANIFEST, b"\xff\xfe\0"), "is not valid JSON ('utf-8' codec"),
-    row("of another schema", manifest("schema", 9), "schema 9, expected 1; prepare the"),
-    row("without recipe", manifest("recipe", ...), "Manifest lacks recipe; put the"),
-    row("whose recipe is a number", manifest("recipe", 3), "Recipe is 3; expected an object of"),
-    row("whose window is a text", manifest("recipe", "window", "wide"), "window of Recipe is 'wide'"),
-    row("whose size is of floats", manifest("recipe", "size", [1.5, 2, 3]), "size of Recipe is [1.5, 2, 3]"),
-    row("of another dtype", manifest("dtype", "float99"), "dtype of Manifest is 'float99'"),
-    row("whose splits are a list", manifest("splits", []), "splits of Manifest is []; expected"),
-    row("whose split is a text", manifest("splits", "train", "abc"), "train is 'abc'"),
-    row("whose entry is null", manifest("splits", "train", 0, None), "train entry 0: it is None; prepare"),
-    row("whose entry has no id", entry("id", ...), "train entry 0: id is 'missing'; prepare"),
-    row("whose id is a list", entry("id", [1]), "train entry 0: id is [1]; prepare"),
-    row("whose volume is a number", entry("volume", 3), "train entry 0: volume is 3; prepare"),
-    row("whose volume has a NUL byte", entry("volume", "a\0.npy"), "train entry 0: volume is"),
-    row("whose report is null", entry("text", None), "train entry 0: text is None; prepare"),
-    row("whose report is empty", entry("text", " "), "the report of train_1_a_1 is empty"),
-    row(
+    Row("is not there", "--data {none}", "no such file; make it with"),
+    Row("is no JSON", write(MANIFEST, "{"), "is not valid JSON (Expecting"),
+    Row("is a list", write(MANIFEST, "[]"), "expected an object of settings"),
+    Row("nested 50,000 deep", write(MANIFEST, DEEP), "is not valid JSON (maximum recursion"),
+    Row("is binary", write(MANIFEST, b"\xff\xfe\0"), "is not valid JSON ('utf-8' codec"),
+    Row("of another schema", manifest("schema", 9), "schema 9, expected 1; prepare the"),
+    Row("without recipe", manifest("recipe", ...), "Manifest lacks recipe; put the"),
+    Row("whose recipe is a number", manifest("recipe", 3), "Recipe is 3; expected an object of"),
+    Row("whose window is a text", manifest("recipe", "window", "wide"), "window of Recipe is 'wide'"),
+    Row("whose size is of floats", manifest("recipe", "size", [1.5, 2, 3]), "size of Recipe is [1.5, 2, 3]"),
+    Row("of another dtype", manifest("dtype", "float99"), "dtype of Manifest is 'float99'"),
+    Row("whose splits are a list", manifest("splits", []), "splits of Manifest is []; expected"),
+    Row("whose split is a text", manifest("splits", "train", "abc"), "train is 'abc'"),
+    Row("whose entry is null", manifest("splits", "train", 0, None), "train entry 0: it is None; prepare"),
+    Row("whose entry has no id", entry("id", ...), "train entry 0: id is 'missing'; prepare"),
+    Row("whose id is a list", entry("id", [1]), "train entry 0: id is [1]; prepare"),
+    Row("whose volume is a number", entry("volume", 3), "train entry 0: volume is 3; prepare"),
+    Row("whose volume has a NUL byte", entry("volume", "a\0.npy"), "train entry 0: volume is"),
+    Row("whose report is null", entry("text", None), "train entry 0: text is None; prepare"),
+    Row("whose report is empty", entry("text", " "), "the report of train_1_a_1 is empty"),
+    Row(
         "whose report is empty, not bad",
         entry("text", " "),
         "the report of train_1_a_1 is empty",
         "--max-bad 9",
     ),
-    row("whose labels are a text", entry("labels", "yes", "validation"), "validation entry 0: labels is"),
-    row("whose source is a text", entry("source", "here", "validation"), "validation entry 0: source is"),
-    row("whose questions are numbers", entry("qa", [3], "validation"), "validation entry 0: qa is [3]"),
-    row("of unknown reading", manifest("reading", {"rescale": "maybe"}), "rescale of Reading is 'maybe'"),
-    row("that lists a volume twice", listed_twice, "id valid_1_a_1 is listed twice; keep"),
-    row("without training volumes", manifest("splits", "train", []), "the train split is empty; prepare"),
-    row("of another size", "--size 32 64 64", "its volumes have size 16x32x32, but"),
-    row(
+    Row("whose labels are a text", entry("labels", "yes", "validation"), "validation entry 0: labels is"),
+    Row("whose source is a text", entry("source", "here", "validation"), "validation entry 0: source is"),
+    Row("whose questions are numbers", entry("qa", [3], "validation"), "validation entry 0: qa is [3]"),
+    Row("of unknown reading", manifest("reading", {"rescale": "maybe"}), "rescale of Reading is 'maybe'"),
+    Row("that lists a volume twice", listed_twice, "id valid_1_a_1 is listed twice; keep"),
+    Row("without training volumes", manifest("splits", "train", []), "the train split is empty; prepare"),
+    Row("of another size", "--size 32 64 64", "its volumes have size 16x32x32, but"),
+    Row(
         "of no preset's size",
         "--preset hsenet-base --size 32 256 256",
         "...16x32x32, but preset hsenet-base needs size 32x256x256...preprocess.py",
     ),
-    row("of another recipe", "--model reaf --preset reaf-tiny", "its volumes have recipe hsenet, but"),
-    row("of no --init's window", WINDOW, f"...{WINDOWS}", "--patch 8 16 16 --init {clip1}"),
+    Row("of another recipe", "--model reaf --preset reaf-tiny", "its volumes have recipe hsenet, but"),
+    Row("of no --init's window", WINDOW, f"...{WINDOWS}", "--patch 8 16 16 --init {clip1}"),
 )
 faults(
     CLIP1,
     "volume",
     "train_1_a_1.npy: ",
-    row("is missing", first_volume(Path.unlink), "is in the manifest but absent; run"),
-    row("truncated", first_volume(cut_off), "has 999 bytes, expected 32896 for"),
-    row("of zeros of the right length", first_volume(zeros), "cannot be read (This file contains"),
-    row("with NaN", first_volume(with_nan), "holds NaN", "--max-bad 0"),
-    row("with NaN that a loader reads", first_volume(with_nan), "holds NaN", "--workers 1"),
-    row("of another shape", first_volume(turned), "has shape (1, 32, 16, 32), the"),
+    Row("is missing", first_volume(Path.unlink), "is in the manifest but absent; run"),
+    Row("truncated", first_volume(cut_off), "has 999 bytes, expected 32896 for"),
+    Row("of zeros of the right length", first_volume(zeros), "cannot be read (This file contains"),
+    Row("with NaN", first_volume(with_nan), "holds NaN", "--max-bad 0"),
+    Row("with NaN that a loader reads", first_volume(with_nan), "holds NaN", "--workers 1"),
+    Row("of another shape", first_volume(turned), "has shape (1, 32, 16, 32), the"),
 )
 faults(
     CLIP1,
     "",
     "",
-    row("two bad volumes", volumes(2, with_nan), "holds NaN...(bad volume 2, with --max-bad 1)", TWO_BAD),
-    row("validation volume cut", first_volume(cut_off, "validation"), "valid_1_a_1.npy: has 999 bytes"),
-    row("full disk when the checkpoint is written", full_disk(200_000), "cannot be written"),
-    row("HSENet's json of no form", write("h", '{"train": 3}'), "h: train is no list", "--data {h}"),
-    row("HSENet's json is a scan", "--data {scan}", "scan.nii.gz: is not valid JSON ('utf-8' codec can't"),
-    row(
+    Row("two bad volumes", volumes(2, with_nan), "holds NaN...(bad volume 2, with --max-bad 1)", TWO_BAD),
+    Row("validation volume cut", first_volume(cut_off, "validation"), "valid_1_a_1.npy: has 999 bytes"),
+    Row("full disk when the checkpoint is written", full_disk(200_000), "cannot be written"),
+    Row("HSENet's json of no form", write("h", '{"train": 3}'), "h: train is no list", "--data {h}"),
+    Row("HSENet's json is a scan", "--data {scan}", "scan.nii.gz: is not valid JSON ('utf-8' codec can't"),
+    Row(
         "run is there",
         f"{AS_CLIP1} --max-steps 2 --seed 7",
         "clip1: holds a run already; continue it with --resume",
     ),
-    row("longer run is there", AS_CLIP1, "clip1: holds a run already; continue it with --resume"),
+    Row("longer run is there", AS_CLIP1, "clip1: holds a run already; continue it with --resume"),
 )
 faults(
     CLIP1,
     "flag:",
     "",
-    row("stage of no name", "--stage clip9", "--stage...clip9...clip1"),
-    row("model of no name", "--model m3d", "--model...m3d"),
-    row("precision of no name", "--precision fp8", "--precision...fp8"),
-    row("flag of no name", "--learning-rate 1", "--learning-rate"),
-    row("unknown preset", "--preset huge", "--preset huge: hsenet has hsenet-base, hsenet-tiny"),
-    row("batch of none", "--batch-size 0", "--batch-size 0: expected more than 0"),
-    row("batch of -1", "--batch-size -1", "--batch-size -1: expected more than 0"),
-    row("batch of one", "--batch-size 1", "--batch-size 1"),
-    row("batch too large", "--batch-size 400", "--batch-size 400: with 1 processes a batch...there are"),
-    row("step larger than the data", "--accumulate 5", "--accumulate 5: a step needs 20 samples, there are"),
-    row("accumulation of none", "--accumulate 0", "--accumulate 0"),
-    row("epochs of none", "--epochs 0", "--epochs 0"),
-    row("steps of none", "--max-steps 0", "--max-steps 0"),
-    row("workers of -1", "--workers -1", "--workers -1"),
-    row("seed of -1", "--seed -1", "--seed -1"),
-    row("warmup of two", "--warmup 2", "--warmup 2"),
-    row("clip norm of NaN", "--clip-norm nan", "--clip-norm nan"),
-    row("learning rate of zero", "--lr 0", "--lr 0"),
-    row("learning rate of 10^38", "--lr 1e38", "--lr 1e+38: expected"),
-    row("learning rate of NaN", "--lr nan", "--lr nan: expected more than 0"),
-    row("negative weight decay", "--weight-decay -1", "--weight-decay -1.0: expected 0 or more"),
-    row("size that no patch divides", "--size 17 32 32", "input size (17, 32, 32) is not a multiple of the"),
-    row("patch that divides no size", "--patch 5 16 16", "not a multiple of the patch"),
-    row("no such device", "--device cuda:99", "--device cuda:99: torch sees no GPU here; leave the"),
-    row("device of no kind", "--device abacus", "--device abacus: expected cpu, cuda or cuda:N"),
-    row("log that is not installed", "--log wandb", "--log wandb...not installed"),
-    row("best by loss", "--best-by loss", "--best-by loss: the validation measures report_to_volume/R@1, "),
-    row("text encoder in no folder", "--text-model ./nowhere", "./nowhere: no such folder"),
-    row("text encoder on no hub", "--text-model some/bert", "some/bert...hub"),
-    row("relation in stage 1", "--relation 0.5", "--relation: is an option of --stage clip2"),
-    row("relation of none in stage 1", "--relation 0", "--relation: is an option of --stage clip2"),
-    row("relation steps, stage 1", "--relation-steps 9", "--relation-steps: is an option of --stage clip2"),
-    row("teacher in stage 1", "--teacher nowhere", "--teacher: is an option of --stage clip2"),
-    row("guidance in stage 1", "--no-guidance", "--no-guidance: is an option of --stage clip2"),
-    row("slices' augmentation in stage 1", "--slices-stay", "--slices-stay: is an option of --stage clip2"),
-    row("sharding in stage 1", "--shard", "--shard: is an option of --stage mrg and vqa; leave it out"),
-    row("encoders in stage 1", "--vision dual", "--vision: is an option of --stage mrg and vqa"),
-    row("frozen in stage 1", "--no-train-vision", "--no-train-vision: is an option of --stage mrg and vqa"),
+    Row("stage of no name", "--stage clip9", "--stage...clip9...clip1"),
+    Row("model of no name", "--model m3d", "--model...m3d"),
+    Row("precision of no name", "--precision fp8", "--precision...fp8"),
+    Row("flag of no name", "--learning-rate 1", "--learning-rate"),
+    Row("unknown preset", "--preset huge", "--preset huge: hsenet has hsenet-base, hsenet-tiny"),
+    Row("batch of none", "--batch-size 0", "--batch-size 0: expected more than 0"),
+    Row("batch of -1", "--batch-size -1", "--batch-size -1: expected more than 0"),
+    Row("batch of one", "--batch-size 1", "--batch-size 1"),
+    Row("batch too large", "--batch-size 400", "--batch-size 400: with 1 processes a batch...there are"),
+    Row("step larger than the data", "--accumulate 5", "--accumulate 5: a step needs 20 samples, there are"),
+    Row("accumulation of none", "--accumulate 0", "--accumulate 0"),
+    Row("epochs of none", "--epochs 0", "--epochs 0"),
+    Row("steps of none", "--max-steps 0", "--max-steps 0"),
+    Row("workers of -1", "--workers -1", "--workers -1"),
+    Row("seed of -1", "--seed -1", "--seed -1"),
+    Row("warmup of two", "--warmup 2", "--warmup 2"),
+    Row("clip norm of NaN", "--clip-norm nan", "--clip-norm nan"),
+    Row("learning rate of zero", "--lr 0", "--lr 0"),
+    Row("learning rate of 10^38", "--lr 1e38", "--lr 1e+38: expected"),
+    Row("learning rate of NaN", "--lr nan", "--lr nan: expected more than 0"),
+    Row("negative weight decay", "--weight-decay -1", "--weight-decay -1.0: expected 0 or more"),
+    Row("size that no patch divides", "--size 17 32 32", "input size (17, 32, 32) is not a multiple of the"),
+    Row("patch that divides no size", "--patch 5 16 16", "not a multiple of the patch"),
+    Row("no such device", "--device cuda:99", "--device cuda:99: torch sees no GPU here; leave the"),
+    Row("device of no kind", "--device abacus", "--device abacus: expected cpu, cuda or cuda:N"),
+    Row("log that is not installed", "--log wandb", "--log wandb...not installed"),
+    Row("best by loss", "--best-by loss", "--best-by loss: the validation measures report_to_volume/R@1, "),
+    Row("text encoder in no folder", "--text-model ./nowhere", "./nowhere: no such folder"),
+    Row("text encoder on no hub", "--text-model some/bert", "some/bert...hub"),
+    Row("relation in stage 1", "--relation 0.5", "--relation: is an option of --stage clip2"),
+    Row("relation of none in stage 1", "--relation 0", "--relation: is an option of --stage clip2"),
+    Row("relation steps, stage 1", "--relation-steps 9", "--relation-steps: is an option of --stage clip2"),
+    Row("teacher in stage 1", "--teacher nowhere", "--teacher: is an option of --stage clip2"),
+    Row("guidance in stage 1", "--no-guidance", "--no-guidance: is an option of --stage clip2"),
+    Row("slices' augmentation in stage 1", "--slices-stay", "--slices-stay: is an option of --stage clip2"),
+    Row("sharding in stage 1", "--shard", "--shard: is an option of --stage mrg and vqa; leave it out"),
+    Row("encoders in stage 1", "--vision dual", "--vision: is an option of --stage mrg and vqa"),
+    Row("frozen in stage 1", "--no-train-vision", "--no-train-vision: is an option of --stage mrg and vqa"),
 )
 faults(
     f"{CLIP1} --epochs 1 --max-bad 1",
     "bad volumes",
     "",
-    row("as many as are allowed", first_volume(zeros), "train_1_a_1"),
+    Row("as many as are allowed", first_volume(zeros), "train_1_a_1"),
     code=0,
 )
 faults(
     f"{CLIP1} --max-steps 4 --lr 1e15 --clip-norm 1e30 --validate-every 1",
     "not finite:",
     "",
-    row("more steps than are allowed", nothing, "--max-skipped 0", "--max-skipped 0"),
-    row("last validation", nothing, "step 4: the last validation is not finite, embeddings of"),
+    Row("more steps than are allowed", nothing, "--max-skipped 0", "--max-skipped 0"),
+    Row("last validation", nothing, "step 4: the last validation is not finite, embeddings of"),
 )
 faults(
     f"{CLIP1} --init {{m3d}}/model.safetensors",
     "start from weights",
     "model.safetensors: ",
-    row("truncated", cut(M3D), "is truncated or not a checkpoint"),
-    row("with NaN", nan(M3D), "NaN or infinite values in"),
-    row("of another size", "", "has positions (1, 64, 48), not"),
+    Row("truncated", cut(M3D), "is truncated or not a checkpoint"),
+    Row("with NaN", nan(M3D), "NaN or infinite values in"),
+    Row("of another size", "", "has positions (1, 64, 48), not"),
 )
 faults(
     f"{CLIP1} --init {{x.pt}}",
     "start from file",
     "x.pt: ",
-    row("of an unknown family", pickled("x.pt", UNET), "is not a checkpoint of REAF, HLIP, M3D-CLIP"),
-    row("that would run code", pickled("x.pt", {"a": Opens()}), "holds more than tensors (io.open), which"),
-    row("of a list", pickled("x.pt", [torch.ones(3)]), "is not a dictionary of tensors by name"),
+    Row("of an unknown family", pickled("x.pt", UNET), "is not a checkpoint of REAF, HLIP, M3D-CLIP"),
+    Row("that would run code", pickled("x.pt", {"a": Opens()}), "holds more than tensors (io.open), which"),
+    Row("of a list", pickled("x.pt", [torch.ones(3)]), "is not a dictionary of tensors by name"),
 )
 faults(
     f"{CLIP1} --init",
     "start from",
     "",
-    row("a folder without weights", "{scans}", "scans: has none of model.safetensors"),
-    row("a run that is not there", "runs/typo", "runs/typo: no such folder or file; expected one, or a hub"),
-    row("a file that is in no folder", "data/typo", "data/typo: no such folder or file; expected one"),
+    Row("a folder without weights", "{scans}", "scans: has none of model.safetensors"),
+    Row("a run that is not there", "runs/typo", "runs/typo: no such folder or file; expected one, or a hub"),
+    Row("a file that is in no folder", "data/typo", "data/typo: no such folder or file; expected one"),
 )
 faults(
     f"{CLIP1} --text-model {{words}}",
     "text encoder",
     "",
-    row("without vocabulary", remove("words/vocab.txt"), "vocab.txt: no such file; expected BERT"),
-    row("of binary words", write("words/vocab.txt", b"\xff\xfe\0"), "vocab.txt: is not UTF-8 text"),
-    row("of another vocabulary", vocabulary("words", 900), "vocab.txt has 905 tokens, its encoder 200"),
-    row("whose settings are a list", write("words/config.json", "[]"), "config.json: expected an object of"),
-    row("of other settings", bert("hidden_size", 128), "words: does not fit this model: word_embed.weight"),
-    row(
+    Row("without vocabulary", remove("words/vocab.txt"), "vocab.txt: no such file; expected BERT"),
+    Row("of binary words", write("words/vocab.txt", b"\xff\xfe\0"), "vocab.txt: is not UTF-8 text"),
+    Row("of another vocabulary", vocabulary("words", 900), "vocab.txt has 905 tokens, its encoder 200"),
+    Row("whose settings are a list", write("words/config.json", "[]"), "config.json: expected an object of"),
+    Row("of other settings", bert("hidden_size", 128), "words: does not fit this model: word_embed.weight"),
+    Row(
         "of a width of a billion", bert("hidden_size", 10**9), "config.json: width of TextConfig is 10000000"
     ),
 )
@@ -469,163 +475,163 @@ faults(
     RESUME,
     "resumed run",
     "config.json: ",
-    row("whose settings are cut", write(TRAINED, "{"), "is not valid JSON (Expecting property"),
-    row("whose settings are a list", write(TRAINED, "[]"), "expected an object of settings, found"),
-    row("whose rate is a text", trained("train", "lr", "fast"), "lr of TrainConfig is 'fast'; expected"),
-    row("without its settings", trained("train", ...), "has no train as a run that was trained"),
-    row("whose world is a text", trained("world", "all"), "world of RunSettings is 'all'; expected"),
-    row("that accumulates -1 batches", trained("train", "accumulate", -1), "accumulate of TrainConfig is -1"),
-    row("of betas above 1", trained("train", "betas", [2, 3]), "betas of TrainConfig is (2, 3); expected"),
-    row("of no precision", trained("train", "precision", "fp8"), "precision of TrainConfig is 'fp8'"),
-    row("of a world of none", trained("world", 0), "world of RunSettings is 0; expected more"),
-    row("that flips more than always", trained("train", "augment", "flip", 2), "flip of Augmentation is 2"),
+    Row("whose settings are cut", write(TRAINED, "{"), "is not valid JSON (Expecting property"),
+    Row("whose settings are a list", write(TRAINED, "[]"), "expected an object of settings, found"),
+    Row("whose rate is a text", trained("train", "lr", "fast"), "lr of TrainConfig is 'fast'; expected"),
+    Row("without its settings", trained("train", ...), "has no train as a run that was trained"),
+    Row("whose world is a text", trained("world", "all"), "world of RunSettings is 'all'; expected"),
+    Row("that accumulates -1 batches", trained("train", "accumulate", -1), "accumulate of TrainConfig is -1"),
+    Row("of betas above 1", trained("train", "betas", [2, 3]), "betas of TrainConfig is (2, 3); expected"),
+    Row("of no precision", trained("train", "precision", "fp8"), "precision of TrainConfig is 'fp8'"),
+    Row("of a world of none", trained("world", 0), "world of RunSettings is 0; expected more"),
+    Row("that flips more than always", trained("train", "augment", "flip", 2), "flip of Augmentation is 2"),
 )
 faults(
     RESUME,
     "resumed run",
     "trainer.pt: ",
-    row("whose state is truncated", cut(f"{STEP}/trainer.pt"), "is damaged: it has "),
-    row("whose state is a list", pickled(f"{STEP}/trainer.pt", [1]), "is damaged: it has 1261 bytes, "),
-    row("whose state is a number", trainer(lambda s: 3), "is not the state of this run's training"),
-    row("whose state is empty", trainer(lambda s: s.clear()), "is not the state of this run's training"),
-    row("without its progress", trainer(lambda s: s.pop("progress") and None), "TrainerFile lacks progress"),
-    row("whose step is a text", progress(step="1"), "step of Progress is '1'; expected int"),
-    row("whose best score is a tensor", progress(best=torch.ones(2)), "best of Progress is tensor"),
-    row("whose step is another", progress(step=7), "is of step 7; put the one of this step"),
-    row("whose batch is negative", progress(batch=-7), "batch of Progress is -7; expected 0 or"),
-    row("of bad numbers", trainer(lambda s: s.update(bad={3: 4})), "bad of TrainerFile is {3: 4}; expected"),
-    row("with other moments", trainer(other_moments), "...its optimizer has other moments of parameter 0"),
-    row("with other parameters", trainer(fewer_parameters), "...its optimizer has other parameters"),
+    Row("whose state is truncated", cut(f"{STEP}/trainer.pt"), "is damaged: it has "),
+    Row("whose state is a list", pickled(f"{STEP}/trainer.pt", [1]), "is damaged: it has 1261 bytes, "),
+    Row("whose state is a number", trainer(lambda s: 3), "is not the state of this run's training"),
+    Row("whose state is empty", trainer(lambda s: s.clear()), "is not the state of this run's training"),
+    Row("without its progress", trainer(lambda s: s.pop("progress") and None), "TrainerFile lacks progress"),
+    Row("whose step is a text", progress(step="1"), "step of Progress is '1'; expected int"),
+    Row("whose best score is a tensor", progress(best=torch.ones(2)), "best of Progress is tensor"),
+    Row("whose step is another", progress(step=7), "is of step 7; put the one of this step"),
+    Row("whose batch is negative", progress(batch=-7), "batch of Progress is -7; expected 0 or"),
+    Row("of bad numbers", trainer(lambda s: s.update(bad={3: 4})), "bad of TrainerFile is {3: 4}; expected"),
+    Row("with other moments", trainer(other_moments), "...its optimizer has other moments of parameter 0"),
+    Row("with other parameters", trainer(fewer_parameters), "...its optimizer has other parameters"),
 )
 faults(
     RESUME,
     "resumed run",
     "",
-    row("that is not there", "--out {out}", "out: holds no run to resume; name one with --out"),
-    row(
+    Row("that is not there", "--out {out}", "out: holds no run to resume; name one with --out"),
+    Row(
         "of no files", change(f"{STEP}/checkpoint.json", "files", {}), "checkpoint.json: is damaged; no other"
     ),
-    row("of cut weights", cut(f"{STEP}/model.safetensors"), "model.safetensors: is damaged: it has "),
-    row(
+    Row("of cut weights", cut(f"{STEP}/model.safetensors"), "model.safetensors: is damaged: it has "),
+    Row(
         "whose last is binary",
         write(f"{STEP}/../last", b"\xff\0\xfe"),
         "write the name of a step's folder into it",
     ),
-    row("whose data are gone", trained("data", "/nowhere"), "manifest.json: no such file; make it with"),
-    row(
+    Row("whose data are gone", trained("data", "/nowhere"), "manifest.json: no such file; make it with"),
+    Row(
         "killed early",
         killed(0, "config.json"),
         "out: has no checkpoint to resume from; start it",
         "--out {out}",
     ),
-    row("of another stage", "--stage clip2", "clip1: is a clip1 run of hsenet, not clip2 of"),
-    row(
+    Row("of another stage", "--stage clip2", "clip1: is a clip1 run of hsenet, not clip2 of"),
+    Row(
         "named by a step",
         "--out {clip1}/checkpoints/last",
         "is a checkpoint of a run; name the run's folder, ...clip1",
     ),
-    row("at another rate", "--lr 1", "--lr: with --resume"),
-    row("with another seed", "--seed 0", "--seed: with --resume"),
-    row("with more steps", "--max-steps 9", "--max-steps...has 2"),
-    row("with epochs", "--epochs 9", "--epochs 9: ... started with --max-steps 2"),
-    row("with another choice of the best", "--best-by loss", "--best-by: with --resume"),
+    Row("at another rate", "--lr 1", "--lr: with --resume"),
+    Row("with another seed", "--seed 0", "--seed: with --resume"),
+    Row("with more steps", "--max-steps 9", "--max-steps...has 2"),
+    Row("with epochs", "--epochs 9", "--epochs 9: ... started with --max-steps 2"),
+    Row("with another choice of the best", "--best-by loss", "--best-by: with --resume"),
 )
 faults(
     RESUME,
     "resumed run",
     "",
-    row(
+    Row(
         "killed later", killed(1, "checkpoints/step-000001"), "out: finished; best checkpoint", "--out {out}"
     ),
-    row("whose settings are repeated", "--seed 42 --size 16 32 32 --max-steps 2 --batch-size 4", "finished"),
+    Row("whose settings are repeated", "--seed 42 --size 16 32 32 --max-steps 2 --batch-size 4", "finished"),
     code=0,
 )
 faults(
     CLIP2,
     "stage 2",
     "",
-    row("without a teacher", "--teacher {none}", "none: no run of stage clip1, the teacher; train it"),
-    row(
+    Row("without a teacher", "--teacher {none}", "none: no run of stage clip1, the teacher; train it"),
+    Row(
         "taught by itself",
         "--teacher {clip2}",
         "clip2: is a clip2 run of hsenet; the teacher is hsenet's clip1",
     ),
-    row("of REAF", "--model reaf", "clip2: is a stage of hsenet"),
-    row(
+    Row("of REAF", "--model reaf", "clip2: is a stage of hsenet"),
+    Row(
         "from a run of REAF",
         trained("model", "model", "reaf"),
         "is a run of reaf; it cannot start --model hsenet",
     ),
-    row("of another preset", "--preset hsenet-base", "hsenet-base: has width 768, the teacher ... 128"),
-    row("of another size", "--size 32 32 32", "--size: stage clip2 has its teacher's"),
-    row("of another vocabulary", "--text-model {words}", "words: has another vocabulary than the teacher"),
-    row("with a relation of NaN", "--relation nan", "--relation nan...: expected 0 or more"),
-    row("with a relation of -1", "--relation -1", "--relation -1...: expected 0 or more"),
-    row("with an infinite relation", "--relation inf", "--relation inf...: expected 1000 or less"),
-    row("with no steps of the relation", "--relation-steps 0", "--relation-steps 0: expected more than 0"),
-    row("with -5 steps of the relation", "--relation-steps -5", "--relation-steps -5: expected more than 0"),
-    row(
+    Row("of another preset", "--preset hsenet-base", "hsenet-base: has width 768, the teacher ... 128"),
+    Row("of another size", "--size 32 32 32", "--size: stage clip2 has its teacher's"),
+    Row("of another vocabulary", "--text-model {words}", "words: has another vocabulary than the teacher"),
+    Row("with a relation of NaN", "--relation nan", "--relation nan...: expected 0 or more"),
+    Row("with a relation of -1", "--relation -1", "--relation -1...: expected 0 or more"),
+    Row("with an infinite relation", "--relation inf", "--relation inf...: expected 1000 or less"),
+    Row("with no steps of the relation", "--relation-steps 0", "--relation-steps 0: expected more than 0"),
+    Row("with -5 steps of the relation", "--relation-steps -5", "--relation-steps -5: expected more than 0"),
+    Row(
         "of no slices", "--no-guidance --slices-stay", "--slices-stay: with --no-guidance there are no slice"
     ),
-    row("sharded", "--shard", "--shard: is an option of --stage mrg and vqa; leave it out"),
+    Row("sharded", "--shard", "--shard: is an option of --stage mrg and vqa; leave it out"),
 )
 faults(
     f"{CLIP2} --data {{data}}",
     "stage 2, data",
     "",
-    row("without features", manifest("slices", None), "has no slice features...preprocess.py --slices"),
-    row("of cut features", first_volume(cut_off, key="slices"), "train_1_a_1.npy: has 999 bytes, expected"),
-    row(
+    Row("without features", manifest("slices", None), "has no slice features...preprocess.py --slices"),
+    Row("of cut features", first_volume(cut_off, key="slices"), "train_1_a_1.npy: has 999 bytes, expected"),
+    Row(
         "of lost features", first_volume(Path.unlink, key="slices"), "train_1_a_1.npy: is in the manifest but"
     ),
-    row("of another window", WINDOW, WINDOWS),
-    row("of other features than --init", FEATURES, f"{OTHER} than --init ...clip2", "--init {clip2}"),
-    row("of other features than before", FEATURES, f"{OTHER} than ...clip2", "--out {clip2} --resume"),
+    Row("of another window", WINDOW, WINDOWS),
+    Row("of other features than --init", FEATURES, f"{OTHER} than --init ...clip2", "--init {clip2}"),
+    Row("of other features than before", FEATURES, f"{OTHER} than ...clip2", "--out {clip2} --resume"),
 )
 faults(
     LANGUAGE,
     "language",
     "",
-    row(
+    Row(
         "from no run", "--init {none}", "none: no run of stage clip2, whose encoder --vision...train it first"
     ),
-    row("from a language run", "--init {mrg}", "is a run of stage 'mrg'; expected a dual encoder"),
-    row("of REAF's encoder", "--vision reaf", "--vision reaf: is not of --model hsenet"),
-    row(
+    Row("from a language run", "--init {mrg}", "is a run of stage 'mrg'; expected a dual encoder"),
+    Row("of REAF's encoder", "--vision reaf", "--vision reaf: is not of --model hsenet"),
+    Row(
         "from stage 2",
         "--vision stage1",
         "clip2: is a clip2 run of hsenet; --vision stage1 needs a clip1 run",
     ),
-    row("whose decoder is not there", "--decoder {none}", "none: no such folder"),
-    row("whose decoder has no tokenizer", "--decoder {scans}", "scans: no tokenizer found; looked for"),
-    row("whose decoder is int8 and full", "--decoder {decoder} --int8 --full", "--int8: ...leave out --full"),
-    row(
+    Row("whose decoder is not there", "--decoder {none}", "none: no such folder"),
+    Row("whose decoder has no tokenizer", "--decoder {scans}", "scans: no tokenizer found; looked for"),
+    Row("whose decoder is int8 and full", "--decoder {decoder} --int8 --full", "--int8: ...leave out --full"),
+    Row(
         "full with adapters",
         "--decoder {decoder} --full --lora-r 4",
         "--lora-*: ...trained whole has no adapters",
     ),
-    row("with int8 from scratch", "--int8", "--full, --int8, --lora-*: are of a --decoder with weights"),
-    row("with adapters from scratch", "--lora-r 4", "are of a --decoder with weights"),
-    row("of a kernel of 3", "--kernel 3 1 1", "--kernel (3, 1, 1)"),
-    row(
+    Row("with int8 from scratch", "--int8", "--full, --int8, --lora-*: are of a --decoder with weights"),
+    Row("with adapters from scratch", "--lora-r 4", "are of a --decoder with weights"),
+    Row("of a kernel of 3", "--kernel 3 1 1", "--kernel (3, 1, 1)"),
+    Row(
         "of long texts",
         "--max-text 2000",
         "4 visual tokens and 2000 of text do not fit the decoder's context of 1024",
     ),
-    row("of short texts", nothing, "raise the text length (--max-text)", "--max-text 5"),
-    row("cached and trained", "--cache-features", "encoders that are trained have no lasting features"),
-    row(
+    Row("of short texts", nothing, "raise the text length (--max-text)", "--max-text 5"),
+    Row("cached and trained", "--cache-features", "encoders that are trained have no lasting features"),
+    Row(
         "cached and augmented",
         "--cache-features --no-train-vision",
         "augmented volumes have other features; add --no-augment",
     ),
-    row("cached and dropped", f"{DROPOUT} --cache-features", "features under dropout are others each time"),
-    row("of a size", "--size 16 32 32", "--size: is an option of --stage clip1 and clip2"),
-    row("of questions", "--questions location", "--questions: is an option of --stage vqa"),
-    row("with cached gradients", "--grad-cache 2", "--grad-cache: is an option of --stage clip1 and clip2"),
-    row("batch larger than the data", "--batch-size 400", "--batch-size 400: ...there are 18"),
-    row("run is there already", "--out {mrg} --max-steps 9", "holds a run already...--resume"),
-    row(
+    Row("cached and dropped", f"{DROPOUT} --cache-features", "features under dropout are others each time"),
+    Row("of a size", "--size 16 32 32", "--size: is an option of --stage clip1 and clip2"),
+    Row("of questions", "--questions location", "--questions: is an option of --stage vqa"),
+    Row("with cached gradients", "--grad-cache 2", "--grad-cache: is an option of --stage clip1 and clip2"),
+    Row("batch larger than the data", "--batch-size 400", "--batch-size 400: ...there are 18"),
+    Row("run is there already", "--out {mrg} --max-steps 9", "holds a run already...--resume"),
+    Row(
         "of bad volumes",
         volumes(99, with_nan),
         "of its first 18 training volumes, ...none can be read",
@@ -636,110 +642,110 @@ faults(
     "train --stage mrg --resume --out {mrg} --device cpu",
     "resumed language run",
     "",
-    row("of another kernel", "--kernel 2 1 1", "--kernel: with --resume...(1, 2, 2)"),
-    row("of frozen encoders", "--no-train-vision", "--no-train-vision: with --resume...has True"),
-    row("of another teacher", "--teacher {scans}", "--teacher: with --resume...has ...clip1"),
-    row("of another stage", "--stage vqa", "is a mrg run of hsenet, not vqa"),
+    Row("of another kernel", "--kernel 2 1 1", "--kernel: with --resume...(1, 2, 2)"),
+    Row("of frozen encoders", "--no-train-vision", "--no-train-vision: with --resume...has True"),
+    Row("of another teacher", "--teacher {scans}", "--teacher: with --resume...has ...clip1"),
+    Row("of another stage", "--stage vqa", "is a mrg run of hsenet, not vqa"),
 )
 
 faults(
     RETRIEVAL,
     "run",
     "config.json: ",
-    row("without stage", run("stage", ...), "RunSettings lacks stage; put the file"),
-    row("whose settings are null", write(RUN, "null"), "expected an object of settings, found"),
-    row("whose settings are nested 50,000 deep", write(RUN, DEEP), "is not valid JSON (maximum recursion"),
-    row("of another setting", run("model", "flavour", "mild"), "ClipConfig has no setting flavour"),
-    row("whose width is a text", run("model", "vision", "width", "wide"), "width of VisionConfig is 'wide'"),
-    row("whose width is 10^9", run("model", "vision", "width", 10**9), "width of VisionConfig is 1000000000"),
-    row("whose depth is 10^9", run("model", "text", "depth", 10**9), "depth of TextConfig is 1000000000;"),
-    row("whose heads are none", run("model", "text", "heads", 0), "heads of TextConfig is 0; expected more"),
-    row("of another scale", run("model", "logit_scale", "loud"), "logit_scale of ClipConfig is 'loud'"),
-    row("whose patch has two sizes", run("model", "vision", "patch", [4, 8]), "patch of VisionConfig is [4"),
-    row("whose recipe is incomplete", run("recipe", "window", ...), "Recipe lacks window; put the file back"),
-    row("whose data are a number", run("data", 3), "data of RunSettings is 3; expected"),
-    row("whose best is chosen on nothing", run("best_of", "luck"), "best_of of RunSettings is 'luck'"),
-    row("whose slices are a text", run("slices", "many"), "slices of RunSettings is 'many'"),
+    Row("without stage", run("stage", ...), "RunSettings lacks stage; put the file"),
+    Row("whose settings are null", write(RUN, "null"), "expected an object of settings, found"),
+    Row("whose settings are nested 50,000 deep", write(RUN, DEEP), "is not valid JSON (maximum recursion"),
+    Row("of another setting", run("model", "flavour", "mild"), "ClipConfig has no setting flavour"),
+    Row("whose width is a text", run("model", "vision", "width", "wide"), "width of VisionConfig is 'wide'"),
+    Row("whose width is 10^9", run("model", "vision", "width", 10**9), "width of VisionConfig is 1000000000"),
+    Row("whose depth is 10^9", run("model", "text", "depth", 10**9), "depth of TextConfig is 1000000000;"),
+    Row("whose heads are none", run("model", "text", "heads", 0), "heads of TextConfig is 0; expected more"),
+    Row("of another scale", run("model", "logit_scale", "loud"), "logit_scale of ClipConfig is 'loud'"),
+    Row("whose patch has two sizes", run("model", "vision", "patch", [4, 8]), "patch of VisionConfig is [4"),
+    Row("whose recipe is incomplete", run("recipe", "window", ...), "Recipe lacks window; put the file back"),
+    Row("whose data are a number", run("data", 3), "data of RunSettings is 3; expected"),
+    Row("whose best is chosen on nothing", run("best_of", "luck"), "best_of of RunSettings is 'luck'"),
+    Row("whose slices are a text", run("slices", "many"), "slices of RunSettings is 'many'"),
 )
 faults(
     RETRIEVAL,
     "run",
     "model.safetensors: ",
-    row("of another depth", run("model", "vision", "depth", 1), "does not fit this model: vision.blocks.1"),
-    row("whose width is twice its weights'", run("model", "vision", "width", 256), "does not fit this model"),
-    row("whose weights are truncated", cut(RUN_WEIGHTS), "is damaged: it has 1494770"),
-    row("of 10^15 bytes", unhashed(RUN_WEIGHTS, header, 0, HUGE), "is truncated or not a checkpoint"),
-    row("of a header of 10^12 bytes", unhashed(RUN_WEIGHTS, header, 10**12, {}), "is truncated or not"),
-    row("whose weights are not there", remove(RUN_WEIGHTS), "cannot be read (No such file or"),
-    row("without a tensor", unhashed(RUN_WEIGHTS, tensors, no_scale), "does not fit this model"),
-    row("whose weights were changed", nan(RUN_WEIGHTS), "is damaged: its sha256 is not"),
+    Row("of another depth", run("model", "vision", "depth", 1), "does not fit this model: vision.blocks.1"),
+    Row("whose width is twice its weights'", run("model", "vision", "width", 256), "does not fit this model"),
+    Row("whose weights are truncated", cut(RUN_WEIGHTS), "is damaged: it has 1494770"),
+    Row("of 10^15 bytes", unhashed(RUN_WEIGHTS, header, 0, HUGE), "is truncated or not a checkpoint"),
+    Row("of a header of 10^12 bytes", unhashed(RUN_WEIGHTS, header, 10**12, {}), "is truncated or not"),
+    Row("whose weights are not there", remove(RUN_WEIGHTS), "cannot be read (No such file or"),
+    Row("without a tensor", unhashed(RUN_WEIGHTS, tensors, no_scale), "does not fit this model"),
+    Row("whose weights were changed", nan(RUN_WEIGHTS), "is damaged: its sha256 is not"),
 )
 faults(
     RETRIEVAL,
     "run",
     "",
-    row("is not there", "--run {none}", "none: holds no run (no config.json); train one with train.py"),
-    row("of a language model", "--run {language}", "is a run of stage 'mrg'; expected a dual encoder"),
-    row("without a checkpoint", remove("run/checkpoints"), "run: has no checkpoint yet; let train.py reach"),
-    row(
+    Row("is not there", "--run {none}", "none: holds no run (no config.json); train one with train.py"),
+    Row("of a language model", "--run {language}", "is a run of stage 'mrg'; expected a dual encoder"),
+    Row("without a checkpoint", remove("run/checkpoints"), "run: has no checkpoint yet; let train.py reach"),
+    Row(
         "without a step 7", "--checkpoint step-000007", "has no checkpoint step-000007; there are step-000001"
     ),
-    row("without a best", remove("run/checkpoints/best"), "has no checkpoint best; there are step-", BEST),
-    row("without a newest", "--checkpoint newest", "expected last, best or a step such as step-000100"),
-    row(
+    Row("without a best", remove("run/checkpoints/best"), "has no checkpoint best; there are step-", BEST),
+    Row("without a newest", "--checkpoint newest", "expected last, best or a step such as step-000100"),
+    Row(
         "of two checkpoints",
         f"--run {{run}}/checkpoints/last {BEST}",
         f"{BEST}: the path names another, last; leave",
     ),
-    row("with NaN", unhashed(RUN_WEIGHTS, nan), "queries: expected finite embeddings, found NaN or"),
-    row("whose model is empty", run("model", {}), "vocab.txt: has ... tokens, the run's text encoder 30522"),
-    row("without vocabulary", remove("run/vocab.txt"), "vocab.txt: no such file; expected BERT"),
-    row("of another vocabulary", vocabulary("run", 0), "vocab.txt: has 5 tokens, the run's text encoder"),
-    row("of too many words", vocabulary("run", 5000), "vocab.txt: has 5005 tokens, the run's text encoder"),
+    Row("with NaN", unhashed(RUN_WEIGHTS, nan), "queries: expected finite embeddings, found NaN or"),
+    Row("whose model is empty", run("model", {}), "vocab.txt: has ... tokens, the run's text encoder 30522"),
+    Row("without vocabulary", remove("run/vocab.txt"), "vocab.txt: no such file; expected BERT"),
+    Row("of another vocabulary", vocabulary("run", 0), "vocab.txt: has 5 tokens, the run's text encoder"),
+    Row("of too many words", vocabulary("run", 5000), "vocab.txt: has 5005 tokens, the run's text encoder"),
 )
 faults(
     RETRIEVAL,
     "",
     "",
-    row("reports of a dual encoder", "--task mrg", "run: is a run of stage 'clip1', which has no"),
-    row("no such split", "--split test", "manifest.json: the test split is empty; prepare"),
-    row("out is a file", write("out", "x"), "out: is a file; expected a folder to write into", "--out {out}"),
-    row("flag of another task", "--questions size", "--questions: is an option of --task vqa"),
+    Row("reports of a dual encoder", "--task mrg", "run: is a run of stage 'clip1', which has no"),
+    Row("no such split", "--split test", "manifest.json: the test split is empty; prepare"),
+    Row("out is a file", write("out", "x"), "out: is a file; expected a folder to write into", "--out {out}"),
+    Row("flag of another task", "--questions size", "--questions: is an option of --task vqa"),
 )
 faults(
     f"{RETRIEVAL} --data {{data}}",
     "data",
     "",
-    row(
+    Row(
         "of another recipe", manifest("recipe", "name", "reaf"), "recipe reaf, but ...run needs recipe hsenet"
     ),
-    row("of another window", WINDOW, "have window -1150x350, but ...run needs window -1000x200"),
-    row("of other slice features", FEATURES, OTHER, "--run {clip2}"),
+    Row("of another window", WINDOW, "have window -1150x350, but ...run needs window -1000x200"),
+    Row("of other slice features", FEATURES, OTHER, "--run {clip2}"),
 )
 faults(
     MRG,
     "language run",
     "",
-    row("whose tokenizer is damaged", write(WORDS, "{}"), "tokenizer.json: cannot be read as a tokenizer"),
-    row(
+    Row("whose tokenizer is damaged", write(WORDS, "{}"), "tokenizer.json: cannot be read as a tokenizer"),
+    Row(
         "whose tokenizer is nested deep", write(WORDS, DEEP), "tokenizer.json: cannot be read as a tokenizer"
     ),
-    row("without its decoder's settings", language("model", "decoder", ...), "MllmConfig lacks decoder; put"),
-    row(
+    Row("without its decoder's settings", language("model", "decoder", ...), "MllmConfig lacks decoder; put"),
+    Row(
         "of rotary text",
         language("model", "decoder", "rope", "dims", "x"),
         "config.json: dims of RopeConfig is 'x'",
     ),
-    row(
+    Row(
         "without an origin",
         all_of(language("origin", ...), language("model", "full", False)),
         "origin does not say where",
     ),
-    row("whose classifier is no folder", "--classifier {none}", "none: no such folder; expected one with"),
-    row(
+    Row("whose classifier is no folder", "--classifier {none}", "none: no such folder; expected one with"),
+    Row(
         "of an empty classifier", remove(BERT), "words: has none of model.safetensors", "--classifier {words}"
     ),
-    row(
+    Row(
         "of packers alone",
         "--run {packers.bin} --data {data}",
         "packers.bin: holds packers and adapters only",
@@ -749,8 +755,8 @@ faults(
     "evaluate --task retrieval --compare {run} {run}",
     "compared results",
     "retrieval_queries.csv: ",
-    row("are not there", "", "no such file; run"),
-    row(
+    Row("are not there", "", "no such file; run"),
+    Row(
         "are a list",
         all_of(write(f"{RANKS}.json", "[]"), write(f"{RANKS}_queries.csv", "[]")),
         "has no column",
@@ -760,42 +766,42 @@ faults(
     f"{ZEROSHOT} --prompts {{p.json}}",
     "prompts",
     "p.json: ",
-    row("are a list", write("p.json", "[]"), "expected the keys classes, template; found"),
-    row("nested 50,000 deep", write("p.json", DEEP), "is not valid JSON (maximum recursion depth"),
-    row("without a place", write("p.json", '{"template": "x", "classes": {}}'), "template is 'x'; expected"),
+    Row("are a list", write("p.json", "[]"), "expected the keys classes, template; found"),
+    Row("nested 50,000 deep", write("p.json", DEEP), "is not valid JSON (maximum recursion depth"),
+    Row("without a place", write("p.json", '{"template": "x", "classes": {}}'), "template is 'x'; expected"),
 )
 faults(
     f"{ZEROSHOT} --labels {{l.csv}}",
     "labels",
     "",
-    row("with NUL bytes", write("l.csv", b"id,a\n\0,\0\n"), "l.csv: line 2 holds a NUL byte; save the table"),
-    row(
+    Row("with NUL bytes", write("l.csv", b"id,a\n\0,\0\n"), "l.csv: line 2 holds a NUL byte; save the table"),
+    Row(
         "of others",
         write("l.csv", "id,Cardiomegaly\nother,1\n"),
         "l.csv: has no labels of volume valid_1_a_1",
     ),
-    row("are a folder", "--labels {scans}", "scans: is a folder, expected a file"),
+    Row("are a folder", "--labels {scans}", "scans: is a folder, expected a file"),
 )
 faults(
     "evaluate --task retrieval --run {m3d} --device cpu",
     "published weights",
     "",
-    row("without their data", "", "m3d has no data set of its own; name a prepared one"),
-    row("on data of another size", "--data {data}", "m3d needs size 16x64x64; prepare them so with"),
-    row("with NaN", nan(M3D), "m3d: NaN or infinite values in", "--data {data}"),
-    row("of other settings", m3d("hidden_size", 96), "hidden_size is 96, the tensors have", "--data {data}"),
+    Row("without their data", "", "m3d has no data set of its own; name a prepared one"),
+    Row("on data of another size", "--data {data}", "m3d needs size 16x64x64; prepare them so with"),
+    Row("with NaN", nan(M3D), "m3d: NaN or infinite values in", "--data {data}"),
+    Row("of other settings", m3d("hidden_size", 96), "hidden_size is 96, the tensors have", "--data {data}"),
 )
 
 faults(
     "infer embed --run {run} --device cpu",
     "scan",
     "",
-    row("is not there", "{none.nii.gz}", "none.nii.gz: no such file; expected a scan that"),
-    row("of another ending", write("x.dcm", "x"), "x.dcm: expected a scan that ends in .pt, .pt", "{x.dcm}"),
-    row("is a folder", "{scans}", "scans: no such file; expected a scan that ends in"),
-    row("that would run code", pickled("x.pt", Opens()), "x.pt: holds more than tensors (io.open)", "{x.pt}"),
-    row("as .pt of a dictionary", pickled("x.pt", {}), "x.pt: holds a dict; expected one tensor", "{x.pt}"),
-    row(
+    Row("is not there", "{none.nii.gz}", "none.nii.gz: no such file; expected a scan that"),
+    Row("of another ending", write("x.dcm", "x"), "x.dcm: expected a scan that ends in .pt, .pt", "{x.dcm}"),
+    Row("is a folder", "{scans}", "scans: no such file; expected a scan that ends in"),
+    Row("that would run code", pickled("x.pt", Opens()), "x.pt: holds more than tensors (io.open)", "{x.pt}"),
+    Row("as .pt of a dictionary", pickled("x.pt", {}), "x.pt: holds a dict; expected one tensor", "{x.pt}"),
+    Row(
         "of one voxel, stretched",
         pickled("x.pt", STRETCHED),
         "claims 32000000000000 bytes and holds 4;",
@@ -806,69 +812,69 @@ faults(
     EMBED,
     "scan",
     "scan.nii.gz: ",
-    row("truncated", cut("scan.nii.gz"), "is truncated or damaged (Compressed"),
-    row("that claims 10^13 voxels", scan(**BIG), "is truncated or damaged (its header"),
-    row("of three voxels", scan(np.zeros((1, 1, 3), np.int16)), "is a 1D image of shape (1, 1, 3)"),
-    row("of a millimetre in all", scan(CT, **spaced(1e-3)), "by its header the scan is 0.006 x"),
-    row("of a kilometre a voxel", scan(CT, **spaced(1e6)), "by its header the scan is 6e+06 x"),
-    row("in micrometres", run("recipe", "spacing", [1e-3] * 3), "its 24 x 48 x 48 voxels of 13.98 x"),
+    Row("truncated", cut("scan.nii.gz"), "is truncated or damaged (Compressed"),
+    Row("that claims 10^13 voxels", scan(**BIG), "is truncated or damaged (its header"),
+    Row("of three voxels", scan(np.zeros((1, 1, 3), np.int16)), "is a 1D image of shape (1, 1, 3)"),
+    Row("of a millimetre in all", scan(CT, **spaced(1e-3)), "by its header the scan is 0.006 x"),
+    Row("of a kilometre a voxel", scan(CT, **spaced(1e6)), "by its header the scan is 6e+06 x"),
+    Row("in micrometres", run("recipe", "spacing", [1e-3] * 3), "its 24 x 48 x 48 voxels of 13.98 x"),
 )
 faults(
     EMBED,
     "run",
     "",
-    row("is not there", "--run {none}", "none: holds no run (no config.json); train one with"),
-    row("with NaN", unhashed(RUN_WEIGHTS, nan), "gives embeddings with NaN or infinity"),
-    row("whose settings are a text", write(RUN, '"x"'), "config.json: expected an object of settings, found"),
-    row(
+    Row("is not there", "--run {none}", "none: holds no run (no config.json); train one with"),
+    Row("with NaN", unhashed(RUN_WEIGHTS, nan), "gives embeddings with NaN or infinity"),
+    Row("whose settings are a text", write(RUN, '"x"'), "config.json: expected an object of settings, found"),
+    Row(
         "of a size of zero", run("recipe", "size", [0, 1, 1]), "config.json: --size (0, 1, 1): expected three"
     ),
-    row("of a language model", "--run {language}", "language: is a run of stage mrg, a language model"),
-    row("without slices", "--slice-encoder {encoder.bin}", "run takes no slice features; leave the flag out"),
+    Row("of a language model", "--run {language}", "language: is a run of stage mrg, a language model"),
+    Row("without slices", "--slice-encoder {encoder.bin}", "run takes no slice features; leave the flag out"),
 )
 faults(
     EMBED,
     "flag:",
     "",
-    row("spacing of NaN", "--spacing nan 1 1", "--spacing [nan, 1.0, 1.0]: expected three positive"),
-    row("slope of zero", "--slope 0", "--slope 0: expected a finite number, and a slope"),
-    row("orientation of no kind", "--assume-orientation XYZ", "--assume-orientation: 'XYZ' is not an"),
-    row("out of another ending", "--out {here}/index.txt", "index.txt: expected a file to write that ends"),
+    Row("spacing of NaN", "--spacing nan 1 1", "--spacing [nan, 1.0, 1.0]: expected three positive"),
+    Row("slope of zero", "--slope 0", "--slope 0: expected a finite number, and a slope"),
+    Row("orientation of no kind", "--assume-orientation XYZ", "--assume-orientation: 'XYZ' is not an"),
+    Row("out of another ending", "--out {here}/index.txt", "index.txt: expected a file to write that ends"),
 )
 faults(
     REPORT,
     "language run",
     "",
-    row(
+    Row(
         "without its weights", remove("language/checkpoints"), "language: has no checkpoint yet; let train.py"
     ),
-    row("whose tokenizer is gone", remove(WORDS), "language: no tokenizer found; looked for"),
-    row("whose encoders are a text", language("model", "encoders", "x"), "encoders of MllmConfig is 'x'"),
-    row("whose kernel is zero", language("model", "kernel", [0, 2, 2]), "kernel of MllmConfig is (0, 2, 2)"),
-    row("is a dual encoder's", "--run {run}", "run: is a run of stage clip1, which has no decoder"),
-    row("of packers alone", "--run {packers.bin}", "packers.bin: holds packers and adapters only; name"),
+    Row("whose tokenizer is gone", remove(WORDS), "language: no tokenizer found; looked for"),
+    Row("whose encoders are a text", language("model", "encoders", "x"), "encoders of MllmConfig is 'x'"),
+    Row("whose kernel is zero", language("model", "kernel", [0, 2, 2]), "kernel of MllmConfig is (0, 2, 2)"),
+    Row("is a dual encoder's", "--run {run}", "run: is a run of stage clip1, which has no decoder"),
+    Row("of packers alone", "--run {packers.bin}", "packers.bin: holds packers and adapters only; name"),
 )
 faults(
     REPORT,
     "flag:",
     "",
-    row("empty prompt", "--prompt ''", '--prompt is empty; expected some words, such as "Is'),
-    row("temperature below zero", "--temperature -1", "temperature -1.0: expected 0 (greedy), or 0.0001"),
-    row("top-p of 7", "--temperature 1 --top-p 7", "top_p 7.0: expected a probability above 0, at most 1"),
-    row("too many tokens", "--new-tokens 99999", "--new-tokens 99999: a question of 18 tokens, 8 of"),
+    Row("empty prompt", "--prompt ''", '--prompt is empty; expected some words, such as "Is'),
+    Row("temperature below zero", "--temperature -1", "temperature -1.0: expected 0 (greedy), or 0.0001"),
+    Row("top-p of 7", "--temperature 1 --top-p 7", "top_p 7.0: expected a probability above 0, at most 1"),
+    Row("too many tokens", "--new-tokens 99999", "--new-tokens 99999: a question of 18 tokens, 8 of"),
 )
 faults(
     "infer",
     "",
     "",
-    row("empty question", "ask {scan} ' ' --run {language}", "the question is empty; expected some words"),
-    row(
+    Row("empty question", "ask {scan} ' ' --run {language}", "the question is empty; expected some words"),
+    Row(
         "nothing to explain",
         "explain {scan} --run {run}",
         "run: its encoder weighs no patches; stage clip2 of",
     ),
-    row("search for nothing", "search {scan} --text ' '", "--text: is empty; expected words of a report"),
-    row(
+    Row("search for nothing", "search {scan} --text ' '", "--text: is empty; expected words of a report"),
+    Row(
         "prompts that are none", write("p.json", "3"), "p.json: expected the keys classes, template", CLASSIFY
     ),
 )
@@ -876,11 +882,11 @@ faults(
     SEARCH,
     "index",
     "",
-    row("is not there", "", "i.safetensors: no such file; make an index with"),
-    row("is text", write("i.safetensors", "x"), "i.safetensors: is truncated or not a safetensors"),
-    row("without names", index(model="0"), "i.safetensors: is no index: expected unit vectors"),
-    row("of another model", index(ids="a\nb\nc", model="0" * 64), "step-000001 has 7e7403c3f4fd; name that"),
-    row(
+    Row("is not there", "", "i.safetensors: no such file; make an index with"),
+    Row("is text", write("i.safetensors", "x"), "i.safetensors: is truncated or not a safetensors"),
+    Row("without names", index(model="0"), "i.safetensors: is no index: expected unit vectors"),
+    Row("of another model", index(ids="a\nb\nc", model="0" * 64), "step-000001 has 7e7403c3f4fd; name that"),
+    Row(
         "of 10^15 bytes", header("i.safetensors", 0, HUGE), "i.safetensors: is truncated or not a safetensors"
     ),
 )
@@ -900,9 +906,8 @@ def said(words: str, line: str) -> bool:
     return re.search(".*".join(map(re.escape, words.split("..."))), line) is not None
 
 
-# Faults of a command alone are quick.
 ROWS = [
-    pytest.param(fault, id=name, marks=[] if fault.make is nothing and fault.code else pytest.mark.slow)
+    pytest.param(fault, id=name, marks=[pytest.mark.slow] if fault.slow else [])
     for name, fault in FAULTS.items()
 ]
 
