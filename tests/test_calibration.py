@@ -1,5 +1,6 @@
 """The data-dependent start: what differs between samples is what the network starts from."""
 
+import pytest
 import torch
 
 from networks import TINY, batch
@@ -16,6 +17,7 @@ def spread(features: torch.Tensor) -> float:
     return ((features @ features.T).sum() - len(features)).item() / (len(features) * (len(features) - 1))
 
 
+@pytest.mark.slow
 def test_features_of_all_samples_point_one_way_before_and_not_after():
     torch.manual_seed(0)
     model = build_dual_encoder(TINY).eval()

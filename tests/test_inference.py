@@ -310,7 +310,9 @@ def test_the_slice_encoder_is_the_named_one_or_the_runs_or_the_data_sets(runs, s
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "data": str(data)}))
     sha256 = config["slices"]["sha256"][:12]
-    message = f"run: takes slice features of tiny, sha256 {sha256}; name that encoder with --slice-encoder"
+    message = (
+        f"run: takes slice features of phantoms, sha256 {sha256}; name that encoder with --slice-encoder"
+    )
     wrong(message, load(run).embed, scans[0])
     right = str(sliced / "slice_encoder")
     assert torch.equal(load(run, slice_encoder=right).embed(scans[0]), expected)
@@ -319,7 +321,7 @@ def test_the_slice_encoder_is_the_named_one_or_the_runs_or_the_data_sets(runs, s
     save_slice_encoder(tmp_path / "other", slice_encoder(1))
     other = describe(slice_encoder(1), "other")["sha256"][:12]
     wrong(
-        f"--slice-encoder .*other: has sha256 {other} .*; .* takes slice features of tiny, sha256 {sha256}",
+        f"--slice-encoder .*other: has sha256 {other} .*; .* slice features of phantoms, sha256 {sha256}",
         load(run, slice_encoder=str(tmp_path / "other")).embed,
         scans[0],
     )

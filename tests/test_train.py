@@ -90,8 +90,12 @@ def test_a_second_ctrl_c_ends_within_the_step(prepared, tmp_path, monkeypatch, c
 
 def test_resuming_forgets_what_was_logged_after_the_checkpoint(finished, run_copy):
     Run(run_copy).point("last", 3)
+    for name in (".log.jsonl.7.tmp", "checkpoints/.last.7.tmp", "checkpoints/.step-000006.tmp/x"):
+        (run_copy / name).parent.mkdir(exist_ok=True)
+        (run_copy / name).write_text("of a process that was killed")
     assert train.main(resume(run_copy)) == 0
     assert_same(run_copy, finished)
+    assert not list(run_copy.rglob("*.tmp"))
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(run_copy, prepared, capsys):

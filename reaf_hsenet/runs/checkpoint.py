@@ -232,8 +232,12 @@ class Run:
         lines: of the log, when the step's checkpoint was written. None, as earlier versions saved: by the
         records' steps.
         """
-        for path in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed
-            shutil.rmtree(path, ignore_errors=True)
+        # What a process that was killed had not finished.
+        for path in (*self.folder.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         for path in self.all():
             if _step(path) > step:
                 _remove(path)

@@ -579,7 +579,7 @@ faults(
     f"{CLIP2} --data {{data}}",
     "stage 2, data",
     "",
-    Row("without features", manifest("slices", None), "has no slice features...preprocess.py --slices"),
+    Row("without features", manifest("slices", None), "manifest.json: has no slice features...--slices"),
     Row("of cut features", first_volume(cut_off, key="slices"), "train_1_a_1.npy: has 999 bytes, expected"),
     Row(
         "of lost features", first_volume(Path.unlink, key="slices"), "train_1_a_1.npy: is in the manifest but"
@@ -616,16 +616,16 @@ faults(
     Row(
         "of long texts",
         "--max-text 2000",
-        "4 visual tokens and 2000 of text do not fit the decoder's context of 1024",
+        "--max-text: 4 visual tokens and 2000 of text do not fit the decoder's context of 1024",
     ),
     Row("of short texts", nothing, "raise the text length (--max-text)", "--max-text 5"),
-    Row("cached and trained", "--cache-features", "encoders that are trained have no lasting features"),
+    Row("cached and trained", "--cache-features", "--cache-features: encoders that are trained have no"),
     Row(
         "cached and augmented",
         "--cache-features --no-train-vision",
-        "augmented volumes have other features; add --no-augment",
+        "--cache-features: augmented volumes have other features; add --no-augment",
     ),
-    Row("cached and dropped", f"{DROPOUT} --cache-features", "features under dropout are others each time"),
+    Row("cached and dropped", f"{DROPOUT} --cache-features", "--cache-features: features under dropout"),
     Row("of a size", "--size 16 32 32", "--size: is an option of --stage clip1 and clip2"),
     Row("of questions", "--questions location", "--questions: is an option of --stage vqa"),
     Row("with cached gradients", "--grad-cache 2", "--grad-cache: is an option of --stage clip1 and clip2"),
@@ -691,7 +691,7 @@ faults(
         "without a step 7", "--checkpoint step-000007", "has no checkpoint step-000007; there are step-000001"
     ),
     Row("without a best", remove("run/checkpoints/best"), "has no checkpoint best; there are step-", BEST),
-    Row("without a newest", "--checkpoint newest", "expected last, best or a step such as step-000100"),
+    Row("without a newest", "--checkpoint newest", "--checkpoint newest: expected last, best or a step"),
     Row(
         "of two checkpoints",
         f"--run {{run}}/checkpoints/last {BEST}",
@@ -730,7 +730,11 @@ faults(
     Row(
         "whose tokenizer is nested deep", write(WORDS, DEEP), "tokenizer.json: cannot be read as a tokenizer"
     ),
-    Row("without its decoder's settings", language("model", "decoder", ...), "MllmConfig lacks decoder; put"),
+    Row(
+        "without its decoder's settings",
+        language("model", "decoder", ...),
+        "config.json: MllmConfig lacks decoder",
+    ),
     Row(
         "of rotary text",
         language("model", "decoder", "rope", "dims", "x"),
@@ -789,7 +793,7 @@ faults(
     Row("without their data", "", "m3d has no data set of its own; name a prepared one"),
     Row("on data of another size", "--data {data}", "m3d needs size 16x64x64; prepare them so with"),
     Row("with NaN", nan(M3D), "m3d: NaN or infinite values in", "--data {data}"),
-    Row("of other settings", m3d("hidden_size", 96), "hidden_size is 96, the tensors have", "--data {data}"),
+    Row("of other settings", m3d("hidden_size", 96), "config.json: hidden_size is 96, the", "--data {data}"),
 )
 
 faults(
