@@ -50,7 +50,7 @@ VARIANTS = {
 NOTES = {
     "reaf": "The tiny encoder has two slice blocks and one scan block, so that fusion over layers acts on "
     "the slices alone.",
-    "hsenet": "Slice features come from a small encoder that is trained on the phantoms' reports; the "
+    "hsenet": "Slice features come from a small encoder that is not trained; the "
     "attention over slices has no positions, so that whether features follow a depth flip changes nothing "
     "here.",
     "mrg": "Encoders are trained on, projectors and a small decoder start from nothing. Two encoders give "
