@@ -316,7 +316,7 @@ faults(
     Row("is binary", write(MANIFEST, b"\xff\xfe\0"), "is not valid JSON ('utf-8' codec"),
     Row("of another schema", manifest("schema", 9), "schema 9, expected 1; prepare the"),
     Row("without recipe", manifest("recipe", ...), "Manifest lacks recipe; put the"),
-    Row("whose recipe is a number", manifest("recipe", 3), "Recipe is 3; expected an object of"),
+    Row("whose recipe is a number", manifest("recipe", 3), "recipe of Manifest is 3; expected Recipe"),
     Row("whose window is a text", manifest("recipe", "window", "wide"), "window of Recipe is 'wide'"),
     Row("whose size is of floats", manifest("recipe", "size", [1.5, 2, 3]), "size of Recipe is [1.5, 2, 3]"),
     Row("of another dtype", manifest("dtype", "float99"), "dtype of Manifest is 'float99'"),
