@@ -344,6 +344,7 @@ class TrainConfig:
         above=0,
         only=CONTRASTIVE,
     )
+    loss: Literal["softmax", "siglip"] = _encoder("softmax", "contrastive loss of a batch (default: softmax)")
     relation: float = setting(0.0, "weight of the relation loss at step 0", least=0, most=1000, only=GUIDED)
     relation_steps: int = setting(5000, "steps until that weight is 0", above=0, only=GUIDED)
     slices_follow: bool = setting(

@@ -30,8 +30,8 @@ from reaf_hsenet.train.command import Command
 from reaf_hsenet.train.contrastive_setup import resumed_teacher
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.losses import (
+    LOSSES,
     contrastive_logits,
-    contrastive_loss,
     gather_with_grad,
     relation_loss,
     relation_weight,
@@ -56,7 +56,10 @@ def encode(model: DualEncoder, batch: Batch) -> Outputs:
 
 
 class Contrastive:
-    """Stage 1: symmetric cross-entropy of the gathered batch."""
+    """Stage 1: the contrastive loss `name` of the gathered batch, symmetric cross-entropy as published."""
+
+    def __init__(self, name: str = "softmax"):
+        self.contrast = LOSSES[name]
 
     def loss(self, outputs: Outputs, batch: Batch, step: int) -> tuple[Tensor, dict]:
         return self.of_logits(self.logits(*outputs, batch), outputs[2])
@@ -68,7 +71,7 @@ class Contrastive:
         return contrastive_logits(image, text, scale)
 
     def of_logits(self, logits: Tensor, scale: Tensor) -> tuple[Tensor, dict]:
-        return contrastive_loss(logits), {"logit_scale": scale.detach()}
+        return self.contrast(logits), {"logit_scale": scale.detach()}
 
 
 class Teacher:
@@ -128,7 +131,8 @@ class Guided(Contrastive):
     The teacher's logits are scaled by the student's scale, as published, and carry no gradient.
     """
 
-    def __init__(self, teacher: Teacher, weight: float, steps: int):
+    def __init__(self, teacher: Teacher, weight: float, steps: int, name: str = "softmax"):
+        super().__init__(name)
         self.teacher, self.weight, self.steps = teacher, weight, steps
 
     def loss(self, outputs: Outputs, batch: Batch, step: int) -> tuple[Tensor, dict]:
@@ -167,7 +171,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     )
 
     # The loss: contrastive, in stage 2 with a teacher's relation.
-    stage = Contrastive()
+    stage = Contrastive(settings.loss)
     if setup.teacher is not None:
         teacher = Teacher(
             model=setup.teacher.model,
@@ -176,7 +180,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
             chunk=settings.grad_cache or settings.batch_size,
             images_change=settings.augment != NO_AUGMENTATION,
         )
-        stage = Guided(teacher, settings.relation, settings.relation_steps)
+        stage = Guided(teacher, settings.relation, settings.relation_steps, settings.loss)
         say(f"{setup.teacher.checkpoint.folder}: the teacher")
 
     # The model with its initial weights; a resumed run loads its checkpoint over them.

@@ -1,5 +1,7 @@
 """Training losses: contrastive, over the global batch, and HSENet's relation between two models' logits."""
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,6 +45,20 @@ def contrastive_loss(logits: Tensor) -> Tensor:
     """Return the mean cross-entropy of both directions, for logits (B, B) whose diagonal holds the pairs."""
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def sigmoid_loss(logits: Tensor) -> Tensor:
+    """Return the sigmoid loss (Zhai et al. 2023, SigLIP) of logits (B, B) whose diagonal holds the pairs.
+
+    -1/B sum_ij log sigmoid(z_ij (l_ij + b)), z = 1 on the diagonal and -1 elsewhere. SigLIP learns b, from
+    -10. Here b is the log odds of a pair, -log(B - 1): what SigLIP's start aims at, without another weight.
+    """
+    rows = len(logits)
+    signs = 2 * torch.eye(rows, dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * (logits - math.log(max(1, rows - 1)))).sum() / rows
+
+
+LOSSES = {"softmax": contrastive_loss, "siglip": sigmoid_loss}
 
 
 def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
