@@ -100,17 +100,24 @@ VOXELS = {"metavar": D_H_W, "only": CONTRASTIVE}
 # published.
 RECIPES = {
     "hsenet": Recipe(
-        "hsenet", "SLP", (1.5, 0.75, 0.75), (-1000.0, 200.0), (32, 256, 256), "before", "minmax", "foreground"
+        name="hsenet",
+        axes="SLP",
+        spacing=(1.5, 0.75, 0.75),
+        window=(-1000.0, 200.0),
+        size=(32, 256, 256),
+        clamp="before",
+        scale="minmax",
+        fit="foreground",
     ),
     "reaf": Recipe(
-        "reaf",
-        "SPL",
-        (3.0, 1.0, 1.0),
-        (-1150.0, 350.0),
-        (112, 336, 336),
-        "after",
-        "window",
-        "crop",
+        name="reaf",
+        axes="SPL",
+        spacing=(3.0, 1.0, 1.0),
+        window=(-1150.0, 350.0),
+        size=(112, 336, 336),
+        clamp="after",
+        scale="window",
+        fit="crop",
         mean=0.449,
         std=0.226,
     ),

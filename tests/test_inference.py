@@ -229,7 +229,9 @@ def test_a_report_is_what_follows_the_list_of_labels(runs, scans, monkeypatch):
 
 def test_an_answer_is_as_long_as_asked_for_or_as_the_context_allows(runs, scans, monkeypatch):
     counts = []
-    monkeypatch.setattr(inference, "stream_answer", lambda *a: counts.append(a[-3]) or iter([]))
+    monkeypatch.setattr(
+        inference, "stream_answer", lambda *a, **k: counts.append(k["new_tokens"]) or iter([])
+    )
     model = load(runs / "mrg-hsenet")
     model.ask(scans[0], "Is there effusion?")
     model.ask(scans[0], "effusion " * (CONTEXT - 40))

@@ -220,8 +220,16 @@ def make_entry(case: Case, folder: Path, volume: Path, source: dict) -> dict:
 
 def new_manifest(source: Source, folder: Path, recipe: Recipe, reading: Reading, dtype: str) -> Manifest:
     """Return a manifest without splits."""
-    kind, text, labels = source.kind, source.text, source.label_names
-    return Manifest(folder, kind, recipe, dtype, text, labels, {}, reading)
+    return Manifest(
+        folder=folder,
+        dataset=source.kind,
+        recipe=recipe,
+        dtype=dtype,
+        text=source.text,
+        labels=source.label_names,
+        splits={},
+        reading=reading,
+    )
 
 
 def as_is_manifest(

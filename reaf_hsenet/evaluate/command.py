@@ -22,7 +22,7 @@ def _language(default, help: str, **how):
 
 @dataclass(frozen=True)
 class Command:
-    """What is evaluated, on what, and where the results go. given: the flags of the command line."""
+    """The run to evaluate, its data, and where the results go. given: the flags of the command line."""
 
     task: Literal[TASKS] = setting(MISSING, "what is measured", required=True)
     run: Path | None = setting(

@@ -201,7 +201,14 @@ class ScanModel:
         most = answer_length(sizes, self.settings.tokenizer, [question], task, new_tokens)
         volume, slices, _ = self.read(scan)
         yield from stream_answer(
-            self.run.model, self.run.tokenizer, question, volume, slices, most, sampling, self.compiled
+            self.run.model,
+            self.run.tokenizer,
+            question,
+            volume,
+            slices,
+            new_tokens=most,
+            sampling=sampling,
+            compiled=self.compiled,
         )
 
     def classify(

@@ -34,7 +34,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Task:
-    """What is scored: each class with the prompts that score it, its labels (N, C) bool, and means to take.
+    """Classes to score: each with the prompts that score it, labels (N, C) bool, and means to take.
 
     source: where the labels are from.
     """

@@ -61,10 +61,12 @@ def build_mllm(config: MllmConfig, decoder: Decoder | None = None) -> Mllm:
     projectors = []
     for encoder in config.encoders[: 1 if config.shared else None]:
         options = {}
-        if config.projector == "text_guided":
+        if "slices" in PROJECTORS[config.projector].needs:
             guided = next((e for e in config.encoders if hasattr(e, "slice_width")), None)
             if guided is None:
-                raise InputError("--projector text_guided: needs slice features; choose --vision dual or 2e3")
+                raise InputError(
+                    f"--projector {config.projector}: needs slice features; choose --vision dual or 2e3"
+                )
             options = {"slices": guided.slices, "slice_width": guided.slice_width}
         try:
             made = build_projector(

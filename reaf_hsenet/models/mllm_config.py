@@ -67,6 +67,8 @@ class MllmConfig:
             raise InputError(
                 f"--vision {self.vision}: expected one of {', '.join(VISION)}, with its encoders"
             )
+        if self.projector not in PROJECTORS:
+            raise InputError(f"--projector {self.projector}: expected one of {', '.join(PROJECTORS)}")
         if len({encoder.grid for encoder in self.encoders}) > 1 and self.shared:
             raise InputError(
                 "--shared-projector: the two encoders have other token grids; leave the flag out"

@@ -60,7 +60,7 @@ class DecoderOrigin:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run's weights started from."""
+    """Names and hashes of the weights that a run started from."""
 
     text_model: str | None = None
     init: str | None = None

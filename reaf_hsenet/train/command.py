@@ -26,7 +26,7 @@ from reaf_hsenet.settings import MISSING, add_flags, flags, given, setting
 
 @dataclass(frozen=True)
 class Command:
-    """What is trained, on what, from what, and where it is written. given: all flags of the command line."""
+    """The stage to train, its data, its start and its folder. given: all flags of the command line."""
 
     stage: Literal[(*CONTRASTIVE, *LANGUAGE)] = setting(MISSING, "stage", required=True, changeable=True)
     model: Literal[tuple(RECIPES)] = setting("hsenet", "the method (default: hsenet)", changeable=True)

@@ -152,7 +152,7 @@ def check_decoder_flags(command: Command, preset: str) -> None:
         raise InputError(
             "--decoder: name one that the encoders are joined to, for example microsoft/Phi-4-mini-instruct"
         )
-    if command.decoder is None and ("int8" in given or "full" in given or adapters):
+    if command.decoder is None and (given.get("int8") or "full" in given or adapters):
         raise InputError(
             "--full, --int8, --lora-*: are of a --decoder with weights; a new one is trained whole"
         )
