@@ -3,12 +3,14 @@
     python evaluate.py --task retrieval                            # runs/clip1-hsenet on its validation split
     python evaluate.py --task retrieval --run RUN --data FOLDER    # any run, any prepared data set
     python evaluate.py --task zeroshot --prompts organ             # CT-RATE's classes, with another template
+    python evaluate.py --task probe                                # classes, by a probe of the frozen encoder
     python evaluate.py --task retrieval --compare RUN RUN          # evaluated runs side by side
     python evaluate.py --task mrg                                  # reports of runs/mrg-hsenet
     python evaluate.py --task vqa --questions location             # answers of runs/vqa-hsenet
 
-Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv, embeddings.safetensors;
-zeroshot.json, zeroshot_scores.csv; mrg.json, mrg.csv; vqa.json, vqa.csv. An interrupted mrg or vqa goes on
+Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv; zeroshot.json,
+zeroshot_scores.csv; probe.json, probe_scores.csv, probe.safetensors; mrg.json, mrg.csv; vqa.json, vqa.csv.
+Embeddings are computed once and kept there, embeddings_SPLIT.safetensors. An interrupted mrg or vqa goes on
 where it was when started again, with any number of processes. With --figures DIR also pictures (needs
 matplotlib).
 """
@@ -19,31 +21,28 @@ if __name__ == "__main__":
     start_script()  # what is imported next takes seconds
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from reaf_hsenet import distributed
 from reaf_hsenet.config import CONTRASTIVE, GENERATION, LANGUAGE
-from reaf_hsenet.data.labels import load_label_set, manifest_labels, read_label_table
+from reaf_hsenet.data.labels import LabelTable, load_label_set, manifest_labels, read_label_table
 from reaf_hsenet.data.language_loader import LanguageDataset
-from reaf_hsenet.data.loader import CTReportDataset, read_prepared
+from reaf_hsenet.data.loader import read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import read_templates
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.evaluate import comparison, figures, language_scores, retrieval, zeroshot
+from reaf_hsenet.evaluate import comparison, figures, language_scores, probe, retrieval, zeroshot
 from reaf_hsenet.evaluate.command import Command, parse
+from reaf_hsenet.evaluate.embeddings import split_embeddings
 from reaf_hsenet.evaluate.language_evaluation import AnsweredRows, asked_rows, fingerprint, generate_answers
-from reaf_hsenet.files import atomic_write, folder_lock, write_json
+from reaf_hsenet.files import folder_lock, write_json
 from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
 from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
 from reaf_hsenet.runs.answering import answer_length
-from reaf_hsenet.runs.checkpoint import Run
-from reaf_hsenet.runs.embedding import embed
 from reaf_hsenet.runs.generation import PRECISIONS
-from reaf_hsenet.runs.trained import Trained, is_published, load_trained
+from reaf_hsenet.runs.trained import Trained, load_trained, results_folder
 from reaf_hsenet.script import run_script
 
 
@@ -75,29 +74,34 @@ def evaluate_dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
     # Load the run, and the data set that it takes.
     run = load_trained(command.run, command.checkpoint, CONTRASTIVE, text_model=command.text_model)
     say_checkpoint(command, run, ranks)
-    reports = command.task == "retrieval"
-    manifest = find_data(command, run, reports)
-    dataset = CTReportDataset(
-        manifest,
-        command.split,
-        run.tokenizer,
-        run.config.max_text,
-        style=run.config.model,
-        slices=run.guided,
-    )
-    task = None if reports else zeroshot_task(command, manifest)
+    splits = [command.split, "train"] if command.task == "probe" else [command.split]
+    manifest = find_data(command, run, splits, reports=command.task == "retrieval")
+    task = zeroshot_task(command, manifest) if command.task == "zeroshot" else None
     run.model.to(ranks.device)
 
-    # Embed the split on all ranks, score it on the first.
-    image, text = embed(
-        run.model, dataset, ranks, command.batch_size, workers=command.workers, progress=True, reports=reports
-    )
+    # Embed the splits on all ranks, or take what an earlier evaluation has stored; score on the first.
+    found = {
+        split: split_embeddings(
+            run,
+            manifest,
+            split,
+            ranks,
+            folder=command.out or results_folder(command.run),
+            batch_size=command.batch_size,
+            workers=command.workers,
+            anew=command.anew,
+        )
+        for split in splits
+    }
     if not ranks.main:
         return
-    if reports:
-        write_retrieval(command, run, manifest, image, text, ranks.device)
+    vectors = found[command.split]
+    if command.task == "retrieval":
+        write_retrieval(command, run, manifest, vectors["image"], vectors["text"], ranks.device)
+    elif command.task == "zeroshot":
+        write_zeroshot(command, run, manifest, vectors["image"], task)
     else:
-        write_zeroshot(command, run, manifest, image, task)
+        write_probe(command, run, manifest, vectors["image"], found["train"]["image"])
     if command.figures:
         saliency_figures(command, run, manifest, ranks.device)
 
@@ -110,14 +114,11 @@ def write_retrieval(
     text: torch.Tensor,
     device: torch.device,
 ) -> None:
-    entries, out = manifest.entries(command.split), results_folder(command)
+    entries, out = manifest.entries(command.split), command.out or results_folder(command.run)
     scores, exact, per_scan = retrieval.score(image.to(device), text.to(device), entries)
     results = {"n": len(entries), "scans": scores["scans"], **evaluated(command, run, manifest), **scores}
     write_json(out / "retrieval.json", results)
     retrieval.write_queries(out / "retrieval_queries.csv", entries, exact, per_scan, run.checkpoint)
-    with atomic_write(out / "embeddings.safetensors", "wb") as file:
-        ids = "\n".join(entry["id"] for entry in entries)
-        file.write(save({"image": image, "text": text}, {"ids": ids, "model": run.sha256()}))
     retrieval.print_scores(results)
     print(f"written to {out}")
     if command.figures:
@@ -125,15 +126,18 @@ def write_retrieval(
 
 
 def zeroshot_task(command: Command, manifest: Manifest) -> zeroshot.Task:
-    """Match the prompts with the labels of --labels, or of the manifest."""
-    known = [entry["id"] for entries in manifest.splits.values() for entry in entries]
-    if command.labels:
-        table = read_label_table(command.labels, known)
-    else:
-        table = manifest_labels(manifest, command.split)
+    """Match the prompts with the labels."""
+    table = label_table(command, manifest, command.split)
     prompts, label_set = zeroshot.load_prompts(command.prompts), load_label_set(command.label_set)
     ids = [entry["id"] for entry in manifest.entries(command.split)]
     return zeroshot.define_task(prompts, label_set, table, ids)
+
+
+def label_table(command: Command, manifest: Manifest, split: str) -> LabelTable:
+    """Return the labels of --labels, or the manifest's of a split."""
+    if command.labels:
+        return read_label_table(command.labels, [entry["id"] for entry in manifest.all_entries()])
+    return manifest_labels(manifest, split)
 
 
 def write_zeroshot(
@@ -143,7 +147,8 @@ def write_zeroshot(
     image: torch.Tensor,
     task: zeroshot.Task,
 ) -> None:
-    ids, out = [entry["id"] for entry in manifest.entries(command.split)], results_folder(command)
+    ids = [entry["id"] for entry in manifest.entries(command.split)]
+    out = command.out or results_folder(command.run)
     scores = zeroshot.score(run, image, task)
     report = classification_report(
         task.labels, scores, task.names, task.means, command.bootstrap, command.seed
@@ -157,11 +162,52 @@ def write_zeroshot(
         "notes": task.notes,
     }
     write_json(out / "zeroshot.json", results)
-    zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task, scores, run.checkpoint)
+    zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task.names, task.labels, scores, run.checkpoint)
     zeroshot.print_scores(results)
     print(f"written to {out}")
     if command.figures:
         figures.roc_figure(command.figures / "roc.png", task.labels, scores, task.names)
+
+
+def write_probe(
+    command: Command,
+    run: Trained,
+    manifest: Manifest,
+    image: torch.Tensor,
+    train_image: torch.Tensor,
+) -> None:
+    # Match the training volumes that have labels, and those to score, with the classes.
+    out, label_set = command.out or results_folder(command.run), load_label_set(command.label_set)
+    table = label_table(command, manifest, "train")
+    classes = probe.known_classes(table, label_set)
+    rows = [i for i, e in enumerate(manifest.entries("train")) if command.labels or e["labels"] is not None]
+    labelled = [manifest.entries("train")[i] for i in rows]
+    examples, notes = probe.training_examples(train_image[rows], labelled, table, classes)
+    ids = [entry["id"] for entry in manifest.entries(command.split)]
+    labels = label_table(command, manifest, command.split).values(
+        ids, [classes[name] for name in examples.names]
+    )
+
+    # Fit and score, then write the probe, which infer.py classify takes, and its results.
+    means = probe.mean_names(label_set, examples.names)
+    fitted, scores, found = probe.score(examples, image, labels, means, command.bootstrap, command.seed)
+    probe.StoredProbe(fitted, examples.names, run.sha256()).write(out / probe.FILE)
+    results = {
+        **evaluated(command, run, manifest),
+        "labels": {"table": str(table.source), "set": command.label_set},
+        "bootstrap": {"resamples": command.bootstrap, "seed": command.seed},
+        **found,
+        "notes": notes,
+    }
+    write_json(out / "probe.json", results)
+    zeroshot.write_scores(out / "probe_scores.csv", ids, examples.names, labels, scores, run.checkpoint)
+    probe.print_scores(results)
+    print(f"written to {out}")
+    if command.figures:
+        before = fitted.logits(image).double().sigmoid().numpy()
+        curves = {"before calibration": before, "after": scores}
+        figures.reliability_figure(command.figures / "reliability.png", labels, curves)
+        figures.roc_figure(command.figures / "roc.png", labels, scores, examples.names)
 
 
 def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
@@ -170,7 +216,7 @@ def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
     run = load_trained(command.run, command.checkpoint, LANGUAGE, PRECISIONS.get(command.precision), **names)
     say_checkpoint(command, run, ranks)
     reports = command.task == "mrg"
-    manifest = find_data(command, run, reports)
+    manifest = find_data(command, run, [command.split], reports)
     trained_on = run.train.get("questions")
     kind = "mrg" if reports else command.questions or trained_on or "location"
     prompt = (command.prompt or GENERATION["mrg"]["prompt"]) if reports else None
@@ -211,7 +257,7 @@ def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
     run.place(ranks.device, command.compile)
 
     # Generate on all ranks, score and write on the first.
-    out = results_folder(command)
+    out = command.out or results_folder(command.run)
     with folder_lock(out) if ranks.main else nullcontext():
         kept = AnsweredRows(out, command.task, head, ranks, command.anew)
         texts = generate_answers(
@@ -248,7 +294,7 @@ def say_checkpoint(command: Command, run: Trained, ranks: distributed.Ranks) -> 
     print(f"{command.run}: checkpoint {run.checkpoint}{warning}")
 
 
-def find_data(command: Command, run: Trained, reports: bool) -> Manifest:
+def find_data(command: Command, run: Trained, splits: list[str], reports: bool) -> Manifest:
     """Load the data set, checked to be what the run's model takes."""
     if not (command.data or run.data):
         raise InputError(f"--data: {command.run} has no data set of its own; name a prepared one")
@@ -256,15 +302,8 @@ def find_data(command: Command, run: Trained, reports: bool) -> Manifest:
     manifest.require(run.recipe, str(command.run))
     if run.guided:
         manifest.require_slices(run.slices, str(command.run))
-    manifest.check([command.split], slices=run.guided, reports=reports)
+    manifest.check(splits, slices=run.guided, reports=reports)
     return manifest
-
-
-def results_folder(command: Command) -> Path:
-    """Return --out; else the run's own folder, or for published weights one here."""
-    if command.out:
-        return command.out
-    return Path("eval") / command.run.stem if is_published(command.run) else Run(command.run).folder / "eval"
 
 
 def evaluated(command: Command, run: Trained, manifest: Manifest) -> dict:

@@ -42,7 +42,7 @@ from reaf_hsenet.script import Command, Parser, run_script
 COMMANDS = {
     "report": "findings as text",
     "ask": "an answer to a question",
-    "classify": "probabilities of classes, by prompts",
+    "classify": "probabilities of classes, by the run's probe or by prompts",
     "embed": "unit vectors, to print or to search",
     "search": "scans of an index that are nearest to a text or a scan",
     "explain": "a picture of where the encoder looks",
@@ -109,11 +109,13 @@ def answer(args: argparse.Namespace, model: ScanModel, show: Callable) -> dict:
 
 
 def classify(args: argparse.Namespace, model: ScanModel, show: Callable) -> dict:
-    found = model.classify(args.scan, args.prompts, args.label_set)
-    width = max(map(len, found))
-    for name, probability in found.items():
-        show(f"{name:<{width}}  {probability:.3f}")
-    classes = [{"name": name, "probability": p} for name, p in found.items()]
+    found = model.findings(args.scan, args.prompts, args.label_set)
+    width, classes = max(map(len, found)), []
+    for name, (probability, cut) in found.items():
+        decided = "" if cut is None else f"  {'present' if probability > cut else 'absent'}, above {cut:.3f}"
+        show(f"{name:<{width}}  {probability:.3f}{decided}")
+        known = {} if cut is None else {"threshold": cut}
+        classes.append({"name": name, "probability": probability, **known})
     return {"path": str(args.scan), "classes": classes, **made_by(model)}
 
 
@@ -171,7 +173,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def add_inputs(command: Parser, name: str) -> None:
     add = command.add_argument
     if name == "search":
-        add("index", type=Path, help="file of `embed --out`, or RUN/eval/embeddings.safetensors")
+        add("index", type=Path, help="file of `embed --out`, or RUN/eval/embeddings_SPLIT.safetensors")
         query = command.add_mutually_exclusive_group(required=True)
         query.add_argument("--text", help="find scans that show this")
         query.add_argument(
@@ -185,7 +187,8 @@ def add_inputs(command: Parser, name: str) -> None:
     if name == "explain":
         add("--out", type=Path, metavar="FILE.png", help="default: SCAN_explained.png, here")
     if name == "classify":
-        add("--prompts", default="volume", help="volume, organ or a json file (default: volume)")
+        usual = "the run's probe, of evaluate.py --task probe, else volume"
+        add("--prompts", help=f"zero-shot: volume, organ or a json file (default: {usual})")
         add("--label-set", choices=LABEL_SETS, default="ct-rate", help="default: ct-rate")
     if name == "ask":
         add("question")

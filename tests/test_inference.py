@@ -88,13 +88,13 @@ def test_a_scan_has_the_embedding_that_the_prepared_data_set_has(runs, scans, tm
         )
         == 0
     )
-    expected = load_file(tmp_path / "embeddings.safetensors")["image"]
+    expected = load_file(tmp_path / "embeddings_validation.safetensors")["image"]
     model = load(runs / name)
     found = torch.stack([model.embed(scan) for scan in scans])
     assert (found - expected).abs().max() < 1e-5 < (expected[0] - expected[1]).abs().max()
-    assert model.search(tmp_path / "embeddings.safetensors", scan=scans[2], top=1)[0][1] == pytest.approx(
-        1, abs=1e-5
-    )
+    assert model.search(tmp_path / "embeddings_validation.safetensors", scan=scans[2], top=1)[0][
+        1
+    ] == pytest.approx(1, abs=1e-5)
 
 
 def test_the_network_sees_the_volume_as_float16_has_it(runs, sliced, scans):

@@ -578,7 +578,7 @@ def test_embeddings_say_which_model_made_them(prepared, tmp_path):
         }
     )
     assert evaluate.main(["--task", "retrieval", "--run", str(run.folder), "--device", "cpu"]) == 0
-    with safe_open(run.folder / "eval/embeddings.safetensors", "pt") as file:
+    with safe_open(run.folder / "eval/embeddings_validation.safetensors", "pt") as file:
         found = file.metadata()
     assert found["model"] == load_trained(run.folder).sha256()
     assert found["ids"].split("\n") == [e["id"] for e in manifest.entries("validation")]

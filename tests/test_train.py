@@ -159,7 +159,7 @@ def test_evaluation_writes_the_table_the_json_the_ranks_and_the_embeddings(run_c
         assert 0 <= results[direction]["R@1"] <= results[direction]["R@5"] <= results[direction]["R@10"] == 1
         assert results["per_scan"][direction]["R@10"] == 1
     assert set(results["volume_to_volume"]["per_k"]) == {"1", "5", "10", "50"}
-    embeddings = load_file(run_copy / "eval/embeddings.safetensors")
+    embeddings = load_file(run_copy / "eval/embeddings_validation.safetensors")
     assert embeddings["image"].shape == embeddings["text"].shape == (results["n"], 128)
     printed = capsys.readouterr().out
     assert all(w in printed for w in ("report to volume", "label overlap, without its scan", "R@100"))
@@ -177,7 +177,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(run_copy):
     found = []
     for size in (1, 5):
         evaluate.main(retrieval(run_copy, "--batch-size", size))
-        found.append(load_file(run_copy / "eval/embeddings.safetensors"))
+        found.append(load_file(run_copy / "eval/embeddings_validation.safetensors"))
     assert all(torch.allclose(found[0][k], found[1][k], atol=1e-5) for k in ("image", "text"))
 
 

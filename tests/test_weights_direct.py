@@ -61,7 +61,8 @@ def test_its_folder_is_evaluated_as_its_converted_run_is(
     ]
     assert results[0]["report_to_volume"] == results[1]["report_to_volume"]
     vectors = [
-        load_file(folder / "embeddings.safetensors") for folder in (run / "eval", tmp_path / "eval/M3D-CLIP")
+        load_file(folder / "embeddings_validation.safetensors")
+        for folder in (run / "eval", tmp_path / "eval/M3D-CLIP")
     ]
     assert all(torch.equal(vectors[0][name], vectors[1][name]) for name in ("image", "text"))
     assert not (m3d_clip / "eval").exists()

@@ -175,7 +175,7 @@ def test_text_is_encoded_once_for_all_volumes(run, tmp_path, monkeypatch):
         DualEncoder, "encode_text", lambda s, ids, mask: (calls.append(len(ids)), encode(s, ids, mask))[1]
     )
     evaluated(run, tmp_path, "--batch-size", 2)
-    assert calls == [36]
+    assert calls.count(36) == 1 and set(calls) <= {36, 2, 1}  # the prompts; reports by the batch
 
 
 def test_the_built_in_prompts_are_the_published_ones():

@@ -11,7 +11,7 @@ from reaf_hsenet.runs.trained import locate_run
 from reaf_hsenet.script import Parser
 from reaf_hsenet.settings import MISSING, add_flags, flags, given, setting
 
-ENCODER_TASKS, LANGUAGE_TASKS = ("retrieval", "zeroshot"), ("mrg", "vqa")
+ENCODER_TASKS, LANGUAGE_TASKS = ("retrieval", "zeroshot", "probe"), ("mrg", "vqa")
 TASKS = (*ENCODER_TASKS, *LANGUAGE_TASKS)
 
 
@@ -56,26 +56,28 @@ class Command:
     workers: int = setting(0, "processes that read volumes (default: 0)", least=0)
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: a GPU where there is one)")
     figures: Path | None = setting(
-        None, "write ROC or recall curves and saliency there", metavar="DIR", only=ENCODER_TASKS
+        None, "write curves (ROC, recall, reliability) and saliency there", metavar="DIR", only=ENCODER_TASKS
     )
     figure_volumes: int = setting(
         4, "saliency of the first N volumes (default: 4)", metavar="N", least=0, only=ENCODER_TASKS
     )
     prompts: str = setting("volume", "volume, organ or a json file (default: volume)", only=("zeroshot",))
     label_set: Literal[tuple(LABEL_SETS)] = setting(
-        "ct-rate", "how label columns become classes (default: ct-rate)", only=("zeroshot",)
+        "ct-rate", "how label columns become classes (default: ct-rate)", only=("zeroshot", "probe")
     )
     labels: Path | None = setting(
-        None, "label table (default: the manifest's labels)", metavar="CSV", only=("zeroshot",)
+        None, "label table (default: the manifest's labels)", metavar="CSV", only=("zeroshot", "probe")
     )
     bootstrap: int = setting(
         1000,
-        "resamples of the intervals of zeroshot and of --compare; 0: none (default: 1000)",
+        "resamples of the intervals; 0: none (default: 1000)",
         metavar="N",
         least=0,
         only=ENCODER_TASKS,
     )
-    seed: int = setting(0, "of the bootstrap (default: 0)", least=0, only=ENCODER_TASKS)
+    seed: int = setting(
+        0, "of the bootstrap and of few volumes' draws (default: 0)", least=0, only=ENCODER_TASKS
+    )
     questions: Literal[KINDS] | None = setting(
         None, "their kind (default: the one that the run was trained on)", only=("vqa",)
     )
@@ -115,7 +117,7 @@ class Command:
         None, "of the same: HSENet-2E3-CLIP, a file, folder or hub id, or a clip2 run", metavar="NAME"
     )
     compile: bool = _language(False, "compile the decoder's steps, on a GPU")
-    anew: bool = _language(False, "forget the answers of an interrupted evaluation")
+    anew: bool = setting(False, "forget stored embeddings, or the answers of an interrupted evaluation")
     given: dict = field(default_factory=dict)
 
 
@@ -143,6 +145,8 @@ def check(command: Command) -> None:
             )
         if len(command.compare) < 2:
             raise InputError("--compare: expected two or more runs")
+    elif command.task == "probe" and command.split == "train":
+        raise InputError("--split train: is what a probe is fitted on; score it on another split")
     elif command.task == "retrieval":
         for name in ("bootstrap", "seed"):
             if name in command.given:

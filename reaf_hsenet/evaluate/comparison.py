@@ -1,8 +1,8 @@
 """Several evaluated runs side by side, with paired bootstrap intervals of their differences from the first.
 
 Volumes are drawn with replacement, the same for every run, so that what is hard for all runs cancels out.
-Reads what evaluate.py wrote: eval/retrieval_queries.csv and eval/zeroshot_scores.csv, and beside them what
-was evaluated.
+Reads what evaluate.py wrote: eval/retrieval_queries.csv, eval/zeroshot_scores.csv, eval/probe_scores.csv,
+and beside them what was evaluated.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from reaf_hsenet.metrics.classification import (
     mean_over_classes,
 )
 
-FILES = {"retrieval": "retrieval_queries.csv", "zeroshot": "zeroshot_scores.csv"}
+FILES = {"retrieval": "retrieval_queries.csv", "zeroshot": "zeroshot_scores.csv", "probe": "probe_scores.csv"}
 RECALL_KS = (1, 5, 10, 50)
 SHOWN = ("auroc", "average_precision", "thresholded.balanced_accuracy", "thresholded.f1_weighted")
 
@@ -50,7 +50,7 @@ def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[s
                 f"{folder}: was evaluated on other {' and '.join(other)} than {folders[0]}; evaluate both on "
                 "the same split of the same data, with the same prompts and labels"
             )
-    measure = {"retrieval": _recalls, "zeroshot": _class_scores}[task]
+    measure = _recalls if task == "retrieval" else _class_scores
     found = [measure([table[i] for i in ids], resamples, seed) for table in tables]
     shared = [name for name in found[0] if all(name in run and math.isfinite(run[name][0]) for run in found)]
     if not shared:
@@ -84,6 +84,8 @@ def evaluated(path: Path, task: str, folder: Path) -> dict[str, object]:
         found = {"split": values["split"], "data": values["reports_sha256"]}
         if task == "zeroshot":
             found |= {"prompts": values["prompts"]["texts"], "label set": values["labels"]["set"]}
+        elif task == "probe":
+            found |= {"label set": values["labels"]["set"]}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: does not say what was evaluated ({error}); {again}") from error
     return found
@@ -102,7 +104,7 @@ def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float
     if not path.is_file():
         raise InputError(f"{path}: no such file; run evaluate.py --task {task} --run {folder} first")
     try:
-        # Every column of a zero-shot's table but these two is a number, of a retrieval's only the ranks.
+        # Every column of a table of classes but these two is a number, of a retrieval's only the ranks.
         wanted = tuple(f"{d}_rank" for d in DIRECTIONS) if task == "retrieval" else ()
         rows = {}
         for _, row in csv_rows(path, ("id", *wanted)):
@@ -116,7 +118,7 @@ def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float
 
 
 def _labels(row: dict[str, float]) -> dict[str, float | None]:
-    """Return a zero-shot row's classes and whether the volume has them; of a row of ranks the names alone."""
+    """Return a row's classes and whether the volume has them; of a row of ranks the names alone."""
     return {name: value if name.startswith("label: ") else None for name, value in row.items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import atomic_write
-from reaf_hsenet.metrics.classification import both_values, class_metrics, roc_curve
+from reaf_hsenet.metrics.classification import area_under_roc, both_values, reliability, roc_curve
 
 
 def new_figure(width: float, height: float, wanted_by: str = "--figures"):
@@ -31,7 +31,7 @@ def roc_figure(path: Path, labels: np.ndarray, scores: np.ndarray, names: list[s
     from matplotlib import colormaps
 
     axes, colours = figure.subplots(), colormaps["turbo"]
-    auroc = class_metrics(labels, scores, np.full(len(names), np.nan), np.ones((1, len(labels))))[0, 0]
+    auroc = area_under_roc(labels, scores)
     for j, defined in enumerate(both_values(labels)):
         points = roc_curve(labels[:, j], scores[:, j]) if defined else ([], [])
         area = f"{auroc[j]:.3f}" if defined else "-"
@@ -58,6 +58,21 @@ def recall_figure(path: Path, ranks: dict[str, Tensor]) -> None:
     axes.set_xticks(ticks, ticks)
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def reliability_figure(path: Path, labels: np.ndarray, probabilities: dict[str, np.ndarray]) -> None:
+    """Draw the share of positives over the mean probability, in bins over all classes.
+
+    labels: (N, C) bool. probabilities: {"before calibration": (N, C), ...}.
+    """
+    figure = new_figure(5, 4.5)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for name, found in probabilities.items():
+        axes.plot(*reliability(labels, found)[:2], marker="o", label=name)
+    axes.set(xlabel="mean probability", ylabel="share of positives", aspect="equal")
     axes.legend(frameon=False)
     save(figure, path)
 

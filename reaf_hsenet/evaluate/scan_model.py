@@ -33,7 +33,7 @@ from reaf_hsenet.data.slice_features import slices_wanted
 from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.evaluate import figures, zeroshot
+from reaf_hsenet.evaluate import figures, probe, zeroshot
 from reaf_hsenet.evaluate.scan import Scan, find_slice_encoder, read_scan, slice_features
 from reaf_hsenet.evaluate.search_index import SearchIndex, read_index
 from reaf_hsenet.models.build import build_mllm
@@ -41,7 +41,7 @@ from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.answering import answer_length, stream_answer
 from reaf_hsenet.runs.checkpoint import Choice, Run
 from reaf_hsenet.runs.generation import PRECISIONS, Sampling
-from reaf_hsenet.runs.trained import Trained, check_compiled, is_published, load_trained
+from reaf_hsenet.runs.trained import Trained, check_compiled, is_published, load_trained, results_folder
 from reaf_hsenet.settings import from_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer
@@ -212,14 +212,30 @@ class ScanModel:
         )
 
     def classify(
-        self, scan: Path | str, prompts: str = "volume", label_set: str = "ct-rate"
+        self, scan: Path | str, prompts: str | None = None, label_set: str = "ct-rate"
     ) -> dict[str, float]:
-        """Probability by class, highest first. prompts: `volume`, `organ` or a json file; see zeroshot.py."""
+        """Return the probability of each class, highest first; see `findings`."""
+        found = self.findings(scan, prompts, label_set)
+        return {name: probability for name, (probability, _) in found.items()}
+
+    def findings(
+        self, scan: Path | str, prompts: str | None = None, label_set: str = "ct-rate"
+    ) -> dict[str, tuple[float, float | None]]:
+        """Return (probability, threshold) of each class, highest first; above its threshold it is present.
+
+        prompts: `volume`, `organ` or a json file, for zero-shot classification, which has no thresholds; see
+        zeroshot.py. Without prompts, the probe that evaluate.py stored with the run, else `volume`.
+        """
         self.require_towers()
-        task = class_task(prompts, label_set)
+        path = results_folder(self.folder) / probe.FILE
+        if prompts is None and path.is_file():
+            image = self.embed(scan)
+            return probe.read_probe(path, self.sha256, len(image)).classify(image)
+        task = class_task(prompts or "volume", label_set)
         image = self.embed(scan)[None]
-        scores = zeroshot.score(self.run, image, task)[0]
-        return dict(sorted(zip(task.names, scores.tolist(), strict=True), key=lambda pair: -pair[1]))
+        scores = zeroshot.score(self.run, image, task)[0].tolist()
+        ordered = sorted(zip(task.names, scores, strict=True), key=lambda pair: -pair[1])
+        return {name: (probability, None) for name, probability in ordered}
 
     @torch.inference_mode()
     def embed(self, scan: Path | str) -> Tensor:

@@ -173,13 +173,20 @@ def combine(scores: Tensor) -> Tensor:
     return torch.where((scores > 0.5).any(1), scores.amax(1), scores.amin(1))
 
 
-def write_scores(path: Path, ids: list[str], task: Task, scores: np.ndarray, checkpoint: Choice) -> None:
-    """One row a volume: id, the score of each class, each label, and the checkpoint."""
+def write_scores(
+    path: Path,
+    ids: list[str],
+    names: list[str],
+    labels: np.ndarray,
+    scores: np.ndarray,
+    checkpoint: Choice,
+) -> None:
+    """Write a row a volume: id, the score of each class, each label, and the checkpoint."""
     with atomic_write(path) as file:
         writer = csv.writer(file)
-        writer.writerow(["id", *task.names, *(f"label: {name}" for name in task.names), "checkpoint"])
-        for volume, row, labels in zip(ids, scores, task.labels, strict=True):
-            writer.writerow([volume, *(f"{v:.9g}" for v in row), *labels.astype(int), checkpoint])
+        writer.writerow(["id", *names, *(f"label: {name}" for name in names), "checkpoint"])
+        for volume, row, present in zip(ids, scores, labels, strict=True):
+            writer.writerow([volume, *(f"{v:.9g}" for v in row), *present.astype(int), checkpoint])
 
 
 def print_scores(results: dict) -> None:

@@ -82,6 +82,11 @@ def class_metrics(
     return np.concatenate(parts, axis=1)
 
 
+def area_under_roc(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return (C,) AUROC, of classes with and without positives."""
+    return class_metrics(labels, scores, np.zeros(labels.shape[1]), np.ones((1, len(labels))))[0, 0]
+
+
 def find_thresholds(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """(C,): of linspace(0, 1, 100) the threshold whose (false, true positive rate) is nearest to (0, 1).
 

@@ -83,8 +83,14 @@ def fit_logistic(
     batch, rows, width = x.shape
     weight, bias = start or (x.new_zeros(batch, width, y.shape[2]), x.new_zeros(batch, 1, y.shape[2]))
     weight, bias = (tensor.clone().requires_grad_() for tensor in (weight, bias))
+    tolerance = 1e-6 if x.dtype == torch.float32 else 1e-9  # of the gradient
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=300, tolerance_grad=1e-6, history_size=20, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=300,
+        tolerance_grad=tolerance,
+        tolerance_change=tolerance / 1000,
+        history_size=20,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> Tensor:

@@ -268,6 +268,11 @@ def is_published(path: Path) -> bool:
     return path.is_file() and path.suffix in SUFFIXES
 
 
+def results_folder(name: Path | str) -> Path:
+    """Return where the results of a run lie: in its folder, or, for published weights, in one here."""
+    return Path("eval") / Path(name).stem if is_published(Path(name)) else Run(name).folder / "eval"
+
+
 def load_source(path: Path | str, text_model: str | None, sha256: str | None = None) -> Trained:
     """Load the dual encoder that another run came from.
 
