@@ -21,12 +21,13 @@ if __name__ == "__main__":
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
 from reaf_hsenet import distributed
 from reaf_hsenet.config import CONTRASTIVE, GENERATION, LANGUAGE
-from reaf_hsenet.data.labels import load_label_set, manifest_labels, read_label_table
+from reaf_hsenet.data.labels import label_tables, load_label_set
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
@@ -35,6 +36,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import comparison, figures, language_scores, retrieval, zeroshot
 from reaf_hsenet.evaluate.command import Command, parse
 from reaf_hsenet.evaluate.language_evaluation import AnsweredRows, asked_rows, fingerprint, generate_answers
+from reaf_hsenet.evaluate.protocols import choose_protocols
 from reaf_hsenet.files import atomic_write, folder_lock, write_json
 from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
@@ -85,7 +87,12 @@ def evaluate_dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
         style=run.config.model,
         slices=run.guided,
     )
-    task = None if reports else zeroshot_task(command, manifest)
+    # What the command line asks of the data, before hours of embedding.
+    if reports:
+        protocols, left_out = choose_protocols(command.protocol, manifest, command.split)
+        labels = retrieval.read_labels(command.labels, manifest, command.split, command.label_set)
+    else:
+        tasks = zeroshot_tasks(command, manifest)
     run.model.to(ranks.device)
 
     # Embed the split on all ranks, score it on the first.
@@ -95,9 +102,17 @@ def evaluate_dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
     if not ranks.main:
         return
     if reports:
-        write_retrieval(command, run, manifest, image, text, ranks.device)
+        embeddings = image.to(ranks.device), text.to(ranks.device)
+        scorer = retrieval.Scorer(
+            *embeddings,
+            manifest.entries(command.split),
+            protocols,
+            resamples=command.bootstrap,
+            seed=command.seed,
+        )
+        write_retrieval(command, run, manifest, scorer, labels, left_out)
     else:
-        write_zeroshot(command, run, manifest, image, task)
+        write_zeroshot(command, run, manifest, image, tasks)
     if command.figures:
         saliency_figures(command, run, manifest, ranks.device)
 
@@ -106,13 +121,26 @@ def write_retrieval(
     command: Command,
     run: Trained,
     manifest: Manifest,
-    image: torch.Tensor,
-    text: torch.Tensor,
-    device: torch.device,
+    scorer: retrieval.Scorer,
+    labels: dict[str, np.ndarray],
+    left_out: dict[str, str],
 ) -> None:
     entries, out = manifest.entries(command.split), results_folder(command)
-    scores, exact, per_scan = retrieval.score(image.to(device), text.to(device), entries)
-    results = {"n": len(entries), "scans": scores["scans"], **evaluated(command, run, manifest), **scores}
+    image, text = scorer.image.cpu(), scorer.text.cpu()
+    scores, exact, per_scan = scorer.reports()
+    by_table = [
+        {"labels": {"table": table}, "volume_to_volume": scorer.volumes(values)}
+        for table, values in labels.items()
+    ]
+    first = by_table[0] if by_table else {"labels": None, "volume_to_volume": None}
+    results = {
+        **evaluated(command, run, manifest),
+        "bootstrap": {"resamples": command.bootstrap, "seed": command.seed},
+        **scores,
+        "protocols_left_out": left_out,
+        **first,
+        **({"second_labels": by_table[1]} if by_table[1:] else {}),
+    }
     write_json(out / "retrieval.json", results)
     retrieval.write_queries(out / "retrieval_queries.csv", entries, exact, per_scan, run.checkpoint)
     with atomic_write(out / "embeddings.safetensors", "wb") as file:
@@ -124,16 +152,12 @@ def write_retrieval(
         figures.recall_figure(command.figures / "recall.png", exact.ranks)
 
 
-def zeroshot_task(command: Command, manifest: Manifest) -> zeroshot.Task:
-    """Match the prompts with the labels of --labels, or of the manifest."""
-    known = [entry["id"] for entries in manifest.splits.values() for entry in entries]
-    if command.labels:
-        table = read_label_table(command.labels, known)
-    else:
-        table = manifest_labels(manifest, command.split)
+def zeroshot_tasks(command: Command, manifest: Manifest) -> list[zeroshot.Task]:
+    """Match the prompts with the labels of --labels, one or two tables, or of the manifest."""
     prompts, label_set = zeroshot.load_prompts(command.prompts), load_label_set(command.label_set)
     ids = [entry["id"] for entry in manifest.entries(command.split)]
-    return zeroshot.define_task(prompts, label_set, table, ids)
+    tables = label_tables(command.labels, manifest, command.split)
+    return [zeroshot.define_task(prompts, label_set, table, ids) for table in tables]
 
 
 def write_zeroshot(
@@ -141,20 +165,27 @@ def write_zeroshot(
     run: Trained,
     manifest: Manifest,
     image: torch.Tensor,
-    task: zeroshot.Task,
+    tasks: list[zeroshot.Task],
 ) -> None:
     ids, out = [entry["id"] for entry in manifest.entries(command.split)], results_folder(command)
-    scores = zeroshot.score(run, image, task)
-    report = classification_report(
-        task.labels, scores, task.names, task.means, command.bootstrap, command.seed
-    )
+    scored = [zeroshot.score(run, image, task) for task in tasks]
+    by_table = [
+        {
+            "labels": {"table": str(task.source), "set": command.label_set},
+            **classification_report(
+                task.labels, found, task.names, task.means, command.bootstrap, command.seed
+            ),
+            "notes": task.notes,
+        }
+        for task, found in zip(tasks, scored, strict=True)
+    ]
+    task, scores = tasks[0], scored[0]
     results = {
         **evaluated(command, run, manifest),
-        "labels": {"table": str(task.source), "set": command.label_set},
         "prompts": {"source": command.prompts, "texts": task.texts},
         "bootstrap": {"resamples": command.bootstrap, "seed": command.seed},
-        **report,
-        "notes": task.notes,
+        **by_table[0],
+        **({"second_labels": by_table[1]} if by_table[1:] else {}),
     }
     write_json(out / "zeroshot.json", results)
     zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task, scores, run.checkpoint)

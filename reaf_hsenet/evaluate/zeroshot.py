@@ -116,7 +116,7 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
         else:
             absent.append(prompt)
     if absent and (prompts.source not in PROMPTS or not scored_from):
-        offered = [label for label in known if label in label_set.columns] or known
+        offered = table.known_classes(label_set)
         raise InputError(
             f"--prompts {prompts.source}: the labels of {table.source} have no class {absent[0]} "
             f"(--label-set {label_set.name}); they have {', '.join([*offered, *parents])}"
@@ -198,5 +198,20 @@ def print_scores(results: dict) -> None:
     print(f"{'':<{width + 35}}{'at argmax':^30}{'':>7}{'at the threshold':^30}")
     show(values, columns, "class", width)
     print("n: positives. F1: weighted. Thresholds are found on this data itself, as published.")
+    print(f"labels: {results['labels']['table']}")
     for note in results["notes"]:
         print(f"note: {note}")
+    if second := results.get("second_labels"):
+        tables = results, second
+        for number, table in enumerate(tables, start=1):
+            print(f"labels [{number}]: {table['labels']['table']}")
+        both = [
+            {**table["classes"], **{f"{k} of {v['classes']}": v for k, v in table["means"].items()}}
+            for table in tables
+        ]
+        keys = "positives", "auroc", "average_precision"
+        side = {n: [t.get(n, {}).get(key, "") for t in both for key in keys] for n in {**both[0], **both[1]}}
+        columns = [(f"{what} [{i}]", 10) for i in (1, 2) for what in ("n", "AUROC", "AP")]
+        show(side, columns, "class", max(map(len, side)) + 1)
+        for note in second["notes"]:
+            print(f"note: {note}")
