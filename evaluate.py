@@ -2,6 +2,7 @@
 
     python evaluate.py --task retrieval                            # runs/clip1-hsenet on its validation split
     python evaluate.py --task retrieval --run RUN --data FOLDER    # any run, any prepared data set
+    python evaluate.py --task retrieval --protocol first_nohead    # among fewer volumes, docs/evaluation.md
     python evaluate.py --task zeroshot --prompts organ             # CT-RATE's classes, with another template
     python evaluate.py --task retrieval --compare RUN RUN          # evaluated runs side by side
     python evaluate.py --task mrg                                  # reports of runs/mrg-hsenet
@@ -21,7 +22,6 @@ if __name__ == "__main__":
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -87,12 +87,7 @@ def evaluate_dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
         style=run.config.model,
         slices=run.guided,
     )
-    # What the command line asks of the data, before hours of embedding.
-    if reports:
-        protocols, left_out = choose_protocols(command.protocol, manifest, command.split)
-        labels = retrieval.read_labels(command.labels, manifest, command.split, command.label_set)
-    else:
-        tasks = zeroshot_tasks(command, manifest)
+    task = (retrieval_task if reports else zeroshot_tasks)(command, manifest)
     run.model.to(ranks.device)
 
     # Embed the split on all ranks, score it on the first.
@@ -102,45 +97,35 @@ def evaluate_dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
     if not ranks.main:
         return
     if reports:
-        embeddings = image.to(ranks.device), text.to(ranks.device)
-        scorer = retrieval.Scorer(
-            *embeddings,
-            manifest.entries(command.split),
-            protocols,
-            resamples=command.bootstrap,
-            seed=command.seed,
-        )
-        write_retrieval(command, run, manifest, scorer, labels, left_out)
+        write_retrieval(command, run, manifest, (image, text), task, ranks.device)
     else:
-        write_zeroshot(command, run, manifest, image, tasks)
+        write_zeroshot(command, run, manifest, image, task)
     if command.figures:
         saliency_figures(command, run, manifest, ranks.device)
+
+
+def retrieval_task(command: Command, manifest: Manifest) -> tuple[dict, dict, retrieval.Labels]:
+    """Return the rows of each protocol, why others are left out, and the labels that volumes may share."""
+    labels = retrieval.read_labels(command.labels, manifest, command.split, command.label_set)
+    return *choose_protocols(command.protocol, manifest, command.split), labels
 
 
 def write_retrieval(
     command: Command,
     run: Trained,
     manifest: Manifest,
-    scorer: retrieval.Scorer,
-    labels: dict[str, np.ndarray],
-    left_out: dict[str, str],
+    pair: tuple[torch.Tensor, torch.Tensor],
+    task: tuple[dict, dict, retrieval.Labels],
+    device: torch.device,
 ) -> None:
     entries, out = manifest.entries(command.split), results_folder(command)
-    image, text = scorer.image.cpu(), scorer.text.cpu()
-    scores, exact, per_scan = scorer.reports()
-    by_table = [
-        {"labels": {"table": table}, "volume_to_volume": scorer.volumes(values)}
-        for table, values in labels.items()
-    ]
-    first = by_table[0] if by_table else {"labels": None, "volume_to_volume": None}
-    results = {
-        **evaluated(command, run, manifest),
-        "bootstrap": {"resamples": command.bootstrap, "seed": command.seed},
-        **scores,
-        "protocols_left_out": left_out,
-        **first,
-        **({"second_labels": by_table[1]} if by_table[1:] else {}),
-    }
+    (image, text), (protocols, left_out, labels) = pair, task
+    drawn = {"resamples": command.bootstrap, "seed": command.seed}
+    scores, exact, per_scan = retrieval.score(
+        image.to(device), text.to(device), entries, protocols, labels, **drawn
+    )
+    results = {**evaluated(command, run, manifest), "bootstrap": drawn, **scores}
+    results["protocols_left_out"] = left_out
     write_json(out / "retrieval.json", results)
     retrieval.write_queries(out / "retrieval_queries.csv", entries, exact, per_scan, run.checkpoint)
     with atomic_write(out / "embeddings.safetensors", "wb") as file:

@@ -1,7 +1,8 @@
 """Retrieval between volumes and reports: scores of a split's embeddings, a csv of every query, a table."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,82 +33,80 @@ OVERLAPS = {
 }
 
 
-def read_labels(
-    paths: tuple[Path, ...], manifest: Manifest, split: str, label_set: str
-) -> dict[str, np.ndarray]:
-    """Return (N, L) labels by their table; none where only the manifest has some, and not of all volumes."""
-    entries = manifest.entries(split)
+Labels = list[tuple[str, np.ndarray]]  # a table's name, and (N, L) of 0 and 1
+
+
+def read_labels(paths: tuple[Path, ...], manifest: Manifest, split: str, label_set: str) -> Labels:
+    """Return the labels of each table; none where only the manifest has some, and not of all volumes."""
+    entries, classes = manifest.entries(split), load_label_set(label_set)
     if not paths and any(entry["labels"] is None for entry in entries):
-        return {}
-    ids, classes = [entry["id"] for entry in entries], load_label_set(label_set)
-    return {
-        str(table.source): table.values(ids, list(table.known_classes(classes, manifest.labels).values()))
-        for table in label_tables(paths, manifest, split)
-    }
+        return []
+    ids, tables = [entry["id"] for entry in entries], label_tables(paths, manifest, split)
+    columns = [list(table.known_classes(classes, manifest.labels).values()) for table in tables]
+    return [(str(t.source), t.values(ids, found)) for t, found in zip(tables, columns, strict=True)]
 
 
-class Scorer:
-    """Scores embeddings of a split. Intervals are of `resamples` draws of scans, all volumes of each.
+def score(
+    image: Tensor,
+    text: Tensor,
+    entries: list[dict],
+    protocols: Mapping[str, list[int]],
+    labels: Labels,
+    *,
+    resamples: int,
+    seed: int,
+) -> tuple[dict, CrossRetrieval, CrossRetrieval]:
+    """Return (scores for the json, retrieval of exact pairs, retrieval among scans).
 
     image, text: (N, C) unit vectors of the manifest's entries. protocols: the rows of each, by its name.
+    resamples, seed: of the intervals; scans are drawn, with all their volumes.
     """
-
-    def __init__(
-        self,
-        image: Tensor,
-        text: Tensor,
-        entries: list[dict],
-        protocols: Mapping[str, list[int]],
-        *,
-        resamples: int,
-        seed: int,
-    ):
-        self.image, self.text, self.protocols = image, text, protocols
-        self.resamples, self.seed = resamples, seed
-        names, numbers = np.unique([entry["scan"] for entry in entries], return_inverse=True)
-        self.count, self.scans = len(names), torch.tensor(numbers, device=image.device)
-
-    def reports(self) -> tuple[dict, CrossRetrieval, CrossRetrieval]:
-        """Return (scores for the json, retrieval of exact pairs, retrieval among scans)."""
-        image, text = self.image, self.text
-        exact, per_scan = cross_retrieval(image, text), cross_retrieval_per_scan(image, text, self.scans)
-        scored = {}
-        for name, rows in self.protocols.items():
-            found = exact if len(rows) == len(image) else cross_retrieval(image[rows], text[rows])
-            scored[name] = {"n": len(rows), "chance": {f"R@{k}": min(1, k / len(rows)) for k in RECALL_KS}}
-            for direction in DIRECTIONS:
-                hits = torch.stack([found.ranks[direction] <= k for k in RECALL_KS], dim=1)
-                names = [f"R@{k}" for k in RECALL_KS]
-                interval = dict(zip(names, self.intervals(hits, self.scans[rows]), strict=True))
-                scored[name][direction] = {**found.tables[direction], "interval_95": interval}
-        scores = {"scans": self.count, **exact.tables, "per_scan": per_scan.tables, "protocols": scored}
-        return scores, exact, per_scan
-
-    def volumes(self, labels: np.ndarray) -> dict:
-        """Return the volume-to-volume scores by labels (N, L): overlaps, and MAP@k of every protocol."""
-        marks, maps = torch.tensor(labels, device=self.image.device), {}
-        for name, rows in self.protocols.items():
-            queries, found, chance = average_precision(self.image[rows], marks[rows])
-            interval = self.intervals(found, self.scans[rows][queries])
-            maps[name] = {"n": len(queries)} | {
-                str(k): {"map": value, "chance": by_chance, "interval_95": interval[j]}
-                for j, (k, value, by_chance) in enumerate(
-                    zip(MAP_KS, found.mean(0).tolist(), chance.tolist(), strict=True)
-                )
-                if len(queries)
+    scans = torch.tensor(
+        np.unique([entry["scan"] for entry in entries], return_inverse=True)[1], device=image.device
+    )
+    interval = partial(intervals, resamples=resamples, seed=seed)
+    exact, per_scan = cross_retrieval(image, text), cross_retrieval_per_scan(image, text, scans)
+    scored = {}
+    for name, rows in protocols.items():
+        found = exact if len(rows) == len(image) else cross_retrieval(image[rows], text[rows])
+        scored[name] = {"n": len(rows), "chance": {f"R@{k}": min(1, k / len(rows)) for k in RECALL_KS}}
+        for direction, ranks in found.ranks.items():
+            hits = torch.stack([ranks <= k for k in RECALL_KS], dim=1)
+            ends = interval(hits, scans[rows], scored[name]["chance"])
+            scored[name][direction] = {**found.tables[direction], "interval_95": ends}
+    by_table = []
+    for table, values in labels:
+        marks, maps = torch.tensor(values, device=image.device), {}
+        for name, rows in protocols.items():
+            queries, precision, chance = average_precision(image[rows], marks[rows])
+            ks = list(map(str, MAP_KS))
+            maps[name] = {
+                "n": len(queries),
+                **{
+                    f"MAP@{k}": v for k, v in zip(ks, precision.mean(0).tolist(), strict=True) if len(queries)
+                },
+                "chance": dict(zip(ks, chance.tolist(), strict=True)) if len(queries) else {},
+                "interval_95": interval(precision, scans[rows][queries], ks),
             }
-        return {**label_overlap(self.image, marks, self.scans), "map": maps}
+        overlap = {**label_overlap(image, marks, scans), "map": maps}
+        by_table.append({"labels": {"table": table}, "volume_to_volume": overlap})
+    first, *second = by_table or [{"labels": None, "volume_to_volume": None}]
+    scores = {"scans": len(scans.unique()), **exact.tables, "per_scan": per_scan.tables, "protocols": scored}
+    return {**scores, **first, **({"second_labels": second[0]} if second else {})}, exact, per_scan
 
-    def intervals(self, values: Tensor, scans: Tensor) -> list[list[float | None]]:
-        """Return [low, high] of the mean of each column of values (Q, M), of queries of these scans (Q,)."""
-        if not (self.resamples and len(values)):
-            return [[None, None]] * values.shape[1]
-        _, groups, sizes = torch.unique(scans, return_inverse=True, return_counts=True)
-        sums = values.new_zeros((len(sizes), values.shape[1]), dtype=torch.float64)
-        sums.index_add_(0, groups, values.double())
-        counts = draws(len(sizes), self.resamples, self.seed)
-        means = counts @ sums.cpu().numpy() / (counts @ sizes.cpu().numpy())[:, None]
-        return np.percentile(means, (2.5, 97.5), axis=0).T.tolist()
+
+def intervals(
+    values: Tensor, scans: Tensor, names: Iterable[str], resamples: int, seed: int
+) -> dict[str, list[float | None]]:
+    """Return [low, high] of the mean of each column of values (Q, M), of queries of the scans (Q,)."""
+    if not (resamples and len(values)):
+        return {name: [None, None] for name in names}
+    _, groups, sizes = torch.unique(scans, return_inverse=True, return_counts=True)
+    sums = values.new_zeros((len(sizes), values.shape[1]), dtype=torch.float64)
+    sums.index_add_(0, groups, values.double())
+    counts = draws(len(sizes), resamples, seed)
+    means = counts @ sums.cpu().numpy() / (counts @ sizes.cpu().numpy())[:, None]
+    return dict(zip(names, np.percentile(means, (2.5, 97.5), axis=0).T.tolist(), strict=True))
 
 
 def draws(n: int, resamples: int, seed: int) -> np.ndarray:
@@ -142,24 +141,19 @@ def write_queries(
 def print_scores(results: dict) -> None:
     """Print recalls of every protocol and direction, and volume to volume by each table of labels."""
     print(f"{results['n']} volumes of {results['scans']} scans; chance: R@5 of a random order")
-    tables = {
-        f"{direction.replace('_', ' ')}, {name}": (found["n"], found[direction])
-        for name, found in results["protocols"].items()
-        for direction in DIRECTIONS
-    }
+    found = results["protocols"]
     if results["scans"] < results["n"]:
-        tables |= {
-            f"{direction.replace('_', ' ')}, per scan": (results["scans"], results["per_scan"][direction])
-            for direction in DIRECTIONS
-        }
-    recalls = [f"R@{k}" for k in RECALL_KS]
+        found = {**found, "per scan": {"n": results["scans"], **results["per_scan"]}}
     rows = {}
-    for name, (n, table) in tables.items():
-        low, high = table.get("interval_95", {}).get("R@5", (None, None))
-        interval = None if low is None else f"{low:.3f} to {high:.3f}"
-        ranks = [f"{table[key]:.1f}" for key in ("mean_rank", "median_rank")]
-        rows[name] = [n, min(1, 5 / n), *(table[key] for key in recalls), interval, *ranks]
-    columns = [("n", 7), ("chance", 8), *((key, 7) for key in recalls), ("R@5 95%", 16)]
+    for name, table in found.items():
+        for direction in DIRECTIONS:
+            recalls = [table[direction][f"R@{k}"] for k in RECALL_KS]
+            low, high = table[direction].get("interval_95", {}).get("R@5", (None, None))
+            interval = None if low is None else f"{cell(low)} to {cell(high)}"
+            ranks = [f"{table[direction][key]:.1f}" for key in ("mean_rank", "median_rank")]
+            row = [table["n"], min(1, 5 / table["n"]), *recalls, interval, *ranks]
+            rows[f"{direction.replace('_', ' ')}, {name}"] = row
+    columns = [("n", 7), ("chance", 8), *((f"R@{k}", 7) for k in RECALL_KS), ("R@5 95%", 16)]
     show(rows, [*columns, ("mean rank", 11), ("median", 8)], "retrieval", max(map(len, rows)) + 1)
     left_out = results["protocols_left_out"]
     for reason in dict.fromkeys(left_out.values()):
@@ -167,22 +161,15 @@ def print_scores(results: dict) -> None:
     if results["volume_to_volume"] is None:
         print("volume to volume: left out, some volumes have no labels")
         return
-    tables = [results, *([results["second_labels"]] if "second_labels" in results else [])]
-    for number, table in enumerate(tables, start=1):
+    rows, columns = {}, []
+    for number, table in enumerate([results, *filter(None, [results.get("second_labels")])], start=1):
         print(f"labels [{number}]: {table['labels']['table']}")
-    found = [table["volume_to_volume"] for table in tables]
-    rows = {
-        name: [v for t in found for v in (t["queries"], *t[key].values())] for key, name in OVERLAPS.items()
-    }
-    for name in results["protocols"]:
-        rows[f"MAP (by chance), {name}"] = [
-            value for table in found for value in (table["map"][name]["n"], None, *_maps(table["map"][name]))
-        ]
-    columns = [(f"n [{number}]", 7) for number in range(1, len(tables) + 1)]
-    ks = [(f"k={k}", 15) for k in found[0]["per_k"]]
-    show(rows, [c for n in columns for c in (n, *ks)], "volume to volume", max(map(len, rows)) + 1)
-
-
-def _maps(table: dict) -> list[str | None]:
-    found = [table.get(str(k)) for k in MAP_KS]
-    return [one and f"{cell(one['map'])} ({cell(one['chance'])})" for one in found]
+        table = table["volume_to_volume"]
+        columns += [(f"n [{number}]", 7), *((f"k={k}", 15) for k in table["per_k"])]
+        for key, name in OVERLAPS.items():
+            rows.setdefault(name, []).extend([table["queries"], *table[key].values()])
+        for name, found in table["map"].items():
+            maps = [f"{found[f'MAP@{k}']:.3f} ({chance:.3f})" for k, chance in found["chance"].items()]
+            maps = [None, *(maps or [None] * len(MAP_KS))]  # there is no MAP@1
+            rows.setdefault(f"MAP (by chance), {name}", []).extend([found["n"], *maps])
+    show(rows, columns, "volume to volume", max(map(len, rows)) + 1)

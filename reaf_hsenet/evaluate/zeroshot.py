@@ -202,16 +202,13 @@ def print_scores(results: dict) -> None:
     for note in results["notes"]:
         print(f"note: {note}")
     if second := results.get("second_labels"):
-        tables = results, second
-        for number, table in enumerate(tables, start=1):
+        rows, columns = {}, []
+        for number, table in enumerate((results, second), start=1):
             print(f"labels [{number}]: {table['labels']['table']}")
-        both = [
-            {**table["classes"], **{f"{k} of {v['classes']}": v for k, v in table["means"].items()}}
-            for table in tables
-        ]
-        keys = "positives", "auroc", "average_precision"
-        side = {n: [t.get(n, {}).get(key, "") for t in both for key in keys] for n in {**both[0], **both[1]}}
-        columns = [(f"{what} [{i}]", 10) for i in (1, 2) for what in ("n", "AUROC", "AP")]
-        show(side, columns, "class", max(map(len, side)) + 1)
+            columns += [(f"{what} [{number}]", 10) for what in ("n", "AUROC", "AP")]
+            for name, row in (table["classes"] | table["means"]).items():
+                before = rows.setdefault(name, [""] * 3 * (number - 1))
+                before += [row.get("positives", ""), row["auroc"], row["average_precision"]]
+        show(rows, columns, "class", width)
         for note in second["notes"]:
             print(f"note: {note}")

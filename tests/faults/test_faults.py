@@ -722,7 +722,7 @@ faults(
     ),
     Row("three label tables", "--labels a b c", "--labels: expected one or two tables, found 3"),
     Row(
-        "labels of others",
+        "labels of volumes that retrieval does not have",
         write("l.csv", "id,Cardiomegaly\nother,1\n"),
         "l.csv: has no labels of volume valid_1_a_1",
         "--labels {l.csv}",
