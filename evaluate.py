@@ -2,6 +2,7 @@
 
     python evaluate.py --task retrieval                            # runs/clip1-hsenet on its validation split
     python evaluate.py --task retrieval --run RUN --data FOLDER    # any run, any prepared data set
+    python evaluate.py --task retrieval --protocol first_nohead    # among fewer volumes, docs/evaluation.md
     python evaluate.py --task zeroshot --prompts organ             # CT-RATE's classes, with another template
     python evaluate.py --task probe                                # classes, by a probe of the frozen encoder
     python evaluate.py --task retrieval --compare RUN RUN          # evaluated runs side by side
@@ -26,7 +27,7 @@ import torch
 
 from reaf_hsenet import distributed
 from reaf_hsenet.config import CONTRASTIVE, GENERATION, LANGUAGE
-from reaf_hsenet.data.labels import LabelTable, load_label_set, manifest_labels, read_label_table
+from reaf_hsenet.data.labels import label_tables, load_label_set
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
@@ -36,6 +37,7 @@ from reaf_hsenet.evaluate import comparison, figures, language_scores, probe, re
 from reaf_hsenet.evaluate.command import Command, parse
 from reaf_hsenet.evaluate.embeddings import split_embeddings
 from reaf_hsenet.evaluate.language_evaluation import AnsweredRows, asked_rows, fingerprint, generate_answers
+from reaf_hsenet.evaluate.protocols import choose_protocols
 from reaf_hsenet.files import folder_lock, write_json
 from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
@@ -76,7 +78,9 @@ def evaluate_dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
     say_checkpoint(command, run, ranks)
     splits = [command.split, "train"] if command.task == "probe" else [command.split]
     manifest = find_data(command, run, splits, reports=command.task == "retrieval")
-    task = zeroshot_task(command, manifest) if command.task == "zeroshot" else None
+    task = {"retrieval": retrieval_task, "zeroshot": zeroshot_tasks, "probe": probe_tasks}[command.task](
+        command, manifest
+    )
     run.model.to(ranks.device)
 
     # Embed the splits on all ranks, or take what an earlier evaluation has stored; score on the first.
@@ -97,26 +101,37 @@ def evaluate_dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
         return
     vectors = found[command.split]
     if command.task == "retrieval":
-        write_retrieval(command, run, manifest, vectors["image"], vectors["text"], ranks.device)
+        write_retrieval(command, run, manifest, (vectors["image"], vectors["text"]), task, ranks.device)
     elif command.task == "zeroshot":
         write_zeroshot(command, run, manifest, vectors["image"], task)
     else:
-        write_probe(command, run, manifest, vectors["image"], found["train"]["image"])
+        write_probe(command, run, manifest, vectors["image"], found["train"]["image"], task)
     if command.figures:
         saliency_figures(command, run, manifest, ranks.device)
+
+
+def retrieval_task(command: Command, manifest: Manifest) -> tuple[dict, dict, retrieval.Labels]:
+    """Return the rows of each protocol, why others are left out, and the labels that volumes may share."""
+    labels = retrieval.read_labels(command.labels, manifest, command.split, command.label_set)
+    return *choose_protocols(command.protocol, manifest, command.split), labels
 
 
 def write_retrieval(
     command: Command,
     run: Trained,
     manifest: Manifest,
-    image: torch.Tensor,
-    text: torch.Tensor,
+    pair: tuple[torch.Tensor, torch.Tensor],
+    task: tuple[dict, dict, retrieval.Labels],
     device: torch.device,
 ) -> None:
     entries, out = manifest.entries(command.split), command.out or results_folder(command.run)
-    scores, exact, per_scan = retrieval.score(image.to(device), text.to(device), entries)
-    results = {"n": len(entries), "scans": scores["scans"], **evaluated(command, run, manifest), **scores}
+    (image, text), (protocols, left_out, labels) = pair, task
+    drawn = {"resamples": command.bootstrap, "seed": command.seed}
+    scores, exact, per_scan = retrieval.score(
+        image.to(device), text.to(device), entries, protocols, labels, **drawn
+    )
+    results = {**evaluated(command, run, manifest), "bootstrap": drawn, **scores}
+    results["protocols_left_out"] = left_out
     write_json(out / "retrieval.json", results)
     retrieval.write_queries(out / "retrieval_queries.csv", entries, exact, per_scan, run.checkpoint)
     retrieval.print_scores(results)
@@ -125,19 +140,12 @@ def write_retrieval(
         figures.recall_figure(command.figures / "recall.png", exact.ranks)
 
 
-def zeroshot_task(command: Command, manifest: Manifest) -> zeroshot.Task:
-    """Match the prompts with the labels."""
-    table = label_table(command, manifest, command.split)
+def zeroshot_tasks(command: Command, manifest: Manifest) -> list[zeroshot.Task]:
+    """Match the prompts with the labels of --labels, one or two tables, or of the manifest."""
     prompts, label_set = zeroshot.load_prompts(command.prompts), load_label_set(command.label_set)
     ids = [entry["id"] for entry in manifest.entries(command.split)]
-    return zeroshot.define_task(prompts, label_set, table, ids)
-
-
-def label_table(command: Command, manifest: Manifest, split: str) -> LabelTable:
-    """Return the labels of --labels, or the manifest's of a split."""
-    if command.labels:
-        return read_label_table(command.labels, [entry["id"] for entry in manifest.all_entries()])
-    return manifest_labels(manifest, split)
+    tables = label_tables(command.labels, manifest, command.split)
+    return [zeroshot.define_task(prompts, label_set, table, ids) for table in tables]
 
 
 def write_zeroshot(
@@ -145,21 +153,28 @@ def write_zeroshot(
     run: Trained,
     manifest: Manifest,
     image: torch.Tensor,
-    task: zeroshot.Task,
+    tasks: list[zeroshot.Task],
 ) -> None:
     ids = [entry["id"] for entry in manifest.entries(command.split)]
     out = command.out or results_folder(command.run)
-    scores = zeroshot.score(run, image, task)
-    report = classification_report(
-        task.labels, scores, task.names, task.means, command.bootstrap, command.seed
-    )
+    scored = [zeroshot.score(run, image, task) for task in tasks]
+    by_table = [
+        {
+            "labels": {"table": str(task.source), "set": command.label_set},
+            **classification_report(
+                task.labels, found, task.names, task.means, command.bootstrap, command.seed
+            ),
+            "notes": task.notes,
+        }
+        for task, found in zip(tasks, scored, strict=True)
+    ]
+    task, scores = tasks[0], scored[0]
     results = {
         **evaluated(command, run, manifest),
-        "labels": {"table": str(task.source), "set": command.label_set},
         "prompts": {"source": command.prompts, "texts": task.texts},
         "bootstrap": {"resamples": command.bootstrap, "seed": command.seed},
-        **report,
-        "notes": task.notes,
+        **by_table[0],
+        **({"second_labels": by_table[1]} if by_table[1:] else {}),
     }
     write_json(out / "zeroshot.json", results)
     zeroshot.write_scores(out / "zeroshot_scores.csv", ids, task.names, task.labels, scores, run.checkpoint)
@@ -169,45 +184,48 @@ def write_zeroshot(
         figures.roc_figure(command.figures / "roc.png", task.labels, scores, task.names)
 
 
+def probe_tasks(command: Command, manifest: Manifest) -> list[probe.Task]:
+    """Match the training volumes and those to score with the labels of --labels, or of the manifest."""
+    label_set = load_label_set(command.label_set)
+    train, scored = (label_tables(command.labels, manifest, split) for split in ("train", command.split))
+    pairs = zip(train, scored, strict=True)
+    return [probe.define_task(*pair, label_set, manifest, command.split) for pair in pairs]
+
+
 def write_probe(
     command: Command,
     run: Trained,
     manifest: Manifest,
     image: torch.Tensor,
     train_image: torch.Tensor,
+    tasks: list[probe.Task],
 ) -> None:
-    # Match the training volumes that have labels, and those to score, with the classes.
-    out, label_set = command.out or results_folder(command.run), load_label_set(command.label_set)
-    table = label_table(command, manifest, "train")
-    classes = probe.known_classes(table, label_set)
-    rows = [i for i, e in enumerate(manifest.entries("train")) if command.labels or e["labels"] is not None]
-    labelled = [manifest.entries("train")[i] for i in rows]
-    examples, notes = probe.training_examples(train_image[rows], labelled, table, classes)
     ids = [entry["id"] for entry in manifest.entries(command.split)]
-    labels = label_table(command, manifest, command.split).values(
-        ids, [classes[name] for name in examples.names]
-    )
-
-    # Fit and score, then write the probe, which infer.py classify takes, and its results.
-    means = probe.mean_names(label_set, examples.names)
-    fitted, scores, found = probe.score(examples, image, labels, means, command.bootstrap, command.seed)
-    probe.StoredProbe(fitted, examples.names, run.sha256()).write(out / probe.FILE)
+    out = command.out or results_folder(command.run)
+    scored = [probe.score(task, train_image, image, command.bootstrap, command.seed) for task in tasks]
+    by_table = [
+        {"labels": {"table": str(task.source), "set": command.label_set}, **found, "notes": task.notes}
+        for task, (_, _, found) in zip(tasks, scored, strict=True)
+    ]
     results = {
         **evaluated(command, run, manifest),
-        "labels": {"table": str(table.source), "set": command.label_set},
         "bootstrap": {"resamples": command.bootstrap, "seed": command.seed},
-        **found,
-        "notes": notes,
+        **by_table[0],
+        **({"second_labels": by_table[1]} if by_table[1:] else {}),
     }
+
+    # The probe of the first table is stored, for infer.py classify.
+    task, (fitted, scores, _) = tasks[0], scored[0]
+    probe.StoredProbe(fitted, task.names, run.sha256()).write(out / probe.FILE)
     write_json(out / "probe.json", results)
-    zeroshot.write_scores(out / "probe_scores.csv", ids, examples.names, labels, scores, run.checkpoint)
+    zeroshot.write_scores(out / "probe_scores.csv", ids, task.names, task.labels, scores, run.checkpoint)
     probe.print_scores(results)
     print(f"written to {out}")
     if command.figures:
         before = fitted.logits(image).double().sigmoid().numpy()
         curves = {"before calibration": before, "after": scores}
-        figures.reliability_figure(command.figures / "reliability.png", labels, curves)
-        figures.roc_figure(command.figures / "roc.png", labels, scores, examples.names)
+        figures.reliability_figure(command.figures / "reliability.png", task.labels, curves)
+        figures.roc_figure(command.figures / "roc.png", task.labels, scores, task.names)
 
 
 def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:

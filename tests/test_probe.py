@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 import evaluate
 import infer
-from reaf_hsenet.data.labels import LabelTable
+from reaf_hsenet.data.labels import load_label_set, manifest_labels
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.patients import patient_name
 from reaf_hsenet.evaluate import embeddings
-from reaf_hsenet.evaluate.probe import training_examples
+from reaf_hsenet.evaluate.probe import define_task
 from reaf_hsenet.files import read_json, write_json
 from reaf_hsenet.metrics.classification import METRICS, calibration, class_metrics
 from reaf_hsenet.metrics.probe import (
@@ -153,19 +153,6 @@ def test_few_volumes_a_class_leave_out_a_class_that_has_fewer():
     assert np.array_equal(found, again, equal_nan=True)
 
 
-def test_no_patient_is_both_fitted_and_held_out():
-    entries = [{"id": f"train_{p}_{s}_1", "scan": f"train_{p}_{s}"} for p in range(20) for s in "ab"]
-    rows = {entry["id"]: {"one": i % 2} for i, entry in enumerate(entries)}
-    examples, notes = training_examples(
-        torch.zeros(40, 2), entries, LabelTable("table", ["one"], rows), {"one": ["one"]}
-    )
-    sides = {
-        side: {patient_name(e) for e, h in zip(entries, examples.held, strict=True) if h == side}
-        for side in (0, 1)
-    }
-    assert len(sides[1]) == 4 and len(sides[0]) == 16 and not sides[0] & sides[1] and not notes
-
-
 @pytest.fixture
 def many(run_copy, tmp_path) -> tuple:
     """A run, and a data set of its volumes with twenty training patients, half of them with a finding."""
@@ -185,6 +172,18 @@ def many(run_copy, tmp_path) -> tuple:
             (tmp_path / "many" / entry["volume"]).symlink_to(source.absolute())
     write_json(tmp_path / "many/manifest.json", values)
     return run_copy, tmp_path / "many"
+
+
+def test_no_patient_is_both_fitted_and_held_out(many):
+    """Two volumes of each patient."""
+    manifest = load_manifest(many[1])
+    for i, entry in enumerate(manifest.splits["train"]):
+        entry |= {"id": f"train_{i // 2}_a_{i % 2}", "scan": f"train_{i // 2}_a"}
+    tables = manifest_labels(manifest, "train"), manifest_labels(manifest, "validation")
+    task = define_task(*tables, load_label_set("ct-rate"), manifest, "validation")
+    names = [patient_name(manifest.entries("train")[row]) for row in task.rows]
+    held, fitted = ({n for n, h in zip(names, task.held, strict=True) if h == side} for side in (True, False))
+    assert len(held) == 2 and len(fitted) == 8 and not held & fitted and len(task.names) == 18
 
 
 def probe(run, data, *more) -> list[str]:

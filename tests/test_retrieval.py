@@ -1,5 +1,6 @@
 """Retrieval scores: the published numbers, a slow and plain reference, collapsed models and wrong input."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.metrics import retrieval
 from reaf_hsenet.metrics.retrieval import (
+    average_precision,
     cross_retrieval,
     cross_retrieval_per_scan,
     label_overlap,
@@ -229,6 +231,57 @@ def test_label_overlap_is_none_when_no_volume_has_a_positive_label():
     nothing = dict.fromkeys(("1", "5", "10", "50"))
     counts = {"gallery_size": 0, "queries": 5, "queries_without_positive": 5}
     assert found == counts | dict.fromkeys(VARIANTS, nothing)
+
+
+def test_average_precision_of_cases_computed_by_hand():
+    """On a line, nearest first: 0 sees 1 2 3 4; relevant to it are 1 and 3. 2 has no label, 5 no fellow."""
+    image = torch.tensor([[1, 0], [0.99, 0], [0.98, 0], [0.97, 0], [0.96, 0], [0.95, 0]])
+    labels = torch.tensor(
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+    )
+    rows, found, chance = average_precision(image, labels, ks=(1, 2, 3, 50))
+    # All queries see the gallery 0, 1, 3, 4, 5 in this order, without themselves.
+    expected = {
+        0: [1, 1, 1, 1],  # 1* 3* 4 5
+        1: [1, 1, 1, 1],  # 0* 3* 4* 5
+        3: [1, 1, 1, 1],  # 0* 1* 4 5
+        4: [0, 1 / 2, 1 / 2, 1 / 2],  # 0 1* 3 5
+    }
+    assert rows.tolist() == list(expected) and found.tolist() == list(expected.values())
+    # A first at random is relevant for 2, 3, 2 and 1 of the 4 others.
+    assert chance[0] == pytest.approx((2 + 3 + 2 + 1) / 16)
+
+
+def test_average_precision_is_over_what_could_be_found_and_ties_go_by_index():
+    image = torch.ones(5, 2)  # all equally similar: 0, 1, 2, 3, 4 without the query
+    labels = torch.tensor([[1, 0], [0, 1], [1, 0], [1, 0], [0, 1]])
+    _, found, _ = average_precision(image, labels, ks=(2, 50))
+    assert found.tolist() == [
+        pytest.approx([(1 / 2) / 2, (1 / 2 + 2 / 3) / 2]),  # 1 2* 3* 4
+        pytest.approx([0, 1 / 4]),  # 0 2 3 4*
+        pytest.approx([1 / 2, (1 + 2 / 3) / 2]),  # 0* 1 3* 4
+        pytest.approx([1 / 2, (1 + 2 / 3) / 2]),  # 0* 1 2* 4
+        pytest.approx([1 / 2, 1 / 2]),  # 0 1* 2 3
+    ]
+
+
+def test_chance_is_the_mean_average_precision_over_all_orders():
+    image = torch.tensor([[1.0], [1], [1], [1], [1]])
+    labels = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]])
+    chance = average_precision(image, labels, ks=(1, 2, 3, 4))[2]
+    mean = torch.zeros(4, dtype=torch.float64)
+    orders = list(itertools.permutations(range(5)))
+    for order in orders:
+        rows, found, _ = average_precision(image, labels[list(order)], ks=(1, 2, 3, 4))
+        mean += found.mean(0) / len(orders)
+    assert torch.allclose(chance, mean)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_average_precision_of_few_volumes(count):
+    rows, found, chance = average_precision(torch.ones(count, 2), torch.ones(count, 3), ks=(5,))
+    assert found.tolist() == ([[1.0], [1.0]] if count == 2 else [])
+    assert len(rows) == len(found) and (count < 2 or chance.tolist() == [1.0])
 
 
 def test_embeddings_with_nan_are_refused_in_one_line():

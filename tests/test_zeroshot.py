@@ -461,8 +461,8 @@ def test_wrong_flags_are_named(run, tmp_path, monkeypatch):
     wrong("--label-set.*mimic", "--run", run, "--label-set", "mimic")
     wrong("the test split is empty", "--run", run, "--split", "test")
     wrong("runs/clip1-reaf: holds no run", "--model", "reaf", "--data", "nowhere")
-    with pytest.raises(InputError, match="--label-set: is an option of --task zeroshot"):
-        evaluate.main(["--task", "retrieval", "--run", str(run), "--label-set", "ct-rate"])
+    with pytest.raises(InputError, match="--prompts: is an option of --task zeroshot"):
+        evaluate.main(["--task", "retrieval", "--run", str(run), "--prompts", "organ"])
 
 
 @pytest.mark.slow

@@ -53,6 +53,11 @@ class LabelTable:
         own = {name: [name] for name in self.names}
         return own | {name: raw for name, raw in mapped.items() if name not in own}
 
+    def known_classes(self, label_set: LabelSet, more: Iterable[str] = ()) -> dict[str, list[str]]:
+        """Return those of the classes that the label set or `more` names; all, where none is named."""
+        classes, named = self.classes(label_set), {*label_set.columns, *more}
+        return {name: raw for name, raw in classes.items() if name in named} or classes
+
     def values(self, ids: list[str], columns: list[list[str]]) -> np.ndarray:
         """Return (N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume."""
         rows = dict(zip(ids, self._rows(ids), strict=True))
@@ -93,6 +98,12 @@ def manifest_labels(manifest: Manifest, split: str) -> LabelTable:
     labelled = [entry for entry in manifest.entries(split) if entry["labels"] is not None]
     rows = {e["id"]: dict(zip(manifest.labels, e["labels"], strict=False)) for e in labelled}
     return LabelTable(source, manifest.labels, rows)
+
+
+def label_tables(paths: Iterable[Path], manifest: Manifest, split: str) -> list[LabelTable]:
+    """Return the tables of --labels, or without any the labels in the manifest."""
+    known = [entry["id"] for entry in manifest.all_entries()]
+    return [read_label_table(path, known) for path in paths] or [manifest_labels(manifest, split)]
 
 
 def read_label_table(path: Path, known: Iterable[str] = ()) -> LabelTable:

@@ -324,7 +324,8 @@ def _check_entry(entry: dict, labels: int, where: str) -> None:
             "volume": "\0" not in entry["volume"],
             "text": is_text(entry["text"]),
             "labels": marks is None or len(marks) == labels and all(mark in (0, 1) for mark in marks),
-            "source": all(isinstance(source.get(name, ""), str) for name in ("file", "rescale")),
+            "source": all(isinstance(source.get(n, ""), str) for n in ("file", "rescale", "orientation"))
+            and isinstance(source.get("spacing", []), list),
             "table": table_row(entry) is not None,
             "qa": all(isinstance(row, dict) and QA <= row.keys() for row in asked)
             and all(isinstance(text, str) for row in asked for text in row.values()),

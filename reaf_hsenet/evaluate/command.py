@@ -7,6 +7,7 @@ from typing import Literal
 from reaf_hsenet.config import KINDS, RECIPES
 from reaf_hsenet.data.labels import LABEL_SETS
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate.protocols import PROTOCOLS
 from reaf_hsenet.runs.trained import locate_run
 from reaf_hsenet.script import Parser
 from reaf_hsenet.settings import MISSING, add_flags, flags, given, setting
@@ -63,10 +64,19 @@ class Command:
     )
     prompts: str = setting("volume", "volume, organ or a json file (default: volume)", only=("zeroshot",))
     label_set: Literal[tuple(LABEL_SETS)] = setting(
-        "ct-rate", "how label columns become classes (default: ct-rate)", only=("zeroshot", "probe")
+        "ct-rate", "how label columns become classes (default: ct-rate)", only=ENCODER_TASKS
     )
-    labels: Path | None = setting(
-        None, "label table (default: the manifest's labels)", metavar="CSV", only=("zeroshot", "probe")
+    labels: tuple[Path, ...] = setting(
+        (),
+        "label table, or two whose results are shown side by side (default: the manifest's labels)",
+        metavar="CSV",
+        only=ENCODER_TASKS,
+    )
+    protocol: tuple[Literal[PROTOCOLS], ...] = setting(
+        (),
+        "which volumes retrieval is scored among, docs/evaluation.md (default: all that the data allow)",
+        metavar="NAME",
+        only=("retrieval",),
     )
     bootstrap: int = setting(
         1000,
@@ -147,10 +157,8 @@ def check(command: Command) -> None:
             raise InputError("--compare: expected two or more runs")
     elif command.task == "probe" and command.split == "train":
         raise InputError("--split train: is what a probe is fitted on; score it on another split")
-    elif command.task == "retrieval":
-        for name in ("bootstrap", "seed"):
-            if name in command.given:
-                raise InputError(f"--{name}: belongs to --task zeroshot and to --compare; leave it out")
+    if len(command.labels) > 2:
+        raise InputError(f"--labels: expected one or two tables, found {len(command.labels)}")
     if command.bertscore_layer is not None and command.bertscore is None:
         raise InputError("--bertscore-layer: is of the model that --bertscore names; give both")
     for name in ("bertscore", "classifier"):

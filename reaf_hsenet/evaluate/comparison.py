@@ -14,7 +14,7 @@ import numpy as np
 
 from reaf_hsenet.data.sources.tables import csv_rows
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.evaluate.retrieval import DIRECTIONS
+from reaf_hsenet.evaluate.retrieval import DIRECTIONS, draws
 from reaf_hsenet.evaluate.show import show
 from reaf_hsenet.files import read_json
 from reaf_hsenet.metrics.classification import (
@@ -61,8 +61,8 @@ def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[s
     for name in shared:
         (first, first_draws), *others = (run[name] for run in found)
         results[name] = [{"value": float(first)}]
-        for value, draws in others:
-            differences = draws - first_draws
+        for value, drawn in others:
+            differences = drawn - first_draws
             differences = differences[np.isfinite(differences)]  # a resample may lack a label
             some = resamples and len(differences)
             interval = np.percentile(differences, (2.5, 97.5)).tolist() if some else [None, None]
@@ -122,17 +122,9 @@ def _labels(row: dict[str, float]) -> dict[str, float | None]:
     return {name: value if name.startswith("label: ") else None for name, value in row.items()}
 
 
-def _draws(n: int, resamples: int, seed: int) -> np.ndarray:
-    """(R, N): how often each volume is in a resample."""
-    rng = np.random.default_rng(seed)
-    return np.stack(
-        [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)] or [np.ones(n)]
-    )
-
-
 def _recalls(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
     """R@K of both directions: (value, (R,) bootstrap values)."""
-    counts, found = _draws(len(rows), resamples, seed), {}
+    counts, found = draws(len(rows), resamples, seed), {}
     for direction in DIRECTIONS:
         ranks = np.array([int(row[f"{direction}_rank"]) for row in rows])
         for k in (k for k in RECALL_KS if k < len(rows)):

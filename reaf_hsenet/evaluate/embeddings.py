@@ -50,7 +50,9 @@ def stored(
     if ranks.main and not anew:
         try:
             with safe_open(path, "pt") as file:
-                found = load_file(path) if file.metadata() == source else None
+                if file.metadata() == source:
+                    # Copies in memory that is aligned as computed ones are: products round alike.
+                    found = {name: tensor.clone() for name, tensor in load_file(path).items()}
         except (SafetensorError, OSError):
             found = None  # absent, or cut off: computed again
     if distributed.gather_objects(found is not None)[0]:

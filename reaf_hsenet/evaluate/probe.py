@@ -4,7 +4,6 @@ A fifth of the training patients, held out of the fit, choose penalties, calibra
 the logistic regression stand the k nearest training volumes, and regressions that see few volumes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -14,12 +13,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from reaf_hsenet.data.labels import LabelSet, LabelTable
+from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.patients import held_out, patient_name
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.show import cell, show
+from reaf_hsenet.evaluate.zeroshot import print_second_labels
 from reaf_hsenet.files import atomic_write
 from reaf_hsenet.metrics.classification import area_under_roc, both_values, calibration, classification_report
 from reaf_hsenet.metrics.probe import (
+    NEIGHBOURS,
     Probe,
     best_f1_thresholds,
     few_shot_scores,
@@ -27,6 +29,7 @@ from reaf_hsenet.metrics.probe import (
     moments,
     nearest_votes,
 )
+from reaf_hsenet.metrics.retrieval import require_finite
 
 HELD_OUT = 0.2  # of the training patients
 SHOTS, DRAWS = (1, 5, 10, 50), 5
@@ -34,98 +37,114 @@ FILE = "probe.safetensors"
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Volumes of the training split with their labels, and which of them are held out of the fit.
+class Task:
+    """Labels of the training volumes and of those to score, (N, L) bool each, of the classes `names`.
 
-    image: (N, C). labels: (N, L) bool. held: (N,) bool. names: of the classes.
+    rows: (N,) of the training volumes in their split. held: (N,) bool, those held out of the fit. means: as
+    of classification_report. source: where the labels are from. notes: on classes that are left out.
     """
 
-    image: Tensor
-    labels: np.ndarray
-    held: np.ndarray
+    source: Path
     names: list[str]
+    rows: list[int]
+    train_labels: np.ndarray
+    held: np.ndarray
+    labels: np.ndarray
+    means: dict[str, list[str]]
+    notes: list[str]
 
 
-def known_classes(table: LabelTable, label_set: LabelSet) -> dict[str, list[str]]:
-    """Return the label set's classes that the table can tell, else all its columns; each with its columns."""
-    known = table.classes(label_set)
-    return {name: known[name] for name in label_set.columns if name in known} or known
+def define_task(
+    train: LabelTable, scored: LabelTable, label_set: LabelSet, manifest: Manifest, split: str
+) -> Task:
+    """Match the volumes of the training split and of `split` with their labels.
 
-
-def training_examples(
-    image: Tensor, entries: list[dict], table: LabelTable, classes: dict[str, list[str]]
-) -> tuple[Examples, list[str]]:
-    """Match embeddings of the training split with labels; return them, and a note for a class left out.
-
-    Raises InputError unless a class is both present and absent in both parts.
+    Training volumes for which the manifest has no labels are left out, and classes that all or none of the
+    fitted or of the held-out volumes have. Raises InputError when none is left.
     """
-    labels = table.values([entry["id"] for entry in entries], list(classes.values()))
-    patients = [patient_name(entry) for entry in entries]
+    classes = train.known_classes(label_set, manifest.labels)
+    entries = manifest.entries("train")
+    rows = [i for i, e in enumerate(entries) if train.source != manifest.name or e["id"] in train.rows]
+    labels = train.values([entries[i]["id"] for i in rows], list(classes.values()))
+    patients = [patient_name(entries[i]) for i in rows]
     out = held_out(patients, round(HELD_OUT * len(set(patients))))
     held = np.array([patient in out for patient in patients])
-    usable = both_values(labels[held]) & both_values(labels[~held]) if held.any() else held[:0]
-    notes = [
-        f"{name}: all or none of the training volumes have it, or of those held out: left out"
-        for name, use in zip(classes, usable, strict=False)
-        if not use
-    ]
-    if not usable.any():
+    usable = np.zeros(len(classes), dtype=bool)
+    if held.any():
+        usable = both_values(labels[held]) & both_values(labels[~held])
+    names = [name for name, use in zip(classes, usable, strict=True) if use]
+    if not names:
         raise InputError(
-            f"{table.source}: no class is both present and absent among the training volumes and among the "
+            f"{train.source}: no class is both present and absent among the training volumes and among the "
             f"{held.sum()} held out of them; label more of the training split"
         )
-    names = [name for name, use in zip(classes, usable, strict=True) if use]
-    return Examples(image, labels[:, usable], held, names), notes
+    notes = [
+        f"{name}: left out, all or none of the fitted training volumes have it, or of those held out"
+        for name in classes
+        if name not in names
+    ]
+    return Task(
+        source=train.source,
+        names=names,
+        rows=rows,
+        train_labels=labels[:, usable],
+        held=held,
+        labels=scored.values([e["id"] for e in manifest.entries(split)], [classes[n] for n in names]),
+        means={"mean": []} | {mean: out for mean, out in label_set.means.items() if set(out) & set(names)},
+        notes=notes,
+    )
 
 
 def score(
-    train: Examples, image: Tensor, labels: np.ndarray, means: dict, resamples: int, seed: int
+    task: Task, train_image: Tensor, image: Tensor, resamples: int, seed: int
 ) -> tuple[Probe, np.ndarray, dict]:
-    """Fit a probe and score it on other volumes.
+    """Fit a probe on the embeddings of the training split, (N, C), and score it on those of another.
 
-    image: (N, C). labels: (N, L) bool. Returns the probe, its (N, L) probabilities, and what the results
-    file holds.
+    Returns the probe, its probabilities of the scored volumes, and what the results file holds. Raises
+    InputError for embeddings with NaN or infinity.
     """
-    probe = fit_probe(train.image, train.labels, train.held)
+    require_finite(training=train_image, scored=image)
+    train, truth, names = train_image[task.rows], task.train_labels, task.names
+    probe = fit_probe(train, truth, task.held)
     found = probe.probabilities(image)
     scored = classification_report(
-        labels, found, train.names, means, resamples, seed, probe.thresholds.numpy()
+        task.labels, found, names, task.means, resamples, seed, probe.thresholds.numpy()
     )
-    before = calibration(labels, probe.logits(image).double().sigmoid().numpy())
-    after = calibration(labels, found)
-    for j, name in enumerate(train.names):
-        scored["classes"][name] |= {"calibration_error": float(after[0][j]), "brier": float(after[1][j])}
+    before = calibration(task.labels, probe.logits(image).double().sigmoid().numpy())
+    after = calibration(task.labels, found)
+    for name, error, brier in zip(names, *after, strict=True):
+        scored["classes"][name] |= {"calibration_error": float(error), "brier": float(brier)}
 
     # The vote of the nearest volumes; its thresholds come from the votes for those held out of the fit.
-    fitted = train.image[~train.held], train.labels[~train.held]
-    held = nearest_votes(*fitted, train.image[train.held])
-    cuts = best_f1_thresholds(train.labels[train.held], held)
-    votes = nearest_votes(train.image, train.labels, image)
-    nearest = classification_report(labels, votes, train.names, means, thresholds=cuts)
+    held = nearest_votes(train[~task.held], truth[~task.held], train[task.held])
+    cuts = best_f1_thresholds(truth[task.held], held)
+    votes = nearest_votes(train, truth, image)
 
     results = {
-        "volumes": {"training": len(train.image), "held_out": int(train.held.sum())},
+        "volumes": {"training": len(train), "held_out": int(task.held.sum())},
         **scored,
         "calibration": {
             name: {"calibration_error": float(errors.mean()), "brier": float(brier.mean())}
             for name, (errors, brier) in (("before", before), ("after", after))
         },
-        "nearest": nearest,
-        "few_shot": few_shot(train, image, labels, seed),
+        "nearest": classification_report(task.labels, votes, names, task.means, thresholds=cuts),
+        "few_shot": few_shot(train, truth, image, task.labels, seed),
     }
     return probe, found, results
 
 
-def few_shot(train: Examples, image: Tensor, labels: np.ndarray, seed: int) -> dict[str, dict]:
+def few_shot(
+    train: Tensor, train_labels: np.ndarray, image: Tensor, labels: np.ndarray, seed: int
+) -> dict[str, dict]:
     """Return {n: mean AUROC of regressions on n volumes with and n without a class, its 95 % over draws}."""
-    mean, deviation = moments(train.image)
-    features, queries = (train.image - mean) / deviation, (image - mean) / deviation
+    mean, deviation = moments(train)
+    features, queries = (train - mean) / deviation, (image - mean) / deviation
     curve = {}
     for shots in SHOTS:
         areas, used = [], 0
         for draw in range(DRAWS):
             rng = np.random.default_rng((seed, shots, draw))
-            scores = few_shot_scores(features, train.labels, queries, shots, rng)
+            scores = few_shot_scores(features, train_labels, queries, shots, rng)
             kept = ~np.isnan(scores[0]) & both_values(labels)
             used = int(kept.sum())
             if used:
@@ -147,9 +166,9 @@ def print_scores(results: dict) -> None:
         values[name] = [row.get("positives", ""), row["auroc"], interval, row["average_precision"]]
         values[name] += [row["thresholded"]["f1"], row["thresholded"]["balanced_accuracy"]]
         values[name] += [row.get(key, "") for key in ("threshold", "calibration_error", "brier")]
-        values[name] += [voted["auroc"], voted["thresholded"]["f1"]]
+        values[name].append(voted["auroc"])
     columns = [("n", 6), ("AUROC", 7), ("95%", 15), ("AP", 7), ("F1", 7), ("b.acc", 7), ("thr", 7)]
-    show(values, [*columns, ("ECE", 7), ("Brier", 7), ("kNN AUROC", 11), ("kNN F1", 8)], "class", width)
+    show(values, [*columns, ("ECE", 7), ("Brier", 7), ("kNN", 7)], "class", width)
     counts, made = results["volumes"], results["calibration"]
     print(
         f"fitted on {counts['training'] - counts['held_out']} training volumes; penalty, calibration and "
@@ -167,6 +186,12 @@ def print_scores(results: dict) -> None:
     ]
     print()
     show(curve, [("classes", 9), ("AUROC", 7), ("from", 7), ("to", 7)], "volumes a class", 24)
+    print(
+        f"kNN: AUROC of the {NEIGHBOURS} nearest training volumes' vote. labels: {results['labels']['table']}"
+    )
+    for note in results["notes"]:
+        print(f"note: {note}")
+    print_second_labels(results, width)
     told = ", ".join(f"{name} {cell(row['calibration_error'])}" for name, row in made.items())
     print(f"calibration error {told}; Brier score {cell(made['after']['brier'])}")
 
@@ -213,8 +238,3 @@ def read_probe(path: Path, model: str, width: int) -> StoredProbe:
     ):
         raise InputError(f"{path}: has weights of {tuple(probe.weight.shape)}; {again}")
     return StoredProbe(probe, names, model)
-
-
-def mean_names(label_set: LabelSet, names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the means to take: over all classes, and those of the label set that leave some out."""
-    return {"mean": []} | {mean: out for mean, out in label_set.means.items() if set(out) & set(names)}

@@ -116,7 +116,7 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
         else:
             absent.append(prompt)
     if absent and (prompts.source not in PROMPTS or not scored_from):
-        offered = [label for label in known if label in label_set.columns] or known
+        offered = table.known_classes(label_set)
         raise InputError(
             f"--prompts {prompts.source}: the labels of {table.source} have no class {absent[0]} "
             f"(--label-set {label_set.name}); they have {', '.join([*offered, *parents])}"
@@ -206,5 +206,23 @@ def print_scores(results: dict) -> None:
     print(f"{'':<{width + 35}}{'at argmax':^30}{'':>7}{'at the threshold':^30}")
     show(values, columns, "class", width)
     print("n: positives. F1: weighted. Thresholds are found on this data itself, as published.")
+    print(f"labels: {results['labels']['table']}")
     for note in results["notes"]:
+        print(f"note: {note}")
+    print_second_labels(results, width)
+
+
+def print_second_labels(results: dict, width: int) -> None:
+    """Print what two tables of labels give, side by side, where there are two."""
+    if "second_labels" not in results:
+        return
+    rows, columns, second = {}, [], results["second_labels"]
+    for number, table in enumerate((results, second), start=1):
+        print(f"labels [{number}]: {table['labels']['table']}")
+        columns += [(f"{what} [{number}]", 10) for what in ("n", "AUROC", "AP")]
+        for name, row in (table["classes"] | table["means"]).items():
+            before = rows.setdefault(name, [""] * 3 * (number - 1))
+            before += [row.get("positives", ""), row["auroc"], row["average_precision"]]
+    show(rows, columns, "class", width)
+    for note in second["notes"]:
         print(f"note: {note}")

@@ -2,7 +2,8 @@
 
 Embeddings are unit vectors, (N, C), and the similarity of two is their dot product in float32. Sources:
 HSENet (commit c7198f3) for the recall of exact pairs, CT-CLIP (`volume_to_volume.py`) for the label overlap;
-the other scores answer what those two leave open, and carry names of their own.
+the other scores answer what those two leave open, and carry names of their own. What CT-CLIP prints as MAP@K
+is its label overlap; average_precision is the textbook's.
 
 No (Q, G) matrix is ever built: queries go in blocks of as many rows as give 32 MB of similarities. Equal
 similarities are ordered by gallery index, as the published stable sort does; so a model that collapsed to one
@@ -20,6 +21,7 @@ from reaf_hsenet.errors import InputError
 BLOCK_SIMILARITIES = 2**23
 RECALL_KS = (1, 5, 10, 50, 100)
 OVERLAP_KS = (1, 5, 10, 50)
+MAP_KS = (5, 10, 50)
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,44 @@ def label_overlap(
         "as_published_accumulating": accumulating,
         **per_k,
     }
+
+
+@torch.no_grad()
+def average_precision(
+    image: torch.Tensor, labels: torch.Tensor, ks: Sequence[int] = MAP_KS
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Volume-to-volume retrieval among volumes with a positive label: the average precision of each query.
+
+    A volume that shares a positive label is relevant, the query itself is left out. AP@k is the sum of the
+    precisions at the relevant of the k nearest, over min(k, relevant): 1 where none could be ranked better.
+    image: (N, C). labels: (N, L) of 0 and 1.
+    Returns (rows of the Q queries that have a relevant volume; (Q, len(ks)) float64 AP@k; the mean over
+    queries of what a random order is expected to have, (len(ks),)). Raises InputError as label_overlap.
+    """
+    require_finite(image=image)
+    labels = labels.to(device=image.device, dtype=torch.bool)
+    rows = torch.arange(len(image), device=image.device)[labels.any(1)]
+    image, marks, count = image[rows], labels[rows].float(), len(rows)
+    index = torch.arange(count, device=image.device)
+    nearest = max(0, min(max(ks), count - 1))
+    hits = image.new_empty((count, nearest), dtype=torch.float64)
+    relevant = image.new_empty(count, dtype=torch.float64)
+    for block, similarity in _similarity_blocks(image, image):  # (b, G)
+        keys = _sort_keys(similarity).masked_fill_(index[block, None] == index, _NEVER)
+        shared = marks[block] @ marks.T > 0
+        hits[block] = shared.gather(1, keys.topk(nearest, dim=1).indices).double()
+        relevant[block] = (shared.sum(1) - 1).double()
+    queries = relevant > 0
+    rows, hits, relevant = rows[queries], hits[queries], relevant[queries, None]
+    rank = 1 + torch.arange(nearest, device=image.device)
+    # A hit at a rank, times the hits up to it, which at random are this one and those expected before it.
+    expected = relevant / (count - 1) * (1 + (rank - 1) * (relevant - 1) / max(1, count - 2)) / rank
+    precisions = hits * hits.cumsum(1) / rank
+    found, chance = (
+        torch.stack([part[:, :k].sum(1) / relevant[:, 0].clamp(max=k) for k in ks], dim=1)
+        for part in (precisions, expected)
+    )
+    return rows, found, chance.mean(0)
 
 
 def _mean_over_queries(scores: torch.Tensor) -> float | None:

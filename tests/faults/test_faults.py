@@ -716,6 +716,17 @@ faults(
     Row("no such split", "--split test", "manifest.json: the test split is empty; prepare"),
     Row("out is a file", write("out", "x"), "out: is a file; expected a folder to write into", "--out {out}"),
     Row("flag of another task", "--questions size", "--questions: is an option of --task vqa"),
+    Row("protocol of no name", "--protocol last_all", "--protocol: invalid choice: 'last_all'"),
+    Row(
+        "no list of heads", "--protocol first_nohead", "--protocol first_nohead: ...put the...no_chest_*.txt"
+    ),
+    Row("three label tables", "--labels a b c", "--labels: expected one or two tables, found 3"),
+    Row(
+        "labels of volumes that retrieval does not have",
+        write("l.csv", "id,Cardiomegaly\nother,1\n"),
+        "l.csv: has no labels of volume valid_1_a_1",
+        "--labels {l.csv}",
+    ),
 )
 faults(
     f"{RETRIEVAL} --data {{data}}",
