@@ -5,6 +5,7 @@
     python evaluate.py --task zeroshot --prompts organ             # CT-RATE's classes, with another template
     python evaluate.py --task retrieval --compare RUN RUN          # evaluated runs side by side
     python evaluate.py --task mrg                                  # reports of runs/mrg-hsenet
+    python evaluate.py --task mrg --predictions FILE --data FOLDER # reports made elsewhere, no run
     python evaluate.py --task vqa --questions location             # answers of runs/vqa-hsenet
 
 Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv, embeddings.safetensors;
@@ -21,6 +22,7 @@ if __name__ == "__main__":
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -31,10 +33,18 @@ from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import read_templates
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import comparison, figures, language_scores, retrieval, zeroshot
 from reaf_hsenet.evaluate.command import Command, parse
-from reaf_hsenet.evaluate.language_evaluation import AnsweredRows, asked_rows, fingerprint, generate_answers
+from reaf_hsenet.evaluate.language_evaluation import (
+    AnsweredRows,
+    Asked,
+    asked_rows,
+    fingerprint,
+    generate_answers,
+)
+from reaf_hsenet.evaluate.predictions import read_predictions, write_vlm3d
 from reaf_hsenet.files import atomic_write, folder_lock, write_json
 from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
@@ -56,7 +66,10 @@ def main(argv: list[str]) -> int:
         figures.new_figure(1, 1)  # a missing matplotlib is said now, too
     ranks = distributed.start(command.device, hours=24)
     try:
-        (evaluate_language if command.task in LANGUAGE else evaluate_dual_encoder)(command, ranks)
+        if command.predictions:
+            evaluate_predictions(command, ranks)
+        else:
+            (evaluate_language if command.task in LANGUAGE else evaluate_dual_encoder)(command, ranks)
     finally:
         distributed.stop()
     return 0
@@ -202,12 +215,7 @@ def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
         "precision": str(run.model.decoder.embed_tokens.weight.dtype),
         "rows_sha256": fingerprint(everything, data.entries),
     }
-    bert = labeler = None
-    if ranks.main:  # the other ranks score nothing
-        if command.bertscore:
-            bert = load_bert(command.bertscore, command.bertscore_layer, ranks.device)
-        if command.classifier:
-            labeler = load_classifier(command.classifier, ranks.device)
+    readers = load_readers(command, manifest, ranks) if ranks.main else {}  # the other ranks score nothing
     run.place(ranks.device, command.compile)
 
     # Generate on all ranks, score and write on the first.
@@ -220,21 +228,66 @@ def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
         if not ranks.main:
             return
         if reports:
-            phantoms = language_scores.are_phantoms(manifest)
-            truth = language_scores.true_labels(manifest, [data.entries[row.entry] for row in rows])
-            named = str(command.classifier) if labeler else None
-            if phantoms and labeler is None:
-                labeler, named = phantom_labels, "phantoms"
-            scores, table = language_scores.report_scores(texts, rows, truth, labeler, phantoms, bert)
-            scores["labeler"] = named
+            scores, table = score_reports(command, manifest, texts, rows, readers)
         else:
-            scores, table = language_scores.answer_scores(texts, rows, bert)
+            scores, table = language_scores.answer_scores(texts, rows, readers["bert"])
         where = {"data": str(manifest.folder), **run.checkpoint.record()}
         write_json(out / f"{command.task}.json", {"n": len(rows), **head, **where, **scores})
         language_scores.write_rows(out / f"{command.task}.csv", table, run.checkpoint)
         kept.finish(len(rows))
     (language_scores.print_reports if reports else language_scores.print_answers)(scores)
     print(f"written to {out}")
+
+
+def evaluate_predictions(command: Command, ranks: distributed.Ranks) -> None:
+    """Score reports that were made elsewhere; of the data set only texts and labels are read."""
+    if not ranks.main:
+        return
+    manifest = load_manifest(command.data)
+    manifest.check_reports(command.split)
+    entries = manifest.entries(command.split)
+    rows = [Asked(entry["id"], i, "", clean_report(entry["text"])) for i, entry in enumerate(entries)]
+    texts, labels = read_predictions(command.predictions, [row.id for row in rows])
+    readers, out = load_readers(command, manifest, ranks), results_folder(command)
+    scores, table = score_reports(command, manifest, texts, rows, readers, labels)
+    head = {"n": len(rows), "predictions": str(command.predictions), "split": command.split}
+    write_json(out / "mrg.json", {**head, "data": str(manifest.folder), **scores})
+    language_scores.write_rows(out / "mrg.csv", table, command.predictions)
+    language_scores.print_reports(scores)
+    print(f"written to {out}; the baselines by a run's embeddings need a run")
+
+
+def load_readers(command: Command, manifest: Manifest, ranks: distributed.Ranks) -> dict:
+    """Return what reads texts to score them, by the names of report_scores."""
+    bert, phantoms = None, command.task == "mrg" and language_scores.are_phantoms(manifest)
+    labeler = phantom_labels if phantoms else None
+    if command.bertscore:
+        bert = load_bert(command.bertscore, command.bertscore_layer, ranks.device)
+    if command.classifier:
+        labeler = load_classifier(command.classifier, ranks.device)
+    return {"bert": bert, "labeler": labeler, "phantoms": phantoms}
+
+
+def score_reports(
+    command: Command,
+    manifest: Manifest,
+    texts: list[str],
+    rows: list[Asked],
+    readers: dict,
+    labels: np.ndarray | None = None,
+) -> tuple[dict, list[dict]]:
+    entries, labeler = manifest.entries(command.split), readers["labeler"]
+    truth = language_scores.true_labels(manifest, [entries[row.entry] for row in rows])
+    if labels is None and labeler:
+        labels = labeler(texts)
+    scores, table = language_scores.report_scores(
+        texts, rows, truth, labels=labels, places=command.places, **readers
+    )
+    scores["labeler"] = str(command.classifier or "phantoms") if labeler else None
+    if command.format:
+        path = results_folder(command) / "predictions.json"
+        write_vlm3d(path, [row.id for row in rows], texts, labels)
+    return scores, table
 
 
 def say_checkpoint(command: Command, run: Trained, ranks: distributed.Ranks) -> None:
@@ -261,9 +314,11 @@ def find_data(command: Command, run: Trained, reports: bool) -> Manifest:
 
 
 def results_folder(command: Command) -> Path:
-    """Return --out; else the run's own folder, or for published weights one here."""
+    """Return --out; else the run's own folder, or for published weights and reports one here."""
     if command.out:
         return command.out
+    if command.predictions:
+        return Path("eval") / command.predictions.stem
     return Path("eval") / command.run.stem if is_published(command.run) else Run(command.run).folder / "eval"
 
 

@@ -103,6 +103,23 @@ class Command:
     classifier: Path | None = setting(
         None, "BERT or RoBERTa that reads 18 findings, as RadBERT", metavar="FOLDER", only=("mrg",)
     )
+    places: bool = setting(
+        False, "score sides and lobes of real reports, read by rules (phantoms have them)", only=("mrg",)
+    )
+    predictions: Path | None = setting(
+        None,
+        "score these reports, made elsewhere, of the volumes of --data: VLM3D's json, or mrg.csv",
+        metavar="FILE",
+        only=("mrg",),
+    )
+    format: Literal["vlm3d"] | None = setting(
+        None, "write predictions.json, too, as the VLM3D challenge takes it", only=("mrg",)
+    )
+    baselines: bool = setting(
+        True,
+        "reports by the training scans' embeddings, too, which are computed once (default: yes)",
+        only=("mrg",),
+    )
     decoder: str | None = _language(
         None,
         "of published packers and adapters: folder or hub id of the decoder they stand on",
@@ -118,6 +135,8 @@ class Command:
 
 FLAGS = flags(Command)
 COMPARED = {"task", "compare", "out", "bootstrap", "seed"}  # flags that --compare goes with
+SCORED = {"task", "predictions", "data", "split", "out", "device", "bertscore", "bertscore_layer"}
+SCORED |= {"classifier", "places", "format"}  # flags that --predictions goes with
 
 
 def parse(argv: list[str], description: str) -> Command:
@@ -144,6 +163,13 @@ def check(command: Command) -> None:
         for name in ("bootstrap", "seed"):
             if name in command.given:
                 raise InputError(f"--{name}: belongs to --task zeroshot and to --compare; leave it out")
+    if command.predictions:
+        if foreign := sorted(command.given.keys() - SCORED):
+            raise InputError(f"--{foreign[0].replace('_', '-')}: is of a run, and --predictions has none")
+        if not command.data:
+            raise InputError(
+                "--predictions: needs the data set whose volumes they are of; name it with --data"
+            )
     if command.bertscore_layer is not None and command.bertscore is None:
         raise InputError("--bertscore-layer: is of the model that --bertscore names; give both")
     for name in ("bertscore", "classifier"):
