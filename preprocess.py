@@ -2,6 +2,7 @@
 
     python preprocess.py --dataset phantom --out data/phantom              # synthetic CT, nothing to download
     python preprocess.py --dataset ct-rate --root CT-RATE --out data/ct-rate --workers 16
+    python preprocess.py --dataset ct-rate --root CT-RATE --out data/ct-rate --development 500  # patients
     python preprocess.py --dataset nifti --root scans --csv scans/reports.csv --out data/mine --recipe reaf
     python preprocess.py --dataset reaf --root /data/ct_rate --out data/reaf  # REAF's .pt and reports
     python preprocess.py --dataset reaf --root /data/ct_rate --out data/as-is --as-is  # only a list of them
@@ -71,6 +72,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         choices=KINDS,
         default=list(KINDS),
         help="radgenome: kinds to add (default: all)",
+    )
+    data.add_argument(
+        "--development",
+        type=int,
+        metavar="N",
+        help="hold N training patients out, on which checkpoints are then chosen (default: 0)",
     )
     recipe = parser.add_argument_group("recipe (defaults are the method's own)")
     recipe.add_argument("--recipe", choices=tuple(RECIPES), help="default: hsenet; of --dataset reaf: reaf")
@@ -156,6 +163,10 @@ def main(argv: list[str]) -> int:
         raise InputError(
             "--dataset is missing; say which, or give --slices ENCODER for volumes that --out holds already"
         )
+    if args.development is not None and args.dataset in (None, "radgenome"):
+        raise InputError("--development: needs the --dataset that its volumes are of")
+    if (args.development or 0) < 0:
+        raise InputError(f"--development {args.development}: expected 0 or more patients")
     add_features = slice_step(args)
     prepare_data = join_questions if args.dataset == "radgenome" else prepare_volumes
     refused = []
@@ -183,6 +194,8 @@ def prepare_volumes(args: argparse.Namespace) -> Refused:
         sizes = args.train_size, args.valid_size
         write_phantom_dataset(args.root, *sizes, args.seed, tuple(args.shape), args.workers, progress=True)
     source = dataset.read(required_root(args), **{name: getattr(args, name) for name in dataset.flags})
+    if args.development:
+        source = source.with_development(args.development)
     if args.as_is:
         manifest, refused = list_as_is(source, args.out, options)
     else:

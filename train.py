@@ -71,8 +71,10 @@ def train(command: Command, ranks: Ranks) -> int:
             return 0
         code = fit(training)
         if code == 0 and ranks.main:
-            best = run.pointer("best")
-            print(f"{run.folder}: finished; best checkpoint {best}, which is taken by name only", flush=True)
+            chosen_on = run.read_config()["best_of"]
+            taken = "by name only" if chosen_on == "validation" else "unless another one is named"
+            best = f"best checkpoint {run.pointer('best')}, chosen on the {chosen_on} split"
+            print(f"{run.folder}: finished; {best}, which is taken {taken}", flush=True)
         return code
 
 
@@ -142,7 +144,6 @@ def start(command: Command, run: Run, ranks: Ranks) -> Training | None:
         values = {
             "version": __version__,
             "stage": command.stage,
-            "best_of": "validation",  # the split whose rows choose `best`
             "preset": setup.preset,
             **setup.values(),
             "world": ranks.world,
@@ -286,7 +287,7 @@ def train_step(
 
 
 def validate(training: Training) -> bool:
-    """Measure the validation split and log it. Returns whether it is finite and the best so far."""
+    """Measure the split that chooses checkpoints, and log it. Returns whether it is finite and the best."""
     progress, stability, by = training.progress, training.stability, training.config.best_by
     training.state.model.eval()
     progress.validated = progress.step

@@ -331,7 +331,9 @@ class TrainConfig:
         Augmentation(), "train on the volumes as they are", flag="no_augment", const=NO_AUGMENTATION
     )
     validate_every: float = _changeable(0.04, "share of all steps between validations", above=0, most=1e6)
-    validate_samples: int = _changeable(512, "first N of the validation split", metavar="N", above=0)
+    validate_samples: int = _changeable(
+        512, "first N of the split that is validated on", metavar="N", above=0
+    )
     save_every: int = _changeable(1000, "steps between checkpoints", above=0)
     keep: int = _changeable(2, "checkpoints to keep beside the best and the last good (default: 2)", above=0)
     first_step: Literal[0, 1] = 0

@@ -97,6 +97,11 @@ class Manifest:
             raise InputError(f"{self.name}: the {split} split is empty; prepare some volumes for it")
         return entries
 
+    @property
+    def chosen_on(self) -> str:
+        """Name the split that training validates on, and so chooses its checkpoints."""
+        return "development" if self.splits.get("development") else "validation"
+
     def check(self, splits: list[str], slices: bool = False, reports: bool = True) -> None:
         """Raise InputError for the first volume, slice features (with `slices`) or report that is missing."""
         for split in splits:

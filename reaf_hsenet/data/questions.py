@@ -125,9 +125,10 @@ def questions(manifest: Manifest, split: str, kind: str) -> list[tuple[int, dict
     rows = ((i, row) for i, entry in enumerate(manifest.entries(split)) for row in entry.get("qa", ()))
     found = [(i, row) for i, row in rows if row["kind"] == kind]
     if not found:
+        table = "train" if split == "development" else split
         raise InputError(
             f"{manifest.name}: its {split} split has no questions of kind {kind}; add those of "
-            f"{split}_vqa_{kind}.csv with preprocess.py --dataset radgenome --root TABLES --out "
+            f"{table}_vqa_{kind}.csv with preprocess.py --dataset radgenome --root TABLES --out "
             f"{manifest.folder} (of phantoms, TABLES is their raw folder)"
         )
     return found
@@ -152,8 +153,10 @@ def add_questions(
     with folder_lock(folder):
         manifest = load_manifest(folder)
         refused = []
-        for split in dict.fromkeys((*SPLITS, *manifest.splits)):
-            entries = manifest.splits.get(split, [])
+        for split in dict.fromkeys((*SPLITS, *(s for s in manifest.splits if s != "development"))):
+            # The development split is a part of what the tables call train.
+            parts = (split, "development") if split == "train" else (split,)
+            entries = [entry for part in parts for entry in manifest.splits.get(part, [])]
             found, bad = read_questions(tables, split, [e["id"] for e in entries], kinds)
             refused += bad
             for entry in entries:

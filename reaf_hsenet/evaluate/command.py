@@ -43,11 +43,14 @@ class Command:
     )
     checkpoint: str | None = setting(
         None,
-        "last (default, as published), best (chosen by the validation) or a step, step-000100",
+        "last, best (chosen by the validation) or a step, step-000100 (default: last, as "
+        "published; best where a development split chose it)",
         metavar="NAME",
     )
     data: Path | None = setting(None, "prepared data set (default: the run's own)")
-    split: Literal["train", "validation", "test"] = setting("validation", "default: validation")
+    split: Literal["train", "development", "validation", "test"] = setting(
+        "validation", "default: validation"
+    )
     out: Path | None = setting(None, "folder of the results (default: RUN/eval)")
     batch_size: int = setting(16, "default: 16", least=1)
     workers: int = setting(0, "processes that read volumes (default: 0)", least=0)

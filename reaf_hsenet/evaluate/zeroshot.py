@@ -186,15 +186,16 @@ def print_scores(results: dict) -> None:
     """Print a line for each class and mean: ranking metrics, those at argmax and those at the threshold."""
     rows = {**results["classes"], **{f"{k} of {v['classes']}": v for k, v in results["means"].items()}}
     width = max(map(len, rows)) + 1
-    at_cut = [(name, 6) for name in ("b.acc", "acc", "F1", "rec", "prec")]  # of AT_A_CUT
+    at_cut = [(name, 6) for name in ("b.acc", "acc", "F1", "rec", "prec")]  # the first of AT_A_CUT
     columns = [("n", 6), ("AUROC", 7), ("95%", 15), ("AP", 7), *at_cut, ("thr", 7), *at_cut]
     values = {}
     for name, row in rows.items():
         low, high = row["interval_95"]["auroc"] if "interval_95" in row else (None, None)
         interval = None if low is None else f"{cell(low)} to {cell(high)}"
         values[name] = [row.get("positives", ""), row["auroc"], interval, row["average_precision"]]
-        values[name] += [row["argmax"][metric] for metric in AT_A_CUT]
-        values[name] += [row.get("threshold"), *(row["thresholded"][metric] for metric in AT_A_CUT)]
+        values[name] += [row["argmax"][metric] for metric in AT_A_CUT[: len(at_cut)]]
+        values[name] += [row.get("threshold")]
+        values[name] += [row["thresholded"][metric] for metric in AT_A_CUT[: len(at_cut)]]
     print(f"{'':<{width + 35}}{'at argmax':^30}{'':>7}{'at the threshold':^30}")
     show(values, columns, "class", width)
     print("n: positives. F1: weighted. Thresholds are found on this data itself, as published.")

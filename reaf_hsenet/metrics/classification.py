@@ -1,5 +1,5 @@
-"""Zero-shot classification scores: ranking, argmax and threshold metrics per class, means, bootstrap
-intervals.
+"""Classification scores: ranking, argmax and threshold metrics per class, means, bootstrap intervals,
+calibration.
 
 labels: (N, C) bool, scores: (N, C) probabilities of N volumes and C classes, compared in float64. Metrics are
 arrays (..., M, C) in the order of METRICS, NaN where undefined. Source of the argmax and threshold rules: the
@@ -11,13 +11,14 @@ data itself. Scores are sorted once a class; a resample only changes the weights
 
 import numpy as np
 
-AT_A_CUT = ("balanced_accuracy", "accuracy", "f1_weighted", "recall", "precision")
+AT_A_CUT = ("balanced_accuracy", "accuracy", "f1_weighted", "recall", "precision", "f1")
 METRICS = (
     "auroc",
     "average_precision",
     *(f"argmax.{name}" for name in AT_A_CUT),
     *(f"thresholded.{name}" for name in AT_A_CUT),
 )
+BINS = 15  # of the expected calibration error
 PER_BLOCK = 2**21  # counts of resamples held at a time
 
 
@@ -28,14 +29,16 @@ def classification_report(
     means: dict[str, list[str]],
     resamples: int = 0,
     seed: int = 0,
+    thresholds: np.ndarray | None = None,
 ) -> dict[str, dict]:
     """{"classes": {name: metrics}, "means": {name: metrics}}, ready for JSON: an undefined metric is None.
 
     means: for each mean the classes it leaves out. A class with one label value is in none; `classes` counts
     what is. With resamples, `interval_95` holds [low, high] of every metric (percentile bootstrap over
-    volumes). The thresholds are found on the data itself, as published, and stay fixed in resamples.
+    volumes). thresholds: (C,); without them they are found on the data itself, as published. They stay fixed
+    in resamples.
     """
-    thresholds = find_thresholds(labels, scores)
+    thresholds = find_thresholds(labels, scores) if thresholds is None else thresholds
     values = class_metrics(labels, scores, thresholds, np.ones((1, len(labels))))[0]
     draws = bootstrap(labels, scores, thresholds, resamples, seed) if resamples else None
     usable = both_values(labels)
@@ -151,7 +154,7 @@ def _ranking(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> tupl
 
 
 def _at_a_cut(labels: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(R, 5, C): the metrics AT_A_CUT of the confusion matrices."""
+    """(R, 6, C): the metrics AT_A_CUT of the confusion matrices."""
     tp, fp = counts @ (labels & predicted), counts @ (~labels & predicted)
     positives = counts @ labels
     total = counts.sum(1, keepdims=True)
@@ -163,7 +166,34 @@ def _at_a_cut(labels: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> 
         f1 = np.nan_to_num(2 * tp / (2 * tp + fp + fn))
         f1_negative = np.nan_to_num(2 * tn / (2 * tn + fp + fn))
     f1_weighted = (positives * f1 + negatives * f1_negative) / total
-    return np.stack([(recall + specificity) / 2, (tp + tn) / total, f1_weighted, recall, precision], axis=1)
+    found = [(recall + specificity) / 2, (tp + tn) / total, f1_weighted, recall, precision, f1]
+    return np.stack(found, axis=1)
+
+
+def calibration(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (C,) expected calibration errors and Brier scores.
+
+    The error is the mean, over volumes, of |mean probability - share of positives| of their bin; 15 bins of
+    equal width (Guo et al. 2017, here of the probability that the class is present).
+    """
+    errors = [
+        (np.abs(predicted - present) * count).sum() / count.sum()
+        for predicted, present, count in map(reliability, labels.T, probabilities.T)
+    ]
+    return np.array(errors), np.square(probabilities - labels).mean(0)
+
+
+def reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return of each occupied bin its mean probability, share of positives and number of volumes.
+
+    labels, probabilities: of any one shape.
+    """
+    row = np.minimum((probabilities.ravel() * BINS).astype(int), BINS - 1)
+    count = np.bincount(row, minlength=BINS)
+    some = count > 0
+    sums = (np.bincount(row, x.ravel(), BINS)[some] for x in (probabilities, labels))
+    predicted, present = (total / count[some] for total in sums)
+    return predicted, present, count[some]
 
 
 def _nested(values: np.ndarray) -> dict:

@@ -152,7 +152,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     if setup.resumed and setup.origin.get("teacher"):
         setup.teacher = resumed_teacher(command, setup)
     bad = BadVolumes(settings.max_bad, ranks)
-    bad.check(setup.manifest, ["train", "validation"], setup.guided)
+    bad.check(setup.manifest, ["train", setup.manifest.chosen_on], setup.guided)
 
     # The data: volumes with their reports.
     data = partial(
@@ -205,7 +205,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
         train_set=train_set,
         encode=encode,
         loss=stage.loss,
-        validate=partial(validate, data=data(split="validation"), settings=settings, bad=bad),
+        validate=partial(validate, data=data(split=setup.manifest.chosen_on), settings=settings, bad=bad),
         blocks=[*model.vision.blocks, *model.text.blocks],
         bad=bad,
         measured=SCORES,

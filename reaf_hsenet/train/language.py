@@ -48,7 +48,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     if settings.shard:
         require_shardable(ranks, config.full, settings.precision, command.compile)
     bad = BadVolumes(settings.max_bad, ranks)
-    bad.check(setup.manifest, ["train", "validation"], setup.guided)
+    bad.check(setup.manifest, ["train", setup.manifest.chosen_on], setup.guided)
 
     # The model with its weights. A resumed run's checkpoint has those of what it trains.
     torch.manual_seed(settings.seed)
@@ -73,7 +73,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     if setup.features:
         shapes = [(math.prod(encoder.grid), encoder.width) for encoder in config.encoders]
         cache = FeatureCache(setup.features, setup.origin["encoders"], setup.manifest, dtype, shapes)
-        fill_cache(cache, model, ("train", "validation"), ranks, setup.guided, bad)
+        fill_cache(cache, model, ("train", setup.manifest.chosen_on), ranks, setup.guided, bad)
     data = partial(
         LanguageDataset,
         setup.manifest,
@@ -92,7 +92,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
         slices_follow=settings.slices_follow,
         list_epochs=settings.list_epochs,
     )
-    validation_set = data(split="validation")
+    validation_set = data(split=setup.manifest.chosen_on)
     for part in (train_set, validation_set):
         part.check_questions()
     return Job(

@@ -137,7 +137,9 @@ def train_settings(command: Command, preset: str, manifest: Manifest, ranks: Ran
         )
     config = fitting_batch(config, rows, "samples", ranks, say)
     labelled = all(
-        entry["labels"] is not None for split in ("train", "validation") for entry in manifest.entries(split)
+        entry["labels"] is not None
+        for split in ("train", manifest.chosen_on)
+        for entry in manifest.entries(split)
     )
     if command.decoder is None and labelled:
         return config

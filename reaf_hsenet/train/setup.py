@@ -57,6 +57,7 @@ class Setup:
             "slices": self.manifest.slices if self.guided else None,
             "train": to_dict(self.train),
             "data": str(self.manifest.location.absolute()),
+            "best_of": self.manifest.chosen_on,
             **features,
         }
 
@@ -128,6 +129,11 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
     manifest.require(from_dict(Recipe, values["recipe"], source), str(run.folder))
     if values.get("slices"):
         manifest.require_slices(values["slices"], str(run.folder))
+    if manifest.chosen_on != values["best_of"]:
+        raise InputError(
+            f"{manifest.name}: checkpoints would be chosen on {manifest.chosen_on}, those of {run.folder} "
+            f"were on {values['best_of']}; prepare it with the run's --development"
+        )
 
     # What the command line names must be what the run has, but for what changes nothing that is learned.
     have = flag_values(config) | flag_values(settings)

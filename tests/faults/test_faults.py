@@ -285,6 +285,11 @@ faults(
         "r.json: holds no list; expected a list of image and",
         "reaf --root {reaf}",
     ),
+    Row(
+        "held out whole", "nifti --root {scans} --development 2", "--development 2: there are 2 training pat"
+    ),
+    Row("held out less than not", "nifti --root {scans} --development -1", "--development -1: expected 0 or"),
+    Row("held out of questions", "radgenome --development 1", "--development: needs the --dataset that"),
     Row("of CT-RATE, empty", "ct-rate --root {scans}", "train_reports.csv or validation_reports.csv below"),
 )
 faults(

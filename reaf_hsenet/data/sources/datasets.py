@@ -6,10 +6,11 @@ empty report, an absent file) carries the reason as `problem`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reaf_hsenet.config import RECIPES, Recipe
+from reaf_hsenet.data.patients import held_out, patient_name
 from reaf_hsenet.data.sources.tables import plain_path
 from reaf_hsenet.data.volume import TableRow
 from reaf_hsenet.errors import InputError
@@ -71,6 +72,24 @@ class Source:
                         f"{case.path}: is the file of id {other.id} and of id {case.id}; keep one"
                     )
         return cases
+
+    def with_development(self, count: int) -> "Source":
+        """Return the source with all cases of `count` training patients in a split `development`.
+
+        Raises InputError when no training patient is left.
+        """
+        train = self.splits.get("train", [])
+        patients = {patient_name(vars(case)) for case in train if not case.problem}
+        if count >= len(patients):
+            raise InputError(
+                f"--development {count}: there are {len(patients)} training patients with volumes; hold "
+                "fewer out"
+            )
+        held = held_out(patients, count)
+        parts = {"train": [], "development": []}
+        for case in train:
+            parts["development" if patient_name(vars(case)) in held else "train"].append(case)
+        return replace(self, splits={**parts, **{k: v for k, v in self.splits.items() if k not in parts}})
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Any folder of .nii and .nii.gz files with a csv of their texts."""
 
-import hashlib
 import math
 from functools import cache
 from pathlib import Path, PurePosixPath
 
+from reaf_hsenet.data.patients import held_out
 from reaf_hsenet.data.sources.datasets import Case, DataSet, Source, only_csv
 from reaf_hsenet.data.sources.tables import given, nifti_stem, plain_path, read_csv
 from reaf_hsenet.errors import InputError
@@ -28,8 +28,8 @@ def read_nifti_folder(root: Path, csv: Path | None = None, validation: float = 0
     if not rows:
         raise InputError(f"{table}: has no rows; expected an id and a text for each volume")
     cases: dict[str, list[Case]] = {"train": [], "validation": [], "test": []}
-    scans = sorted({r.get("scan") or nifti_stem(str(PurePosixPath(i))) for i, r in rows.items()}, key=_hash)
-    held_out = set(scans[: math.ceil(validation * len(scans)) if len(scans) > 1 else 0])
+    scans = {r.get("scan") or nifti_stem(str(PurePosixPath(i))) for i, r in rows.items()}
+    validated = held_out(scans, math.ceil(validation * len(scans)) if len(scans) > 1 else 0)
     seen: dict[str, str] = {}
     for name, row in rows.items():
         stem = nifti_stem(plain_path(name, f"{table}: id"))
@@ -43,7 +43,7 @@ def read_nifti_folder(root: Path, csv: Path | None = None, validation: float = 0
         text = given(row["text"])
         problem = None if path else "is listed in the table but absent"
         scan = row.get("scan") or stem
-        split = row.get("split") or ("validation" if scan in held_out else "train")
+        split = row.get("split") or ("validation" if scan in validated else "train")
         if split not in cases:
             raise InputError(f"{table}: id {name} has split {split!r}; expected {', '.join(cases)}")
         if not text and split != "test":
@@ -54,10 +54,6 @@ def read_nifti_folder(root: Path, csv: Path | None = None, validation: float = 0
 
 def _nifti_file(root: Path, stem: str) -> Path | None:
     return next((p for p in (root / f"{stem}.nii.gz", root / f"{stem}.nii") if p.is_file()), None)
-
-
-def _hash(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
 
 
 CSV = {"type": Path, "help": "table with the columns id and text (optional: scan, split)"}
