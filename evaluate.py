@@ -22,7 +22,6 @@ if __name__ == "__main__":
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -45,6 +44,7 @@ from reaf_hsenet.evaluate.language_evaluation import (
     generate_answers,
 )
 from reaf_hsenet.evaluate.predictions import read_predictions, write_vlm3d
+from reaf_hsenet.evaluate.report_baselines import LEAVE_OUT, baseline_reports, scan_vectors
 from reaf_hsenet.files import atomic_write, folder_lock, write_json
 from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
@@ -216,6 +216,7 @@ def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
         "rows_sha256": fingerprint(everything, data.entries),
     }
     readers = load_readers(command, manifest, ranks) if ranks.main else {}  # the other ranks score nothing
+    compared = baseline_splits(command, run, manifest, ranks)
     run.place(ranks.device, command.compile)
 
     # Generate on all ranks, score and write on the first.
@@ -225,10 +226,15 @@ def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
         texts = generate_answers(
             run, data, rows, kept, new_tokens, batch=command.batch_size, ranks=ranks, workers=command.workers
         )
+        vectors = [
+            scan_vectors(run, manifest, split, ranks, out, command.batch_size, command.workers)
+            for split in compared
+        ]
         if not ranks.main:
             return
         if reports:
-            scores, table = score_reports(command, manifest, texts, rows, readers)
+            others = baseline_reports(manifest, *vectors, readers["labeler"]) if vectors else None
+            scores, table = score_reports(command, manifest, texts, rows, readers, baselines=others)
         else:
             scores, table = language_scores.answer_scores(texts, rows, readers["bert"])
         where = {"data": str(manifest.folder), **run.checkpoint.record()}
@@ -249,7 +255,7 @@ def evaluate_predictions(command: Command, ranks: distributed.Ranks) -> None:
     rows = [Asked(entry["id"], i, "", clean_report(entry["text"])) for i, entry in enumerate(entries)]
     texts, labels = read_predictions(command.predictions, [row.id for row in rows])
     readers, out = load_readers(command, manifest, ranks), results_folder(command)
-    scores, table = score_reports(command, manifest, texts, rows, readers, labels)
+    scores, table = score_reports(command, manifest, texts, rows, readers, labels=labels)
     head = {"n": len(rows), "predictions": str(command.predictions), "split": command.split}
     write_json(out / "mrg.json", {**head, "data": str(manifest.folder), **scores})
     language_scores.write_rows(out / "mrg.csv", table, command.predictions)
@@ -268,25 +274,49 @@ def load_readers(command: Command, manifest: Manifest, ranks: distributed.Ranks)
     return {"bert": bert, "labeler": labeler, "phantoms": phantoms}
 
 
+def baseline_splits(
+    command: Command, run: Trained, manifest: Manifest, ranks: distributed.Ranks
+) -> tuple[str, ...]:
+    """Return the splits whose scans the baselines by embeddings look at; none where these are left out."""
+    if command.task != "mrg":
+        return ()
+    reasons = {
+        "--no-baselines": not command.baselines,
+        "--limit": command.limit is not None,
+        "the training split is what is evaluated": command.split == "train",
+        "there is no training split": not manifest.splits.get("train"),
+    }
+    if why := next((reason for reason, holds in reasons.items() if holds), None):
+        if ranks.main:
+            print(f"the baselines by the run's embeddings are left out: {why}")
+        return ()
+    try:
+        manifest.check(["train"], slices=run.guided)
+    except InputError as error:
+        raise InputError(f"{error}; {LEAVE_OUT}") from error
+    return "train", command.split
+
+
 def score_reports(
     command: Command,
     manifest: Manifest,
     texts: list[str],
     rows: list[Asked],
     readers: dict,
-    labels: np.ndarray | None = None,
+    **more,
 ) -> tuple[dict, list[dict]]:
+    """Score reports and write them as --format says. more: of report_scores."""
     entries, labeler = manifest.entries(command.split), readers["labeler"]
     truth = language_scores.true_labels(manifest, [entries[row.entry] for row in rows])
-    if labels is None and labeler:
-        labels = labeler(texts)
+    if labeler and more.get("labels") is None:
+        more["labels"] = labeler(texts)
     scores, table = language_scores.report_scores(
-        texts, rows, truth, labels=labels, places=command.places, **readers
+        texts, rows, truth, places=command.places, **readers, **more
     )
     scores["labeler"] = str(command.classifier or "phantoms") if labeler else None
     if command.format:
         path = results_folder(command) / "predictions.json"
-        write_vlm3d(path, [row.id for row in rows], texts, labels)
+        write_vlm3d(path, [row.id for row in rows], texts, more.get("labels"))
     return scores, table
 
 

@@ -1,0 +1,129 @@
+"""Reports that no language model wrote, from what a run's own encoders see: the report of the nearest
+training scan, and sentences for the findings that a probe predicts.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reaf_hsenet import distributed
+from reaf_hsenet.data.loader import VolumeDataset
+from reaf_hsenet.data.manifest import Manifest
+from reaf_hsenet.data.patients import held_out, patient_name
+from reaf_hsenet.data.text import clean_report
+from reaf_hsenet.data.workers import make_loader, worker_deaths_named
+from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate.embeddings import made_of, stored
+from reaf_hsenet.evaluate.language_evaluation import Asked, AskedVolumes
+from reaf_hsenet.evaluate.language_scores import Labeler, true_labels
+from reaf_hsenet.metrics.probe import fit_probe
+from reaf_hsenet.progress import progress_bar
+from reaf_hsenet.runs.answering import image_features
+from reaf_hsenet.runs.trained import Trained
+
+CANDIDATES = 20  # sentences of a finding that are read to choose one
+LEAVE_OUT = "or leave the baselines by training scans out: --no-baselines"
+
+
+def scan_vectors(
+    run: Trained, manifest: Manifest, split: str, ranks: Ranks, folder: Path, batch: int, workers: int = 0
+) -> Tensor | None:
+    """Return (N, C) of a split's scans on the first rank: the unit mean token of every encoder, side by side.
+
+    They are computed once, on all ranks, and kept in `folder`.
+    """
+    data = VolumeDataset(manifest, split, run.tokenizer, run.config.max_text, slices=run.guided)
+    source = made_of(run, manifest, split) | {"base": json.dumps(run.base_sha256())}
+
+    @worker_deaths_named()
+    @torch.inference_mode()
+    def compute() -> dict[str, Tensor]:
+        rows = [Asked(entry["id"], i, "", "") for i, entry in enumerate(data.entries)]
+        mine = list(range(ranks.rank, len(rows), ranks.world))
+        batches, found = [mine[i : i + batch] for i in range(0, len(mine), batch)], []
+        with progress_bar(len(batches), f"{split} scans", "batch", shown=ranks.main) as bar:
+            for part in make_loader(AskedVolumes(data, rows), batches, workers):
+                if isinstance(part, InputError):
+                    raise InputError(f"{part}; {LEAVE_OUT}")
+                numbers, volume, slices, _ = part
+                slices = None if slices is None else slices.to(ranks.device)
+                features = image_features(run.model, volume.to(ranks.device), slices)
+                vectors = [F.normalize(x.float().mean(1), dim=1) for x in features]  # (B, C) each
+                found.append((numbers, torch.cat(vectors, 1).cpu()))
+                bar.update()
+        parts = [part for of_rank in distributed.gather_objects(found) for part in of_rank]
+        order = torch.tensor([number for numbers, _ in parts for number in numbers]).argsort()
+        return {"image": torch.cat([vectors for _, vectors in parts])[order]}
+
+    return stored(folder / f"scan_vectors_{split}.safetensors", source, ranks, compute).get("image")
+
+
+def baseline_reports(
+    manifest: Manifest, train: Tensor, queries: Tensor, labeler: Labeler | None
+) -> dict[str, list[str]]:
+    """Return a report for each of the queries (Q, C), by each way. train: (N, C) of the training split.
+
+    Labels are the manifest's, else the labeler's; without either nothing is probed.
+    """
+    entries = manifest.entries("train")
+    reports, truth = [clean_report(entry["text"]) for entry in entries], true_labels(manifest, entries)
+    nearest = torch.cat([(part @ train.T).argmax(1) for part in queries.split(256)])
+    found = {"nearest_training_scan": [reports[i] for i in nearest.tolist()]}
+    if truth is None and labeler:
+        truth = labeler(reports)
+    if truth is not None:
+        names = [patient_name(entry) for entry in entries]
+        kept = held_out(names, max(1, len(set(names)) // 5))
+        predicted = probed(train, truth.astype(bool), np.array([n in kept for n in names]), queries)
+        found["labels_to_sentences"] = written(predicted, reports, truth.astype(bool), labeler)
+    return found
+
+
+def probed(train: Tensor, truth: np.ndarray, held: np.ndarray, queries: Tensor) -> np.ndarray:
+    """Return (Q, L) bool: the labels of a probe; a class that either part has all or none of is absent."""
+    predicted = np.zeros((len(queries), truth.shape[1]), dtype=bool)
+    known = np.all([truth[part].any(0) & ~truth[part].all(0) for part in (held, ~held)], axis=0)
+    if known.any():
+        probe = fit_probe(train, truth[:, known], held)
+        predicted[:, known] = probe.probabilities(queries) > probe.thresholds.numpy()
+    return predicted
+
+
+def written(
+    predicted: np.ndarray, reports: list[str], truth: np.ndarray, labeler: Labeler | None
+) -> list[str]:
+    """Return reports of the sentences of (Q, L) findings; where there are none, the most frequent without."""
+    sentences = finding_sentences(reports, truth, labeler)
+    normal = [report for report, row in zip(reports, truth, strict=True) if not row.any()] or reports
+    without = Counter(normal).most_common(1)[0][0]
+    return [" ".join(sentences[j] for j in np.flatnonzero(row)) or without for row in predicted]
+
+
+def finding_sentences(reports: list[str], truth: np.ndarray, labeler: Labeler | None) -> list[str]:
+    """Return the sentence that reports use most for each of L findings; empty for one that none has.
+
+    Of the sentences whose share in reports with the finding most exceeds that in others, the first in which
+    the labeler reads this finding alone, else this and others, else the first.
+    """
+    counts, every = [Counter() for _ in range(truth.shape[1])], Counter()
+    for report, row in zip(reports, truth, strict=True):
+        told = sorted(set(re.split(r"(?<=[.!?])\s+", report.strip())))
+        every.update(told)
+        for j in np.flatnonzero(row):
+            counts[j].update(told)
+    found = []
+    for j, (own, n) in enumerate(zip(counts, truth.sum(0).tolist(), strict=True)):
+        others = max(1, len(reports) - n)
+        share = {s: count / n - (every[s] - count) / others for s, count in own.items()}
+        best = sorted(share, key=share.get, reverse=True)[:CANDIDATES]
+        read = labeler(best) if labeler and best else np.zeros((len(best), truth.shape[1]))
+        rank = [2 - int(row[j]) - int(row[j] and row.sum() == 1) for row in read]
+        found.append(min(zip(rank, range(len(best)), best, strict=True))[2] if best else "")
+    return found
