@@ -211,8 +211,8 @@ def print_reports(scores: dict) -> None:
         "beside what needs no language model",
         40,
     )
-    lost = [f"{name.replace('_', ' ')} ({', '.join(by)})" for name, by in scores["not_beaten"].items()]
-    print(f"not beaten by the generated reports: {'; '.join(lost) or 'none'}")
+    for name, lost in scores["not_beaten"].items():
+        print(f"the generated reports do not beat {name.replace('_', ' ')} in {', '.join(lost)}")
     if "clinical" not in scores:
         print("findings: left out; name a classifier of reports with --classifier")
     else:

@@ -28,7 +28,7 @@ from reaf_hsenet.progress import progress_bar
 from reaf_hsenet.runs.answering import image_features
 from reaf_hsenet.runs.trained import Trained
 
-CANDIDATES = 20  # sentences of a finding that are read to choose one
+CANDIDATES = 200  # sentences of a finding that are read to choose one
 LEAVE_OUT = "or leave the baselines by training scans out: --no-baselines"
 
 
@@ -109,8 +109,8 @@ def written(
 def finding_sentences(reports: list[str], truth: np.ndarray, labeler: Labeler | None) -> list[str]:
     """Return the sentence that reports use most for each of L findings; empty for one that none has.
 
-    Of the sentences whose share in reports with the finding most exceeds that in others, the first in which
-    the labeler reads this finding alone, else this and others, else the first.
+    Of the sentences that most exceed, in standard deviations, what a finding's rate would give, the first in
+    which the labeler reads this finding alone, else this and others, else the first.
     """
     counts, every = [Counter() for _ in range(truth.shape[1])], Counter()
     for report, row in zip(reports, truth, strict=True):
@@ -120,9 +120,9 @@ def finding_sentences(reports: list[str], truth: np.ndarray, labeler: Labeler | 
             counts[j].update(told)
     found = []
     for j, (own, n) in enumerate(zip(counts, truth.sum(0).tolist(), strict=True)):
-        others = max(1, len(reports) - n)
-        share = {s: count / n - (every[s] - count) / others for s, count in own.items()}
-        best = sorted(share, key=share.get, reverse=True)[:CANDIDATES]
+        rate = n / len(reports)
+        excess = {s: (k - rate * every[s]) / max(every[s] * (1 - rate), 1e-6) ** 0.5 for s, k in own.items()}
+        best = sorted(excess, key=excess.get, reverse=True)[:CANDIDATES]
         read = labeler(best) if labeler and best else np.zeros((len(best), truth.shape[1]))
         rank = [2 - int(row[j]) - int(row[j] and row.sum() == 1) for row in read]
         found.append(min(zip(rank, range(len(best)), best, strict=True))[2] if best else "")
