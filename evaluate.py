@@ -9,9 +9,9 @@
     python evaluate.py --task vqa --questions location             # answers of runs/vqa-hsenet
 
 Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv, embeddings.safetensors;
-zeroshot.json, zeroshot_scores.csv; mrg.json, mrg.csv, scan_vectors_SPLIT.safetensors; vqa.json, vqa.csv. An interrupted mrg or vqa goes on
-where it was when started again, with any number of processes. With --figures DIR also pictures (needs
-matplotlib).
+zeroshot.json, zeroshot_scores.csv; mrg.json, mrg.csv, scan_vectors_SPLIT.safetensors; vqa.json, vqa.csv.
+An interrupted mrg or vqa goes on where it was when started again, with any number of processes. With
+--figures DIR also pictures (needs matplotlib).
 """
 
 from reaf_hsenet.script import start_script
