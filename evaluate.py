@@ -44,7 +44,7 @@ from reaf_hsenet.evaluate.language_evaluation import (
     generate_answers,
 )
 from reaf_hsenet.evaluate.predictions import read_predictions, write_vlm3d
-from reaf_hsenet.evaluate.report_baselines import LEAVE_OUT, baseline_reports, scan_vectors
+from reaf_hsenet.evaluate.report_baselines import baseline_reports, scan_vectors
 from reaf_hsenet.files import atomic_write, folder_lock, write_json
 from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
@@ -293,7 +293,7 @@ def baseline_splits(
     try:
         manifest.check(["train"], slices=run.guided)
     except InputError as error:
-        raise InputError(f"{error}; {LEAVE_OUT}") from error
+        raise InputError(f"{error}; or do without training scans: --no-baselines") from error
     return "train", command.split
 
 

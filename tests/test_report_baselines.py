@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import evaluate
-from language_run import write_language_run
+from language_run import WIDTH, write_language_run
 from reaf_hsenet.data.loader import read_prepared
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.text import clean_report
@@ -22,7 +22,7 @@ from reaf_hsenet.evaluate.report_baselines import (
 from reaf_hsenet.runs.answering import image_features
 from reaf_hsenet.runs.trained import load_trained
 from test_language_evaluation import torchrun
-from tiny import edited, spoil, volume, wrong
+from tiny import edited, spoil, volume, with_slices, wrong
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -49,6 +49,13 @@ def test_a_scans_vector_is_the_unit_mean_token_of_its_encoders_and_is_kept(run, 
     loaded.model = None  # computes nothing
     assert torch.equal(scan_vectors(loaded, manifest, "validation", ONE, tmp_path, batch=4), vectors)
     assert "embeddings of" in capsys.readouterr().out
+
+
+def test_a_guided_encoder_sees_the_slice_features(prepared, tmp_path):
+    data = with_slices(prepared, tmp_path / "data")
+    loaded = load_trained(write_language_run(tmp_path / "run", data, guided=True))
+    vectors = scan_vectors(loaded, load_manifest(data), "train", ONE, tmp_path, batch=5)
+    assert vectors.shape == (len(load_manifest(data).entries("train")), 2 * WIDTH)
 
 
 def test_the_nearest_training_scans_report_is_taken(prepared):
@@ -132,11 +139,11 @@ def test_training_scans_that_are_gone_or_damaged_are_named_with_the_way_out(run,
     path = volume(data, 1)
     content = path.read_bytes()
     spoil(path, "gone")
-    words = f"{path}: .*; or leave the baselines by training scans out: --no-baselines"
+    words = f"{path}: .*; or do without training scans: --no-baselines"
     wrong(flags(run, tmp_path / "a", "--data", data), words, evaluate.main)
     path.write_bytes(content)
     spoil(path, "NaN")
-    wrong(flags(run, tmp_path / "b", "--data", data), words, evaluate.main)
+    wrong(flags(run, tmp_path / "b", "--data", data), f"{path}: holds NaN", evaluate.main)
     with edited(data / "manifest.json") as values:
         values["splits"]["train"] = []
     assert evaluate.main(flags(run, tmp_path / "c", "--data", data)) == 0

@@ -12,55 +12,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reaf_hsenet import distributed
-from reaf_hsenet.data.loader import VolumeDataset
+from reaf_hsenet.data.loader import CTReportDataset
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.patients import held_out, patient_name
 from reaf_hsenet.data.text import clean_report
-from reaf_hsenet.data.workers import make_loader, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.embeddings import made_of, stored
-from reaf_hsenet.evaluate.language_evaluation import Asked, AskedVolumes
 from reaf_hsenet.evaluate.language_scores import Labeler, true_labels
 from reaf_hsenet.metrics.probe import fit_probe
-from reaf_hsenet.progress import progress_bar
+from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.runs.answering import image_features
+from reaf_hsenet.runs.embedding import embed
 from reaf_hsenet.runs.trained import Trained
 
 CANDIDATES = 200  # sentences of a finding that are read to choose one
-LEAVE_OUT = "or leave the baselines by training scans out: --no-baselines"
+
+
+class MeanTokens:
+    """Gives the unit mean token of each of a language model's encoders, side by side, as a scan's vector."""
+
+    def __init__(self, model: Mllm):
+        self.model = model
+
+    def encode_image(self, volume: Tensor, slices: Tensor | None) -> Tensor:
+        """Return (B, C) of volumes (B, 1, D, H, W) and, where encoders are guided, slices (B, S, C)."""
+        tokens = image_features(self.model, volume, slices)
+        return torch.cat([F.normalize(x.float().mean(1), dim=1) for x in tokens], 1)
 
 
 def scan_vectors(
     run: Trained, manifest: Manifest, split: str, ranks: Ranks, folder: Path, batch: int, workers: int = 0
 ) -> Tensor | None:
-    """Return (N, C) of a split's scans on the first rank: the unit mean token of every encoder, side by side.
-
-    They are computed once, on all ranks, and kept in `folder`.
-    """
-    data = VolumeDataset(manifest, split, run.tokenizer, run.config.max_text, slices=run.guided)
+    """Return (N, C) of a split's scans on the first rank: computed once, on all ranks, kept in `folder`."""
+    data = CTReportDataset(manifest, split, run.tokenizer, run.config.max_text, slices=run.guided)
     source = made_of(run, manifest, split) | {"base": json.dumps(run.base_sha256())}
 
-    @worker_deaths_named()
-    @torch.inference_mode()
     def compute() -> dict[str, Tensor]:
-        rows = [Asked(entry["id"], i, "", "") for i, entry in enumerate(data.entries)]
-        mine = list(range(ranks.rank, len(rows), ranks.world))
-        batches, found = [mine[i : i + batch] for i in range(0, len(mine), batch)], []
-        with progress_bar(len(batches), f"{split} scans", "batch", shown=ranks.main) as bar:
-            for part in make_loader(AskedVolumes(data, rows), batches, workers):
-                if isinstance(part, InputError):
-                    raise InputError(f"{part}; {LEAVE_OUT}")
-                numbers, volume, slices, _ = part
-                slices = None if slices is None else slices.to(ranks.device)
-                features = image_features(run.model, volume.to(ranks.device), slices)
-                vectors = [F.normalize(x.float().mean(1), dim=1) for x in features]  # (B, C) each
-                found.append((numbers, torch.cat(vectors, 1).cpu()))
-                bar.update()
-        parts = [part for of_rank in distributed.gather_objects(found) for part in of_rank]
-        order = torch.tensor([number for numbers, _ in parts for number in numbers]).argsort()
-        return {"image": torch.cat([vectors for _, vectors in parts])[order]}
+        how = {"workers": workers, "progress": True, "reports": False}
+        return {"image": embed(MeanTokens(run.model), data, ranks, batch, **how)[0]}
 
     return stored(folder / f"scan_vectors_{split}.safetensors", source, ranks, compute).get("image")
 
