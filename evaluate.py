@@ -298,12 +298,7 @@ def baseline_splits(
 
 
 def score_reports(
-    command: Command,
-    manifest: Manifest,
-    texts: list[str],
-    rows: list[Asked],
-    readers: dict,
-    **more,
+    command: Command, manifest: Manifest, texts: list[str], rows: list[Asked], readers: dict, **more
 ) -> tuple[dict, list[dict]]:
     """Score reports and write them as --format says. more: of report_scores."""
     entries, labeler = manifest.entries(command.split), readers["labeler"]
