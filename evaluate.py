@@ -7,13 +7,14 @@
     python evaluate.py --task probe                                # classes, by a probe of the frozen encoder
     python evaluate.py --task retrieval --compare RUN RUN          # evaluated runs side by side
     python evaluate.py --task mrg                                  # reports of runs/mrg-hsenet
+    python evaluate.py --task mrg --predictions FILE --data FOLDER # reports made elsewhere, no run
     python evaluate.py --task vqa --questions location             # answers of runs/vqa-hsenet
 
 Prints a table and writes RUN/eval/: retrieval.json, retrieval_queries.csv; zeroshot.json,
 zeroshot_scores.csv; probe.json, probe_scores.csv, probe.safetensors; mrg.json, mrg.csv; vqa.json, vqa.csv.
-Embeddings are computed once and kept there, embeddings_SPLIT.safetensors. An interrupted mrg or vqa goes on
-where it was when started again, with any number of processes. With --figures DIR also pictures (needs
-matplotlib).
+Vectors are computed once and kept there: embeddings_SPLIT.safetensors, scan_vectors_SPLIT.safetensors. An
+interrupted mrg or vqa goes on where it was when started again, with any number of processes. With --figures
+DIR also pictures (needs matplotlib).
 """
 
 from reaf_hsenet.script import start_script
@@ -32,19 +33,28 @@ from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import read_prepared
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import read_templates
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import comparison, figures, language_scores, probe, retrieval, zeroshot
 from reaf_hsenet.evaluate.command import Command, parse
 from reaf_hsenet.evaluate.embeddings import split_embeddings
-from reaf_hsenet.evaluate.language_evaluation import AnsweredRows, asked_rows, fingerprint, generate_answers
+from reaf_hsenet.evaluate.language_evaluation import (
+    AnsweredRows,
+    Asked,
+    asked_rows,
+    fingerprint,
+    generate_answers,
+)
+from reaf_hsenet.evaluate.predictions import read_predictions, write_vlm3d
 from reaf_hsenet.evaluate.protocols import choose_protocols
+from reaf_hsenet.evaluate.report_baselines import baseline_reports, scan_vectors
 from reaf_hsenet.files import folder_lock, write_json
 from reaf_hsenet.metrics.bertscore import load_bert
 from reaf_hsenet.metrics.classification import classification_report
 from reaf_hsenet.metrics.clinical import load_classifier, phantom_labels
 from reaf_hsenet.runs.answering import answer_length
 from reaf_hsenet.runs.generation import PRECISIONS
-from reaf_hsenet.runs.trained import Trained, load_trained, results_folder
+from reaf_hsenet.runs.trained import Trained, load_trained
 from reaf_hsenet.script import run_script
 
 
@@ -57,7 +67,10 @@ def main(argv: list[str]) -> int:
         figures.new_figure(1, 1)  # a missing matplotlib is said now, too
     ranks = distributed.start(command.device, hours=24)
     try:
-        (evaluate_language if command.task in LANGUAGE else evaluate_dual_encoder)(command, ranks)
+        if command.predictions:
+            evaluate_predictions(command, ranks)
+        else:
+            (evaluate_language if command.task in LANGUAGE else evaluate_dual_encoder)(command, ranks)
     finally:
         distributed.stop()
     return 0
@@ -90,7 +103,7 @@ def evaluate_dual_encoder(command: Command, ranks: distributed.Ranks) -> None:
             manifest,
             split,
             ranks,
-            folder=command.out or results_folder(command.run),
+            folder=command.results,
             batch_size=command.batch_size,
             workers=command.workers,
             anew=command.anew,
@@ -124,7 +137,7 @@ def write_retrieval(
     task: tuple[dict, dict, retrieval.Labels],
     device: torch.device,
 ) -> None:
-    entries, out = manifest.entries(command.split), command.out or results_folder(command.run)
+    entries, out = manifest.entries(command.split), command.results
     (image, text), (protocols, left_out, labels) = pair, task
     drawn = {"resamples": command.bootstrap, "seed": command.seed}
     scores, exact, per_scan = retrieval.score(
@@ -156,7 +169,7 @@ def write_zeroshot(
     tasks: list[zeroshot.Task],
 ) -> None:
     ids = [entry["id"] for entry in manifest.entries(command.split)]
-    out = command.out or results_folder(command.run)
+    out = command.results
     scored = [zeroshot.score(run, image, task) for task in tasks]
     by_table = [
         {
@@ -201,7 +214,7 @@ def write_probe(
     tasks: list[probe.Task],
 ) -> None:
     ids = [entry["id"] for entry in manifest.entries(command.split)]
-    out = command.out or results_folder(command.run)
+    out = command.results
     scored = [probe.score(task, train_image, image, command.bootstrap, command.seed) for task in tasks]
     by_table = [
         {"labels": {"table": str(task.source), "set": command.label_set}, **found, "notes": task.notes}
@@ -266,39 +279,104 @@ def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
         "precision": str(run.model.decoder.embed_tokens.weight.dtype),
         "rows_sha256": fingerprint(everything, data.entries),
     }
-    bert = labeler = None
-    if ranks.main:  # the other ranks score nothing
-        if command.bertscore:
-            bert = load_bert(command.bertscore, command.bertscore_layer, ranks.device)
-        if command.classifier:
-            labeler = load_classifier(command.classifier, ranks.device)
+    readers = load_readers(command, manifest, ranks) if ranks.main else {}  # the other ranks score nothing
+    compared = baseline_splits(command, run, manifest, ranks)
     run.place(ranks.device, command.compile)
 
     # Generate on all ranks, score and write on the first.
-    out = command.out or results_folder(command.run)
+    out = command.results
     with folder_lock(out) if ranks.main else nullcontext():
         kept = AnsweredRows(out, command.task, head, ranks, command.anew)
         texts = generate_answers(
             run, data, rows, kept, new_tokens, batch=command.batch_size, ranks=ranks, workers=command.workers
         )
+        vectors = [
+            scan_vectors(run, manifest, split, ranks, out, command.batch_size, command.workers)
+            for split in compared
+        ]
         if not ranks.main:
             return
         if reports:
-            phantoms = language_scores.are_phantoms(manifest)
-            truth = language_scores.true_labels(manifest, [data.entries[row.entry] for row in rows])
-            named = str(command.classifier) if labeler else None
-            if phantoms and labeler is None:
-                labeler, named = phantom_labels, "phantoms"
-            scores, table = language_scores.report_scores(texts, rows, truth, labeler, phantoms, bert)
-            scores["labeler"] = named
+            others = baseline_reports(manifest, *vectors, readers["labeler"]) if vectors else None
+            scores, table = score_reports(command, manifest, texts, rows, readers, baselines=others)
         else:
-            scores, table = language_scores.answer_scores(texts, rows, bert)
+            scores, table = language_scores.answer_scores(texts, rows, readers["bert"])
         where = {"data": str(manifest.folder), **run.checkpoint.record()}
         write_json(out / f"{command.task}.json", {"n": len(rows), **head, **where, **scores})
         language_scores.write_rows(out / f"{command.task}.csv", table, run.checkpoint)
         kept.finish(len(rows))
     (language_scores.print_reports if reports else language_scores.print_answers)(scores)
     print(f"written to {out}")
+
+
+def evaluate_predictions(command: Command, ranks: distributed.Ranks) -> None:
+    """Score reports that were made elsewhere; of the data set only texts and labels are read."""
+    if not ranks.main:
+        return
+    manifest = load_manifest(command.data)
+    manifest.check_reports(command.split)
+    entries = manifest.entries(command.split)
+    rows = [Asked(entry["id"], i, "", clean_report(entry["text"])) for i, entry in enumerate(entries)]
+    texts, labels = read_predictions(command.predictions, [row.id for row in rows])
+    readers, out = load_readers(command, manifest, ranks), command.results
+    scores, table = score_reports(command, manifest, texts, rows, readers, labels=labels)
+    head = {"n": len(rows), "predictions": str(command.predictions), "split": command.split}
+    write_json(out / "mrg.json", {**head, "data": str(manifest.folder), **scores})
+    language_scores.write_rows(out / "mrg.csv", table, command.predictions)
+    language_scores.print_reports(scores)
+    print(f"written to {out}; the baselines by a run's embeddings need a run")
+
+
+def load_readers(command: Command, manifest: Manifest, ranks: distributed.Ranks) -> dict:
+    """Return what reads texts to score them, by the names of report_scores."""
+    bert, phantoms = None, command.task == "mrg" and language_scores.are_phantoms(manifest)
+    labeler = phantom_labels if phantoms else None
+    if command.bertscore:
+        bert = load_bert(command.bertscore, command.bertscore_layer, ranks.device)
+    if command.classifier:
+        labeler = load_classifier(command.classifier, ranks.device)
+    return {"bert": bert, "labeler": labeler, "phantoms": phantoms}
+
+
+def baseline_splits(
+    command: Command, run: Trained, manifest: Manifest, ranks: distributed.Ranks
+) -> tuple[str, ...]:
+    """Return the splits whose scans the baselines by embeddings look at; none where these are left out."""
+    if command.task != "mrg":
+        return ()
+    reasons = {
+        "--no-baselines": not command.baselines,
+        "--limit": command.limit is not None,
+        "the training split is what is evaluated": command.split == "train",
+        "there is no training split": not manifest.splits.get("train"),
+    }
+    if why := next((reason for reason, holds in reasons.items() if holds), None):
+        if ranks.main:
+            print(f"the baselines by the run's embeddings are left out: {why}")
+        return ()
+    try:
+        manifest.check(["train"], slices=run.guided)
+    except InputError as error:
+        raise InputError(f"{error}; or do without training scans: --no-baselines") from error
+    return "train", command.split
+
+
+def score_reports(
+    command: Command, manifest: Manifest, texts: list[str], rows: list[Asked], readers: dict, **more
+) -> tuple[dict, list[dict]]:
+    """Score reports and write them as --format says. more: of report_scores."""
+    entries, labeler = manifest.entries(command.split), readers["labeler"]
+    truth = language_scores.true_labels(manifest, [entries[row.entry] for row in rows])
+    if labeler and more.get("labels") is None:
+        more["labels"] = labeler(texts)
+    scores, table = language_scores.report_scores(
+        texts, rows, truth, places=command.places, **readers, **more
+    )
+    scores["labeler"] = str(command.classifier or "phantoms") if labeler else None
+    if command.format:
+        path = command.results / "predictions.json"
+        write_vlm3d(path, [row.id for row in rows], texts, more.get("labels"))
+    return scores, table
 
 
 def say_checkpoint(command: Command, run: Trained, ranks: distributed.Ranks) -> None:

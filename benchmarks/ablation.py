@@ -73,7 +73,7 @@ REPORTS = {
     "findings, macro-F1": lambda m: m["clinical"]["macro"]["f1"],
     "BLEU-4, as published": lambda m: m["text"]["ngram_precision_4"],
     "ROUGE-L": lambda m: m["text"]["rougeL"],
-    "sides agree": lambda m: m["attributes"]["side"]["agreement"],
+    "sides agree": lambda m: m["places"]["side"]["agreement"],
 }
 MEASURES = {"reaf": RETRIEVAL, "hsenet": RETRIEVAL, "mrg": REPORTS}
 
@@ -210,9 +210,9 @@ def table(method: str, found: dict[str, list[dict[str, float]]]) -> str:
 def without_looking() -> str:
     """What findings score that are told without looking at the volume."""
     first = folder_of("mrg", next(iter(VARIANTS["mrg"])), 0)
-    rows = json.loads((first / "eval/mrg.json").read_text())["clinical"]["baselines"]
+    rows = json.loads((first / "eval/mrg.json").read_text())["baselines"]
     return (
-        f"All findings for everyone have micro-F1 {rows['all_positive']['micro_f1']:.3f}, drawn ones "
+        f"All findings for everyone have micro-F1 {rows['all_findings']['micro_f1']:.3f}, drawn ones "
         f"{rows['chance']['micro_f1']:.3f}."
     )
 

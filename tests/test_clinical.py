@@ -12,7 +12,13 @@ from reaf_hsenet.data.phantom.findings import LABELS, sample_findings
 from reaf_hsenet.data.phantom.reports import write_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.metrics.bertscore import load_text_reader
-from reaf_hsenet.metrics.clinical import attribute_agreement, clinical_report, load_classifier, phantom_labels
+from reaf_hsenet.metrics.clinical import (
+    clinical_report,
+    crg,
+    load_classifier,
+    phantom_labels,
+    size_agreement,
+)
 from reaf_hsenet.models.text_encoder import TextEncoder
 from reaf_hsenet.weights.names import BERT, import_state
 from reaf_hsenet.weights.shapes import bert_config
@@ -89,44 +95,51 @@ def test_a_phantoms_own_report_is_perfect_and_an_empty_one_names_nothing():
         "recall": 0,
         "f1": 0,
     }
-    agreement = attribute_agreement(reports, reports)
-    assert [agreement[name]["agreement"] for name in ("side", "lobe", "size")] == [1, 1, 1]
-    assert agreement["size"]["mean_abs_error_mm"] == 0 and agreement["lobe"]["compared"] > 60
+    agreement = size_agreement(reports, reports)
+    assert agreement["agreement"] == 1 and agreement["mean_abs_error_mm"] == 0 and agreement["compared"] > 60
+
+
+# 2 reports of 5 findings, 2 of them present: r = 8 / (2 * 2) = 2, U = 8 / 2 = 4.
+TWO = np.array([[1, 0, 0, 0, 0], [0, 1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("predicted", "expected"),
+    [
+        (TWO, 1),  # s = 4, 4 / (8 - 4)
+        (TWO * 0, 1 / 3),  # s = -4, 4 / (8 + 4)
+        (TWO * 0 + 1, 1 / 3),  # s = 4 - 8, 4 / (8 + 4)
+        ([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0]], 4 / 9),  # s = 2 - 2 - 1, 4 / (8 + 1)
+        (1 - TWO, 4 / 20),  # s = -4 - 8, 4 / (8 + 12)
+    ],
+)
+def test_crg_is_that_of_the_challenge(predicted, expected):
+    assert crg(np.array(predicted), TWO) == pytest.approx(expected)
+    assert clinical_report(np.array(predicted), TWO, "abcde")["crg"] == pytest.approx(expected)
+
+
+def test_without_positives_or_negatives_there_is_no_crg():
+    assert crg(TWO, TWO * 0) is None and crg(TWO, TWO * 0 + 1) is None
 
 
 NODULE = "A solid nodule measuring {} mm is observed in the {} lobe."
 
 
-@pytest.mark.parametrize(
-    "size, place, agrees",
-    [
-        (20, "right upper", (1, 1, 1)),
-        (22, "right lower", (1, 0, 1)),
-        (23, "left upper", (0, 0, 0)),
-    ],
-)
-def test_side_lobe_and_size_are_told_apart(size, place, agrees):
-    found = attribute_agreement([NODULE.format(size, place)], [NODULE.format(20, "right upper")])
-    assert tuple(found[name]["agreement"] for name in ("side", "lobe", "size")) == agrees
-    assert found["size"]["mean_abs_error_mm"] == size - 20
+@pytest.mark.parametrize(("size", "agrees"), [(20, 1), (22, 1), (23, 0)])
+def test_a_size_agrees_within_two_mm(size, agrees):
+    found = size_agreement([NODULE.format(size, "left upper")], [NODULE.format(20, "right upper")])
+    assert (found["agreement"], found["mean_abs_error_mm"]) == (agrees, size - 20)
 
 
-def test_only_findings_of_both_reports_are_compared_and_leaving_open_does_not_agree():
+def test_only_sizes_of_findings_of_both_reports_are_compared_and_leaving_open_does_not_agree():
     reference = [NODULE.format(20, "right upper"), "There is cardiomegaly; the cardiothoracic ratio is 0.6."]
-    generated = ["A nodule is seen.", NODULE.format(20, "right upper")]
-    found = attribute_agreement(generated, reference)
-    assert found["side"] == found["lobe"] == {"agreement": 0, "compared": 1}
-    assert found["size"] == {"agreement": 0, "compared": 1, "both_stated": 0, "mean_abs_error_mm": None}
-
-
-def test_the_side_in_a_coronary_arterys_name_is_no_side():
-    texts = ["Calcified plaques are observed in the right coronary artery."]
-    assert attribute_agreement(texts, texts)["side"] == {"agreement": None, "compared": 0}
+    found = size_agreement(["A nodule is seen.", NODULE.format(20, "right upper")], reference)
+    assert found == {"agreement": 0, "compared": 1, "both_stated": 0, "mean_abs_error_mm": None}
 
 
 def test_a_cardiothoracic_ratio_is_no_size_in_mm():
     texts = ["There is cardiomegaly; the cardiothoracic ratio is 0.6."]
-    assert attribute_agreement(texts, texts)["size"]["compared"] == 0
+    assert size_agreement(texts, texts)["compared"] == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -242,15 +242,12 @@ def test_reports_are_asked_for_with_one_prompt_and_scored(prepared, mrg_run, tmp
     assert {"ngram_precision_1", "corpus_bleu_4", "rouge1", "rougeL", "meteor_without_synonyms"} <= set(
         scores["text"]
     )
-    assert set(scores["attributes"]) == {"side", "lobe", "size"} and set(scores["clinical"]["baselines"]) == {
-        "chance",
-        "all_positive",
-        "majority",
-    }
+    assert set(scores["attributes"]) == {"size"} and scores["places"]["reader"] == "phantoms"
+    assert {"chance", "all_findings", "most_frequent_report"} <= set(scores["baselines"])
     shown = capsys.readouterr().out
     assert all(
         word in shown
-        for word in ("micro-F1", "macro-F1", "BLEU-1", "ROUGE-L", "METEOR", "all positive", "rows/s")
+        for word in ("micro-F1", "macro-F1", "BLEU-1", "ROUGE-L", "METEOR", "CRG", "all findings", "rows/s")
     )
     other, scores = evaluated(
         "mrg", mrg_run, tmp_path / "b", "--prompt", "Describe this chest CT.", "--limit", 2
@@ -277,24 +274,43 @@ def test_the_true_report_scores_one_and_the_baselines_less(prepared):
         == scores["text"]["corpus_bleu_4"]
         == 1
     )
-    assert scores["attributes"]["side"]["agreement"] == 1 and table[0]["bleu1"] == 1
-    base = found["baselines"]
-    assert base["all_positive"]["micro_f1"] == pytest.approx(2 * truth.sum() / (truth.sum() + truth.size))
+    assert all(scores["places"][n]["recall"] == 1 for n in ("presence", "side", "lobe"))
+    assert table[0]["bleu1"] == found["crg"] == 1 and not scores["not_beaten"]
+    base = scores["baselines"]
+    assert base["all_findings"]["micro_f1"] == pytest.approx(2 * truth.sum() / (truth.sum() + truth.size))
+    assert base["all_findings"]["crg"] == pytest.approx(1 / 3) and base["all_findings"]["recall"] == 1
     assert base["chance"]["micro_f1"] == pytest.approx((rates**2).sum() / rates.sum())
-    named = truth[:, rates > 0.5]
-    assert base["majority"]["micro_f1"] == pytest.approx(2 * named.sum() / (named.size + truth.sum()))
-    assert scores["majority"]["report"] in reports and scores["majority"]["rougeL"] < 1
+    frequent = base["most_frequent_report"]
+    assert frequent["report"] in reports and frequent["rougeL"] < 1
+    labels = np.tile(phantom_labels([frequent["report"]]), (len(reports), 1))
+    assert frequent["macro_f1"] == language_scores.clinical_report(labels, truth)["macro"]["f1"]
+
+
+def test_what_generated_reports_do_not_beat_is_said_of_every_baseline(prepared, capsys):
+    entries = load_manifest(prepared).entries("train")
+    reports, truth = [e["text"] for e in entries], np.array([e["labels"] for e in entries])
+    others = {"copied_reports": reports, "silence": [""] * len(reports)}
+    scores, _ = language_scores.report_scores(
+        [reports[0]] * len(reports), rows_of(reports), truth, phantom_labels, baselines=others
+    )
+    lost = scores["not_beaten"]
+    assert lost["copied_reports"] == ["micro-F1", "macro-F1", "CRG", "BLEU-4", "METEOR"]
+    assert "micro-F1" in lost["all_findings"] and "silence" not in lost
+    language_scores.print_reports(scores)
+    shown = capsys.readouterr().out
+    assert "do not beat copied reports in micro-F1, macro-F1, CRG, BLEU-4, METEOR\n" in shown
+    assert "do not beat silence" not in shown
 
 
 def test_chance_is_what_shuffled_labels_score():
     rng = np.random.default_rng(0)
     truth = (rng.random((4000, 18)) < np.linspace(0.05, 0.6, 18)).astype(int)
     drawn = (rng.random((4000, 18)) < np.linspace(0.05, 0.6, 18)).astype(int)
-    expected = language_scores.finding_baselines(truth)["chance"]
+    expected = language_scores.guesses(truth)["chance"]
     report = language_scores.clinical_report(drawn, truth)
     assert expected["micro_f1"] == pytest.approx(report["micro"]["f1"], abs=0.01)
     assert expected["macro_f1"] == pytest.approx(report["macro"]["f1"], abs=0.01)
-    empty = language_scores.finding_baselines(np.zeros((3, 18), int))
+    empty = language_scores.guesses(np.zeros((3, 18), int))
     assert empty["chance"] == {"micro_f1": None, "macro_f1": None}
     json.dumps(empty, allow_nan=False)
 
@@ -362,7 +378,7 @@ def test_a_classifier_and_a_bert_score_where_they_are_named(prepared, mrg_run, t
     assert [c["support"] for c in scores["clinical"]["classes"].values()] == labels.sum(
         0
     ).tolist() and labels.any()
-    assert scores["labeler"] == str(classifier) and "attributes" not in scores
+    assert scores["labeler"] == str(classifier) and "places" not in scores
     assert "layer 1 of" in scores["bertscore"]["variant"]
     assert scores["bertscore"]["f1"] == pytest.approx(np.mean([float(row["bert_f1"]) for row in rows]))
     assert "BERTScore f1" in capsys.readouterr().out
@@ -645,21 +661,17 @@ def test_mistakes_are_named_before_anything_is_generated(prepared, vqa_run, mrg_
         ("vqa", "--prompt x", "mrg"),
         ("vqa", "--classifier x", "mrg"),
         ("mrg", "--questions size", "vqa"),
-        ("mrg", "--figures x", "retrieval and zeroshot"),
-        ("vqa", "--bootstrap 5", "retrieval and zeroshot"),
+        ("mrg", "--figures x", "retrieval and zeroshot and probe"),
+        ("vqa", "--bootstrap 5", "retrieval and zeroshot and probe"),
         ("retrieval", "--new-tokens 5", "mrg and vqa"),
-        ("zeroshot", "--anew", "mrg and vqa"),
-        ("mrg", "--compare a b", "retrieval and zeroshot"),
+        ("zeroshot", "--limit 3", "mrg and vqa"),
+        ("probe", "--protocol dup_all", "retrieval"),
+        ("retrieval", "--predictions x", "mrg"),
+        ("mrg", "--compare a b", "retrieval and zeroshot and probe"),
     ],
 )
 def test_flags_of_other_tasks_are_refused_by_name(task, flag, owners):
     wrong(f"{flag.split()[0]}: is an option of --task {owners}; leave it out", "--task", task, *flag.split())
-
-
-def test_a_single_run_of_retrieval_has_no_bootstrap():
-    wrong(
-        "--bootstrap: belongs to --task zeroshot and to --compare", "--task", "retrieval", "--bootstrap", "5"
-    )
 
 
 @pytest.mark.slow

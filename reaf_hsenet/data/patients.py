@@ -2,7 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 # CT-RATE's volumes and scans, train_1_a_1 and train_1_a; BIMCV's and BIDS's, sub-S1_ses-E1 and sub-S1/ses-E1.
 PATIENT = (
@@ -15,6 +17,13 @@ def patient_name(entry: dict) -> str:
     """Return the patient of a manifest's entry, read off its id or its scan; else the scan itself."""
     names = (pattern.fullmatch(entry[key]) for key in ("id", "scan") for pattern in PATIENT)
     return next((match[1] for match in names if match), entry["scan"])
+
+
+def held_rows(entries: Sequence[dict], share: float = 0.2) -> np.ndarray:
+    """Return (N,) bool, which of a manifest's entries are of a held-out share of their patients."""
+    patients = [patient_name(entry) for entry in entries]
+    held = held_out(patients, round(share * len(set(patients))))
+    return np.array([patient in held for patient in patients])
 
 
 def held_out(patients: Iterable[str], count: int) -> set[str]:

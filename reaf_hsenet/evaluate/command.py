@@ -8,7 +8,7 @@ from reaf_hsenet.config import KINDS, RECIPES
 from reaf_hsenet.data.labels import LABEL_SETS
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.protocols import PROTOCOLS
-from reaf_hsenet.runs.trained import locate_run
+from reaf_hsenet.runs.trained import locate_run, results_folder
 from reaf_hsenet.script import Parser
 from reaf_hsenet.settings import MISSING, add_flags, flags, given, setting
 
@@ -118,6 +118,23 @@ class Command:
     classifier: Path | None = setting(
         None, "BERT or RoBERTa that reads 18 findings, as RadBERT", metavar="FOLDER", only=("mrg",)
     )
+    places: bool = setting(
+        False, "score sides and lobes of real reports, read by rules (phantoms have them)", only=("mrg",)
+    )
+    predictions: Path | None = setting(
+        None,
+        "score these reports, made elsewhere, of the volumes of --data: VLM3D's json, or mrg.csv",
+        metavar="FILE",
+        only=("mrg",),
+    )
+    format: Literal["vlm3d"] | None = setting(
+        None, "write predictions.json, too, as the VLM3D challenge takes it", only=("mrg",)
+    )
+    baselines: bool = setting(
+        True,
+        "reports by the training scans' embeddings, too, which are computed once (default: yes)",
+        only=("mrg",),
+    )
     decoder: str | None = _language(
         None,
         "of published packers and adapters: folder or hub id of the decoder they stand on",
@@ -130,9 +147,18 @@ class Command:
     anew: bool = setting(False, "forget stored embeddings, or the answers of an interrupted evaluation")
     given: dict = field(default_factory=dict)
 
+    @property
+    def results(self) -> Path:
+        """The folder to write into: --out, else the run's, or, for what no run of ours made, one here."""
+        if self.out or not self.predictions:
+            return self.out or results_folder(self.run)
+        return Path("eval") / self.predictions.stem
+
 
 FLAGS = flags(Command)
 COMPARED = {"task", "compare", "out", "bootstrap", "seed"}  # flags that --compare goes with
+SCORED = {"task", "predictions", "data", "split", "out", "device", "bertscore", "bertscore_layer"}
+SCORED |= {"classifier", "places", "format"}  # flags that --predictions goes with
 
 
 def parse(argv: list[str], description: str) -> Command:
@@ -159,6 +185,13 @@ def check(command: Command) -> None:
         raise InputError("--split train: is what a probe is fitted on; score it on another split")
     if len(command.labels) > 2:
         raise InputError(f"--labels: expected one or two tables, found {len(command.labels)}")
+    if command.predictions:
+        if foreign := sorted(command.given.keys() - SCORED):
+            raise InputError(f"--{foreign[0].replace('_', '-')}: is of a run, and --predictions has none")
+        if not command.data:
+            raise InputError(
+                "--predictions: needs the data set whose volumes they are of; name it with --data"
+            )
     if command.bertscore_layer is not None and command.bertscore is None:
         raise InputError("--bertscore-layer: is of the model that --bertscore names; give both")
     for name in ("bertscore", "classifier"):

@@ -18,12 +18,18 @@ from reaf_hsenet.evaluate.language_evaluation import Asked
 from reaf_hsenet.evaluate.show import cell, show
 from reaf_hsenet.files import atomic_write
 from reaf_hsenet.metrics.bertscore import Bert, bert_score
-from reaf_hsenet.metrics.clinical import attribute_agreement, clinical_report, phantom_labels
+from reaf_hsenet.metrics.clinical import clinical_report, phantom_labels, size_agreement
+from reaf_hsenet.metrics.places import phantom_places, place_scores, rule_places
 from reaf_hsenet.metrics.text import ORDERS, SAMPLE_SCORES, nltk_meteor, sample_scores, text_report
 from reaf_hsenet.metrics.vqa import ACCURACIES, ANATOMIES, anatomy_of, answer_accuracies, vqa_report
 from reaf_hsenet.runs.checkpoint import Choice
 
 Labeler = Callable[[Sequence[str]], np.ndarray]  # texts -> (n, 18) of 0 and 1
+# What rows of generated reports and baselines are compared by: names on the screen, and in the json.
+COMPARED = {
+    **{"micro-F1": "micro_f1", "macro-F1": "macro_f1", "precision": "precision", "recall": "recall"},
+    **{"CRG": "crg", "BLEU-4": "ngram_precision_4", "METEOR": "meteor"},
+}
 SHOWN_TEXT = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-1", "ROUGE-L", "METEOR")
 COLUMNS = (
     *("id", "Question", "Anatomy Type", "Ground Truth", "pred"),
@@ -55,35 +61,66 @@ def report_scores(
     rows: list[Asked],
     truth: np.ndarray | None = None,
     labeler: Labeler | None = None,
+    *,
+    labels: np.ndarray | None = None,
     phantoms: bool = False,
+    places: bool = False,
     bert: Bert | None = None,
+    baselines: dict[str, list[str]] | None = None,
 ) -> tuple[dict, list[dict]]:
     """(scores of generated reports, a csv row each).
 
-    truth: (n, 18) labels; without them those that the labeler reads in the references. Findings are scored
-    where there is a labeler; phantoms: their side, lobe and size too. majority: the scores of the most
-    frequent report, given for all.
+    truth: (n, 18) labels; without them those that the labeler reads in the references. labels: (n, 18) of the
+    predictions, where others than the labeler's are scored. Findings are scored where both are known.
+    phantoms: places and sizes, too; places: places by rules. baselines: reports of others, scored beside.
     """
     references = [row.truth for row in rows]
-    guess = Counter(references).most_common(1)[0][0]
     scores, table = _text_scores(predictions, rows, bert)
-    guessed = text_report([guess] * len(rows), references)
-    scores["majority"] = {"report": guess, **{name: guessed[name] for name in (*SAMPLE_SCORES, "meteor")}}
-    if labeler:
-        truth = labeler(references) if truth is None else truth
-        scores["clinical"] = clinical_report(labeler(predictions), truth) | {
-            "baselines": finding_baselines(truth)
-        }
+    if labeler and truth is None:
+        truth = labeler(references)
+    if labeler and labels is None:
+        labels = labeler(predictions)
+    if labels is not None and truth is not None:
+        scores["clinical"] = clinical_report(labels, truth)
+    guess = Counter(references).most_common(1)[0][0]
+    others = {"most_frequent_report": [guess] * len(rows), **(baselines or {})}
+    scores["baselines"] = guesses(truth) if "clinical" in scores else {}
+    for name, texts in others.items():
+        found = labeler(texts) if labeler and truth is not None else None
+        scores["baselines"][name] = text_row(text_report(texts, references)) | finding_row(found, truth)
+    scores["baselines"]["most_frequent_report"]["report"] = guess
+    scores["generated"] = text_row(scores["text"]) | finding_row(labels, truth)
+    scores["not_beaten"] = not_beaten(scores["generated"], scores["baselines"])
     if phantoms:
-        scores["attributes"] = attribute_agreement(predictions, references)
+        scores["attributes"] = {"size": size_agreement(predictions, references)}
+    if phantoms or places:
+        read = phantom_places if phantoms else rule_places
+        scores["places"] = place_scores(list(map(read, predictions)), list(map(read, references)))
+        scores["places"]["reader"] = "phantoms" if phantoms else "rules"
     return scores, table
 
 
-def finding_baselines(truth: np.ndarray) -> dict[str, dict]:
-    """Micro and macro F1 of findings that are guessed without looking at the scan.
+def text_row(report: dict) -> dict[str, float]:
+    """Return what rows are compared by; METEOR is without synonyms where nltk is not there."""
+    meteor = report["meteor"] if isinstance(report["meteor"], float) else report["meteor_without_synonyms"]
+    return {**{name: report[name] for name in SAMPLE_SCORES}, "meteor": meteor}
+
+
+def finding_row(labels: np.ndarray | None, truth: np.ndarray | None) -> dict[str, float | None]:
+    """Return the scores of findings that rows are compared by; none where labels (n, 18) are not known."""
+    if labels is None or truth is None:
+        return {}
+    report = clinical_report(labels, truth)
+    micro = report["micro"]
+    means = {"micro_f1": micro["f1"], "macro_f1": report["macro"]["f1"], "crg": report["crg"]}
+    return {**means, "precision": micro["precision"], "recall": micro["recall"]}
+
+
+def guesses(truth: np.ndarray) -> dict[str, dict]:
+    """Scores of findings that are guessed without looking at the scan.
 
     chance: each finding is drawn at its true rate; micro F1 is then the ratio of expectations.
-    all_positive: all findings. majority: those that more than half of the reports have.
+    all_findings: all of them for everyone.
     """
     rates = truth.mean(0)
     positive = rates.sum() > 0
@@ -91,12 +128,17 @@ def finding_baselines(truth: np.ndarray) -> dict[str, dict]:
         "micro_f1": float((rates**2).sum() / rates.sum()) if positive else None,
         "macro_f1": float(rates[rates > 0].mean()) if positive else None,
     }
-    constant = {"all_positive": np.ones_like(rates), "majority": rates > 0.5}
+    return {"chance": chance, "all_findings": finding_row(np.ones_like(truth), truth)}
+
+
+def not_beaten(generated: dict, baselines: dict[str, dict]) -> dict[str, list[str]]:
+    """Return, by baseline, in what generated reports score no higher. Precision and recall count in F1."""
     found = {}
-    for name, labels in constant.items():
-        report = clinical_report(np.tile(labels.astype(np.int64), (len(truth), 1)), truth)
-        found[name] = {f"{mean}_f1": report[mean]["f1"] for mean in ("micro", "macro")}
-    return {"chance": chance, **found}
+    for name, row in baselines.items():
+        both = [shown for shown, key in COMPARED.items() if None not in (row.get(key), generated.get(key))]
+        lost = [shown for shown in both if generated[COMPARED[shown]] <= row[COMPARED[shown]]]
+        found[name] = [shown for shown in lost if shown not in ("precision", "recall")]
+    return {name: lost for name, lost in found.items() if lost}
 
 
 def answer_scores(
@@ -146,8 +188,8 @@ def _text_scores(predictions: list[str], rows: list[Asked], bert: Bert | None) -
     return scores, table
 
 
-def write_rows(path: Path, table: list[dict], checkpoint: Choice) -> None:
-    """Write the csv: the rows' COLUMNS as far as there are such, and the checkpoint."""
+def write_rows(path: Path, table: list[dict], checkpoint: Choice | Path) -> None:
+    """Write the csv: the rows' COLUMNS as far as there are such, and the checkpoint or the file."""
     with atomic_write(path) as file:
         writer = csv.DictWriter(file, [*(name for name in COLUMNS if name in table[0]), "checkpoint"])
         writer.writeheader()
@@ -157,32 +199,39 @@ def write_rows(path: Path, table: list[dict], checkpoint: Choice) -> None:
 def print_reports(scores: dict) -> None:
     text = scores["text"]
     print(f"{text['reports']} reports, {text['empty_reports']} of them empty")
-    _print_text({"generated": text, "most frequent report for all": scores["majority"]})
+    _print_text({"generated": text})
     bleu = ", ".join(f"{text[f'corpus_bleu_{n}']:.3f}" for n in ORDERS)
     print(f"corpus BLEU 1 to 4, with brevity penalty: {bleu}")
     _print_bertscore(scores)
+    rows = {"generated": scores["generated"], **scores["baselines"]}
+    print()
+    show(
+        {name.replace("_", " "): [row.get(key) for key in COMPARED.values()] for name, row in rows.items()},
+        [(name, 10) for name in COMPARED],
+        "beside what needs no language model",
+        40,
+    )
+    for name, lost in scores["not_beaten"].items():
+        print(f"the generated reports do not beat {name.replace('_', ' ')} in {', '.join(lost)}")
     if "clinical" not in scores:
         print("findings: left out; name a classifier of reports with --classifier")
-        return
-    found = scores["clinical"]
-    micro, macro = found["micro"], found["macro"]
-    rows = {"generated": [micro["f1"], macro["f1"], micro["precision"], micro["recall"]]}
-    for name, row in found["baselines"].items():
-        rows[name.replace("_", " ")] = [row["micro_f1"], row["macro_f1"]]
-    print()
-    columns = ("micro-F1", "macro-F1", "precision", "recall")
-    show(rows, [(name, 10) for name in columns], "findings", 40)
-    metrics = ("f1", "precision", "recall", "support", "predicted")
-    rows = {name: [row[metric] for metric in metrics] for name, row in found["classes"].items()}
-    print()
-    columns = ("F1", "precision", "recall", "support", "named")
-    show(rows, [(name, 10) for name in columns], width=40)
+    else:
+        metrics = ("f1", "precision", "recall", "support", "predicted")
+        classes = scores["clinical"]["classes"]
+        columns = [(name, 10) for name in ("F1", "precision", "recall", "support", "named")]
+        print()
+        show({name: [row[m] for m in metrics] for name, row in classes.items()}, columns, width=40)
+    if "places" in scores:
+        metrics = ("precision", "recall", "agreement", "compared")
+        rows = {
+            level: [scores["places"][level][m] for m in metrics] for level in ("presence", "side", "lobe")
+        }
+        title = f"places, read by {scores['places']['reader']}"
+        print()
+        show(rows, [(name, 10) for name in metrics], title, 40)
     if "attributes" in scores:
-        parts = [
-            f"{name} {cell(row['agreement'])} of {row['compared']}"
-            for name, row in scores["attributes"].items()
-        ]
-        print("agreement where both name the finding: " + ", ".join(parts))
+        size = scores["attributes"]["size"]
+        print(f"sizes agree where both name the finding: {cell(size['agreement'])} of {size['compared']}")
 
 
 def print_answers(scores: dict) -> None:

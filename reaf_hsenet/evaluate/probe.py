@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reaf_hsenet.data.labels import LabelSet, LabelTable
 from reaf_hsenet.data.manifest import Manifest
-from reaf_hsenet.data.patients import held_out, patient_name
+from reaf_hsenet.data.patients import held_rows
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.show import cell, show
 from reaf_hsenet.evaluate.zeroshot import print_second_labels
@@ -31,7 +31,6 @@ from reaf_hsenet.metrics.probe import (
 )
 from reaf_hsenet.metrics.retrieval import require_finite
 
-HELD_OUT = 0.2  # of the training patients
 SHOTS, DRAWS = (1, 5, 10, 50), 5
 FILE = "probe.safetensors"
 
@@ -66,9 +65,7 @@ def define_task(
     entries = manifest.entries("train")
     rows = [i for i, e in enumerate(entries) if train.source != manifest.name or e["id"] in train.rows]
     labels = train.values([entries[i]["id"] for i in rows], list(classes.values()))
-    patients = [patient_name(entries[i]) for i in rows]
-    out = held_out(patients, round(HELD_OUT * len(set(patients))))
-    held = np.array([patient in out for patient in patients])
+    held = held_rows([entries[i] for i in rows])
     usable = np.zeros(len(classes), dtype=bool)
     if held.any():
         usable = both_values(labels[held]) & both_values(labels[~held])

@@ -1,4 +1,4 @@
-"""Clinical scores of generated reports: which of CT-RATE's 18 findings they name, and where and how large.
+"""Clinical scores of generated reports: which of CT-RATE's 18 findings they name, and how large.
 
 Labels (n, 18) of 0 and 1, in the order of LABELS, come from the phantoms' exact labeler (`phantom_labels`) or
 from a BERT or RoBERTa classifier (`load_classifier`), such as CT-RATE's RadBertClassifier. Both label the
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reaf_hsenet.config import TextConfig
-from reaf_hsenet.data.phantom.findings import LABELS, LOBES, Finding, find, labels_of
+from reaf_hsenet.data.phantom.findings import LABELS, find, labels_of
 from reaf_hsenet.data.phantom.labeler import read_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_object
@@ -47,7 +47,7 @@ def label_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarr
 
 def clinical_report(predicted: np.ndarray, truth: np.ndarray, names: Sequence[str] = LABELS) -> dict:
     """Precision, recall and F1 of each finding; micro, over all pairs of report and finding; macro, over
-    findings.
+    findings; CRG.
 
     predicted, truth: (n, C) of 0 and 1. A finding without positives has no recall (None); `macro` leaves it
     out and `left_out_of_macro` names it.
@@ -61,9 +61,27 @@ def clinical_report(predicted: np.ndarray, truth: np.ndarray, names: Sequence[st
         "classes": classes,
         "micro": {m: _or_none(micro[m]) for m in metrics},
         "macro": {m: _or_none(scores[m][kept].mean()) if kept.any() else None for m in metrics},
+        "crg": crg(predicted, truth),
         "classes_in_macro": int(kept.sum()),
         "left_out_of_macro": [name for name, has in zip(names, kept, strict=True) if not has],
     }
+
+
+def crg(predicted: np.ndarray, truth: np.ndarray) -> float | None:
+    """Return the CRG score (Hamamci et al. 2025, arXiv 2505.17167), by which the VLM3D challenge ranks.
+
+    predicted, truth: (n, C) of 0 and 1. A finding that is named or missed weighs r, a false one 1, where r is
+    half the ratio of negatives to positives: all right is 1, naming everything or nothing 1/3. None without
+    positives, and where all are positive: there the challenge's code stops, or gives 0.
+    """
+    predicted, truth = predicted.astype(bool), truth.astype(bool)
+    positives, negatives = truth.sum(), (~truth).sum()
+    if not positives or not negatives:
+        return None
+    weight = negatives / (2 * positives)
+    hits, misses, false = (m.sum() for m in (predicted & truth, ~predicted & truth, predicted & ~truth))
+    score, best = weight * (hits - misses) - false, weight * positives
+    return float(best / (2 * best - score))
 
 
 def _or_none(value: np.generic) -> float | int | None:
@@ -75,47 +93,31 @@ def phantom_labels(texts: Sequence[str]) -> np.ndarray:
     return np.array([labels_of(read_report(text)) for text in texts]).reshape(-1, len(LABELS))
 
 
-def attribute_agreement(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict]:
-    """Count how often the generated text agrees on side, lobe and size of findings that both texts name.
+def size_agreement(predictions: Sequence[str], references: Sequence[str]) -> dict:
+    """Count how often the generated text agrees on the size of findings that both texts name.
 
-    Read by the phantoms' labeler. Only findings whose reference tells the attribute are `compared`; a
-    generated text that leaves it open does not agree. side, lobe: the same set. size: the largest, within
-    SIZE_TOLERANCE; mean_abs_error_mm is over the `both_stated`. None where there is nothing to compare.
+    Read by the phantoms' labeler. Only findings whose reference tells a size are `compared`; a generated text
+    that leaves it open does not agree. The largest must agree within SIZE_TOLERANCE; mean_abs_error_mm is
+    over the `both_stated`. None where there is nothing to compare.
     """
-    agrees: dict[str, list[bool]] = {"side": [], "lobe": [], "size": []}
+    agrees: list[bool] = []
     errors = []
     for texts in zip(predictions, references, strict=True):
         reports = [read_report(text) for text in texts]
         for label in LABELS:
-            generated, stated = (find(report, label) for report in reports)
-            if not generated or not stated:
+            if label == "Cardiomegaly":  # whose size is a ratio
                 continue
-            for attribute, read in (("side", _sides), ("lobe", _lobes)):
-                if read(stated):
-                    agrees[attribute].append(read(generated) == read(stated))
-            found, size = (max(f.size for f in findings) for findings in (generated, stated))
-            if size and label != "Cardiomegaly":  # whose size is a ratio
+            found, size = (max((f.size for f in find(report, label)), default=None) for report in reports)
+            if found is not None and size:
                 error = abs(found - size)
-                tolerance = max(SIZE_TOLERANCE[0], SIZE_TOLERANCE[1] * size)
-                agrees["size"].append(bool(found) and error <= tolerance)
+                agrees.append(bool(found) and error <= max(SIZE_TOLERANCE[0], SIZE_TOLERANCE[1] * size))
                 errors += [error] * bool(found)
-    report: dict[str, dict] = {
-        name: {"agreement": float(np.mean(values)) if values else None, "compared": len(values)}
-        for name, values in agrees.items()
+    return {
+        "agreement": float(np.mean(agrees)) if agrees else None,
+        "compared": len(agrees),
+        "both_stated": len(errors),
+        "mean_abs_error_mm": float(np.mean(errors)) if errors else None,
     }
-    error = float(np.mean(errors)) if errors else None
-    report["size"] |= {"both_stated": len(errors), "mean_abs_error_mm": error}
-    return report
-
-
-def _sides(findings: list[Finding]) -> set[str]:
-    """Return right or left; a coronary artery's right and left are its name."""
-    first = {f.place.split(" ")[0] for f in findings if f.label != "Coronary artery wall calcification"}
-    return first & {"right", "left"}
-
-
-def _lobes(findings: list[Finding]) -> set[str]:
-    return {f.place for f in findings} & set(LOBES)
 
 
 class ReportClassifier(nn.Module):

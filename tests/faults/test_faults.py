@@ -96,6 +96,7 @@ RESUME = "train --stage clip1 --resume --out {clip1} --device cpu"
 RETRIEVAL = "evaluate --task retrieval --run {run} --device cpu"
 ZEROSHOT = "evaluate --task zeroshot --run {run} --device cpu --bootstrap 0"
 MRG = "evaluate --task mrg --run {language} --device cpu --limit 1 --new-tokens 1"
+READ = "evaluate --task mrg --predictions {p.json} --data {data} --out {out} --device cpu"
 REPORT = "infer report {scan} --run {language} --device cpu --new-tokens 2"
 EMBED = "infer embed {scan} --run {run} --device cpu"
 SEARCH = "infer search {i.safetensors} --text effusion --run {run} --device cpu"
@@ -182,6 +183,13 @@ def fewer_parameters(state: dict) -> None:
 
 def no_scale(state: dict) -> None:
     del state["logit_scale"]
+
+
+def predictions(**change) -> Make:
+    """Reports of two volumes, of which the second is of another form."""
+    cases = [{"input_image_name": f"valid_{i}_a_1.nii.gz", "report": "Clear."} for i in (2, 1)]
+    cases[1] |= change
+    return write("p.json", json.dumps({"generated_reports": cases}))
 
 
 first_volume = partial(volumes, 1)
@@ -770,6 +778,40 @@ faults(
         "--run {packers.bin} --data {data}",
         "packers.bin: holds packers and adapters only",
     ),
+)
+faults(
+    READ,
+    "predictions",
+    "",
+    Row("of an unknown volume", predictions(input_image_name="valid_9"), "'valid_9' is no volume of the"),
+    Row(
+        "without a name", predictions(input_image_name=5), "p.json: input_image_name is 5; expected the name"
+    ),
+    Row(
+        "given twice",
+        predictions(input_image_name="x/valid_2_a_1.mha"),
+        "volume valid_2_a_1 has two reports; keep one",
+    ),
+    Row("that are no text", predictions(report=None), "'valid_1_a_1.nii.gz': its report is None; expected a"),
+    Row("with half a character", predictions(report="\ud800"), "its report is ... expected a text"),
+    Row(
+        "with one label", predictions(labels={"Cardiomegaly": 1}), "labels from 0 to 1 by CT-RATE's 18 names"
+    ),
+    Row(
+        "with a label of 2", predictions(probabilities=[2.0] * 18), "expected labels from 0 to 1 by CT-RATE's"
+    ),
+    Row("of a volume less", predictions(), "p.json: has no report of valid_3_a_1"),
+    Row("of another form", write("p.json", "[5]"), "p.json: expected generated_reports, a list of"),
+    Row("nested 50,000 deep", write("p.json", DEEP), "is not valid JSON (maximum recursion depth"),
+    Row("that are not there", "", "p.json: no such file"),
+    Row("of a run", "--limit 1", "--limit: is of a run, and --predictions has none"),
+    Row("of another task", "--task vqa", "--predictions: is an option of --task mrg; leave it out"),
+)
+faults(
+    "evaluate --task mrg --predictions {p.json}",
+    "predictions",
+    "--predictions: ",
+    Row("without data", "", "needs the data set whose volumes they are of; name it with --data"),
 )
 faults(
     "evaluate --task retrieval --compare {run} {run}",

@@ -99,14 +99,15 @@ def read_report(findings_text: str) -> list[Finding]:
     findings = set()
     for clause in CLAUSE_END.split(findings_text.lower()):
         for label, words in FINDING_WORDS.items():
-            if any(not _denied(clause, match) for match in re.finditer(words, clause)):
+            if any(not denied(clause, match) for match in re.finditer(words, clause)):
                 findings.update(_describe(label, clause))
     # Drop a bare mention of a label that is also described ("There is cardiomegaly; the ratio is 0.6").
     described = {f.label for f in findings if f != Finding(f.label)}
     return sorted(f for f in findings if f.label not in described or f != Finding(f.label))
 
 
-def _denied(clause: str, match: re.Match) -> bool:
+def denied(clause: str, match: re.Match) -> bool:
+    """Return whether a clause says that what was matched in it is not there."""
     before = DENIES_WHAT_FOLLOWS.search(clause[: match.end()])
     return bool(before or DENIES_WHAT_PRECEDES.search(clause, match.start()))
 
@@ -133,7 +134,7 @@ def _describe(label: str, clause: str) -> list[Finding]:
         size = _length(clause, shortest=label == "Lymphadenopathy")
     if label == "Lung nodule":
         calcified = re.search(r"\bcalcifi(?:ed|c\b|cation)", clause)
-        kind = "calcified" if calcified and not _denied(clause, calcified) else ""
+        kind = "calcified" if calcified and not denied(clause, calcified) else ""
     return [Finding(label, place, size, kind) for place in places or [""]]
 
 
