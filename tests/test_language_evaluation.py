@@ -656,12 +656,6 @@ def test_flags_of_other_tasks_are_refused_by_name(task, flag, owners):
     wrong(f"{flag.split()[0]}: is an option of --task {owners}; leave it out", "--task", task, *flag.split())
 
 
-def test_a_single_run_of_retrieval_has_no_bootstrap():
-    wrong(
-        "--bootstrap: belongs to --task zeroshot and to --compare", "--task", "retrieval", "--bootstrap", "5"
-    )
-
-
 @pytest.mark.slow
 def test_the_default_run_is_the_tasks_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
