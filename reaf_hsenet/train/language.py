@@ -38,6 +38,8 @@ def token_mean(outputs: tuple[Tensor, Tensor], batch: Batch, step: int) -> tuple
     """Return the mean over the target tokens of all ranks, as if one process had them all."""
     total, tokens = outputs
     # Gradients are averaged over ranks: so is what divides them.
+    # (1 / W) sum_r total_r / (sum_r tokens_r / W) = sum of all cross-entropies / number of all target tokens,
+    # where the first 1 / W is DDP's mean: long reports count by their tokens, on whichever rank they are.
     share = distributed.mean_over_ranks(tokens.float())
     return total / share, {"answer_tokens": share}
 
@@ -58,6 +60,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
         # A frozen decoder is held in the type it computes in; what is trained is float32.
         decoder = base_decoder(config, setup.origin, torch.float32 if config.full else dtype)
     model = build_mllm(config, decoder)
+    # Frozen encoders are in no checkpoint: they come from the runs that config.json names, by hash.
     if not (setup.resumed and config.train_vision):
         fill_encoders(model, setup.encoders or encoder_states(setup.origin["encoders"]), "the encoders' runs")
         setup.encoders = None
@@ -66,6 +69,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     model.frozen_dropout = settings.frozen_dropout
     model.decoder.grad_checkpoint = settings.grad_checkpoint
     for encoder in model.encoders:
+        # A frozen encoder runs without a graph: it keeps no activations to be computed again.
         encoder.grad_checkpoint = settings.grad_checkpoint and config.train_vision
 
     # The data: volumes, or the frozen encoders' tokens of them, with questions and answers.
@@ -111,6 +115,8 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
 def prepare_encoders(model: Mllm, setup: Setup, bad: BadVolumes, ranks: Ranks) -> None:
     """Prepare encoders that are trained on for a decoder from scratch, as the recipe says."""
     manifest, settings = setup.manifest, setup.train
+    # First the size of what differs between patients, then what it says (docs/method.md has the gain of
+    # each).
     if settings.calibrate:
         entries = manifest.entries("train")[: settings.calibrate]
         good, unreadable = part_unreadable([read_sample(manifest, entry, setup.guided) for entry in entries])
@@ -132,6 +138,7 @@ def validate(
     """Return the score, minus the mean cross-entropy of a target token, and {"loss": that mean}."""
     ranks, rows = bad.ranks, min(settings.validate_samples, len(data))
     loader = make_loader(data, InOrder(rows, settings.batch_size, ranks.rank, ranks.world), 0)
+    # Sums, not means of batches: batches have different numbers of target tokens.
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     unreadable = []
     for batch in batches(loader, ranks.device, tolerant=True):
