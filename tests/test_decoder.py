@@ -16,7 +16,20 @@ from reaf_hsenet.models.lora import LoraLinear, add_lora, merge_lora
 from reaf_hsenet.models.packed import PackedLinear, WidenedLinear, pack, packable
 from reaf_hsenet.weights.decoder import save_decoder
 
-SMALL = DecoderConfig("phi3", 96, 48, 2, 6, 2, 8, 64, 128, RopeConfig(dims=6), tied=True, pad_id=0)
+SMALL = DecoderConfig(
+    "phi3",
+    96,
+    width=48,
+    layers=2,
+    heads=6,
+    kv_heads=2,
+    head_dim=8,
+    mlp=64,
+    context=128,
+    rope=RopeConfig(dims=6),
+    tied=True,
+    pad_id=0,
+)
 
 
 def small(**changes) -> Decoder:

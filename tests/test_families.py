@@ -38,7 +38,7 @@ def adapter(folder):
 
 
 def slice_encoder(folder):
-    save_slice_encoder(folder / "own", SliceEncoder(32, 16, 24, 1, 3, 48))
+    save_slice_encoder(folder / "own", SliceEncoder(32, 16, width=24, depth=1, heads=3, mlp=48))
     return folder / "own"
 
 

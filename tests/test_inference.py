@@ -185,7 +185,9 @@ def test_an_answer_is_the_one_that_the_prepared_volume_gets(runs, sliced, scans,
     volume = read_prepared(manifest, entry)[None]
     slices = read_slices(manifest, entry)[None] if model.guided else None
     for question, made in (("Is there effusion?", model.ask), ("What do you see?", model.report)):
-        expected = answer(model.run.model, model.run.tokenizer, [question], volume, slices, 24, sampling)
+        expected = answer(
+            model.run.model, model.run.tokenizer, [question], volume, slices, new_tokens=24, sampling=sampling
+        )
         assert made(scans[2], question, new_tokens=24, sampling=sampling) == expected[0] != ""
 
 

@@ -41,9 +41,21 @@ pytestmark = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard
 def small(tied: bool = True):
     """A model of a frozen encoder, a projector without dropout, and a decoder of two blocks."""
     torch.manual_seed(0)
-    encoder = VisionConfig((8, 16, 16), (4, 8, 8), 32, 1, 2, 64)
+    encoder = VisionConfig((8, 16, 16), (4, 8, 8), width=32, depth=1, heads=2, mlp=64)
     ends = {"tied": tied, "eos_ids": (1,), "bos_id": 2}
-    decoder = DecoderConfig("llama", 61, 32, 2, 2, 1, 16, 64, 128, RopeConfig(dims=16), **ends)
+    decoder = DecoderConfig(
+        "llama",
+        61,
+        width=32,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+        mlp=64,
+        context=128,
+        rope=RopeConfig(dims=16),
+        **ends,
+    )
     config = MllmConfig("stage1", (encoder,), decoder, projector="average_pool", kernel=(2, 2, 2), full=True)
     return build_mllm(config).train()
 

@@ -220,7 +220,7 @@ def new_run(folder, config, recipe, stage="clip1", lora=False):
 @pytest.mark.parametrize("kind", ["m3d-clip", "2e3", "reaf", "lora"])
 def test_a_run_that_is_exported_and_converted_computes_the_same(tmp_path, kind):
     text = TextConfig(vocab=40, width=16, depth=2, heads=4, mlp=32, positions=20)
-    vision = VisionConfig((8, 16, 16), (4, 8, 8), 24, 2, 3, 48)
+    vision = VisionConfig((8, 16, 16), (4, 8, 8), width=24, depth=2, heads=3, mlp=48)
     if kind == "2e3":
         vision = GuidedVisionConfig(**vars(vision), slice_width=16)
     if kind == "reaf":

@@ -133,7 +133,9 @@ def test_a_published_folder_without_vocabulary_starts_a_run_with_that_of_text_mo
     folder = published.write_m3d_clip(tmp_path / "M3D-CLIP").parent
     (folder / "vocab.txt").unlink()
     small = replace(
-        PRESETS["hsenet-tiny"], vision=VisionConfig((16, 64, 64), (4, 16, 16), 48, 3, 4, 96), embed=20
+        PRESETS["hsenet-tiny"],
+        vision=VisionConfig((16, 64, 64), (4, 16, 16), width=48, depth=3, heads=4, mlp=96),
+        embed=20,
     )
     monkeypatch.setitem(PRESETS, "hsenet-base", small)
     flags = [

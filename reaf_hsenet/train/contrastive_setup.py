@@ -56,7 +56,7 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
         manifest = load_manifest(data_of(command, teacher))
         # 2E3: slice features and their width become part of the model's settings.
         if command.guidance:
-            manifest = sliced(manifest, config, teacher, command, ranks, say)
+            manifest = sliced(manifest, config, teacher, command=command, ranks=ranks, say=say)
             slices = {"slices": manifest.slices["slices"], "slice_width": manifest.slices["width"]}
             config = replace(config, vision=GuidedVisionConfig(**vars(config.vision), **slices))
             if init is not None and init.guided:
@@ -79,10 +79,12 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
 
     # Recipe and vocabulary.
     words = init or teacher  # a run whose vocabulary is taken
-    settings = train_settings(command, preset, manifest, bool(words), ranks, say)
+    settings = train_settings(command, preset, manifest, has_words=bool(words), ranks=ranks, say=say)
     # From here on weights may be drawn: a run is a function of its seed.
     torch.manual_seed(settings.seed)
-    tokenizer, config, text_weights = text_side(command, config, manifest, words, preset, say)
+    tokenizer, config, text_weights = text_side(
+        command, config, manifest, words=words, preset=preset, say=say
+    )
     if teacher is not None:
         named = f"--text-model {command.text_model}" if command.text_model else f"--init {command.init}"
         require_vocabulary(tokenizer, named, teacher)

@@ -31,7 +31,14 @@ from reaf_hsenet.train.training_state import PRECISIONS
 
 def encode(model: Mllm, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the sum of the answers' cross-entropies, and the number of target tokens."""
-    return model(batch.ids, batch.mask, batch.labels, batch.volume, batch.slices, batch.features)
+    return model(
+        batch.ids,
+        batch.mask,
+        batch.labels,
+        volume=batch.volume,
+        slices=batch.slices,
+        features=batch.features,
+    )
 
 
 def token_mean(outputs: tuple[Tensor, Tensor], batch: Batch, step: int) -> tuple[Tensor, dict]:
@@ -77,7 +84,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     if setup.features:
         shapes = [(math.prod(encoder.grid), encoder.width) for encoder in config.encoders]
         cache = FeatureCache(setup.features, setup.origin["encoders"], setup.manifest, dtype, shapes)
-        fill_cache(cache, model, ("train", "validation"), ranks, setup.guided, bad)
+        fill_cache(cache, model, ("train", "validation"), ranks=ranks, slices=setup.guided, bad=bad)
     data = partial(
         LanguageDataset,
         setup.manifest,
@@ -129,7 +136,7 @@ def prepare_encoders(model: Mllm, setup: Setup, bad: BadVolumes, ranks: Ranks) -
         volumes, slices = zip(*good, strict=True)
         calibrate_tokens(model, torch.stack(volumes), torch.stack(slices) if setup.guided else None)
     if settings.label_epochs:
-        learn_labels(model, manifest, settings, setup.guided, bad, ranks.device)
+        learn_labels(model, manifest, settings, guided=setup.guided, bad=bad, device=ranks.device)
 
 
 def validate(

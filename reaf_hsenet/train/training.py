@@ -297,7 +297,9 @@ class Training:
             keep, good = self.config.keep, self.stability.good
             # A loader process that dies meanwhile is reported afterwards: the checkpoint is written first.
             with worker_deaths_later():
-                distributed.on_main(lambda: self.run.save(progress.step, model, state, keep, best, good))
+                distributed.on_main(
+                    lambda: self.run.save(progress.step, model, state, keep=keep, best=best, good=good)
+                )
         except OutputError as error:
             if progress.step == self.total:
                 raise OutputError(f"{error}{', continue with --resume' if self.run.all() else ''}") from error
