@@ -122,6 +122,26 @@ STRETCHED = torch.zeros(1).expand(20000, 20000, 20000)
 HUGE = {"a": {"dtype": "F32", "shape": [10**7, 10**8], "data_offsets": [0, 4 * 10**15]}}
 
 
+# Of a manifest: what a table says of a volume, and values of its recipe. None is possible.
+PLAIN = {"spacing": [1, 1, 3], "slope": 1, "intercept": None}
+TABLE_ROWS = [
+    *({**PLAIN, **other} for other in ({"slope": "steep"}, {"spacing": [1, 2]}, {"spacing": 3})),
+    *({"slope": 1}, [1], []),
+]
+RECIPE_VALUES = [
+    *(
+        ("axes", "SSS"),
+        ("axes", ""),
+        ("spacing", [-1, 1, 1]),
+        ("window", [5, 1]),
+        ("std", 0),
+        ("mean", 1e300),
+    ),
+    *(("size", size) for size in ([0, 1, 1], [10**9] * 3, [1, 2], [True, 2, 3])),
+    *(("fit", "x"), ("name", 3), ("more", 1)),
+]
+
+
 # One value of a file, by its keys; an entry of the manifest is the first of a split.
 manifest, run, trained = (partial(change, name) for name in (MANIFEST, RUN, TRAINED))
 language, bert, m3d = (partial(change, f"{name}/config.json") for name in ("language", "words", "m3d"))
@@ -256,6 +276,7 @@ faults(
     Row("with too few fields", table("id,text\na\n"), "line 2 has fewer fields than the header"),
     Row("in Latin-1", table("id,text\na,Müller\n".encode("latin-1")), "is not a UTF-8 csv file ('utf-8'"),
     Row("that lists a volume twice", table("id,text\na,x\na,y\n"), "id a is listed twice, the second time"),
+    Row("that lists it by its file too", table("id,text\na,x\na.nii.gz,y\n"), "...are the same volume"),
     Row("that leaves its folder", table("id,text\n../a,x\n"), "id '../a' is not a path below"),
     Row("whose id has a NUL byte", table("id,text\na\0b,x\n"), "line 2 holds a NUL byte; save the"),
     Row("whose id is 5,000 letters long", table(f"id,text\n{'a' * 5000},x\n"), "id"),
@@ -271,6 +292,8 @@ faults(
     Row("window turned round", "--window 200 -1000", "--window (200.0, -1000.0): expected LOW HIGH in HU"),
     Row("spacing of NaN", "--spacing nan 1 1", "--spacing (nan, 1.0, 1.0): expected three positive"),
     Row("unknown flag", "--quick", "unrecognized arguments: --quick; see __main__.py"),
+    Row("recipe of no name", "--recipe m3d", "--recipe...m3d"),
+    Row("axis codes of no kind", "--assume-orientation LPX", "--assume-orientation: 'LPX' is not an"),
     Row("no workers", "--workers 0", "--workers 0: expected 1 or more"),
 )
 faults(
@@ -301,8 +324,31 @@ faults(
     "slice features",
     "",
     Row("of another encoder", "", "data: holds slice features with another sha256"),
+    Row("of an encoder that is not there", "--slices {none}", "none: no such folder"),
+    Row("in batches of none", "--slice-batch 0", "--slice-batch 0: expected 1 or more"),
     Row("without volumes", "--out {out}", "manifest.json: no such file; prepare volumes first"),
     Row("for a list", write(MANIFEST, "[]"), "manifest.json: expected an object of settings"),
+)
+
+faults(
+    "preprocess --out {out}",
+    "flags:",
+    "",
+    Row("no data set", "", "--dataset is missing; say which, or give --slices"),
+    *(
+        Row(
+            f"{flag.split()[0]} without slices",
+            f"--dataset phantom {flag}",
+            f"{flag.split()[0]}: needs --slices",
+        )
+        for flag in (
+            "--jpeg-slices",
+            "--replace-slices",
+            "--slice-batch 8",
+            "--slice-recipe hsenet",
+            "--device cpu",
+        )
+    ),
 )
 
 faults(
@@ -339,6 +385,23 @@ faults(
     Row("whose source is a text", entry("source", "here", "validation"), "validation entry 0: source is"),
     Row("whose questions are numbers", entry("qa", [3], "validation"), "validation entry 0: qa is [3]"),
     Row("of unknown reading", manifest("reading", {"rescale": "maybe"}), "rescale of Reading is 'maybe'"),
+    Row("of unknown axes", manifest("reading", {"orientation": "up"}), "orientation of Reading is 'up'"),
+    Row("of another reading", manifest("reading", {"slices": 3}), "Reading has no setting slices"),
+    Row(
+        "that assumes two left sides",
+        manifest("reading", {"assume_orientation": "LLS"}),
+        "assume_orientation 'LLS': expected axis codes",
+    ),
+    Row("whose source has no name", entry("source", {"file": 3}), "train entry 0: source is {'file': 3"),
+    Row(
+        "whose rescale is no text", entry("source", {"file": "a", "rescale": {}}), "train entry 0: source is"
+    ),
+    Row("whose report is half a letter", entry("text", "half \udc80"), "train entry 0: text is"),
+    *(Row(f"whose table is {row}", entry("table", row), "train entry 0: table is") for row in TABLE_ROWS),
+    *(
+        Row(f"whose recipe's {name} is {value}", manifest("recipe", name, value), "")
+        for name, value in RECIPE_VALUES
+    ),
     Row("that lists a volume twice", listed_twice, "id valid_1_a_1 is listed twice; keep"),
     Row("without training volumes", manifest("splits", "train", []), "the train split is empty; prepare"),
     Row("of another size", "--size 32 64 64", "its volumes have size 16x32x32, but"),
