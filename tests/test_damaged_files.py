@@ -33,8 +33,7 @@ from reaf_hsenet.evaluate.search_index import SearchIndex
 from reaf_hsenet.files import named, read_json
 from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 from reaf_hsenet.weights.files import read_weights_file
-from test_header import image
-from test_wild_tables import table
+from scans import image, table
 
 TINY = Options(RECIPES["reaf"].__class__(**{**vars(RECIPES["reaf"]), "size": (4, 8, 8)}))
 

@@ -127,25 +127,9 @@ def test_every_storage_order_of_a_scan_gives_its_embedding(runs, scans, tmp_path
 @pytest.mark.parametrize("prompts", ["volume", "organ"])
 def test_classes_have_the_scores_of_the_zeroshot_task(runs, scans, tmp_path, prompts):
     run = runs / "clip2-hsenet"
-    assert (
-        evaluate.main(
-            [
-                "--task",
-                "zeroshot",
-                "--run",
-                str(run),
-                "--out",
-                str(tmp_path),
-                "--device",
-                "cpu",
-                "--bootstrap",
-                "0",
-                "--prompts",
-                prompts,
-            ]
-        )
-        == 0
-    )
+    flags = ["--run", run, "--out", tmp_path, "--prompts", prompts]
+    flags += "--task zeroshot --device cpu --bootstrap 0".split()
+    assert evaluate.main(list(map(str, flags))) == 0
     with open(tmp_path / "zeroshot_scores.csv", newline="") as file:
         expected = list(csv.DictReader(file))[1]
     found = load(run).classify(scans[1], prompts)

@@ -146,20 +146,7 @@ def test_packers_and_adapters_are_evaluated_as_they_are(language, data, words, t
     sliced = shutil.copytree(data, tmp_path / "sliced")
     encoder = published.write(tmp_path / "slices.bin", published.mae(48))
     assert preprocess.main(["--slices", str(encoder), "--out", str(sliced), "--device", "cpu"]) == 0
-    common = [
-        "--task",
-        "mrg",
-        "--data",
-        sliced,
-        "--limit",
-        2,
-        "--new-tokens",
-        4,
-        "--device",
-        "cpu",
-        "--run",
-        packers,
-    ]
+    common = [*"--task mrg --limit 2 --new-tokens 4 --device cpu --data".split(), sliced, "--run", packers]
     assert evaluate.main(list(map(str, [*common, *flags]))) == 0
     assert json.loads((tmp_path / "eval/mm_projector_and_lora/mrg.json").read_text())["n"] == 2
     assert not (packers.parent / "eval").exists()
@@ -185,20 +172,7 @@ def test_answers_of_packers_that_stood_on_something_else_are_not_used(
     monkeypatch.setattr(
         AnsweredRows, "finish", lambda *given: None
     )  # as if it were interrupted at the last moment
-    common = [
-        "--task",
-        "mrg",
-        "--data",
-        sliced,
-        "--limit",
-        2,
-        "--new-tokens",
-        4,
-        "--device",
-        "cpu",
-        "--run",
-        packers,
-    ]
+    common = [*"--task mrg --limit 2 --new-tokens 4 --device cpu --data".split(), sliced, "--run", packers]
     for change, said in (
         ({}, ""),
         ({}, "2 of 2 answers are there"),

@@ -46,23 +46,11 @@ def words(tmp_path_factory) -> Path:
     return published.write_vocabulary(tmp_path_factory.mktemp("words") / "bert", 200, BERT["config"])
 
 
+SHORT = "--batch-size 4 --max-steps 1 --device cpu".split()
+
+
 def clip2(data, out, *more) -> list[str]:
-    flags = (
-        "--stage",
-        "clip2",
-        "--data",
-        data,
-        "--out",
-        out,
-        "--batch-size",
-        4,
-        "--max-steps",
-        1,
-        "--device",
-        "cpu",
-        *more,
-    )
-    return list(map(str, flags))
+    return list(map(str, ["--stage", "clip2", "--data", data, "--out", out, *SHORT, *more]))
 
 
 def line(arguments) -> str:
@@ -93,14 +81,8 @@ def test_stage_2_learns_from_a_published_stage_1_file_whose_vocabulary_lies_else
     assert convert(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--format", "m3d-clip"]) == 0
     exported = read_checkpoint(str(tmp_path / "out"))
     assert all(torch.equal(exported[f"{TEACHER}{n}"], t) for n, t in published.m3d_clip().items())
-    wrong = clip2(
-        data,
-        tmp_path / "x",
-        "--teacher",
-        published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3()),
-        "--text-model",
-        words,
-    )
+    teacher = published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3())
+    wrong = clip2(data, tmp_path / "x", "--teacher", teacher, "--text-model", words)
     assert "is a clip2 run of hsenet; the teacher is hsenet's clip1" in line(wrong)
 
 
@@ -138,20 +120,7 @@ def test_a_published_folder_without_vocabulary_starts_a_run_with_that_of_text_mo
         embed=20,
     )
     monkeypatch.setitem(PRESETS, "hsenet-base", small)
-    flags = [
-        "--stage",
-        "clip1",
-        "--data",
-        data,
-        "--batch-size",
-        4,
-        "--max-steps",
-        1,
-        "--device",
-        "cpu",
-        "--lr",
-        "1e-9",
-    ]
+    flags = ["--stage", "clip1", "--data", data, *SHORT, "--lr", "1e-9"]
     flags += ["--init", folder, "--text-model", words, "--out", tmp_path / "run"]
     assert train.main(list(map(str, flags))) == 0
     found = load_trained(tmp_path / "run").model.state_dict()
