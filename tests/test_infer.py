@@ -210,12 +210,7 @@ def test_wrong_flags_are_one_line(at_home, capsys, tmp_path):
         "scan.nii.gz: holds no run": [*ask, "What?", "--run", "scan.nii.gz"],
         "runs: holds no run": ["embed", "scan.nii.gz", "--run", "runs"],
         "--model: chooses a default run": "embed scan.nii.gz --run runs/clip1-reaf --model reaf".split(),
-        "which has no decoder; name a run of stage mrg or vqa": [
-            "report",
-            *scan,
-            "--run",
-            "runs/clip1-hsenet",
-        ],
+        "which has no decoder; name a run of stage mrg or vqa": ["report", *scan, *clip1],
         "a language model; name a dual encoder's": ["embed", "scan.nii.gz", "--run", "runs/mrg-hsenet"],
         "its encoder weighs no patches; stage clip2": ["explain", "scan.nii.gz"],
         "--top 0: expected 1 or more": [*search, "--text", "a", "--top", 0],
