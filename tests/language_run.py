@@ -42,21 +42,10 @@ def write_language_run(
                 **vars(encoder), slices=manifest.slices["slices"], slice_width=manifest.slices["width"]
             )
         )
-    decoder = DecoderConfig(
-        "llama",
-        len(tokenizer),
-        width=WIDTH,
-        layers=1,
-        heads=2,
-        kv_heads=2,
-        head_dim=16,
-        mlp=2 * WIDTH,
-        context=CONTEXT,
-        rope=RopeConfig(dims=16),
-        tied=True,
-        eos_ids=(tokenizer.eos_id,),
-        bos_id=tokenizer.bos_id,
-    )
+    sizes = {"width": WIDTH, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp": 2 * WIDTH}
+    ends = {"tied": True, "eos_ids": (tokenizer.eos_id,), "bos_id": tokenizer.bos_id}
+    rope = RopeConfig(dims=16)
+    decoder = DecoderConfig("llama", len(tokenizer), **sizes, context=CONTEXT, rope=rope, **ends)
     config = MllmConfig(
         "dual" if guided else "stage1",
         tuple(encoders),

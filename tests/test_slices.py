@@ -308,25 +308,6 @@ def test_features_are_replaced_when_that_is_asked_for(done, encoder, provenance,
     assert replace() == [] and {p: p.stat().st_mtime_ns for p in made} == made
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (
-            lambda v: v["slices"].pop("sha256"),
-            "sha256 of its slice features is None; .*preprocess.py --slices",
-        ),
-        (lambda v: v["slices"].update(width="24"), "width of its slice features is '24'"),
-        (lambda v: v["slices"].pop("slices"), "slices of its slice features is None"),
-        (lambda v: v.update(slices=3), "slices of Manifest is 3; expected dict"),
-        (lambda v: v["splits"]["train"][0].update(slices=3), "train entry 0: slices is 3"),
-    ],
-)
-def test_a_manifest_whose_features_are_of_nobody_is_refused(done, change, words):
-    change_manifest(done, change)
-    with pytest.raises(InputError, match=f"manifest.json: {words}"):
-        load_manifest(done)
-
-
 def test_features_of_any_byte_order_are_read_and_what_is_no_array_is_named(done):
     manifest = load_manifest(done)
     entry = manifest.entries("train")[0]

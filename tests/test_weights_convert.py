@@ -52,11 +52,6 @@ def same(found: dict, expected: dict) -> None:
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return published.write_vocabulary(tmp_path_factory.mktemp("words") / "bert", 200, BERT["config"])
-
-
 def golden_tokens(vision, name: str) -> float:
     """Largest error over the golden sample, in units of its deviation."""
     case = CASES[name]
