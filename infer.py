@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
     check(args)
 
     # Read the run's settings; its weights follow when the scan is found to be one.
+    # The run's settings say all that a scan must be made to: recipe, sizes, vocabulary.
     folder = locate_run(args.run) if args.run else default_run(args.command, args.model)
     model = ScanModel(
         folder,
@@ -109,6 +110,8 @@ def answer(args: argparse.Namespace, model: ScanModel, show: Callable) -> dict:
 
 
 def classify(args: argparse.Namespace, model: ScanModel, show: Callable) -> dict:
+    # A probe's probability is calibrated and has a threshold. Zero-shot it is the softmax over two prompts,
+    # that the class is there and that it is not: no class was ever trained.
     found = model.findings(args.scan, args.prompts, args.label_set)
     width, classes = max(map(len, found)), []
     for name, (probability, cut) in found.items():
@@ -128,12 +131,14 @@ def embed(args: argparse.Namespace, model: ScanModel, show: Callable) -> list[di
             show(f"{scan}: {len(vectors[-1])} numbers, norm {vectors[-1].norm():.4f}: {first}, ...")
     names = list(map(str, args.scan))
     if args.out:
+        # With the weights' hash: another model's vectors would be compared without meaning.
         SearchIndex(torch.stack(vectors), names, model.sha256).write(args.out)
         show(f"{args.out}: {len(vectors)} embeddings")
     return [{"path": name, "embedding": v.tolist()} for name, v in zip(names, vectors, strict=True)]
 
 
 def search(args: argparse.Namespace, model: ScanModel, show: Callable) -> list[dict]:
+    # Unit vectors: the dot product with the index is the cosine.
     found = model.search(args.index, args.text, args.scan, args.top)
     for name, score in found:
         show(f"{score:.4f}  {name}")
@@ -141,6 +146,7 @@ def search(args: argparse.Namespace, model: ScanModel, show: Callable) -> list[d
 
 
 def explain(args: argparse.Namespace, model: ScanModel, show: Callable) -> dict:
+    # REAF: the map that pools its tokens. 2E3: the sigmoid by which slices weight each patch.
     found = model.explain(args.scan, args.out)
     show(f"{args.out}: {found['shows']} of {', '.join(found['maps'])}")
     return {"path": str(args.scan), "picture": str(args.out), **found, **made_by(model)}
@@ -267,6 +273,7 @@ def add_scan(command: Parser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise InputError for what is wrong with the flags and files, before anything is loaded."""
+    # What two flags say to each other argparse does not know.
     if args.run and args.model:
         raise InputError("--model: chooses a default run; leave it out, or --run")
     for name, value, wrong in ("slope", args.slope, 0), ("intercept", args.intercept, None):
@@ -288,6 +295,7 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--top {args.top}: expected 1 or more")
         if args.text is not None and not args.text.strip():
             raise InputError(EMPTY_TEXT)
+    # A path that is no scan is said before any weights are read.
     scans = args.scan if args.command == "embed" else filter(None, [args.scan])
     for scan in scans:
         check_scan(scan)

@@ -167,16 +167,19 @@ def main(argv: list[str]) -> int:
         raise InputError("--development: needs the --dataset that its volumes are of")
     if (args.development or 0) < 0:
         raise InputError(f"--development {args.development}: expected 0 or more patients")
+    # The slice encoder is read first: a wrong file must not show after a night of preparing volumes.
     add_features = slice_step(args)
     prepare_data = join_questions if args.dataset == "radgenome" else prepare_volumes
     refused = []
     try:
+        # What was refused in one step is reported before the next, which may take as long.
         for step in (lambda: prepare_data(args) if args.dataset else [], add_features):
             found = step()
             report_refused(args.out, found)
             refused += found
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command continues where it stopped") from None
+    # 3, not 0: a batch script must not go on with fewer volumes unnoticed.
     return 3 if refused and not args.allow_refused else 0
 
 
@@ -186,16 +189,21 @@ def prepare_volumes(args: argparse.Namespace) -> Refused:
     changes = {k: tuple(v) for k in ("size", "spacing", "window") if (v := getattr(args, k)) is not None}
     if args.fit:
         changes["fit"] = args.fit
+    # The recipe fixes what a network sees; reading, what the file's values and axes mean. Both are kept in
+    # manifest.json, and train.py requires them.
     recipe = replace(dataset.recipes[args.recipe or dataset.recipe], **changes)
     reading = Reading(args.rescale, args.orientation, args.assume_orientation, args.header)
     options = Options(recipe, reading, args.dtype)
     if dataset is PHANTOM:
         args.root = args.root or args.out / "raw"
+        # Phantoms are drawn as NIfTI files in CT-RATE's layout, and from there on treated like any CT.
         sizes = args.train_size, args.valid_size
         write_phantom_dataset(args.root, *sizes, args.seed, tuple(args.shape), args.workers, progress=True)
+    # A source is a list of cases: a file, its report, its labels, what a table says of its values.
     source = dataset.read(required_root(args), **{name: getattr(args, name) for name in dataset.flags})
     if args.development:
         source = source.with_development(args.development)
+    # Prepared once, read at every epoch; or listed only, and processed at every reading.
     if args.as_is:
         manifest, refused = list_as_is(source, args.out, options)
     else:
@@ -207,6 +215,8 @@ def prepare_volumes(args: argparse.Namespace) -> Refused:
 def join_questions(args: argparse.Namespace) -> Refused:
     """Add RadGenome's questions to the volumes that --out holds. Returns what was refused."""
     kinds = tuple(args.questions)
+    # Questions are joined to volumes by their names; those of volumes that OUT lacks are refused, or left
+    # out.
     manifest, refused = add_questions(args.out, required_root(args), kinds, args.allow_refused)
     for kind in args.questions:
         counts = {
@@ -236,6 +246,7 @@ def slice_step(args: argparse.Namespace) -> Callable[[], Refused]:
     from reaf_hsenet.weights.slice_encoder import load_slice_encoder
 
     device = distributed.start(args.device).device
+    # Slices are cut from the source files, not from prepared volumes, and in a recipe of their own.
     usual = DATASETS[args.dataset].slice_recipe if args.dataset in DATASETS else "hsenet"
     encoder, provenance = load_slice_encoder(args.slices, args.jpeg_slices, args.slice_recipe or usual)
 
@@ -260,12 +271,15 @@ def report(manifest: Manifest) -> None:
     counts = ", ".join(f"{len(entries)} {split}" for split, entries in manifest.splits.items())
     size, name = manifest.recipe.size, manifest.recipe.name
     print(f"{manifest.folder / 'manifest.json'}: {counts} volumes of {size}, {name}")
+    # The published numbers count these volumes, so they stay, and whoever wants leaves them out by the mark.
     if heads := sum(not entry.get("chest", True) for entry in manifest.all_entries()):
         print(
             f"{heads} volumes are no chests by the data set's own metadata/no_chest_*.txt: kept, as "
             "published, and marked in the manifest",
             file=sys.stderr,
         )
+    # Whether values were HU already is the decision that spoils most when it is wrong: it is shown with its
+    # counts.
     decided = [e["source"].get("rescale", "decided when read") for e in manifest.all_entries()]
     for decision, count in Counter(text.split(" (")[0] for text in decided).most_common():
         print(f"  rescale, {count} volumes: {decision}")

@@ -51,6 +51,7 @@ from reaf_hsenet.train.training_state import Outcome, TrainingState
 
 def main(argv: list[str]) -> int:
     command = parse(argv, __doc__)
+    # Under torchrun every process runs this file; its rank and the world size are in the environment.
     code = train(command, distributed.start(command.device))
     # The process group is left when train() has returned, and its models are freed. After an error it is not
     # left: the other ranks would report a lost connection before this error.
@@ -65,6 +66,8 @@ def train(command: Command, ranks: Ranks) -> int:
         raise InputError(
             f"--out {command.out}: is a checkpoint of a run; name the run's folder, {run.folder}"
         )
+    # Rank 0 alone writes. The lock keeps a second process, such as a job that was queued twice, out of the
+    # folder.
     with run.writing() if ranks.main else nullcontext():  # locks the folder
         training = start(command, run, ranks)
         if training is None:
@@ -116,6 +119,7 @@ def start(command: Command, run: Run, ranks: Ranks) -> Training | None:
     # The stage: model with its weights, training set, loss and validation.
     job = build(setup, command, ranks, say)
     if command.compile:
+        # In place, so that parameters keep their names in checkpoints.
         for block in job.blocks:
             block.compile()
 
@@ -136,6 +140,8 @@ def start(command: Command, run: Run, ranks: Ranks) -> Training | None:
     )
     if resumed:
         training.resume(say)
+    # A run's folder holds what its weights mean nothing without: the vocabulary, and the phantoms' slice
+    # encoder.
     elif ranks.main:
         setup.tokenizer.save(run.folder)
         if setup.guided:
@@ -173,7 +179,10 @@ def fit(training: Training) -> int:
     Raises InputError when too many steps were not finite, or the last validation was not.
     """
     config, progress, total = training.config, training.progress, training.total
+    # The files were looked through when the job was built: what was absent goes into the log first.
     training.record_bad(progress.step)
+    # From here on a signal is only noted. The loop obeys it between two steps, so that no checkpoint is of
+    # half a step.
     with training.listening(), training.bar, training.trace:
         # A run that was stopped between a step and its validation makes up for that.
         if training.validation_due():
@@ -183,7 +192,11 @@ def fit(training: Training) -> int:
             # epoch say.
             for group in training.groups():
                 training.count_flops(group[0])
+                # The rate is a function of the step and the run's length alone: a resumed run has no
+                # scheduler to restore.
                 step, rate = progress.step, learning_rate(progress.step, total, config)
+                # The signal is asked for inside the step, beside the losses: every rank must stop after the
+                # same step, or the others would wait for its gradients for ever.
                 done = train_step(training.state, group, step, rate, lambda: training.signal)
                 training.take_in(done, group)  # skipped steps are counted, and too many of them end the run
 
@@ -206,6 +219,7 @@ def fit(training: Training) -> int:
                 if last:
                     break
                 training.profile_step()
+    # All steps are taken, but weights whose validation is not finite are no result.
     if training.stability.invalid:
         raise InputError(
             f"step {progress.step}: the last validation is not finite, {training.stability.invalid}; "
@@ -234,10 +248,12 @@ def train_step(
 
     # Dropout and drop path depend on (seed, step, rank) alone, so that a resumed run needs no random state.
     torch.manual_seed(((config.seed * 1_000_003 + step) * 65_536 + state.ranks.rank) % 2**63)
+    # A validation has left the model in evaluation mode.
     state.ddp.train()
 
     # A micro-batch of which no rank could read anything has no part in the step. counts: rows of every rank.
     group = [batch for batch in group if sum(batch.counts)]
+    # The loss is summed on the device: reading it would wait for the GPU in every micro-batch.
     loss = norm = torch.zeros((), device=state.ranks.device)
     for i, batch in enumerate(group):
         last = i == len(group) - 1  # gradients are averaged over ranks once, in the last backward pass
@@ -251,7 +267,10 @@ def train_step(
 
         # Loss over the gathered batch of all ranks, and the backward pass from it.
         value, numbers = job.loss(outputs, batch, step)
+        # The mean over micro-batches, so that --accumulate leaves the gradients' size as it is. fp16's scale
+        # keeps small gradients from rounding to 0.
         scaler.scale(value / len(group)).backward()
+        # That pass has ended at the cached features. This one takes their gradients to the weights.
         if cache is not None:
             cache.backward()
         loss = loss + value.detach() / len(group)
@@ -267,6 +286,7 @@ def train_step(
     own = torch.stack([loss, norm, torch.full_like(norm, signal())])
     losses, norms, signals = zip(*distributed.gather_equal(own).tolist(), strict=True)
     stop = int(max(signals))
+    # No rank could read anything: there is no gradient, and every rank has been part of the exchange above.
     if not group:
         return Outcome(loss=math.nan, numbers={}, norm=math.nan, signal=stop)
 
@@ -275,13 +295,18 @@ def train_step(
     if all(map(math.isfinite, (*losses, *norms))):
         optimizer.step()
     else:
+        # Gradients are searched by name only now: a step that is finite never reads them on the host.
         names = not_finite(model)
         # Overflow is normal at the start of fp16 training: the scaler halves its scale until gradients fit.
         # In other precisions the scale is 1.
         overflow = bool(names) and all(map(math.isfinite, losses)) and scaler.get_scale() > 1
         trouble = None if overflow else diagnosis(losses, names)
+    # Halves fp16's scale after an overflow, and doubles it after 2,000 steps without one.
     scaler.update()
+    # Also after a skipped step, or its NaN would be added to the next gradients.
     optimizer.zero_grad(set_to_none=True)
+    # The loss of the global batch: contrastive ranks all have that value, and a language rank's value is its
+    # tokens' sum over the mean number of tokens.
     mean = sum(losses) / len(losses)
     return Outcome(mean, numbers, norm=norms[0], signal=stop, trouble=trouble, overflow=overflow)
 
@@ -289,7 +314,9 @@ def train_step(
 def validate(training: Training) -> bool:
     """Measure the split that chooses checkpoints, and log it. Returns whether it is finite and the best."""
     progress, stability, by = training.progress, training.stability, training.config.best_by
+    # Without dropout, and without DDP, which has no gradients to average here.
     training.state.model.eval()
+    # Counts as validated even where it is not finite: a resumed run would only measure the same again.
     progress.validated = progress.step
     with training.meter.paused(), torch.no_grad(), training.state.autocast():
         try:
@@ -305,6 +332,7 @@ def validate(training: Training) -> bool:
         score = -numbers[by] if by == "loss" else numbers[by]
     training.say(f"step {progress.step}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
     training.record({"step": progress.step, "validation": numbers})
+    # Every rank has the score of the whole split, so that all save, or none.
     better = score > progress.best
     if better:
         progress.best, progress.best_step = score, progress.step

@@ -39,13 +39,24 @@ def phi4mini(vocab: int, width: int, layers: int, heads: int, kv_heads: int, mlp
         long_factor=tuple(1.0 + i for i in range(half)),
     )
     return DecoderConfig(
-        "phi3", vocab, width, layers, heads, kv_heads, width // heads, mlp, 131072, rope, tied=True, pad_id=0
+        "phi3",
+        vocab,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+        mlp=mlp,
+        context=131072,
+        rope=rope,
+        tied=True,
+        pad_id=0,
     )
 
 
 PRESETS = {
-    "small": phi4mini(32064, 768, 12, 12, 4, 2048),
-    "phi-4-mini": phi4mini(200064, 3072, 32, 24, 8, 8192),
+    "small": phi4mini(32064, 768, 12, heads=12, kv_heads=4, mlp=2048),
+    "phi-4-mini": phi4mini(200064, 3072, 32, heads=24, kv_heads=8, mlp=8192),
 }
 
 
@@ -187,7 +198,12 @@ def main() -> None:
         for batch in args.batch:
             for int8 in (False, True) if args.int8 else (False,):
                 compare(
-                    PRESETS[args.preset], getattr(torch, dtype), batch, args, torch.device(args.device), int8
+                    PRESETS[args.preset],
+                    getattr(torch, dtype),
+                    batch,
+                    args=args,
+                    device=torch.device(args.device),
+                    int8=int8,
                 )
 
 

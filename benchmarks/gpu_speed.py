@@ -222,7 +222,11 @@ def language(report: Report, setting: Setting) -> None:
     """
     device = torch.device(setting.device)
     prompt, new = (12, 6) if setting.dry else (300, 128)
-    config = decoders.phi4mini(512, 64, 2, 4, 2, 128) if setting.dry else decoders.PRESETS["phi-4-mini"]
+    config = (
+        decoders.phi4mini(512, 64, 2, heads=4, kv_heads=2, mlp=128)
+        if setting.dry
+        else decoders.PRESETS["phi-4-mini"]
+    )
     copied, products = ceilings(setting)
     ours = in_bf16(lambda: Decoder(config), device)
     matrices = sum(

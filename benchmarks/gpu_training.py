@@ -225,7 +225,17 @@ def a_step(
     )
     blocks = [*model.vision.blocks, *model.text.blocks]
     return TrainingState(
-        Job(model, [], encode, Contrastive().loss, None, blocks, BadVolumes(0, ranks)), config, ranks
+        Job(
+            model,
+            [],
+            encode=encode,
+            loss=Contrastive().loss,
+            validate=None,
+            blocks=blocks,
+            bad=BadVolumes(0, ranks),
+        ),
+        config,
+        ranks,
     )
 
 

@@ -67,7 +67,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_files(folder)
-        manifest = Manifest(folder, "benchmark", RECIPES["reaf"], "float16", "", [], {})
+        manifest = Manifest(
+            folder, "benchmark", recipe=RECIPES["reaf"], dtype="float16", text="", labels=[], splits={}
+        )
         names = ("ct.npy", "ct.pt", "ct.pt.gz", "ct.nii.gz")
         ways = {n: partial(read_prepared, manifest, {"volume": n}) for n in names}
         ways["ct.pt.gz, plain way"] = partial(plain_pt_gz, folder / "ct.pt.gz")

@@ -193,7 +193,15 @@ def count(case: Case) -> Sizes:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     blocks = len(model.decoder.layers) if isinstance(model, Mllm) else len(model.vision.blocks)
     return Sizes(
-        case, parameters, trained, weights, gathered, blocks, kept, counter.get_total_flops(), forward
+        case,
+        parameters,
+        trained=trained,
+        weights=weights,
+        gathered=gathered,
+        blocks=blocks,
+        kept=kept,
+        flops=counter.get_total_flops(),
+        again=forward,
     )
 
 
@@ -260,10 +268,10 @@ def contrastive(name: str, stage: str, config: ClipConfig, **more) -> Case:
     return Case(
         name,
         settings.batch_size,
-        build,
-        forward,
-        set_grad_checkpoint,
-        config.embed,
+        build=build,
+        forward=forward,
+        checkpoint=set_grad_checkpoint,
+        embed=config.embed,
         checkpointed=settings.grad_checkpoint,
         **more,
     )
@@ -303,7 +311,7 @@ def cases() -> list[tuple[Case, str]]:
         teacher = teacher.to_empty(device="cpu")
         teacher.encode_image(torch.empty(1, 1, *base.vision.size))
     known = {"frozen": sum(p.numel() for p in teacher.parameters()), "teacher": counter.get_total_flops()}
-    decoder = phi4mini(200064, 3072, 32, 24, 8, 8192)
+    decoder = phi4mini(200064, 3072, 32, heads=24, kv_heads=8, mlp=8192)
     adapters = MllmConfig("dual", (base.vision, guided), decoder, max_text=TEXT_LENGTH["mrg"])
     whole = MllmConfig("dual", (base.vision, guided), decoder, full=True, max_text=TEXT_LENGTH["mrg"])
     short = MllmConfig("dual", (base.vision, guided), decoder, max_text=TEXT_LENGTH["vqa"])

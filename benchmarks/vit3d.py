@@ -34,7 +34,7 @@ def ours(threads: int):
     from reaf_hsenet.models.vit3d import ViT3D
 
     c = VisionConfig()
-    return _work(ViT3D(c.size, c.patch, c.width, c.depth, c.heads, c.mlp), threads)
+    return _work(ViT3D(c.size, c.patch, width=c.width, depth=c.depth, heads=c.heads, mlp=c.mlp), threads)
 
 
 def monais(threads: int):

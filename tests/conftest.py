@@ -140,3 +140,31 @@ def mrg(stages, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mrg"
     assert train.main(language(stages, out, "--max-steps", 4, "--save-every", 2, "--keep", 9)) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def sized_data(phantom_root, tmp_path_factory) -> Path:
+    """Phantoms at the input size of the small published encoders, with slice features of their width."""
+    from dataclasses import replace
+
+    import preprocess
+    import published
+    from reaf_hsenet.config import RECIPES
+    from reaf_hsenet.data.prepare import Options, prepare
+    from reaf_hsenet.data.sources.ct_rate import read_ct_rate
+
+    folder = tmp_path_factory.mktemp("sized")
+    recipe = replace(RECIPES["hsenet"], size=tuple(published.HEADS["img_size"]))
+    prepare(read_ct_rate(phantom_root), folder / "data", Options(recipe), progress=False)
+    encoder = published.write(folder / "encoder.bin", published.mae(48))
+    assert preprocess.main(["--slices", str(encoder), "--out", str(folder / "data"), "--device", "cpu"]) == 0
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory) -> Path:
+    """A published text encoder's folder without weights: its vocabulary and settings."""
+    import published
+
+    folder = tmp_path_factory.mktemp("words") / "bert"
+    return published.write_vocabulary(folder, 200, published.BERT["config"])

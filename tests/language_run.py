@@ -34,7 +34,7 @@ def write_language_run(
     size = manifest.recipe.size
     tokenizer = train_words([*(e["text"] for e in manifest.entries("train")), *report_prompts()], 400)
     add_image_tokens(tokenizer)
-    encoder = VisionConfig(size, tuple(n // 4 for n in size), WIDTH, 1, 2, 2 * WIDTH)
+    encoder = VisionConfig(size, tuple(n // 4 for n in size), width=WIDTH, depth=1, heads=2, mlp=2 * WIDTH)
     encoders = [encoder]
     if guided:
         encoders.append(
@@ -42,21 +42,10 @@ def write_language_run(
                 **vars(encoder), slices=manifest.slices["slices"], slice_width=manifest.slices["width"]
             )
         )
-    decoder = DecoderConfig(
-        "llama",
-        len(tokenizer),
-        WIDTH,
-        1,
-        2,
-        2,
-        16,
-        2 * WIDTH,
-        CONTEXT,
-        RopeConfig(dims=16),
-        tied=True,
-        eos_ids=(tokenizer.eos_id,),
-        bos_id=tokenizer.bos_id,
-    )
+    sizes = {"width": WIDTH, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp": 2 * WIDTH}
+    ends = {"tied": True, "eos_ids": (tokenizer.eos_id,), "bos_id": tokenizer.bos_id}
+    rope = RopeConfig(dims=16)
+    decoder = DecoderConfig("llama", len(tokenizer), **sizes, context=CONTEXT, rope=rope, **ends)
     config = MllmConfig(
         "dual" if guided else "stage1",
         tuple(encoders),

@@ -3,6 +3,7 @@
 import torch
 
 from reaf_hsenet.config import ClipConfig, ReafVisionConfig, TextConfig, VisionConfig
+from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
 
 SMALL_REAF = ReafVisionConfig(
     (6, 16, 8),
@@ -23,6 +24,22 @@ TINY = ClipConfig(
         vocab=50, width=32, depth=2, heads=4, mlp=64, positions=24, dropout=0.0, attention_dropout=0.0
     ),
     embed=16,
+)
+
+
+SMALL_DECODER = DecoderConfig(
+    "phi3",
+    96,
+    width=48,
+    layers=2,
+    heads=6,
+    kv_heads=2,
+    head_dim=8,
+    mlp=64,
+    context=128,
+    rope=RopeConfig(dims=6),
+    tied=True,
+    pad_id=0,
 )
 
 

@@ -130,7 +130,12 @@ def check_slice_encoder(case: Case) -> Iterator[Check]:
     c = case["config"]
     width = c["embed_dim"]
     model = SliceEncoder(
-        c["img_size"], c["patch_size"], width, c["depth"], c["num_heads"], width * c["mlp_ratio"]
+        c["img_size"],
+        c["patch_size"],
+        width=width,
+        depth=c["depth"],
+        heads=c["num_heads"],
+        mlp=width * c["mlp_ratio"],
     )
     load_strictly(model, import_state(VIT2D, case.weights()), case.name)
     model.eval()
@@ -319,11 +324,11 @@ def check_reaf(case: Case) -> Iterator[Check]:
     model = REAF(
         config["img_size"],
         config["patch_size"],
-        width,
-        depth,
-        config["num_heads"],
-        int(width * config["mlp_ratio"]),
-        config["scan_attn_indexes"],
+        width=width,
+        depth=depth,
+        heads=config["num_heads"],
+        mlp=int(width * config["mlp_ratio"]),
+        scan_layers=config["scan_attn_indexes"],
         saliency=saliency,
     )
     state = flat_reaf(import_state(TRUNK, case.weights()), tuple(config["grid"]))

@@ -138,7 +138,7 @@ def _plain(case: Case, decoder: Decoder, inputs: dict[str, Tensor]) -> Iterator[
     # The Phi-3 case starts from its whole prompt's first 12 tokens too, as the others say.
     yield from _generated(case, decoder, "gen", ids=ids[:1, :12])
     if "grad_l2" in case.values:
-        yield from _gradients(case, decoder, ids, mask, inputs["labels"], "loss_exact")
+        yield from _gradients(case, decoder, ids, mask=mask, labels=inputs["labels"], stored="loss_exact")
 
 
 def _phi4mini(case: Case, decoder: Decoder, inputs: dict[str, Tensor]) -> Iterator[Check]:
@@ -185,5 +185,10 @@ def _phi4mini(case: Case, decoder: Decoder, inputs: dict[str, Tensor]) -> Iterat
     yield from _generated(case, decoder, "gen_cross_nocache", ids=inputs["prompt_cross"])
     yield from _generated(case, decoder, "gen_embeds_cross_recomputed", embeddings=inputs["embeds_cross"])
     yield from _gradients(
-        case, decoder, inputs["ids24"], inputs["mask24"], inputs["labels24"], "loss24_exact"
+        case,
+        decoder,
+        inputs["ids24"],
+        mask=inputs["mask24"],
+        labels=inputs["labels24"],
+        stored="loss24_exact",
     )

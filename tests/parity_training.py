@@ -61,7 +61,16 @@ def check_training(case: Case) -> Iterator[Check]:
             settings.relation,
             settings.relation_steps,
         )
-    job = Job(model, None, encode, stage.loss, None, [], None, after_step=model.clamp_scale)
+    job = Job(
+        model,
+        None,
+        encode=encode,
+        loss=stage.loss,
+        validate=None,
+        blocks=[],
+        bad=None,
+        after_step=model.clamp_scale,
+    )
     state = TrainingState(job, settings, CPU)
     yield from _check_groups(config, state, names)
     start = {name: t.clone() for name, t in _published(model, names).items()}

@@ -3,6 +3,7 @@ them.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 import fill
-import test_reaf_weights
 from parity_case import Case
 from parity_decoder import build
+from reaf_hsenet.config import ClipConfig, ReafVisionConfig, TextConfig
+from reaf_hsenet.models.clip import adapt, build_dual_encoder
+from reaf_hsenet.runs.checkpoint import Run
+from reaf_hsenet.settings import to_dict
 from reaf_hsenet.weights.decoder import save_decoder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,7 +27,24 @@ CASES = {
     for n in ("bert_tiny", "hsenet_vit_stage1_tiny", "hsenet_vit_stage2_tiny", "lora_phi3_tiny")
 }
 BERT = CASES["bert_tiny"]
-REAF = test_reaf_weights.CONFIG
+REAF = ClipConfig(
+    "reaf",
+    ReafVisionConfig(
+        (8, 16, 16),
+        (4, 8, 8),
+        width=24,
+        depth=3,
+        heads=2,
+        mlp=48,
+        scan_layers=(2,),
+        region_size=(1, 1, 1),
+        drop_path=0.0,
+    ),
+    TextConfig(vocab=40, width=16, depth=1, heads=2, mlp=32, positions=20),
+    embed=12,
+    projection_bias=False,
+    logit_scale="exp",
+)
 WIDTH, EMBED = 48, 20  # of the golden encoders, and of the space that both towers lead to
 HEADS = {
     "img_size": [16, 64, 64],
@@ -66,8 +87,73 @@ def hsenet_2e3() -> dict:
     return outer | prefixed("stage1_pretrained_CLIP.", first)
 
 
+def reaf_shapes(fusion: bool = True) -> dict[str, list[int]]:
+    """Names and shapes as REAF's and HLIP's checkpoints have them (open_clip's TimmModel and
+    HFTextEncoder).
+    """
+    c, t = REAF.vision.width, REAF.text.width
+    block = {
+        "norm1.weight": [c],
+        "norm1.bias": [c],
+        "attn.qkv.weight": [3 * c, c],
+        "attn.qkv.bias": [3 * c],
+        "attn.proj.weight": [c, c],
+        "attn.proj.bias": [c],
+        "norm2.weight": [c],
+        "norm2.bias": [c],
+        "mlp.fc1.weight": [48, c],
+        "mlp.fc1.bias": [48],
+        "mlp.fc2.weight": [c, 48],
+        "mlp.fc2.bias": [c],
+    }
+    trunk = {
+        "cls_token": [1, 1, c],
+        "spatial_posemb": [1, *REAF.vision.grid, c],
+        "patch_embed.proj.weight": [c, 1, 4, 8, 8],
+        "patch_embed.proj.bias": [c],
+        "norm.weight": [c],
+        "norm.bias": [c],
+        **{f"blocks.{i}.{n}": s for i in range(3) for n, s in block.items()},
+    }
+    if fusion:
+        trunk |= {"fusion_layer.weight": [c, 2 * c], "fusion_layer.bias": [c]}
+    layer = {
+        **{
+            f"attention.self.{p}.{k}": [t, t] if k == "weight" else [t]
+            for p in ("query", "key", "value")
+            for k in ("weight", "bias")
+        },
+        "attention.output.dense.weight": [t, t],
+        "attention.output.dense.bias": [t],
+        "attention.output.LayerNorm.weight": [t],
+        "attention.output.LayerNorm.bias": [t],
+        "intermediate.dense.weight": [32, t],
+        "intermediate.dense.bias": [32],
+        "output.dense.weight": [t, 32],
+        "output.dense.bias": [t],
+        "output.LayerNorm.weight": [t],
+        "output.LayerNorm.bias": [t],
+    }
+    bert = {
+        "embeddings.word_embeddings.weight": [40, t],
+        "embeddings.position_embeddings.weight": [20, t],
+        "embeddings.token_type_embeddings.weight": [2, t],
+        "embeddings.LayerNorm.weight": [t],
+        "embeddings.LayerNorm.bias": [t],
+        "pooler.dense.weight": [t, t],
+        **{f"encoder.layer.0.{n}": s for n, s in layer.items()},
+    }
+    return {
+        "logit_scale": [],
+        "visual.head.proj.weight": [12, c],
+        "text.proj.weight": [12, t],
+        **{f"visual.trunk.{n}": s for n, s in trunk.items()},
+        **{f"text.transformer.{n}": s for n, s in bert.items()},
+    }
+
+
 def reaf(fusion: bool = True, prefix: str = "") -> dict:
-    return test_reaf_weights.published(fusion, prefix)
+    return prefixed(prefix, filled(reaf_shapes(fusion)))
 
 
 def language() -> dict:
@@ -191,5 +277,42 @@ def write_decoder(folder: Path) -> Path:
     Backend(models.WordLevel(words, unk_token="t0")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps(dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"))
+    )
+    return folder
+
+
+def write_reaf(folder: Path, fusion: bool = True, prefix: str = "") -> Path:
+    """REAF's checkpoint, or HLIP's, beside a vocabulary and the settings that no tensor tells."""
+    config = REAF if fusion else replace(REAF, vision=replace(REAF.vision, fusion=None))
+    write_vocabulary(folder, REAF.text.vocab, {"reaf_hsenet": {"model": to_dict(config)}})
+    return write(folder / "epoch_1.pt", {"epoch": 1, "name": "reaf", "state_dict": reaf(fusion, prefix)})
+
+
+def new_run(folder, config, recipe, stage="clip1", lora=False):
+    """A run with random weights, as training leaves it, with heads and settings that no published rule
+    gives.
+    """
+    torch.manual_seed(0)
+    model = build_dual_encoder(config)
+    if lora:
+        adapt(model, config.lora)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                torch.nn.init.normal_(parameter)
+    run = Run(folder)
+    run.save(3, model.state_dict(), {}, keep=1, best=True)
+    write_vocabulary(folder, config.text.vocab)
+    run.write_config(
+        {
+            "version": "0",
+            "stage": stage,
+            "preset": "",
+            "model": to_dict(config),
+            "recipe": to_dict(recipe),
+            "train": {},
+            "origin": {},
+            "slices": {"slices": 32, "width": 16} if stage == "clip2" else None,
+            "data": str(folder),
+        }
     )
     return folder

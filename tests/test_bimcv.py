@@ -13,6 +13,8 @@ from reaf_hsenet.data.sources.bimcv import read_bimcv
 from reaf_hsenet.errors import InputError
 
 SESSION = "/raid/x/BIMCV_CT/covid19_posi/sub-S{0}/ses-E{0}/mod-rx"
+FILE_1 = "sub-S1_ses-E1_run-1_bp-chest_ct.nii.gz"
+HEADER = ("path", "Report_en")
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def root(phantom_root, tmp_path):
     return folder
 
 
-def write(folder, rows, header=("path", "Report_en"), encoding="utf-8", end="\n"):
+def write(folder, rows, header=HEADER, encoding="utf-8", end="\n"):
     with open(folder / "reports.csv", "w", newline="", encoding=encoding) as file:
         csv.writer(file, lineterminator=end).writerows([header, *rows])
 
@@ -59,12 +61,8 @@ def test_an_absent_volume_moves_no_other_to_another_split(root):
 
 def test_paths_may_be_those_of_volumes(root):
     names = [p.relative_to(root) for p in sorted(root.rglob("*.nii.gz"))]
-    write(
-        root,
-        [[f"/elsewhere/{name}", f"Report of {name.name}."] for name in names],
-        encoding="utf-8-sig",
-        end="\r\n",
-    )
+    rows = [[f"/elsewhere/{name}", f"Report of {name.name}."] for name in names]
+    write(root, rows, encoding="utf-8-sig", end="\r\n")
     source = read_bimcv(root, None)
     cases = [c for split in source.splits.values() for c in split]
     assert len(cases) == 11 and all(c.text == f"Report of {c.path.name}." and not c.problem for c in cases)
@@ -93,58 +91,41 @@ def test_a_repeated_row_is_one_report_and_two_reports_of_one_session_are_refused
         read_bimcv(root, None)
 
 
-def other_columns(root):
-    write(root, [["a", "b"]], ("path", "Report"))
-    return "has no column Report_en; its columns are path, Report"
-
-
-def strange_path(root):
-    write(root, [["scans/7", "Report."]])
-    return "line 2: path 'scans/7' names no .nii.gz file, nor a session"
-
-
-def no_rows(root):
-    write(root, [])
-    return "reports.csv: has no rows"
-
-
-def row_of_file_and_session(root):
-    write(root, [[SESSION.format(1), "A."], ["x/sub-S1_ses-E1_run-1_bp-chest_ct.nii.gz", "B."]])
-    return "has a row of its own and one of its session"
+def of_rows(*rows, header=HEADER):
+    return lambda root: write(root, rows, header)
 
 
 def two_files_of_one_name(root):
-    name = "sub-S1_ses-E1_run-1_bp-chest_ct.nii.gz"
-    shutil.copy(root / "CT2/ct" / name, root / "CT1/ct" / name)
-    write(root, [[f"x/{name}", "A."]])
-    return f"path {name} may be .*CT1.* or .*CT2"
+    shutil.copy(root / "CT2/ct" / FILE_1, root / "CT1/ct" / FILE_1)
+    write(root, [[f"x/{FILE_1}", "A."]])
 
 
 def two_tables(root):
     shutil.copy(root / "reports.csv", root / "more.csv")
-    return "has 2 csv files; name the one with path and Report_en with --csv"
 
 
 def no_volumes(root):
     shutil.rmtree(root / "CT1")
     shutil.rmtree(root / "CT2")
-    return r"no BIMCV-R data set; expected CT\*/ct/\*.nii.gz below it"
+
+
+BOTH = [[SESSION.format(1), "A."], [f"x/{FILE_1}", "B."]]
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("spoil", "words"),
     [
-        other_columns,
-        strange_path,
-        no_rows,
-        row_of_file_and_session,
-        two_files_of_one_name,
-        two_tables,
-        no_volumes,
+        (of_rows(["a", "b"], header=("path", "Report")), "no column Report_en; its columns are path, Report"),
+        (of_rows(["scans/7", "A."]), "line 2: path 'scans/7' names no .nii.gz file, nor a session"),
+        (of_rows(), "reports.csv: has no rows"),
+        (of_rows(*BOTH), "has a row of its own and one of its session"),
+        (two_files_of_one_name, f"path {FILE_1} may be .*CT1.* or .*CT2"),
+        (two_tables, "has 2 csv files; name the one with path and Report_en with --csv"),
+        (no_volumes, r"no BIMCV-R data set; expected CT\*/ct/\*.nii.gz below it"),
     ],
 )
-def test_a_wrong_folder_or_table_is_one_line(root, spoil):
-    words = spoil(root)
+def test_a_wrong_folder_or_table_is_one_line(root, spoil, words):
+    spoil(root)
     with pytest.raises(InputError, match=words) as caught:
         read_bimcv(root, None)
     assert "\n" not in str(caught.value) and str(root) in str(caught.value)
@@ -152,21 +133,8 @@ def test_a_wrong_folder_or_table_is_one_line(root, spoil):
 
 def test_volumes_are_prepared_on_their_own_grid_as_published(root, tmp_path):
     next(root.rglob("sub-S5_*")).write_bytes(b"no NIfTI file")
-    done = script(
-        "preprocess.py",
-        "--dataset",
-        "bimcv-r",
-        "--root",
-        root,
-        "--csv",
-        root / "reports.csv",
-        "--out",
-        tmp_path / "out",
-        "--size",
-        16,
-        32,
-        32,
-    )
+    folders = ("--root", root, "--csv", root / "reports.csv", "--out", tmp_path / "out")
+    done = script("preprocess.py", "--dataset", "bimcv-r", *folders, "--size", 16, 32, 32)
     assert done.returncode == 3 and "sub-S5_ses-E5_run-1_bp-chest_ct.nii.gz" in done.stderr, done.stderr
     manifest = load_manifest(tmp_path / "out")
     assert (manifest.dataset, manifest.recipe.spacing, manifest.recipe.window) == (

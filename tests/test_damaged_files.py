@@ -31,11 +31,9 @@ from reaf_hsenet.data.workers import batches
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.search_index import SearchIndex
 from reaf_hsenet.files import named, read_json
-from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.tokenizer import train_wordpiece
 from reaf_hsenet.weights.files import read_weights_file
-from test_header import image
-from test_wild_tables import table
+from scans import image, table
 
 TINY = Options(RECIPES["reaf"].__class__(**{**vars(RECIPES["reaf"]), "size": (4, 8, 8)}))
 
@@ -255,78 +253,16 @@ def test_a_folder_whose_name_is_not_utf8_is_prepared(tmp_path):
     folder = tmp_path / os.fsdecode(b"latin-\xe9")
     folder.mkdir()
     scans(folder)
-    ended = script(
-        "preprocess.py",
-        "--dataset",
-        "nifti",
-        "--root",
-        folder,
-        "--out",
-        folder / "out",
-        "--size",
-        "4",
-        "8",
-        "8",
-    )
+    flags = ("--root", folder, "--out", folder / "out", *"--dataset nifti --size 4 8 8".split())
+    ended = script("preprocess.py", *flags)
     assert ended.returncode == 0, ended.stderr
     assert len(load_manifest(folder / "out").splits["train"]) == 2
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"axes": "SSS"},
-        {"axes": ""},
-        {"size": [0, 1, 1]},
-        {"size": [10**9] * 3},
-        {"size": [1, 2]},
-        {"size": [True, 2, 3]},
-        {"spacing": [-1, 1, 1]},
-        {"window": [5, 1]},
-        {"std": 0},
-        {"mean": 1e300},
-        {"fit": "x"},
-        {"name": 3},
-        {"more": 1},
-    ],
-)
-def test_a_manifest_with_an_impossible_recipe_is_one_line(tmp_path, change):
-    recipe = {**json.loads(json.dumps(to_dict(RECIPES["hsenet"]))), **change}
-    head = {"schema": 1, "dataset": "x", "dtype": "float16", "text": "findings", "labels": [], "splits": {}}
-    (tmp_path / "manifest.json").write_text(json.dumps({**head, "recipe": recipe}))
-    with pytest.raises(InputError, match="manifest.json: .*(Recipe|--)") as caught:
-        load_manifest(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_file_with_the_longest_name_is_prepared(tmp_path):
     (tmp_path / "in").mkdir()
     manifest, refused = prepare(scans(tmp_path / "in", ["x" * 248]), tmp_path / "out", TINY, progress=False)
     assert refused == [] and len(manifest.splits["train"]) == 1
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "words"),
-    [
-        (("reading", "assume_orientation"), "LLS", "assume_orientation 'LLS': expected axis codes"),
-        (("splits", "train", 0, "table"), [], "table is"),
-        (("splits", "train", 0, "table"), {"spacing": 3, "slope": 1, "intercept": 0}, "table is"),
-        (("splits", "train", 0, "source", "file"), 3, "source is {'file': 3"),
-        (("splits", "train", 0, "source", "rescale"), {}, "source is"),
-        (("splits", "train", 0, "text"), "half \udc80", "text is"),
-    ],
-)
-def test_a_manifest_with_values_of_another_kind_is_one_line(tmp_path, place, value, words):
-    (tmp_path / "in").mkdir()
-    prepare(scans(tmp_path / "in"), tmp_path / "out", TINY, progress=False)
-    values = json.loads((tmp_path / "out/manifest.json").read_text())
-    held = values
-    for key in place[:-1]:
-        held = held[key]
-    held[place[-1]] = value
-    (tmp_path / "out/manifest.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=f"manifest.json: .*{words}"):
-        load_manifest(tmp_path / "out")
 
 
 def test_slices_are_added_to_a_folder_whose_spacing_was_recorded_in_another_order():

@@ -36,7 +36,16 @@ def contrastive(manifest):
 def language(manifest):
     tokenizer = train_words([*(e["text"] for e in manifest.entries("train")), *report_prompts()], 400)
     add_image_tokens(tokenizer)
-    return LanguageDataset(manifest, "train", "mrg", tokenizer, 6, 600, augmentation=AUGMENT, seed=3)
+    return LanguageDataset(
+        manifest,
+        "train",
+        task="mrg",
+        tokenizer=tokenizer,
+        image_tokens=6,
+        max_text=600,
+        augmentation=AUGMENT,
+        seed=3,
+    )
 
 
 def items(dataset, world: int, workers: int) -> list[tuple]:

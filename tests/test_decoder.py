@@ -6,22 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from networks import SMALL_DECODER
 from parity_case import language_loss
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models import packed
 from reaf_hsenet.models.decoder import Decoder, KVCache
-from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
+from reaf_hsenet.models.decoder_config import RopeConfig
 from reaf_hsenet.models.int8 import Int8Linear, quantise_decoder
 from reaf_hsenet.models.lora import LoraLinear, add_lora, merge_lora
 from reaf_hsenet.models.packed import PackedLinear, WidenedLinear, pack, packable
 from reaf_hsenet.weights.decoder import save_decoder
 
-SMALL = DecoderConfig("phi3", 96, 48, 2, 6, 2, 8, 64, 128, RopeConfig(dims=6), tied=True, pad_id=0)
-
 
 def small(**changes) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(replace(SMALL, **changes)).eval()
+    return Decoder(replace(SMALL_DECODER, **changes)).eval()
 
 
 def ids(batch=2, tokens=20) -> torch.Tensor:
@@ -171,7 +170,7 @@ def test_a_packed_decoder_is_not_exported(tmp_path):
 def test_int8_weights_take_half_the_memory_and_change_logits_by_what_eight_bits_cost():
     torch.manual_seed(0)
     config = replace(
-        SMALL,
+        SMALL_DECODER,
         vocab=512,
         width=512,
         heads=8,

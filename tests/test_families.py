@@ -27,7 +27,6 @@ from reaf_hsenet.weights.names import M3D_CLIP, classifier_table, export_state, 
 from reaf_hsenet.weights.published import FAMILIES, Published, open_published, recognise
 from reaf_hsenet.weights.shapes import dual_config, text_shapes, with_axes
 from reaf_hsenet.weights.slice_encoder import save_slice_encoder
-from test_weights_convert import new_run, write_reaf
 
 
 def adapter(folder):
@@ -38,12 +37,12 @@ def adapter(folder):
 
 
 def slice_encoder(folder):
-    save_slice_encoder(folder / "own", SliceEncoder(32, 16, 24, 1, 3, 48))
+    save_slice_encoder(folder / "own", SliceEncoder(32, 16, width=24, depth=1, heads=3, mlp=48))
     return folder / "own"
 
 
 def dual_run(folder):
-    return new_run(folder / "run", REAF, replace(RECIPES["reaf"], size=REAF.vision.size))
+    return published.new_run(folder / "run", REAF, replace(RECIPES["reaf"], size=REAF.vision.size))
 
 
 def decoder(folder):
@@ -64,12 +63,12 @@ MADE = {
         ("vision.guidance.query.bias", 1, 1),
     ),
     "reaf": (
-        lambda f: write_reaf(f / "a", prefix="module."),
+        lambda f: published.write_reaf(f / "a", prefix="module."),
         "visual.trunk.spatial_posemb",
         ("vision.pos_embed", 1, 1),
     ),
     "hlip": (
-        lambda f: write_reaf(f / "a", fusion=False),
+        lambda f: published.write_reaf(f / "a", fusion=False),
         "text.transformer.encoder.layer.0.attention.self.value.bias",
         ("text.blocks.0.attn.qkv.bias", 3, 3),
     ),

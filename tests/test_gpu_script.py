@@ -1,8 +1,9 @@
 """benchmarks/gpu.py without a GPU: it runs to its end, and a part that fails, hangs or dies does not end
-the others.
+the others. benchmarks/report.py runs on a tiny case.
 """
 
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from reaf_hsenet.models.layers import Attention
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
+import report  # noqa: E402
 from gpu_speed import whole_scores  # noqa: E402
 from gpu_training import HostReads  # noqa: E402
 
@@ -144,3 +146,12 @@ def test_values_that_a_step_reads_are_seen():
             before = len(seen)
             read(x)
             assert len(seen) > before
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_reports_times_the_first_word_and_those_after_it(monkeypatch, capsys):
+    infer = str(ROOT / "infer.py")
+    monkeypatch.setattr("sys.argv", ["report.py", *"--dry --runs 1 --tokens 3 --infer".split(), infer])
+    report.main()
+    line = capsys.readouterr().out
+    assert re.fullmatch(rf"{infer}: first word after [\d.]+ s, then [\d.]+ tokens/s .medians of 1.\n", line)

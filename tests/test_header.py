@@ -12,18 +12,7 @@ import pytest
 
 from reaf_hsenet.data.volume import TableRow, read_volume
 from reaf_hsenet.errors import InputError
-from test_volume import chest, save
-
-LPS = np.diag([-8.0, -8.0, 10.0, 1.0])
-LPS[:3, 3] = 70, 60, -80
-
-
-def image(sform=LPS, qform=LPS, codes=(1, 1), unit="mm") -> nib.Nifti1Image:
-    made = nib.Nifti1Image(chest(), LPS)
-    made.set_sform(sform, codes[0])
-    made.set_qform(qform, codes[1])
-    made.header.set_xyzt_units(unit, "sec")
-    return made
+from scans import LPS, chest, image, save
 
 
 def written(folder: Path, made: nib.Nifti1Image, *fields: tuple[str, int, tuple]) -> Path:

@@ -189,20 +189,14 @@ def test_a_scan_that_is_no_ct_is_one_line(at_home, capsys, tmp_path):
     for words, scan in cases.items():
         for command in (("embed",), ("ask", "--new-tokens", 2)):
             wrong(capsys, words, *command, scan, *(["What?"] if command[0] == "ask" else []))
-    wrong(
-        capsys,
-        "a.nii.gz: no such file",
-        "embed",
-        "scan.nii.gz",
-        tmp_path / "a.nii.gz",
-        "--out",
-        tmp_path / "i.safetensors",
-    )
+    out = ("--out", tmp_path / "i.safetensors")
+    wrong(capsys, "a.nii.gz: no such file", "embed", "scan.nii.gz", tmp_path / "a.nii.gz", *out)
     assert not (tmp_path / "i.safetensors").exists()
 
 
 def test_wrong_flags_are_one_line(at_home, capsys, tmp_path):
     ask, search = ("ask", "scan.nii.gz"), ("search", "index.safetensors")
+    scan, clip1 = ("scan.nii.gz",), ("--run", "runs/clip1-hsenet")
     cases = {
         "invalid choice: 'describe'": ["describe", "scan.nii.gz"],
         "arguments are required: COMMAND": [],
@@ -215,20 +209,8 @@ def test_wrong_flags_are_one_line(at_home, capsys, tmp_path):
         "temperature -1.0: expected": [*ask, "What?", "--temperature", -1],
         "scan.nii.gz: holds no run": [*ask, "What?", "--run", "scan.nii.gz"],
         "runs: holds no run": ["embed", "scan.nii.gz", "--run", "runs"],
-        "--model: chooses a default run": [
-            "embed",
-            "scan.nii.gz",
-            "--run",
-            "runs/clip1-reaf",
-            "--model",
-            "reaf",
-        ],
-        "which has no decoder; name a run of stage mrg or vqa": [
-            "report",
-            "scan.nii.gz",
-            "--run",
-            "runs/clip1-hsenet",
-        ],
+        "--model: chooses a default run": "embed scan.nii.gz --run runs/clip1-reaf --model reaf".split(),
+        "which has no decoder; name a run of stage mrg or vqa": ["report", *scan, *clip1],
         "a language model; name a dual encoder's": ["embed", "scan.nii.gz", "--run", "runs/mrg-hsenet"],
         "its encoder weighs no patches; stage clip2": ["explain", "scan.nii.gz"],
         "--top 0: expected 1 or more": [*search, "--text", "a", "--top", 0],
@@ -237,18 +219,8 @@ def test_wrong_flags_are_one_line(at_home, capsys, tmp_path):
         "--volume: not allowed with argument --text": [*search, "--text", "a", "--volume", "scan.nii.gz"],
         "index.safetensors: no such file": [*search, "--text", "a"],
         "scan.nii.gz: is truncated or not a safetensors file": ["search", "scan.nii.gz", "--text", "a"],
-        "--out a.txt: expected a file to write that ends in .safetensors": [
-            "embed",
-            "scan.nii.gz",
-            "--out",
-            "a.txt",
-        ],
-        "--out scan.nii.gz/a.png: expected a file to write": [
-            "explain",
-            "scan.nii.gz",
-            "--out",
-            "scan.nii.gz/a.png",
-        ],
+        "--out a.txt: expected a file to write that ends in .safetensors": ["embed", *scan, "--out", "a.txt"],
+        "--out scan.nii.gz/a.png: expected a file to write": ["explain", *scan, "--out", f"{scan[0]}/a.png"],
         "--prompts other: no such file": ["classify", "scan.nii.gz", "--prompts", "other"],
         "--slope 0: expected a finite number": ["embed", "scan.nii.gz", "--slope", 0],
         "'LPX' is not an orientation": ["embed", "scan.nii.gz", "--assume-orientation", "LPX"],
@@ -298,17 +270,8 @@ def test_ctrl_c_is_one_line_and_exit_code_130(at_home, capsys, monkeypatch):
 def test_a_reader_that_has_seen_enough_causes_no_traceback(home):
     read, write = os.pipe()
     os.close(read)
-    command = [
-        sys.executable,
-        ROOT / "infer.py",
-        "ask",
-        "scan.nii.gz",
-        "What?",
-        "--temperature",
-        "1",
-        "--new-tokens",
-        "20",
-    ]
+    flags = "ask scan.nii.gz What? --temperature 1 --new-tokens 20".split()
+    command = [sys.executable, ROOT / "infer.py", *flags]
     ended = subprocess.run(command, cwd=home, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(write)
     assert ended.returncode == 141

@@ -127,25 +127,9 @@ def test_every_storage_order_of_a_scan_gives_its_embedding(runs, scans, tmp_path
 @pytest.mark.parametrize("prompts", ["volume", "organ"])
 def test_classes_have_the_scores_of_the_zeroshot_task(runs, scans, tmp_path, prompts):
     run = runs / "clip2-hsenet"
-    assert (
-        evaluate.main(
-            [
-                "--task",
-                "zeroshot",
-                "--run",
-                str(run),
-                "--out",
-                str(tmp_path),
-                "--device",
-                "cpu",
-                "--bootstrap",
-                "0",
-                "--prompts",
-                prompts,
-            ]
-        )
-        == 0
-    )
+    flags = ["--run", run, "--out", tmp_path, "--prompts", prompts]
+    flags += "--task zeroshot --device cpu --bootstrap 0".split()
+    assert evaluate.main(list(map(str, flags))) == 0
     with open(tmp_path / "zeroshot_scores.csv", newline="") as file:
         expected = list(csv.DictReader(file))[1]
     found = load(run).classify(scans[1], prompts)
@@ -185,7 +169,9 @@ def test_an_answer_is_the_one_that_the_prepared_volume_gets(runs, sliced, scans,
     volume = read_prepared(manifest, entry)[None]
     slices = read_slices(manifest, entry)[None] if model.guided else None
     for question, made in (("Is there effusion?", model.ask), ("What do you see?", model.report)):
-        expected = answer(model.run.model, model.run.tokenizer, [question], volume, slices, 24, sampling)
+        expected = answer(
+            model.run.model, model.run.tokenizer, [question], volume, slices, new_tokens=24, sampling=sampling
+        )
         assert made(scans[2], question, new_tokens=24, sampling=sampling) == expected[0] != ""
 
 

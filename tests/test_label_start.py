@@ -39,7 +39,7 @@ def scans(monkeypatch):
 
 def new_model() -> Mllm:
     torch.manual_seed(1)
-    config = VisionConfig((16, 32, 32), (8, 16, 16), 32, 1, 2, 64)
+    config = VisionConfig((16, 32, 32), (8, 16, 16), width=32, depth=1, heads=2, mlp=64)
     return Mllm(
         [build_vision(config)], [build_projector("average_pool", 32, 16, config.grid, (1, 1, 1))], None
     ).train()
@@ -53,9 +53,9 @@ def learned(manifest, epochs: int, limit: int = 0) -> Mllm:
         model,
         manifest,
         replace(SETTINGS, label_epochs=epochs),
-        False,
-        BadVolumes(limit, Ranks(0, 1, CPU)),
-        CPU,
+        guided=False,
+        bad=BadVolumes(limit, Ranks(0, 1, CPU)),
+        device=CPU,
     )
     return model
 

@@ -29,7 +29,15 @@ def tokenizer(manifest):
 
 
 def reports(manifest, tokenizer, **settings) -> LanguageDataset:
-    return LanguageDataset(manifest, "train", "mrg", tokenizer, 6, settings.pop("max_text", 600), **settings)
+    return LanguageDataset(
+        manifest,
+        "train",
+        task="mrg",
+        tokenizer=tokenizer,
+        image_tokens=6,
+        max_text=settings.pop("max_text", 600),
+        **settings,
+    )
 
 
 def test_a_row_is_bos_image_tokens_prompt_report_and_stop(manifest, tokenizer):
@@ -66,7 +74,9 @@ def test_one_prompt_for_all_in_evaluation(manifest, tokenizer):
 
 
 def test_questions_are_rows_of_their_own(manifest, tokenizer):
-    data = LanguageDataset(manifest, "train", "location", tokenizer, 6, 200)
+    data = LanguageDataset(
+        manifest, "train", task="location", tokenizer=tokenizer, image_tokens=6, max_text=200
+    )
     total = sum(q["kind"] == "location" for e in manifest.entries("train") for q in e["qa"])
     assert len(data) == total > 0
     entry, asked = data.rows[-1]
@@ -86,7 +96,9 @@ def test_a_report_is_cut_at_the_text_length_and_a_question_without_room_is_refus
 
 
 def test_a_question_of_the_tables_without_room_is_found_before_training(manifest, tokenizer):
-    data = LanguageDataset(manifest, "train", "location", tokenizer, 6, 60)
+    data = LanguageDataset(
+        manifest, "train", task="location", tokenizer=tokenizer, image_tokens=6, max_text=60
+    )
     data.check_questions()
     entry, asked = data.rows[-1]
     data.rows[-1] = entry, {**asked, "question": "Where is the effusion? " * 30}

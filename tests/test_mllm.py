@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from networks import SMALL_DECODER
 from parity_case import language_loss
 from reaf_hsenet.models.build import build_projector
 from reaf_hsenet.models.decoder import Decoder
@@ -12,7 +13,6 @@ from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.reaf import REAF
 from reaf_hsenet.models.slice_guidance import ViT2E3
 from reaf_hsenet.models.vit3d import ViT3D
-from test_decoder import SMALL
 
 SIZES = ((8, 32, 32), (2, 8, 8), 24, 2, 2, 48)  # a grid of 4 x 4 x 4
 GRID, TEXT = (4, 4, 4), 9
@@ -26,8 +26,8 @@ def model(projector="spatial_packer", shared=False, encoders=("stage1", "2e3"), 
         "reaf": lambda: REAF(*SIZES, scan_layers=(1,), fusion="weighted_mean", saliency=None),
     }
     count = 1 if shared else len(encoders)
-    projectors = [build_projector(projector, 24, SMALL.width, GRID, **options) for _ in range(count)]
-    return Mllm([made[name]() for name in encoders], projectors, Decoder(replace(SMALL, pad_id=None)))
+    projectors = [build_projector(projector, 24, SMALL_DECODER.width, GRID, **options) for _ in range(count)]
+    return Mllm([made[name]() for name in encoders], projectors, Decoder(replace(SMALL_DECODER, pad_id=None)))
 
 
 def inputs(mllm: Mllm, batch=2):

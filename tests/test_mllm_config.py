@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from networks import SMALL_DECODER
 from reaf_hsenet.config import GuidedVisionConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models import build, mllm_config
@@ -14,15 +15,16 @@ from reaf_hsenet.models.lora import LoraLinear
 from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.presets import PRESETS
 from reaf_hsenet.settings import from_dict, to_dict
-from test_decoder import SMALL
 
 PLAIN = PRESETS["hsenet-tiny"].vision
 GUIDED = GuidedVisionConfig(**vars(PLAIN), slices=8, slice_width=16)
-DUAL = MllmConfig("dual", (PLAIN, GUIDED), replace(SMALL, pad_id=None), kernel=(1, 2, 2), r=2, alpha=4)
+DUAL = MllmConfig(
+    "dual", (PLAIN, GUIDED), replace(SMALL_DECODER, pad_id=None), kernel=(1, 2, 2), r=2, alpha=4
+)
 
 
 def test_settings_survive_json():
-    for config in (DUAL, MllmConfig("reaf", (PRESETS["reaf-tiny"].vision,), SMALL, full=True)):
+    for config in (DUAL, MllmConfig("reaf", (PRESETS["reaf-tiny"].vision,), SMALL_DECODER, full=True)):
         assert from_dict(MllmConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -33,7 +35,7 @@ def test_packers_and_adapters_are_trained_and_saved_the_rest_is_not():
         all(n.startswith("projectors.") or "lora_" in n for n in trained)
         and set(trained_state(model)) == trained
     )
-    assert sum(isinstance(m, LoraLinear) for m in model.modules()) == 4 * SMALL.layers  # not lm_head
+    assert sum(isinstance(m, LoraLinear) for m in model.modules()) == 4 * SMALL_DECODER.layers  # not lm_head
     full = build_mllm(replace(DUAL, full=True))
     saved = set(trained_state(full))
     assert {n.split(".")[0] for n in saved} == {"projectors", "decoder"}

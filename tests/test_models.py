@@ -89,6 +89,6 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_a_volume_of_another_size_is_refused():
-    model = ViT3D((8, 16, 16), (4, 8, 8), 32, 1, 4, 64)
+    model = ViT3D((8, 16, 16), (4, 8, 8), width=32, depth=1, heads=4, mlp=64)
     with pytest.raises(ValueError, match=r"\(8, 16, 24\).*\(8, 16, 16\)"):
         model(torch.rand(1, 1, 8, 16, 24))

@@ -18,6 +18,7 @@ from reaf_hsenet.runs.trained import locate_run
 from reaf_hsenet.weights.files import load_strictly, read_checkpoint, read_weights
 from reaf_hsenet.weights.names import BERT, import_state
 from reaf_hsenet.weights.shapes import bert_config
+from tiny import tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE = json.loads((GOLDEN / "bert_tiny.json").read_text())
@@ -84,35 +85,8 @@ def test_training_starts_from_a_bert_folder(prepared, tmp_path, capsys):
     save_file(grown, folder / "model.safetensors")
     shutil.copy(GOLDEN / "tokenizers/wordpiece/vocab.txt", folder)
     out = tmp_path / "run"
-    code = train.main(
-        [
-            "--stage",
-            "clip1",
-            "--data",
-            str(prepared),
-            "--preset",
-            "hsenet-tiny",
-            "--size",
-            "16",
-            "32",
-            "32",
-            "--patch",
-            "8",
-            "16",
-            "16",
-            "--batch-size",
-            "4",
-            "--max-steps",
-            "1",
-            "--text-model",
-            str(folder),
-            "--out",
-            str(out),
-            "--device",
-            "cpu",
-        ]
-    )
-    assert code == 0
+    flags = tiny(prepared, out, "--max-steps", 1, "--text-model", folder)
+    assert train.main(flags) == 0
     config = json.loads((out / "config.json").read_text())["model"]
     assert config["text"]["width"] == 64 and config["text"]["vocab"] == 400 and config["max_text"] == 64
     assert (out / "vocab.txt").read_text() == (folder / "vocab.txt").read_text()

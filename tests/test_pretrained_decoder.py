@@ -289,20 +289,9 @@ def test_the_hub_is_asked_for_every_file_of_the_decoder_and_its_tokeniser(tmp_pa
         lambda *_, allow_patterns, **__: asked.extend(allow_patterns) or folder,
     )
     load_decoder("microsoft/Phi-3-mini-4k-instruct")
-    needed = (
-        "config.json",
-        INDEX,
-        SINGLE,
-        "model-00001-of-00002.safetensors",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-    )
+    needed = [INDEX, SINGLE, "model-00001-of-00002.safetensors", "merges.txt", "tokenizer.model", "vocab.txt"]
+    parts = ("config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
+    needed += [f"{part}.json" for part in parts]
     assert [file for file in needed if not any(fnmatch(file, pattern) for pattern in asked)] == []
     assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in asked)
 
@@ -311,54 +300,24 @@ def test_the_hub_is_asked_for_every_file_of_the_decoder_and_its_tokeniser(tmp_pa
 
 
 # What transformers 4 writes of every model's settings beside the model's own (Config.to_dict()).
+FALSE = (
+    "output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss is_encoder_decoder "
+    "is_decoder add_cross_attention tie_encoder_decoder do_sample early_stopping output_scores "
+    "return_dict_in_generate remove_invalid_values"
+)
+NONE = (
+    "cross_attention_hidden_size bad_words_ids forced_bos_token_id forced_eos_token_id prefix sep_token_id "
+    "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens finetuning_task tokenizer_class "
+    "decoder_start_token_id task_specific_params problem_type"
+)
 DUMP = {
-    "return_dict": True,
-    "output_hidden_states": False,
-    "output_attentions": False,
-    "torchscript": False,
-    "use_bfloat16": False,
-    "tf_legacy_loss": False,
-    "pruned_heads": {},
-    "chunk_size_feed_forward": 0,
-    "is_encoder_decoder": False,
-    "is_decoder": False,
-    "cross_attention_hidden_size": None,
-    "add_cross_attention": False,
-    "tie_encoder_decoder": False,
-    "max_length": 20,
-    "min_length": 0,
-    "do_sample": False,
-    "early_stopping": False,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "num_return_sequences": 1,
-    "output_scores": False,
-    "return_dict_in_generate": False,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "remove_invalid_values": False,
-    "exponential_decay_length_penalty": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "finetuning_task": None,
-    "id2label": {"0": "LABEL_0"},
-    "label2id": {"LABEL_0": 0},
-    "tokenizer_class": None,
-    "prefix": None,
-    "sep_token_id": None,
-    "decoder_start_token_id": None,
-    "task_specific_params": None,
-    "problem_type": None,
+    **dict.fromkeys(FALSE.split(), False),
+    **dict.fromkeys(NONE.split()),
+    **dict.fromkeys("temperature top_p typical_p repetition_penalty length_penalty".split(), 1.0),
+    **dict.fromkeys("num_beams num_beam_groups num_return_sequences".split(), 1),
+    **dict.fromkeys("min_length no_repeat_ngram_size encoder_no_repeat_ngram_size".split(), 0),
+    **{"return_dict": True, "pruned_heads": {}, "chunk_size_feed_forward": 0, "max_length": 20, "top_k": 50},
+    **{"diversity_penalty": 0.0, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
 }
 
 
@@ -464,23 +423,15 @@ def shards(tmp_path):
     return folder, sorted(folder.glob("*.safetensors"))
 
 
-def test_a_missing_a_truncated_and_a_garbage_shard_are_named(tmp_path):
-    folder, files = shards(tmp_path)
-    whole = files[1].read_bytes()
-    files[1].write_bytes(whole[:-100])
-    assert f"{files[1]}: is truncated" in refusal(folder)
-    files[1].write_bytes(b"not safetensors at all" * 9)
-    assert f"{files[1]}: is truncated or not safetensors" in refusal(folder)
-    files[1].write_bytes(b"")
-    assert f"{files[1]}: is truncated" in refusal(folder)
-    files[1].unlink()
-    assert f"{files[1]}: this shard is missing; fetch it again" in refusal(folder)
-
-
-def test_a_truncated_single_file_is_named(tmp_path):
-    file = folder_of(tmp_path) / SINGLE
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert f"{file}: is truncated" in refusal(tmp_path)
+@pytest.mark.parametrize("shard_bytes", (SHARD, 10**9), ids=("shards", "one file"))
+def test_a_missing_a_truncated_and_a_garbage_file_are_named(tmp_path, shard_bytes):
+    file = sorted(folder_of(tmp_path, shard_bytes=shard_bytes).glob("*.safetensors"))[:2][-1]
+    for content in (file.read_bytes()[:-100], b"not safetensors at all" * 9, b""):
+        file.write_bytes(content)
+        assert f"{file}: is truncated or not safetensors" in refusal(tmp_path)
+    file.unlink()
+    missing = f"{file}: this shard is missing; fetch it again"
+    assert (missing if shard_bytes == SHARD else f"has neither {SINGLE} nor {INDEX}") in refusal(tmp_path)
 
 
 def test_an_index_that_names_a_tensor_its_shard_does_not_have_is_refused(tmp_path):
@@ -497,24 +448,23 @@ def test_a_tensor_of_a_shard_that_the_index_leaves_out_is_not_passed_over(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "content", ("{}", "[]", '{"weight_map": null}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}')
+    ("name", "content", "words"),
+    (
+        *((INDEX, content, "has no weight_map") for content in ("{}", "[]", '{"weight_map": null}')),
+        *(
+            (INDEX, content, "has no weight_map")
+            for content in ('{"weight_map": {"a": 3}}', '{"weight_map": {}}')
+        ),
+        (INDEX, '{"weight_map": {', "is not valid JSON"),
+        ("config.json", "{", "is not valid JSON"),
+        ("config.json", "[]", "expected an object"),
+        ("config.json", None, "no such file"),
+    ),
 )
-def test_an_index_without_a_weight_map_is_refused(tmp_path, content):
-    folder, _ = shards(tmp_path)
-    (folder / INDEX).write_text(content)
-    assert f"{folder / INDEX}: has no weight_map" in refusal(folder)
-
-
-def test_a_broken_index_and_a_broken_config_are_named(tmp_path):
-    folder, _ = shards(tmp_path)
-    (folder / INDEX).write_text('{"weight_map": {')
-    assert f"{folder / INDEX}: is not valid JSON" in refusal(folder)
-    (folder / "config.json").write_text("{")
-    assert f"{folder / 'config.json'}: is not valid JSON" in refusal(folder)
-    (folder / "config.json").write_text("[]")
-    assert f"{folder / 'config.json'}: expected an object" in refusal(folder)
-    (folder / "config.json").unlink()
-    assert f"{folder / 'config.json'}: no such file" in refusal(folder)
+def test_a_broken_index_and_a_broken_config_are_named(tmp_path, name, content, words):
+    file = shards(tmp_path)[0] / name
+    file.unlink() if content is None else file.write_text(content)
+    assert f"{file}: {words}" in refusal(tmp_path)
 
 
 def test_a_pickle_alone_is_refused_with_what_to_do(tmp_path):
@@ -694,14 +644,9 @@ def test_what_phi_alone_has_is_refused_of_llama():
 @pytest.mark.parametrize(
     "key",
     (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "vocab_size",
-        "max_position_embeddings",
-        "model_type",
-    ),
+        "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size "
+        "max_position_embeddings model_type"
+    ).split(),
 )
 def test_a_missing_setting_is_named(tmp_path, key):
     folder = folder_of(tmp_path, **{key: None})

@@ -21,7 +21,6 @@ from reaf_hsenet.train.optimizer import learning_rate
 from reaf_hsenet.train.setup import recipe_settings
 from reaf_hsenet.weights.__main__ import main as convert
 from reaf_hsenet.weights.names import M3D_CLIP, import_state
-from test_weights_start import data  # noqa: F401
 
 README = (ROOT / "README.md").read_text()
 
@@ -46,7 +45,7 @@ def test_every_train_command_of_the_documents_is_accepted(document):
 
 
 @pytest.mark.slow
-def test_stage_2s_command_starts_the_student_from_m3d_clip_as_published(data, tmp_path, capsys):
+def test_stage_2s_command_starts_the_student_from_m3d_clip_as_published(sized_data, tmp_path, capsys):
     arguments = next(c for c in commands(README) if "--teacher" in c)
     m3d_clip = published.write_m3d_clip(tmp_path / "M3D-CLIP").parent
     bert = published.write_vocabulary(tmp_path / "bert", 200, BERT["config"])
@@ -59,7 +58,7 @@ def test_stage_2s_command_starts_the_student_from_m3d_clip_as_published(data, tm
         "runs/ct-rate": tmp_path / "teacher",
         "GoodBaiBai88/M3D-CLIP": m3d_clip,
         "google-bert/bert-base-uncased": bert,
-        "data/ct-rate": data,
+        "data/ct-rate": sized_data,
         "runs/ct-rate-2": tmp_path / "run",
     }
     assert set(files) <= set(arguments)

@@ -121,7 +121,15 @@ def test_questions_are_in_the_manifests_order_and_of_one_kind():
         {},
         {"qa": [{"kind": "location", **row, "answer": "b"}, {"kind": "location", **row, "answer": "c"}]},
     ]
-    manifest = Manifest(None, "ct-rate", RECIPES["hsenet"], "float16", "", [], {"train": entries})
+    manifest = Manifest(
+        None,
+        "ct-rate",
+        recipe=RECIPES["hsenet"],
+        dtype="float16",
+        text="",
+        labels=[],
+        splits={"train": entries},
+    )
     assert [(i, r["answer"]) for i, r in questions(manifest, "train", "location")] == [
         (0, "a"),
         (2, "b"),

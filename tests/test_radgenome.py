@@ -20,6 +20,8 @@ LOCATION = [
     ["train_2_a_1.nii.gz", "heart", "calcification"],
 ]
 
+RADGENOME = ("preprocess.py", "--dataset", "radgenome")
+
 
 @pytest.fixture
 def volumes(prepared, tmp_path):
@@ -51,13 +53,8 @@ def qa(folder) -> dict[str, list[dict]]:
 
 
 def nodule(**more) -> dict:
-    return {
-        "kind": "location",
-        "anatomy": "lung/right lung",
-        "abnormality": "nodule",
-        "answer": "lung/right lung",
-        **more,
-    }
+    region = "lung/right lung"
+    return {"kind": "location", "anatomy": region, "abnormality": "nodule", "answer": region, **more}
 
 
 def test_rows_are_joined_to_their_volumes_in_the_tables_order(volumes, tables):
@@ -82,21 +79,13 @@ def test_a_location_is_answered_by_the_anatomy_whatever_the_table_answers(tmp_pa
 
 def test_answers_of_the_other_kinds(tmp_path, volumes):
     tables = tmp_path / "t"
-    write(
-        tables,
-        "train_vqa_abnormality.csv",
-        [["Volumename", "Anatomy", "Abnormality"], ["train_1_a_1", "lung", "cyst"]],
-    )
-    write(
-        tables,
-        "train_vqa_presence.csv",
-        [["Volumename", "Anatomy", "Finding", "Presence"], ["train_1_a_1", "", "cyst", "No"]],
-    )
-    write(
-        tables,
-        "train_vqa_size.csv",
-        [["Volumename", "Anatomy", "Abnormality", "Size"], ["train_1_a_1", "lung", "cyst", "9 mm"]],
-    )
+    for kind, columns, values in (
+        ("abnormality", ["Abnormality"], ["lung", "cyst"]),
+        ("presence", ["Finding", "Presence"], ["", "cyst", "No"]),
+        ("size", ["Abnormality", "Size"], ["lung", "cyst", "9 mm"]),
+    ):
+        rows = [["Volumename", "Anatomy", *columns], ["train_1_a_1", *values]]
+        write(tables, f"train_vqa_{kind}.csv", rows)
     add_questions(volumes, tables)
     assert qa(volumes)["train_1_a_1"] == [
         {"kind": "abnormality", "anatomy": "lung", "abnormality": "cyst", "answer": "cyst"},
@@ -159,7 +148,7 @@ def test_unknown_volumes_are_an_error_that_names_the_first_and_changes_nothing(v
     unknown = [[f"train_{n}_a_1.nii.gz", "lung", "nodule"] for n in (901, 902, 902, 903, 904, 905)]
     write(tables, "train_vqa_location.csv", [*LOCATION, *unknown])
     before = {p.name: p.read_bytes() for p in volumes.glob("[!.]*.*")}
-    done = script("preprocess.py", "--dataset", "radgenome", "--root", tables, "--out", volumes)
+    done = script(*RADGENOME, "--root", tables, "--out", volumes)
     line = error_line(done)
     assert (
         "train_vqa_location.csv: train_901_a_1, train_902_a_1, train_903_a_1 and 2 more" in line
@@ -184,16 +173,7 @@ def test_allowed_refusals_are_left_out_and_listed_beside_the_volumes(volumes, ta
         "train_vqa_location.csv",
         [*LOCATION, *unknown, ["train_3_a_1", "", "cyst"], ["train_3_a_1", "lung", ""]],
     )
-    command = (
-        "preprocess.py",
-        "--dataset",
-        "radgenome",
-        "--root",
-        tables,
-        "--out",
-        volumes,
-        "--allow-refused",
-    )
+    command = (*RADGENOME, "--root", tables, "--out", volumes, "--allow-refused")
     for _ in range(2):  # a second run lists nothing twice
         done = script(*command)
         assert done.returncode == 0 and "questions of location: 3 train, 0 validation" in done.stdout, (
@@ -227,52 +207,23 @@ def test_tables_of_a_split_that_was_not_prepared_are_not_passed_over(volumes, ta
 
 
 def test_questions_of_chosen_kinds_alone(volumes, phantom_root):
-    done = script(
-        "preprocess.py",
-        "--dataset",
-        "radgenome",
-        "--root",
-        phantom_root,
-        "--out",
-        volumes,
-        "--questions",
-        "location",
-    )
+    done = script(*RADGENOME, "--root", phantom_root, "--out", volumes, "--questions", "location")
     assert done.returncode == 0, done.stderr
     assert {r["kind"] for rows in qa(volumes).values() for r in rows} == {"location"}
 
 
-def without_abnormality():
-    return [row[:2] for row in LOCATION], "has no column abnormality; its columns are volumename, anatomy"
+WRONG_TABLES = [
+    ([row[:2] for row in LOCATION], "has no column abnormality; its columns are volumename, anatomy"),
+    ([[*row, row[1]] for row in LOCATION], "has two columns anatomy; keep one"),
+    ([*LOCATION, ["train_1_a_1"]], "line 5 has fewer fields than the header"),
+    ([*LOCATION, ["train_1_a_1", "lung", "a", "b"]], "line 5 has more fields than the header"),
+    (LOCATION[:1], "no row of its tables of location, abnormality, presence, size is of a volume of"),
+    ([], "has no column volumename, anatomy, abnormality; its columns are none"),
+]
 
 
-def two_columns_of_one_name():
-    return [
-        [*row, row[1]] for row in [[*LOCATION[0][:3]], *LOCATION[1:]]
-    ], "has two columns anatomy; keep one"
-
-
-def short_row():
-    return [*LOCATION, ["train_1_a_1"]], "line 5 has fewer fields than the header"
-
-
-def long_row():
-    return [*LOCATION, ["train_1_a_1", "lung", "a", "b"]], "line 5 has more fields than the header"
-
-
-def header_alone():
-    return LOCATION[:1], "no row of its tables of location, abnormality, presence, size is of a volume of"
-
-
-def nothing():
-    return [], "has no column volumename, anatomy, abnormality; its columns are none"
-
-
-@pytest.mark.parametrize(
-    "spoil", [without_abnormality, two_columns_of_one_name, short_row, long_row, header_alone, nothing]
-)
-def test_a_wrong_table_is_one_line_that_names_it(spoil, volumes, tables):
-    rows, words = spoil()
+@pytest.mark.parametrize(("rows", "words"), WRONG_TABLES)
+def test_a_wrong_table_is_one_line_that_names_it(rows, words, volumes, tables):
     write(tables, "train_vqa_location.csv", rows)
     before = (volumes / "manifest.json").read_bytes()
     with pytest.raises(InputError, match=words) as caught:
@@ -292,7 +243,7 @@ def test_a_folder_without_tables_or_without_volumes_is_refused(tmp_path, volumes
         add_questions(volumes, tmp_path)
     with pytest.raises(InputError, match="manifest.json: no such file; prepare CT-RATE's volumes first"):
         add_questions(tmp_path / "none", tables)
-    assert "--root" in error_line(script("preprocess.py", "--dataset", "radgenome", "--out", volumes))
+    assert "--root" in error_line(script(*RADGENOME, "--out", volumes))
 
 
 @pytest.mark.slow
@@ -324,19 +275,10 @@ def test_a_phantoms_anatomies_are_classes_of_the_published_report(phantom_root):
 
 
 def test_radgenomes_regions_are_the_published_classes(tmp_path):
-    regions = [
-        "lung/left lung/left lower lobe",
-        "trachea and bronchie",
-        "mediastinum/mediastinal lymph node",
-        "heart",
-        "esophagus",
-        "pleura",
-        "bone/rib",
-        "thyroid",
-        "breast",
-        "abdomen/liver",
-        "others",
-    ]
+    regions = (
+        "lung/left lung/left lower lobe, trachea and bronchie, mediastinum/mediastinal lymph node, heart, "
+        "esophagus, pleura, bone/rib, thyroid, breast, abdomen/liver, others"
+    ).split(", ")
     rows = [LOCATION[0], *(["train_1_a_1", region, "cyst"] for region in regions)]
     found, refused = read_questions(
         write(tmp_path / "t", "train_vqa_location.csv", rows), "train", ["train_1_a_1"]

@@ -575,37 +575,3 @@ def test_one_id_in_two_splits_is_refused(tree):
     shutil.copy(path, tree / "test/volumes")
     with pytest.raises(InputError, match=f"id {path.stem} is in two splits"):
         load_manifest(tree)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"rescale": "twice"}, "rescale of Reading is 'twice'; expected Literal.*auto"),
-        ({"orientation": "up"}, "orientation of Reading is 'up'; expected Literal.*header"),
-        ({"slices": 3}, "has no setting slices"),
-    ],
-)
-def test_a_wrong_reading_in_a_manifest_is_refused(published, tmp_path, change, words):
-    listed(published, tmp_path / "out")
-    values = json.loads((tmp_path / "out/manifest.json").read_text())
-    values["reading"].update(change)
-    (tmp_path / "out/manifest.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=words):
-        load_manifest(tmp_path / "out")
-
-
-def test_a_table_row_that_is_not_of_numbers_is_refused(published, tmp_path):
-    listed(published, tmp_path / "out")
-    values = json.loads((tmp_path / "out/manifest.json").read_text())
-    row = {"spacing": [1, 1, 3], "slope": 1, "intercept": None}
-    for table in (
-        row | {"slope": "steep"},
-        row | {"spacing": [1, 2]},
-        row | {"spacing": 3},
-        {"slope": 1},
-        [1],
-    ):
-        values["splits"]["train"][0]["table"] = table
-        (tmp_path / "out/manifest.json").write_text(json.dumps(values))
-        with pytest.raises(InputError, match="manifest.json: "):
-            load_manifest(tmp_path / "out")

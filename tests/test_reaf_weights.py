@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 import fill
 import train
 from conftest import ROOT, error_line, script
-from reaf_hsenet.config import ClipConfig, ReafVisionConfig, TextConfig
+from published import REAF as CONFIG
+from published import reaf as published
+from published import reaf_shapes
 from reaf_hsenet.data.prepare import Options, prepare
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import build_dual_encoder
@@ -27,104 +29,12 @@ from reaf_hsenet.weights.names import REAF, import_state
 from reaf_hsenet.weights.shapes import flat_reaf, initial_state
 from tiny import same_weights, weights
 
-CONFIG = ClipConfig(
-    "reaf",
-    ReafVisionConfig(
-        (8, 16, 16),
-        (4, 8, 8),
-        width=24,
-        depth=3,
-        heads=2,
-        mlp=48,
-        scan_layers=(2,),
-        region_size=(1, 1, 1),
-        drop_path=0.0,
-    ),
-    TextConfig(vocab=40, width=16, depth=1, heads=2, mlp=32, positions=20),
-    embed=12,
-    projection_bias=False,
-    logit_scale="exp",
-)
 GRID = CONFIG.vision.grid
-
-
-def published_shapes(fusion=True) -> dict[str, list[int]]:
-    """Names and shapes as REAF's and HLIP's checkpoints have them (open_clip's TimmModel and
-    HFTextEncoder).
-    """
-    c, t = CONFIG.vision.width, CONFIG.text.width
-    block = {
-        "norm1.weight": [c],
-        "norm1.bias": [c],
-        "attn.qkv.weight": [3 * c, c],
-        "attn.qkv.bias": [3 * c],
-        "attn.proj.weight": [c, c],
-        "attn.proj.bias": [c],
-        "norm2.weight": [c],
-        "norm2.bias": [c],
-        "mlp.fc1.weight": [48, c],
-        "mlp.fc1.bias": [48],
-        "mlp.fc2.weight": [c, 48],
-        "mlp.fc2.bias": [c],
-    }
-    trunk = {
-        "cls_token": [1, 1, c],
-        "spatial_posemb": [1, *GRID, c],
-        "patch_embed.proj.weight": [c, 1, 4, 8, 8],
-        "patch_embed.proj.bias": [c],
-        "norm.weight": [c],
-        "norm.bias": [c],
-        **{f"blocks.{i}.{n}": s for i in range(3) for n, s in block.items()},
-    }
-    if fusion:
-        trunk |= {"fusion_layer.weight": [c, 2 * c], "fusion_layer.bias": [c]}
-    layer = {
-        **{
-            f"attention.self.{p}.{k}": [t, t] if k == "weight" else [t]
-            for p in ("query", "key", "value")
-            for k in ("weight", "bias")
-        },
-        "attention.output.dense.weight": [t, t],
-        "attention.output.dense.bias": [t],
-        "attention.output.LayerNorm.weight": [t],
-        "attention.output.LayerNorm.bias": [t],
-        "intermediate.dense.weight": [32, t],
-        "intermediate.dense.bias": [32],
-        "output.dense.weight": [t, 32],
-        "output.dense.bias": [t],
-        "output.LayerNorm.weight": [t],
-        "output.LayerNorm.bias": [t],
-    }
-    bert = {
-        "embeddings.word_embeddings.weight": [40, t],
-        "embeddings.position_embeddings.weight": [20, t],
-        "embeddings.token_type_embeddings.weight": [2, t],
-        "embeddings.LayerNorm.weight": [t],
-        "embeddings.LayerNorm.bias": [t],
-        "pooler.dense.weight": [t, t],
-        **{f"encoder.layer.0.{n}": s for n, s in layer.items()},
-    }
-    return {
-        "logit_scale": [],
-        "visual.head.proj.weight": [12, c],
-        "text.proj.weight": [12, t],
-        **{f"visual.trunk.{n}": s for n, s in trunk.items()},
-        **{f"text.transformer.{n}": s for n, s in bert.items()},
-    }
-
-
-def published(fusion=True, prefix="") -> dict[str, torch.Tensor]:
-    return {
-        prefix + n: torch.from_numpy(np.array(fill.fill(n, s, 0)))
-        for n, s in published_shapes(fusion).items()
-    }
 
 
 def published_mae(width=24, side=4) -> dict[str, torch.Tensor]:
     shapes = {
-        n.removeprefix("visual.trunk."): s
-        for n, s in published_shapes().items()
-        if ".blocks." in n or "norm" in n
+        n.removeprefix("visual.trunk."): s for n, s in reaf_shapes().items() if ".blocks." in n or "norm" in n
     }
     shapes = {n: s for n, s in shapes.items() if not n.startswith("text.")}
     shapes |= {
@@ -164,7 +74,7 @@ def test_every_tensor_of_the_checkpoint_has_a_place():
     expected = {
         n: t.clone() for n, t in (flat_reaf(import_state(REAF, published()), GRID) | fixed(model)).items()
     }
-    for name in published_shapes():
+    for name in reaf_shapes():
         other = published()
         other[name] = other[name] + 1
         state = flat_reaf(import_state(REAF, other), GRID)
@@ -269,33 +179,9 @@ def prepared_reaf(phantom_root, tmp_path_factory) -> Path:
 
 
 def tiny(data, out, *more) -> list[str]:
-    return [
-        "--stage",
-        "clip1",
-        "--model",
-        "reaf",
-        "--size",
-        "16",
-        "32",
-        "32",
-        "--batch-size",
-        "4",
-        "--log-every",
-        "1",
-        "--region-size",
-        "1",
-        "1",
-        "1",
-        "--device",
-        "cpu",
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--preset",
-        "reaf-tiny",
-        *map(str, more),
-    ]
+    flags = "--stage clip1 --model reaf --preset reaf-tiny --size 16 32 32 --region-size 1 1 1 --batch-size 4"
+    folders = ["--data", str(data), "--out", str(out)]
+    return [*flags.split(), "--log-every", "1", "--device", "cpu", *folders, *map(str, more)]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ checkpoints are the same.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import train
+from networks import SMALL_DECODER
 from reaf_hsenet.config import VisionConfig
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.build import build_mllm
-from reaf_hsenet.models.decoder_config import DecoderConfig, RopeConfig
+from reaf_hsenet.models.decoder_config import RopeConfig
 from reaf_hsenet.models.mllm_config import MllmConfig
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import load_trained
@@ -41,9 +43,10 @@ pytestmark = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard
 def small(tied: bool = True):
     """A model of a frozen encoder, a projector without dropout, and a decoder of two blocks."""
     torch.manual_seed(0)
-    encoder = VisionConfig((8, 16, 16), (4, 8, 8), 32, 1, 2, 64)
-    ends = {"tied": tied, "eos_ids": (1,), "bos_id": 2}
-    decoder = DecoderConfig("llama", 61, 32, 2, 2, 1, 16, 64, 128, RopeConfig(dims=16), **ends)
+    encoder = VisionConfig((8, 16, 16), (4, 8, 8), width=32, depth=1, heads=2, mlp=64)
+    sizes = {"vocab": 61, "width": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "rope": RopeConfig(dims=16)}
+    ends = {"tied": tied, "eos_ids": (1,), "bos_id": 2, "pad_id": None}
+    decoder = replace(SMALL_DECODER, family="llama", **sizes, **ends)
     config = MllmConfig("stage1", (encoder,), decoder, projector="average_pool", kernel=(2, 2, 2), full=True)
     return build_mllm(config).train()
 

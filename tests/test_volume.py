@@ -1,7 +1,6 @@
 """Reading a CT file: orientation, spacing, Hounsfield units, and what is refused."""
 
 import gzip
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -9,26 +8,7 @@ import pytest
 
 from reaf_hsenet.data.volume import TableRow, read_volume
 from reaf_hsenet.errors import InputError
-
-
-def chest(shape=(20, 18, 16)) -> np.ndarray:
-    """Air, lung, soft tissue, bone: plausible HU, asymmetric in every axis."""
-    x, y, z = np.indices(shape)
-    hu = np.where((x > 2) & (x < 17) & (y > 2) & (y < 15), 40, -1000)
-    hu = np.where((x > 4) & (x < 9) & (y > 5) & (y < 12), -850, hu)
-    hu[10:12, 12:14] = 700
-    return (hu + x + 2 * y + 3 * z).astype(np.int16)
-
-
-def save(folder: Path, voxels, affine=None, codes=(1, 1), name="scan.nii.gz", slope=None) -> Path:
-    image = nib.Nifti1Image(voxels, np.diag([-3.0, -3.0, 4.0, 1.0]) if affine is None else affine)
-    image.set_sform(image.affine, codes[0])
-    image.set_qform(image.affine, codes[1])
-    if slope:
-        image.header.set_slope_inter(*slope)
-    path = folder / name
-    nib.save(image, path)
-    return path
+from scans import chest, save
 
 
 def test_any_orientation_becomes_left_posterior_superior(tmp_path):
@@ -118,12 +98,6 @@ def test_record_says_what_the_file_held(tmp_path):
     assert record["hu_range"] == [chest().min(), chest().max()]
 
 
-def truncated(folder):
-    path = save(folder, np.random.default_rng(0).integers(-1000, 500, (32, 32, 32)).astype(np.int16))
-    path.write_bytes(path.read_bytes()[:-2000])
-    return path
-
-
 def damaged_middle(folder):
     path = save(folder, np.random.default_rng(0).integers(-1000, 500, (32, 32, 32)).astype(np.int16))
     data = bytearray(path.read_bytes())
@@ -168,23 +142,17 @@ def with_nan(folder):
 
 
 WRONG = [
-    (lambda f: f / "absent.nii.gz", "no such file"),
-    (truncated, "truncated or damaged"),
     (damaged_middle, "truncated or damaged"),
     (text_file, "not a readable NIfTI"),
     (empty_gz, "not a readable NIfTI|truncated"),
     (lambda f: save(f, chest()[:, :, 0]), "a 2D image of shape"),
     (lambda f: save(f, chest()[:, :, :1]), "a 2D image of shape"),
-    (lambda f: save(f, np.stack([chest()] * 3, -1)), "a 4D image of shape"),
     (with_nan, "2 voxels are NaN or infinite"),
     (zero_spacing, "spacing"),
     (negative_spacing, "spacing.*-2.8"),
-    (lambda f: save(f, np.full((20, 20, 20), -1000, np.int16)), "every voxel is -1000"),
     (lambda f: save(f, (chest() % 50 - 1020).astype(np.int16)), "only air"),
-    (lambda f: save(f, (chest() > 0).astype(np.uint8)), "like a mask"),
     (lambda f: save(f, (chest() % 118).astype(np.int16)), "like a mask"),
     (lambda f: save(f, (chest() > 0).astype(np.float32)), "like a mask"),
-    (lambda f: save(f, chest().astype(np.complex64)), "expected integers or floats"),
 ]
 
 

@@ -22,20 +22,17 @@ from reaf_hsenet.config import (
     VisionConfig,
 )
 from reaf_hsenet.errors import InputError, OutputError
-from reaf_hsenet.models.clip import adapt, build_dual_encoder
+from reaf_hsenet.models.clip import build_dual_encoder
 from reaf_hsenet.models.packer import SpatialPacker
 from reaf_hsenet.models.positions import resample_3d
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.published import fusion_constants, open_source
 from reaf_hsenet.runs.trained import load_trained, published_run
-from reaf_hsenet.settings import to_dict
 from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.weights import names
 from reaf_hsenet.weights.__main__ import main
 from reaf_hsenet.weights.files import load_strictly, read_checkpoint
 from reaf_hsenet.weights.shapes import bert_config, flat_reaf
-
-OWN = {"reaf_hsenet": {"model": to_dict(REAF)}}
 
 
 def cli(*arguments) -> int:
@@ -53,23 +50,6 @@ def same(found: dict, expected: dict) -> None:
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    return published.write_vocabulary(tmp_path_factory.mktemp("words") / "bert", 200, BERT["config"])
-
-
-def write_reaf(folder, fusion=True, prefix=""):
-    config = (
-        OWN
-        if fusion
-        else {"reaf_hsenet": {"model": to_dict(replace(REAF, vision=replace(REAF.vision, fusion=None)))}}
-    )
-    published.write_vocabulary(folder, REAF.text.vocab, config)
-    return published.write(
-        folder / "epoch_1.pt", {"epoch": 1, "name": "reaf", "state_dict": published.reaf(fusion, prefix)}
-    )
 
 
 def golden_tokens(vision, name: str) -> float:
@@ -126,7 +106,7 @@ def test_a_slice_encoder_that_is_named_is_described_and_one_of_another_width_ref
 
 @pytest.mark.parametrize(("fusion", "prefix"), [(True, ""), (True, "module."), (False, "")])
 def test_reaf_and_hlip_become_runs_with_the_outputs_of_the_model_built_directly(tmp_path, fusion, prefix):
-    assert cli("convert", write_reaf(tmp_path / "reaf", fusion, prefix), tmp_path / "run") == 0
+    assert cli("convert", published.write_reaf(tmp_path / "reaf", fusion, prefix), tmp_path / "run") == 0
     run = load_trained(tmp_path / "run")
     config = replace(REAF, vision=replace(REAF.vision, fusion="weighted_mean" if fusion else None))
     model = build_dual_encoder(config).eval()
@@ -151,7 +131,7 @@ def test_reaf_and_hlip_become_runs_with_the_outputs_of_the_model_built_directly(
 def test_another_input_size_resamples_the_position_table_and_says_so(tmp_path, text_model, capsys):
     for kind, file, size, grid in (
         ("hsenet", published.write_m3d_clip(tmp_path / "in"), (32, 64, 96), (8, 4, 6)),
-        ("reaf", write_reaf(tmp_path / "trunk"), (16, 16, 24), (4, 2, 3)),
+        ("reaf", published.write_reaf(tmp_path / "trunk"), (16, 16, 24), (4, 2, 3)),
     ):
         words = ("--text-model", text_model) if kind == "hsenet" else ()
         assert cli("convert", file, tmp_path / kind, "--size", *size, *words) == 0
@@ -177,7 +157,11 @@ def test_published_converted_exported_is_published_bit_for_bit(tmp_path, text_mo
         weights["mm_vision_proj.weight"] = weights["mm_vision_proj.weight"].half()  # a file keeps its types
         file, words = published.write_m3d_clip(tmp_path / "in", weights), ("--text-model", text_model)
     else:
-        file, weights, words = write_reaf(tmp_path / "in", kind == "reaf"), published.reaf(kind == "reaf"), ()
+        file, weights, words = (
+            published.write_reaf(tmp_path / "in", kind == "reaf"),
+            published.reaf(kind == "reaf"),
+            (),
+        )
     assert cli("convert", file, tmp_path / "run", *words) == 0
     wanted = "m3d-clip" if kind == "2e3" else kind
     assert cli("export", tmp_path / "run", tmp_path / "out", "--format", wanted) == 0
@@ -187,40 +171,10 @@ def test_published_converted_exported_is_published_bit_for_bit(tmp_path, text_mo
     assert f"--format {other}: " in line("export", tmp_path / "run", tmp_path / "other", "--format", other)
 
 
-def new_run(folder, config, recipe, stage="clip1", lora=False):
-    """A run with random weights, as training leaves it, with heads and settings that no published rule
-    gives.
-    """
-    torch.manual_seed(0)
-    model = build_dual_encoder(config)
-    if lora:
-        adapt(model, config.lora)
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_b"):
-                torch.nn.init.normal_(parameter)
-    run = Run(folder)
-    run.save(3, model.state_dict(), {}, keep=1, best=True)
-    published.write_vocabulary(folder, config.text.vocab)
-    run.write_config(
-        {
-            "version": "0",
-            "stage": stage,
-            "preset": "",
-            "model": to_dict(config),
-            "recipe": to_dict(recipe),
-            "train": {},
-            "origin": {},
-            "slices": {"slices": 32, "width": 16} if stage == "clip2" else None,
-            "data": str(folder),
-        }
-    )
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["m3d-clip", "2e3", "reaf", "lora"])
 def test_a_run_that_is_exported_and_converted_computes_the_same(tmp_path, kind):
     text = TextConfig(vocab=40, width=16, depth=2, heads=4, mlp=32, positions=20)
-    vision = VisionConfig((8, 16, 16), (4, 8, 8), 24, 2, 3, 48)
+    vision = VisionConfig((8, 16, 16), (4, 8, 8), width=24, depth=2, heads=3, mlp=48)
     if kind == "2e3":
         vision = GuidedVisionConfig(**vars(vision), slice_width=16)
     if kind == "reaf":
@@ -231,7 +185,9 @@ def test_a_run_that_is_exported_and_converted_computes_the_same(tmp_path, kind):
         lora = LoraConfig(("vision", "text"), 2) if kind == "lora" else None
         config = ClipConfig(vision=vision, text=text, embed=12, logit_scale="exp", max_text=17, lora=lora)
     recipe = replace(RECIPES[config.model], size=config.vision.size, spacing=(9.0, 5.0, 5.0))
-    folder = new_run(tmp_path / "run", config, recipe, "clip2" if kind == "2e3" else "clip1", kind == "lora")
+    folder = published.new_run(
+        tmp_path / "run", config, recipe, "clip2" if kind == "2e3" else "clip1", kind == "lora"
+    )
     assert cli("export", folder, tmp_path / "out", "--format", "reaf" if kind == "reaf" else "m3d-clip") == 0
     assert cli("convert", tmp_path / "out", tmp_path / "again") == 0
     first, second = load_trained(folder), load_trained(tmp_path / "again")
@@ -265,20 +221,8 @@ def language_run(tmp_path_factory, text_model):
     encoders = published.write_m3d_clip(folder / "2e3", published.hsenet_2e3())
     decoder = published.write_decoder(folder / "decoder")
     packers = published.write(folder / "packers/mm_projector_and_lora.bin", published.language())
-    assert (
-        cli(
-            "convert",
-            packers,
-            folder / "run",
-            "--decoder",
-            decoder,
-            "--encoders",
-            encoders,
-            "--text-model",
-            text_model,
-        )
-        == 0
-    )
+    flags = ("--decoder", decoder, "--encoders", encoders, "--text-model", text_model)
+    assert cli("convert", packers, folder / "run", *flags) == 0
     return folder
 
 
@@ -320,14 +264,9 @@ def test_the_language_run_goes_back_to_its_published_files_bit_for_bit(language_
     assert torch.equal(grown[:320], base.pop("model.embed_tokens.weight")) and len(grown) == 324
     same(found, base)
     # What was exported is taken again, on the run that it was made with.
-    again = (
-        "convert",
-        tmp_path / "out/mm_projector_and_lora.bin",
-        tmp_path / "again",
-        "--decoder",
-        language_run / "decoder",
-    )
-    assert cli(*again, "--encoders", language_run / "run/encoder", "--stage", "vqa") == 0
+    packers, base = tmp_path / "out/mm_projector_and_lora.bin", language_run / "decoder"
+    flags = ("--decoder", base, "--encoders", language_run / "run/encoder", "--stage", "vqa")
+    assert cli("convert", packers, tmp_path / "again", *flags) == 0
     run, first = load_trained(tmp_path / "again"), load_trained(language_run / "run")
     assert run.stage == "vqa" and run.config.max_text == 8 + 330 - 256
     same(run.model.state_dict(), first.model.state_dict())
@@ -417,7 +356,7 @@ def test_nothing_is_written_over_and_nothing_half_written(tmp_path, text_model):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/kept.txt").write_text("kept")
     assert "is there already" in line("convert", file, tmp_path / "full", "--text-model", text_model)
-    run = new_run(tmp_path / "run", REAF, replace(RECIPES["reaf"], size=REAF.vision.size))
+    run = published.new_run(tmp_path / "run", REAF, replace(RECIPES["reaf"], size=REAF.vision.size))
     assert "is there already" in line("export", run, tmp_path / "full", "--format", "reaf")
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["kept.txt"]
     state = published.m3d_clip()

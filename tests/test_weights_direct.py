@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,33 +12,15 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import infer
-import preprocess
 import published
-import train
-from published import BERT, HEADS
-from reaf_hsenet.config import RECIPES
-from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.data.sources.ct_rate import read_ct_rate
-from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.language_evaluation import AnsweredRows
 from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.weights.__main__ import main as convert
+from tiny import wrong
 
-
-@pytest.fixture(scope="module")
-def data(phantom_root, tmp_path_factory) -> Path:
-    """Phantoms at the published encoder's input size."""
-    from dataclasses import replace
-
-    out = tmp_path_factory.mktemp("data") / "data"
-    recipe = replace(RECIPES["hsenet"], size=tuple(HEADS["img_size"]))
-    prepare(read_ct_rate(phantom_root), out, Options(recipe), progress=False)
-    return out
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> Path:
-    return published.write_vocabulary(tmp_path_factory.mktemp("words") / "bert", 200, BERT["config"])
+MRG = "--task mrg --limit 2 --new-tokens 4 --device cpu".split()
+RETRIEVAL = "--task retrieval --device cpu".split()
+refused = partial(wrong, main=evaluate.main)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +30,14 @@ def m3d_clip(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_its_folder_is_evaluated_as_its_converted_run_is(
-    m3d_clip, words, data, tmp_path, monkeypatch, capsys
+    m3d_clip, text_model, sized_data, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
-    assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(words)]) == 0
-    common = ["--task", "retrieval", "--data", str(data), "--device", "cpu"]
+    assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(text_model)]) == 0
+    common = ["--task", "retrieval", "--data", str(sized_data), "--device", "cpu"]
     assert evaluate.main([*common, "--run", str(run)]) == 0
-    assert evaluate.main([*common, "--run", str(m3d_clip), "--text-model", str(words)]) == 0
+    assert evaluate.main([*common, "--run", str(m3d_clip), "--text-model", str(text_model)]) == 0
     results = [
         json.loads((folder / "retrieval.json").read_text())
         for folder in (run / "eval", tmp_path / "eval/M3D-CLIP")
@@ -68,9 +51,9 @@ def test_its_folder_is_evaluated_as_its_converted_run_is(
     assert not (m3d_clip / "eval").exists()
 
 
-def test_it_embeds_and_classifies_one_scan(m3d_clip, words, phantom_root, capsys):
+def test_it_embeds_and_classifies_one_scan(m3d_clip, text_model, phantom_root, capsys):
     scan = next(phantom_root.rglob("*.nii.gz"))
-    flags = ["--run", str(m3d_clip), "--text-model", str(words), "--device", "cpu", "--json"]
+    flags = ["--run", str(m3d_clip), "--text-model", str(text_model), "--device", "cpu", "--json"]
     assert infer.main(["embed", str(scan), *flags]) == 0
     vector = torch.tensor(json.loads(capsys.readouterr().out)[0]["embedding"])
     assert vector.norm() == pytest.approx(1, abs=1e-5)
@@ -78,32 +61,30 @@ def test_it_embeds_and_classifies_one_scan(m3d_clip, words, phantom_root, capsys
     assert len(json.loads(capsys.readouterr().out)["classes"]) == 18
 
 
-def wrong(main, arguments: list, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        main(list(map(str, arguments)))
-    assert "\n" not in str(error.value)
-
-
-def test_what_it_does_not_have_is_asked_for(m3d_clip, words, phantom_root, data, tmp_path):
+def test_what_it_does_not_have_is_asked_for(m3d_clip, text_model, phantom_root, sized_data, tmp_path):
     scan = next(phantom_root.rglob("*.nii.gz"))
-    common = ["--task", "retrieval", "--run", m3d_clip, "--device", "cpu"]
-    wrong(evaluate.main, [*common, "--text-model", words], "--data: .*M3D-CLIP has no data set of its own")
-    wrong(infer.main, ["report", scan, "--run", m3d_clip, "--device", "cpu"], "has no decoder")
+    common = [*RETRIEVAL, "--run", m3d_clip]
+    wrong(
+        [*common, "--text-model", text_model],
+        "--data: .*M3D-CLIP has no data set of its own",
+        main=evaluate.main,
+    )
+    wrong(["report", scan, "--run", m3d_clip, "--device", "cpu"], "has no decoder", main=infer.main)
     bare = shutil.copytree(m3d_clip, tmp_path / "bare")
     (bare / "vocab.txt").unlink()
-    bare_run = ["--task", "retrieval", "--run", bare, "--data", data, "--device", "cpu"]
-    wrong(evaluate.main, bare_run, "bare: has no vocab.txt.*--text-model")
+    bare_run = [*RETRIEVAL, "--run", bare, "--data", sized_data]
+    refused(bare_run, "bare: has no vocab.txt.*--text-model")
     damaged = tmp_path / "weights.pt"
     damaged.write_bytes(b"PK\x03\x04 nothing")
     wrong(
-        evaluate.main,
-        ["--task", "retrieval", "--run", damaged, "--data", data, "--device", "cpu"],
+        [*RETRIEVAL, "--run", damaged, "--data", sized_data],
         re.escape(str(damaged)),
+        main=evaluate.main,
     )
 
 
 @pytest.fixture(scope="module")
-def language(tmp_path_factory, words):
+def language(tmp_path_factory, text_model):
     """Packers and adapters as training saves them, parameters in half precision, and what they stand on."""
     folder = tmp_path_factory.mktemp("language")
     parameters = {n: torch.nn.Parameter(t.bfloat16()) for n, t in published.language().items()}
@@ -112,7 +93,7 @@ def language(tmp_path_factory, words):
         published.write_m3d_clip(folder / "2e3", published.hsenet_2e3()),
         published.write_decoder(folder / "decoder"),
     )
-    return packers, ["--decoder", str(decoder), "--encoders", str(encoders), "--text-model", str(words)]
+    return packers, ["--decoder", str(decoder), "--encoders", str(encoders), "--text-model", str(text_model)]
 
 
 @pytest.mark.slow
@@ -141,23 +122,14 @@ def test_packers_and_adapters_write_the_report_that_their_converted_run_writes(
 
 
 @pytest.mark.slow
-def test_packers_and_adapters_are_evaluated_as_they_are(language, data, words, tmp_path, monkeypatch):
+def test_packers_and_adapters_are_evaluated_as_they_are(
+    language, sized_data, text_model, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     packers, flags = language
-    sliced = shutil.copytree(data, tmp_path / "sliced")
-    encoder = published.write(tmp_path / "slices.bin", published.mae(48))
-    assert preprocess.main(["--slices", str(encoder), "--out", str(sliced), "--device", "cpu"]) == 0
     common = [
-        "--task",
-        "mrg",
-        "--data",
-        sliced,
-        "--limit",
-        2,
-        "--new-tokens",
-        4,
-        "--device",
-        "cpu",
+        *"--task mrg --limit 2 --new-tokens 4 --device cpu --data".split(),
+        sized_data,
         "--run",
         packers,
     ]
@@ -168,14 +140,9 @@ def test_packers_and_adapters_are_evaluated_as_they_are(language, data, words, t
 
 @pytest.mark.slow
 def test_answers_of_packers_that_stood_on_something_else_are_not_used(
-    language, data, tmp_path, monkeypatch, capsys
+    language, sized_data, tmp_path, monkeypatch, capsys
 ):
     packers, flags = language
-    sliced, encoder = (
-        shutil.copytree(data, tmp_path / "sliced"),
-        published.write(tmp_path / "slices.bin", published.mae(48)),
-    )
-    assert preprocess.main(["--slices", str(encoder), "--out", str(sliced), "--device", "cpu"]) == 0
     decoder = shutil.copytree(flags[1], tmp_path / "decoder")
     save_file(
         {n: -t for n, t in load_file(decoder / "model.safetensors").items()}, decoder / "model.safetensors"
@@ -187,16 +154,8 @@ def test_answers_of_packers_that_stood_on_something_else_are_not_used(
         AnsweredRows, "finish", lambda *given: None
     )  # as if it were interrupted at the last moment
     common = [
-        "--task",
-        "mrg",
-        "--data",
-        sliced,
-        "--limit",
-        2,
-        "--new-tokens",
-        4,
-        "--device",
-        "cpu",
+        *"--task mrg --limit 2 --new-tokens 4 --device cpu --data".split(),
+        sized_data,
         "--run",
         packers,
     ]
@@ -212,28 +171,28 @@ def test_answers_of_packers_that_stood_on_something_else_are_not_used(
         assert said in capsys.readouterr().out
 
 
-def test_what_packers_stand_on_is_asked_for_in_one_line(language, m3d_clip, words, data, tmp_path):
+def test_what_packers_stand_on_is_asked_for_in_one_line(language, m3d_clip, text_model, sized_data, tmp_path):
     packers, flags = language
-    common = ["--task", "mrg", "--data", data, "--device", "cpu"]
+    common = [*MRG, "--data", sized_data]
     wrong(
-        evaluate.main,
         [*common, "--run", packers],
         "holds packers and adapters only; name what they stand on: --decoder",
+        main=evaluate.main,
     )
-    retrieval = ["--task", "retrieval", "--data", data, "--device", "cpu"]
-    wrong(evaluate.main, [*retrieval, "--run", packers], "HSENet-Phi-4-4B.; expected a dual encoder")
+    retrieval = [*RETRIEVAL, "--data", sized_data]
+    refused([*retrieval, "--run", packers], "HSENet-Phi-4-4B.; expected a dual encoder")
     wrong(
-        evaluate.main,
-        [*common, "--run", m3d_clip, "--text-model", words],
+        [*common, "--run", m3d_clip, "--text-model", text_model],
         "M3D-CLIP: is M3D-CLIP or HSENet-CLIP, which has no decoder",
+        main=evaluate.main,
     )
-    wrong(evaluate.main, [*common, "--run", m3d_clip, *flags], "M3D-CLIP: .* has no decoder")
+    refused([*common, "--run", m3d_clip, *flags], "M3D-CLIP: .* has no decoder")
     run = tmp_path / "run"
-    assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(words)]) == 0
+    assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(text_model)]) == 0
     wrong(
-        evaluate.main,
-        [*retrieval, "--run", run, "--text-model", words],
+        [*retrieval, "--run", run, "--text-model", text_model],
         "--text-model: is of published weights; the run",
+        main=evaluate.main,
     )
 
 
@@ -241,23 +200,21 @@ def test_a_missing_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     wrong(
-        evaluate.main,
-        ["--task", "retrieval", "--run", "runs/clip1-hsenet", "--device", "cpu"],
+        [*RETRIEVAL, "--run", "runs/clip1-hsenet"],
         "runs/clip1-hsenet: holds no run",
+        main=evaluate.main,
     )
-    wrong(evaluate.main, ["--task", "retrieval", "--device", "cpu"], "runs/clip1-hsenet: holds no run")
+    refused(RETRIEVAL, "runs/clip1-hsenet: holds no run")
 
 
-def test_its_hash_is_that_of_its_file(m3d_clip, words):
-    run = load_trained(m3d_clip, text_model=str(words))
+def test_its_hash_is_that_of_its_file(m3d_clip, text_model):
+    run = load_trained(m3d_clip, text_model=str(text_model))
     assert run.weights.is_file() and len(run.sha256()) == 64 and run.stage == "clip1"
 
 
-def test_a_converted_run_is_not_resumed(m3d_clip, words, tmp_path):
+def test_a_converted_run_is_not_resumed(m3d_clip, text_model, tmp_path):
     run = tmp_path / "run"
-    assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(words)]) == 0
+    assert convert(["convert", str(m3d_clip), str(run), "--text-model", str(text_model)]) == 0
     wrong(
-        train.main,
-        ["--stage", "clip1", "--out", run, "--resume"],
-        "is converted, not trained.*start from it with --init",
+        ["--stage", "clip1", "--out", run, "--resume"], "is converted, not trained.*start from it with --init"
     )

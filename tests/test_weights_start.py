@@ -2,18 +2,13 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-import preprocess
 import published
 import train
-from published import BERT, HEADS
-from reaf_hsenet.config import RECIPES, VisionConfig
-from reaf_hsenet.data.prepare import Options, prepare
-from reaf_hsenet.data.sources.ct_rate import read_ct_rate
+from reaf_hsenet.config import VisionConfig
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.positions import resample_3d
 from reaf_hsenet.presets import PRESETS
@@ -23,134 +18,72 @@ from reaf_hsenet.weights.__main__ import main as convert
 from reaf_hsenet.weights.files import read_checkpoint
 from reaf_hsenet.weights.names import M3D_CLIP, TEACHER, import_state
 from reaf_hsenet.weights.shapes import initial_state
+from tiny import wrong
 
-
-@pytest.fixture(scope="module")
-def data(phantom_root, tmp_path_factory) -> Path:
-    """Phantoms at the published encoder's input size, with slice features of its width."""
-    folder = tmp_path_factory.mktemp("data")
-    prepare(
-        read_ct_rate(phantom_root),
-        folder / "data",
-        Options(replace(RECIPES["hsenet"], size=tuple(HEADS["img_size"]))),
-        progress=False,
-    )
-    encoder = published.write(folder / "encoder.bin", published.mae(48))
-    assert preprocess.main(["--slices", str(encoder), "--out", str(folder / "data"), "--device", "cpu"]) == 0
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> Path:
-    """A vocabulary without weights."""
-    return published.write_vocabulary(tmp_path_factory.mktemp("words") / "bert", 200, BERT["config"])
+SHORT = "--batch-size 4 --max-steps 1 --device cpu".split()
 
 
 def clip2(data, out, *more) -> list[str]:
-    flags = (
-        "--stage",
-        "clip2",
-        "--data",
-        data,
-        "--out",
-        out,
-        "--batch-size",
-        4,
-        "--max-steps",
-        1,
-        "--device",
-        "cpu",
-        *more,
-    )
-    return list(map(str, flags))
-
-
-def line(arguments) -> str:
-    with pytest.raises(InputError) as caught:
-        train.main(list(map(str, arguments)))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return list(map(str, ["--stage", "clip2", "--data", data, "--out", out, *SHORT, *more]))
 
 
 @pytest.mark.slow
 def test_stage_2_learns_from_a_published_stage_1_file_whose_vocabulary_lies_elsewhere(
-    data, words, tmp_path, capsys
+    sized_data, text_model, tmp_path, capsys
 ):
     file = published.write_m3d_clip(tmp_path / "M3D-CLIP")
     (file.parent / "vocab.txt").unlink()
-    assert "M3D-CLIP: has no vocab.txt" in line(clip2(data, tmp_path / "run", "--teacher", file))
-    assert (
-        train.main(clip2(data, tmp_path / "run", "--teacher", file, "--text-model", words, "--lr", "1e-9"))
-        == 0
-    )
+    wrong(clip2(sized_data, tmp_path / "run", "--teacher", file), "M3D-CLIP: has no vocab.txt")
+    flags = ("--teacher", file, "--text-model", text_model, "--lr", "1e-9")
+    assert train.main(clip2(sized_data, tmp_path / "run", *flags)) == 0
     assert "text encoder: of the teacher" in capsys.readouterr().out
-    run, teacher = load_trained(tmp_path / "run"), load_trained(file, text_model=str(words))
+    run, teacher = load_trained(tmp_path / "run"), load_trained(file, text_model=str(text_model))
     assert (
         run.guided and run.origin["teacher"] == str(file) and run.origin["teacher_sha256"] == teacher.sha256()
     )
     assert torch.allclose(run.model.text.word_embed.weight, teacher.model.text.word_embed.weight, atol=1e-6)
-    assert train.main([*clip2(data, tmp_path / "run"), "--resume"]) == 0
+    assert train.main([*clip2(sized_data, tmp_path / "run"), "--resume"]) == 0
     assert convert(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--format", "m3d-clip"]) == 0
     exported = read_checkpoint(str(tmp_path / "out"))
     assert all(torch.equal(exported[f"{TEACHER}{n}"], t) for n, t in published.m3d_clip().items())
-    wrong = clip2(
-        data,
-        tmp_path / "x",
-        "--teacher",
-        published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3()),
-        "--text-model",
-        words,
-    )
-    assert "is a clip2 run of hsenet; the teacher is hsenet's clip1" in line(wrong)
+    teacher = published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3())
+    flags = ("--teacher", teacher, "--text-model", text_model)
+    command = clip2(sized_data, tmp_path / "x", *flags)
+    wrong(command, "is a clip2 run of hsenet; the teacher is hsenet's clip1")
 
 
 @pytest.mark.slow
 def test_stage_2_from_a_2e3_file_asks_for_its_teacher_and_takes_that_of_its_converted_run(
-    data, words, tmp_path, monkeypatch
+    sized_data, text_model, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     whole = published.write_m3d_clip(tmp_path / "2e3", published.hsenet_2e3())
     outer = {n: t for n, t in published.hsenet_2e3().items() if not n.startswith("stage1_")}
     for file in (whole, published.write_m3d_clip(tmp_path / "outer", outer)):
-        message = line(clip2(data, tmp_path / "run", "--init", file, "--text-model", words))
-        assert (
-            f"--init {file}: does not come with its stage-1 model as a run" in message
-            and "--teacher" in message
-        )
-    assert convert(["convert", str(whole), str(tmp_path / "2e3-run"), "--text-model", str(words)]) == 0
-    assert train.main(clip2(data, tmp_path / "run", "--init", tmp_path / "2e3-run")) == 0
+        message = f"--init {file}: does not come with its stage-1 model as a run.*--teacher"
+        wrong(clip2(sized_data, tmp_path / "run", "--init", file, "--text-model", text_model), message)
+    assert convert(["convert", str(whole), str(tmp_path / "2e3-run"), "--text-model", str(text_model)]) == 0
+    assert train.main(clip2(sized_data, tmp_path / "run", "--init", tmp_path / "2e3-run")) == 0
     teacher = json.loads((tmp_path / "run/config.json").read_text())["origin"]["teacher"]
     assert teacher == str(tmp_path / "2e3-run/stage1")
-    assert "2e3-run/stage1 has no data set of its own" in line(
-        ["--stage", "clip2", "--init", tmp_path / "2e3-run", "--device", "cpu"]
-    )
+    flags = ["--stage", "clip2", "--init", tmp_path / "2e3-run", "--device", "cpu"]
+    wrong(flags, "2e3-run/stage1 has no data set of its own")
 
 
 @pytest.mark.slow
 def test_a_published_folder_without_vocabulary_starts_a_run_with_that_of_text_model(
-    data, words, tmp_path, monkeypatch
+    sized_data, text_model, tmp_path, monkeypatch
 ):
     folder = published.write_m3d_clip(tmp_path / "M3D-CLIP").parent
     (folder / "vocab.txt").unlink()
     small = replace(
-        PRESETS["hsenet-tiny"], vision=VisionConfig((16, 64, 64), (4, 16, 16), 48, 3, 4, 96), embed=20
+        PRESETS["hsenet-tiny"],
+        vision=VisionConfig((16, 64, 64), (4, 16, 16), width=48, depth=3, heads=4, mlp=96),
+        embed=20,
     )
     monkeypatch.setitem(PRESETS, "hsenet-base", small)
-    flags = [
-        "--stage",
-        "clip1",
-        "--data",
-        data,
-        "--batch-size",
-        4,
-        "--max-steps",
-        1,
-        "--device",
-        "cpu",
-        "--lr",
-        "1e-9",
-    ]
-    flags += ["--init", folder, "--text-model", words, "--out", tmp_path / "run"]
+    flags = ["--stage", "clip1", "--data", sized_data, *SHORT, "--lr", "1e-9"]
+    flags += ["--init", folder, "--text-model", text_model, "--out", tmp_path / "run"]
     assert train.main(list(map(str, flags))) == 0
     found = load_trained(tmp_path / "run").model.state_dict()
     expected = import_state(M3D_CLIP, published.m3d_clip())

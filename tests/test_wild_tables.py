@@ -20,18 +20,13 @@ from reaf_hsenet.data.sources.radgenome import read_questions
 from reaf_hsenet.data.sources.reaf_dataset import read_reaf
 from reaf_hsenet.data.sources.tables import Volumes, csv_rows, given
 from reaf_hsenet.errors import InputError
+from scans import table
 
 
 def touch(*paths: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
-
-
-def table(path: Path, *rows: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return path
 
 
 def ct_rate(root: Path, split: str, names: list[str], header: str = "", labels: tuple[str, ...] = ()) -> Path:

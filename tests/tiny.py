@@ -254,7 +254,8 @@ def write_decoder(folder: Path, data: Path) -> Path:
     texts = [entry["text"] for entry in load_manifest(data).entries("train")]
     tokenizer = train_words([*texts, *report_prompts()], 300)
     rope, ends = RopeConfig(dims=16), {"bos_id": tokenizer.bos_id, "eos_ids": (tokenizer.eos_id,)}
-    config = DecoderConfig("llama", len(tokenizer) + 3, 32, 2, 2, 1, 16, 48, 1024, rope, **ends)
+    sizes = {"width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp": 48, "context": 1024}
+    config = DecoderConfig("llama", len(tokenizer) + 3, **sizes, rope=rope, **ends)
     save_decoder(Decoder(config), folder)
     tokenizer.save(folder)
     return folder

@@ -150,9 +150,9 @@ def build_dual_encoder(config) -> DualEncoder:
     return DualEncoder(
         build_vision(config.vision),
         TextEncoder(**vars(config.text)),
-        config.vision.width,
-        config.text.width,
-        config.embed,
-        config.logit_scale,
-        config.projection_bias,
+        vision_width=config.vision.width,
+        text_width=config.text.width,
+        embed=config.embed,
+        logit_scale=config.logit_scale,
+        projection_bias=config.projection_bias,
     )

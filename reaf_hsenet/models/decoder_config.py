@@ -220,7 +220,7 @@ class DecoderConfig:
         bos, eos, pad = (left.pop(f"{token}_token_id", None) for token in ("bos", "eos", "pad"))
         pad = None if pad == -1 else pad  # "none" of the first Llama files
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        rope = _rope(left, take, head_dim, context, family, source)
+        rope = _rope(left, take, head_dim, context=context, family=family, source=source)
         made = dict(
             family=family,
             vocab=take("vocab_size", int),

@@ -53,7 +53,15 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, layer_norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            PostNormBlock(width, heads, mlp, layer_norm_eps, dropout, attention_dropout) for _ in range(depth)
+            PostNormBlock(
+                width,
+                heads,
+                mlp=mlp,
+                eps=layer_norm_eps,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+            )
+            for _ in range(depth)
         )
         self.apply(init_weights)
 

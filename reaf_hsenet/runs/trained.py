@@ -131,7 +131,7 @@ def load_trained(
     if language:
         from reaf_hsenet.runs.language import build_language_model  # with the decoder
 
-        model = build_language_model(config, origin, state, states, str(weights), dtype)
+        model = build_language_model(config, origin, state, encoders=states, source=str(weights), dtype=dtype)
     else:
         model = build_encoders(config, state, str(weights))
     return Trained(
@@ -183,7 +183,9 @@ def _load_published(
         origin |= {"decoder": published.decoder, "encoders": [{"sha256": sha256} for sha256 in hashes]}
         from reaf_hsenet.runs.language import build_language_model
 
-        model = build_language_model(published.config, origin, published.state, states, source.name, dtype)
+        model = build_language_model(
+            published.config, origin, published.state, encoders=states, source=source.name, dtype=dtype
+        )
     else:
         text_model = named["text_model"]
         there = text_model and Path(text_model).exists()
@@ -247,7 +249,9 @@ def published_run(
         return dual_encoder(source, text_model, size, slice_encoder)
     from reaf_hsenet.runs.language import language_model
 
-    return language_model(source, decoder, encoders, stage or "mrg", text_model, slice_encoder)
+    return language_model(
+        source, decoder, encoders, stage=stage or "mrg", text_model=text_model, slice_encoder=slice_encoder
+    )
 
 
 def _encoders_beneath(published: PublishedRun) -> tuple[list[str], list[State]]:

@@ -25,6 +25,7 @@ def calibrate_vision(vision: ViT3D | REAF, volumes: Tensor) -> None:
 
     volumes: (n, 1, D, H, W). The mean patch goes into the position table, as its negative.
     """
+    # Token = (W x + b - mean) / std + code: W and b are divided by the std, the rest goes into the table.
     tokens = vision.patch_embed(volumes)  # (n, N, C)
     mean = tokens.mean(0, keepdim=True)
     deviation = (tokens - mean).std()
@@ -42,10 +43,13 @@ def standardise(norm: nn.LayerNorm, features: Tensor) -> None:
 
     features: (n, C) or (n, N, C), outputs of `norm`. The std is taken about the mean of each of the N places.
     """
+    # The spread between patients at a place; the spread between places would hide it.
     std = (features - features.mean(0)).flatten(0, -2).std(0)
+    # Copies of one scan: dividing by next to nothing would blow rounding up to features.
     if std.max() < LEAST_STD:
         return
     std = std.clamp(min=LEAST_STD)
+    # y = g n + b becomes (y - mean) / std = (g / std) n + (b - mean) / std.
     norm.bias.copy_((norm.bias - features.flatten(0, -2).mean(0)) / std)
     norm.weight.div_(std)
 
@@ -55,11 +59,14 @@ def calibrate(
     model: DualEncoder, volumes: Tensor, ids: Tensor | None, mask: Tensor | None, chunk: int = 32
 ) -> None:
     """Calibrate the vision encoder on volumes (n, 1, D, H, W), the text encoder on reports (n, T)."""
+    # Dropout would count as a difference between patients.
     model.eval()
     calibrate_vision(model.vision, volumes)
+    # Class tokens with the new first layer: the last norm is set for what it will see.
     image = torch.cat([model.vision(part)[:, 0] for part in volumes.split(chunk)])
     standardise(model.vision.norm, image)
     if ids is not None:
+        # A post-norm encoder ends in its last block's second norm.
         pairs = zip(ids.split(chunk), mask.split(chunk), strict=True)
         standardise(model.text.blocks[-1].norm2, torch.cat([model.text(i, m)[:, 0] for i, m in pairs]))
 

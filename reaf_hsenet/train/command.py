@@ -103,12 +103,15 @@ FLAGS = flags(*(cls for classes in GROUPS.values() for cls in classes))
 def parse(argv: list[str], description: str) -> Command:
     """Raises InputError for an unknown flag, a value out of range, and a flag of another stage."""
     parser, done = Parser(description), set()
+    # Settings are dataclass fields: a flag, its help and its range are read off them (settings.py).
     for title, classes in GROUPS.items():
         own = {name: known for name, known in flags(*classes).items() if name not in done}
         add_flags(parser.add_argument_group(title), own)
         done |= own.keys()
     args = parser.parse_args(argv)
+    # Only what was said. Defaults are the stage's, and a resumed run compares these with what it has.
     values = given(args, FLAGS, "stage")
+    # The wordings themselves become settings: config.json then has them, whatever becomes of the file.
     if "templates" in values:
         from reaf_hsenet.data.questions import read_templates
 

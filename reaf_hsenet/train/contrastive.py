@@ -65,6 +65,8 @@ class Contrastive:
         return self.of_logits(self.logits(*outputs, batch), outputs[2])
 
     def logits(self, image: Tensor, text: Tensor, scale: Tensor, batch: Batch) -> Tensor:
+        # (B, C) of this rank -> all ranks' rows: every other report of the global batch is a negative of a
+        # volume. In float32: bfloat16 keeps eight bits of a cosine, too few to tell near pairs apart.
         image, text = (
             gather_with_grad(at_least_float32(features), batch.counts) for features in (image, text)
         )
@@ -92,6 +94,7 @@ class Teacher:
         images_change: bool,
         kept_reports: int = 2**16,
     ):
+        # Without dropout, which the published teacher keeps: a report then has one vector, that can be kept.
         self.model = model.to(device).eval().requires_grad_(False)
         self.device, self.dtype, self.chunk, self.images_change = device, dtype, chunk, images_change
         self.kept_reports = kept_reports
@@ -102,6 +105,7 @@ class Teacher:
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (B, C) of the volumes and of the reports, a chunk of the batch on the device at a time."""
         text = []
+        # Each report by itself, without the batch's padding: the key is its tokens alone.
         for ids, mask in zip(batch.ids.cpu(), batch.mask.cpu(), strict=True):
             ids = ids[mask.bool()]
             key = hashlib.sha256(ids.numpy().tobytes()).digest()
@@ -112,6 +116,7 @@ class Teacher:
             if len(self.texts) > self.kept_reports:
                 del self.texts[next(iter(self.texts))]
             text.append(found)
+        # Augmentation makes another volume every epoch, which nothing that is kept would fit.
         if self.images_change:
             image = [self._encode(self.model.encode_image, part) for part in batch.volume.split(self.chunk)]
             return torch.cat(image), torch.stack(text)
@@ -138,10 +143,14 @@ class Guided(Contrastive):
     def loss(self, outputs: Outputs, batch: Batch, step: int) -> tuple[Tensor, dict]:
         logits, scale = self.logits(*outputs, batch), outputs[2]
         loss, numbers = self.of_logits(logits, scale)
+        # L = L_contrastive + lambda(t) mean (s v t^T - s v_1 t_1^T)^2: the student's similarities start near
+        # the teacher's, and are let go as lambda falls.
         weight = relation_weight(step, self.weight, self.steps)
         if weight == 0:  # the teacher has nothing more to say
             return loss, numbers | {"relation": 0.0}
+        # All ranks gather together: one that could read nothing takes part with its own 0 rows.
         features = self.teacher.features(batch) if batch.index else (x.detach() for x in outputs[:2])
+        # The scale is detached: it moves the student's logits towards the target, never the target.
         relation = relation_loss(logits, self.logits(*features, scale.detach(), batch))
         return loss + weight * relation, numbers | {"relation": relation.detach()}
 
@@ -152,6 +161,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     if setup.resumed and setup.origin.get("teacher"):
         setup.teacher = resumed_teacher(command, setup)
     bad = BadVolumes(settings.max_bad, ranks)
+    # Absent and cut files are found now, not after hours of training.
     bad.check(setup.manifest, ["train", setup.manifest.chosen_on], setup.guided)
 
     # The data: volumes with their reports.
@@ -187,6 +197,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     model = build_dual_encoder(config)
     if not setup.resumed:
         start_weights(model, setup, plain=data(split="train"), bad=bad, say=say)
+    # Freezing and adapters come after the weights: an adapted layer has other names than a published file.
     if settings.text_blocks is not None:
         if settings.text_blocks > len(model.text.blocks) + 1:
             raise InputError(
@@ -218,12 +229,15 @@ def start_weights(model: DualEncoder, setup: Setup, plain: CTReportDataset, bad:
 
     plain: the training split without augmentation, which calibration takes a sample of.
     """
+    # From the general to the particular, each over the one before: a start for all, --text-model, then --init
+    # or the teacher.
     if setup.train.start == "published":
         start_as_published(model)
     if setup.text_weights is not None:
         load_strictly(model.text, setup.text_weights, setup.origin["text_model"])
     if setup.init_state is not None:
         say(load_matching(model, setup.init_state, setup.origin["init"]) + setup.init_note)
+    # Features of loaded weights tell patients apart already; those of a start from scratch hardly do.
     elif setup.train.calibrate:
         sample = plain_batch(plain, setup.train.calibrate, bad)
         ids = sample.ids if setup.text_weights is None else None
@@ -235,6 +249,7 @@ def validate(
 ) -> tuple[float, dict]:
     """Return the score, mean R@5, and the recalls of retrieval."""
     pair = embed(model, data, bad.ranks, settings.batch_size, settings.validate_samples, bad=bad)
+    # A comparison with NaN is false: ranks among such vectors would be numbers like any other.
     volumes, reports = (int((~vectors.isfinite()).any(1).sum()) for vectors in pair)
     if volumes or reports:
         raise FloatingPointError(f"embeddings of {volumes} volumes and {reports} reports are NaN or infinite")

@@ -43,6 +43,7 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
     # Which runs it starts and learns from, and by them the model.
     if command.stage == "clip2" and command.model != "hsenet":
         raise InputError(f"--stage clip2: is a stage of hsenet, not of {command.model}")
+    # A student needs its teacher's sizes and words, so these come before the preset.
     init = starting_run(command)
     teacher = find_teacher(command, init) if command.stage == "clip2" else None
     preset = find_preset(command, teacher)
@@ -53,8 +54,9 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
         for note in teacher.origin.get("notes", ()):
             say(note)
         manifest = load_manifest(data_of(command, teacher))
+        # 2E3: slice features and their width become part of the model's settings.
         if command.guidance:
-            manifest = sliced(manifest, config, teacher, command, ranks, say)
+            manifest = sliced(manifest, config, teacher, command=command, ranks=ranks, say=say)
             slices = {"slices": manifest.slices["slices"], "slice_width": manifest.slices["width"]}
             config = replace(config, vision=GuidedVisionConfig(**vars(config.vision), **slices))
             if init is not None and init.guided:
@@ -70,15 +72,19 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
     manifest.require(
         replace(manifest.recipe, name=command.model, size=config.vision.size), f"preset {preset}"
     )
+    # Weights read volumes as they were prepared for them: another window or spacing would be other inputs.
     for run in (teacher, init):
         if run is not None:
             manifest.require(run.recipe, str(run.folder))
 
     # Recipe and vocabulary.
     words = init or teacher  # a run whose vocabulary is taken
-    settings = train_settings(command, preset, manifest, bool(words), ranks, say)
+    settings = train_settings(command, preset, manifest, has_words=bool(words), ranks=ranks, say=say)
+    # From here on weights may be drawn: a run is a function of its seed.
     torch.manual_seed(settings.seed)
-    tokenizer, config, text_weights = text_side(command, config, manifest, words, preset, say)
+    tokenizer, config, text_weights = text_side(
+        command, config, manifest, words=words, preset=preset, say=say
+    )
     if teacher is not None:
         named = f"--text-model {command.text_model}" if command.text_model else f"--init {command.init}"
         require_vocabulary(tokenizer, named, teacher)
@@ -108,6 +114,7 @@ def starting_run(command: Command) -> Trained | None:
         return None
     if is_published(command.init) and (command.text_model or not has_wordpiece(Path(command.init))):
         return None
+    # A published folder with a vocabulary, or a run of ours: both have words of their own.
     run = load_trained(command.init, stages=CONTRASTIVE)
     if run.config.model != command.model:
         raise InputError(
@@ -122,6 +129,7 @@ def find_teacher(command: Command, init: Trained | None) -> Trained:
     """
     if command.teacher is None and init is not None and init.stage == "clip1":
         return init
+    # In this order: the flag, the teacher that --init learned from, the usual run.
     known, default = init.origin.get("teacher") if init else None, Path("runs/clip1-hsenet")
     if command.init and not (command.teacher or known or Run(default).exists):
         raise InputError(
@@ -157,6 +165,7 @@ def resumed_teacher(command: Command, setup: Setup) -> Trained:
     origin = setup.origin
     had = origin.get("teacher_sha256")
     teacher = load_teacher(command.teacher or origin["teacher"], origin.get("text_model"), had)
+    # By hash, not by name: a run that was trained on has other weights at the same path.
     if teacher.sha256() != had:
         raise InputError(
             f"{teacher.folder}: none of its checkpoints is the teacher that the run had; name that one's "
@@ -169,6 +178,7 @@ def resumed_teacher(command: Command, setup: Setup) -> Trained:
 
 def require_vocabulary(tokenizer: WordPiece, source: str, teacher: Trained) -> None:
     """Raise InputError unless the student reads reports as the teacher does."""
+    # Both encode the same ids of a batch.
     if tokenizer.vocab != teacher.tokenizer.vocab:
         raise InputError(
             f"{source}: has another vocabulary than the teacher, {teacher.folder}; name a stage clip1 run of "
@@ -178,6 +188,7 @@ def require_vocabulary(tokenizer: WordPiece, source: str, teacher: Trained) -> N
 
 def find_preset(command: Command, teacher: Trained | None) -> str:
     """Return --preset, the teacher's, or the usual one: tiny on phantoms, base on data."""
+    # Small networks for phantoms, the published sizes for real data.
     usual = teacher.preset if teacher else f"{command.model}-{'base' if command.data else 'tiny'}"
     preset = command.preset or usual
     if preset not in PRESETS or PRESETS[preset].model != command.model:
@@ -198,6 +209,7 @@ def model_config(command: Command, preset: str, teacher: Trained | None) -> Clip
     given = command.given
     if "lora" in given:
         started = command.init or command.stage == "clip2"
+        # Adapters change little: around random weights they would have nothing to start from.
         if "vision" in given["lora"] and not started:
             raise InputError("--lora vision: needs weights to adapt, --init; a new encoder is trained whole")
         if "text" in given["lora"] and not (started or command.text_model):
@@ -231,6 +243,7 @@ def sliced(
 ) -> Manifest:
     """Return the manifest with slice features. Phantoms without them get some; other data must have them."""
     if manifest.slices is None:
+        # Only the phantoms that this program made may get features of an untrained encoder.
         phantoms = phantom_folder("hsenet", config.vision.size).resolve()
         if command.data or manifest.folder.resolve() != phantoms:
             # Raises: a data set of one's own has a real encoder's features.
@@ -248,6 +261,7 @@ def train_settings(
     """Return the recipe for batches of this data. has_words: the text encoder has been trained."""
     config = recipe_settings(command, preset, ranks)
     rows, world = len(manifest.entries("train")), ranks.world
+    # A batch of one pair has no negative: its loss is 0 whatever the weights are.
     if rows < max(2, world):
         raise InputError(
             f"{manifest.name}: {rows} training volumes for {world} processes; a contrastive batch needs at "
@@ -261,6 +275,7 @@ def train_settings(
             f"{config.batch_size * world} volumes, there are {rows}"
         )
     config = fitting_batch(config, rows, "volumes", ranks, say)
+    # REAF freezes a pretrained text encoder. A new one that were frozen would stay noise.
     frozen = config.text_blocks is not None and "unfreeze_text" not in command.given
     if frozen and not (command.text_model or has_words):
         say("no --text-model: the text encoder starts from nothing and is trained whole, not frozen")
@@ -276,6 +291,7 @@ def text_side(
         folder = find_folder(command.text_model, [*TEXT_FILES, "*.safetensors", "pytorch_model.bin"])
         tokenizer = load_wordpiece(folder)
         # Beside a start with a text encoder of its own a vocabulary alone is enough.
+        # A folder without weights then gives its words alone.
         bare = (words or command.init) and not any(path.suffix in SUFFIXES for path in folder.iterdir())
         text = words.config.text if bare and words else bert_config(folder)
         if len(tokenizer.vocab) > text.vocab:
@@ -287,6 +303,7 @@ def text_side(
         return tokenizer, config, None if bare else import_state(BERT, read_weights(folder))
     if words is not None:
         return words.tokenizer, replace(config, text=words.config.text, max_text=words.config.max_text), None
+    # No published vocabulary: one is trained on the training reports, never on those of the validation split.
     reports = sorted({entry["text"] for entry in manifest.entries("train")})
     tokenizer = train_wordpiece([clean_report(r) for r in reports], config.text.vocab)
     if preset.endswith("-base"):
@@ -300,10 +317,12 @@ def text_side(
 def take_weights(setup: Setup, command: Command, init: Trained | None) -> None:
     """Read the weights of --init, or else of the teacher, into the setup, with a note of what is left out."""
     start, origin, teacher = init, setup.origin, setup.teacher
+    # As without --init: the student of stage 2 starts as its teacher.
     if init is None and not command.init:
         start = teacher
     if start is not None:
         origin["init"] = located(start.folder)
+        # Adapters are added into the weights that they adapt: the student has none of its own yet.
         state = initial_state(merged_state(start.model), origin["init"], command.model, None, None)
         same_words = setup.tokenizer.vocab == start.tokenizer.vocab
         if command.text_model and not command.init:  # it starts the text encoder in the teacher's place
@@ -318,12 +337,14 @@ def take_weights(setup: Setup, command: Command, init: Trained | None) -> None:
         setup.init_note += f"; not used: stage1_pretrained_CLIP.* ({len(inner)})" if inner else ""
     else:
         return
+    # An embedding table of other words would give each token the vector of some other one.
     if not same_words:
         text = [name for name in state if name.startswith("text")]
         state = without_text(state)
         setup.init_note += f"; not used, of another vocabulary: text* ({len(text)})" if text else ""
     if teacher is not None:
         origin |= {"teacher": located(teacher.folder), "teacher_sha256": teacher.sha256()}
+        # A vision-only start has no text encoder: the student takes its teacher's.
         if setup.text_weights is None and not any(name.startswith("text") for name in state):
             own = merged_state(teacher.model)
             state |= {name: tensor for name, tensor in own.items() if name.startswith("text")}
@@ -333,6 +354,7 @@ def take_weights(setup: Setup, command: Command, init: Trained | None) -> None:
 
 def resampled(published: dict, grid: tuple[int, int, int]) -> str:
     """Return the note on a position table that becomes one of another grid."""
+    # A position table has a grid; for another input size it is interpolated, which a user should know.
     tables = [t.shape for n, t in published.items() if n.endswith("spatial_posemb")]
     if not tables or tuple(tables[0][1:4]) == tuple(grid):
         return ""

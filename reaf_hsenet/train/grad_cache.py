@@ -23,16 +23,22 @@ class GradCache:
     def __init__(self, encode: Callable[[int], tuple[Tensor, ...]], chunks: int, device: torch.device):
         self.encode, self.device = encode, device
         self.states, parts = [], []
+        # Pass 1. Without a graph a chunk's activations are freed as soon as its features are there.
         with torch.no_grad():
             for i in range(chunks):
+                # Pass 2 must draw the same dropout masks: other masks give other features, which the loss has
+                # not seen.
                 self.states.append(random_state(device))
                 parts.append(encode(i))
         self.rows = [len(part[0]) for part in parts]
+        # A scalar output, the logit scale, is equal in all chunks: the first stands for all.
         joined = [torch.cat(p) if p[0].ndim else p[0] for p in zip(*parts, strict=True)]
+        # Leaves of the loss's graph: its backward pass stops here, with dL/df of every row in their grad.
         self.features = [f.detach().requires_grad_() for f in joined]
 
     def backward(self) -> None:
         """Accumulate the parameters' gradients, from those of the features."""
+        # Pass 2. dL/dw is the sum over chunks of dL/df df/dw: one chunk's graph at a time is in memory.
         start, last = 0, len(self.rows) - 1
         for i, rows in enumerate(self.rows):
             set_random_state(self.states[i], self.device)
@@ -43,6 +49,7 @@ class GradCache:
             pairs = [
                 (out, feature.grad[own] if out.ndim else feature.grad)
                 for out, feature in zip(outputs, self.features, strict=True)
+                # What a frozen tower puts out has no graph to go back through.
                 if out.requires_grad and feature.grad is not None and (out.ndim or i == last)
             ]
             torch.autograd.backward(*map(list, zip(*pairs, strict=True)))

@@ -37,6 +37,8 @@ def learn_labels(
     """
     entries = manifest.entries("train")
     encoders = model.encoders.to(device).train()
+    # A linear layer each, so that the labels have to stand in the mean patch token itself, where the
+    # projector will find them.
     heads = nn.ModuleList(
         nn.Linear(len(encoder.norm.weight), len(manifest.labels)) for encoder in encoders
     ).to(device)
@@ -44,12 +46,16 @@ def learn_labels(
     steps = settings.label_epochs * (len(entries) // batch)
     parameters = [*encoders.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    # Up over a tenth of the steps, then down to almost 0.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     bar = progress_bar(steps, "labels", "step", shown=bad.ranks.main)
     for epoch in range(settings.label_epochs):
+        # By (seed, epoch): every rank has the same order, computes the same gradients, and has nothing to
+        # share.
         order = np.random.default_rng((settings.seed, epoch)).permutation(len(entries))
         for rows in order[: len(order) // batch * batch].reshape(-1, batch):
             items = [_sample(manifest, row, epoch, settings, guided) for row in rows]
+            # Every rank reads the same rows and meets the same bad ones; the agreement counts them once.
             good, unreadable = part_unreadable(items)
             bad.agree(unreadable)
             if good:
@@ -57,14 +63,17 @@ def learn_labels(
                 target = torch.stack(labels).to(device)
                 guides = torch.stack(slices).to(device) if guided else None
                 features = model.features(torch.stack(volume).to(device), guides)
+                # (B, N, C) -> (B, C) -> (B, 18) of each encoder, which are trained side by side.
                 told = [head(tokens.mean(1)) for head, tokens in zip(heads, features, strict=True)]
                 sum(F.binary_cross_entropy_with_logits(logits, target) for logits in told).backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+            # Also without a readable volume: the schedule has a fixed length.
             schedule.step()
             bar.update()
     bar.close()
+    # Back to where the rest of the model is; the training state moves or shards it whole.
     encoders.cpu()
 
 

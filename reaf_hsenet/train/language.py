@@ -31,13 +31,22 @@ from reaf_hsenet.train.training_state import PRECISIONS
 
 def encode(model: Mllm, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the sum of the answers' cross-entropies, and the number of target tokens."""
-    return model(batch.ids, batch.mask, batch.labels, batch.volume, batch.slices, batch.features)
+    return model(
+        batch.ids,
+        batch.mask,
+        batch.labels,
+        volume=batch.volume,
+        slices=batch.slices,
+        features=batch.features,
+    )
 
 
 def token_mean(outputs: tuple[Tensor, Tensor], batch: Batch, step: int) -> tuple[Tensor, dict]:
     """Return the mean over the target tokens of all ranks, as if one process had them all."""
     total, tokens = outputs
     # Gradients are averaged over ranks: so is what divides them.
+    # (1 / W) sum_r total_r / (sum_r tokens_r / W) = sum of all cross-entropies / number of all target tokens,
+    # where the first 1 / W is DDP's mean: long reports count by their tokens, on whichever rank they are.
     share = distributed.mean_over_ranks(tokens.float())
     return total / share, {"answer_tokens": share}
 
@@ -58,6 +67,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
         # A frozen decoder is held in the type it computes in; what is trained is float32.
         decoder = base_decoder(config, setup.origin, torch.float32 if config.full else dtype)
     model = build_mllm(config, decoder)
+    # Frozen encoders are in no checkpoint: they come from the runs that config.json names, by hash.
     if not (setup.resumed and config.train_vision):
         fill_encoders(model, setup.encoders or encoder_states(setup.origin["encoders"]), "the encoders' runs")
         setup.encoders = None
@@ -66,6 +76,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     model.frozen_dropout = settings.frozen_dropout
     model.decoder.grad_checkpoint = settings.grad_checkpoint
     for encoder in model.encoders:
+        # A frozen encoder runs without a graph: it keeps no activations to be computed again.
         encoder.grad_checkpoint = settings.grad_checkpoint and config.train_vision
 
     # The data: volumes, or the frozen encoders' tokens of them, with questions and answers.
@@ -73,7 +84,8 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
     if setup.features:
         shapes = [(math.prod(encoder.grid), encoder.width) for encoder in config.encoders]
         cache = FeatureCache(setup.features, setup.origin["encoders"], setup.manifest, dtype, shapes)
-        fill_cache(cache, model, ("train", setup.manifest.chosen_on), ranks, setup.guided, bad)
+        splits = "train", setup.manifest.chosen_on
+        fill_cache(cache, model, splits, ranks=ranks, slices=setup.guided, bad=bad)
     data = partial(
         LanguageDataset,
         setup.manifest,
@@ -111,6 +123,8 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
 def prepare_encoders(model: Mllm, setup: Setup, bad: BadVolumes, ranks: Ranks) -> None:
     """Prepare encoders that are trained on for a decoder from scratch, as the recipe says."""
     manifest, settings = setup.manifest, setup.train
+    # First the size of what differs between patients, then what it says (docs/method.md has the gain of
+    # each).
     if settings.calibrate:
         entries = manifest.entries("train")[: settings.calibrate]
         good, unreadable = part_unreadable([read_sample(manifest, entry, setup.guided) for entry in entries])
@@ -123,7 +137,7 @@ def prepare_encoders(model: Mllm, setup: Setup, bad: BadVolumes, ranks: Ranks) -
         volumes, slices = zip(*good, strict=True)
         calibrate_tokens(model, torch.stack(volumes), torch.stack(slices) if setup.guided else None)
     if settings.label_epochs:
-        learn_labels(model, manifest, settings, setup.guided, bad, ranks.device)
+        learn_labels(model, manifest, settings, guided=setup.guided, bad=bad, device=ranks.device)
 
 
 def validate(
@@ -132,6 +146,7 @@ def validate(
     """Return the score, minus the mean cross-entropy of a target token, and {"loss": that mean}."""
     ranks, rows = bad.ranks, min(settings.validate_samples, len(data))
     loader = make_loader(data, InOrder(rows, settings.batch_size, ranks.rank, ranks.world), 0)
+    # Sums, not means of batches: batches have different numbers of target tokens.
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     unreadable = []
     for batch in batches(loader, ranks.device, tolerant=True):

@@ -34,6 +34,7 @@ ENCODER_STAGE = {"dual": "clip2", "2e3": "clip2", "stage1": "clip1", "reaf": "cl
 def new_setup(command: Command, ranks: Ranks, say) -> Setup:
     """Build the setup of a new run. Raises InputError, naming the flag, for what does not go together."""
     # The encoders, and by them preset and data.
+    # dual, as published: the tokens of the stage-1 encoder, then those of 2E3.
     vision = command.given.get("vision", "reaf" if command.model == "reaf" else "dual")
     if (vision == "reaf") != (command.model == "reaf"):
         raise InputError(
@@ -64,11 +65,13 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
         full=new,
         train_vision=new,
     )
+    # A new decoder (no --decoder) has nothing worth freezing: all is trained, unless flags say otherwise.
     config = changed(config, command.given)
     config = replace(config, max_text=text_length(command, config))
     if not config.train_vision:  # frozen encoders stay as they are
         settings = replace(settings, calibrate=0, label_epochs=0)
 
+    # The checkpoint leaves frozen encoders out: hashes tell later whether the named runs still have them.
     encoders = [
         {
             "run": located(run.folder),
@@ -112,6 +115,7 @@ def encoder_runs(command: Command, vision: str) -> list[Trained]:
                 f"--teacher: is the stage-1 run beside 2E3; --vision {vision} has none, leave it out"
             )
         return [run]
+    # The first of the two encoders is the very stage-1 model that 2E3 learned from, known by its hash.
     had = None if command.teacher else run.origin.get("teacher_sha256")
     teacher = load_teacher(command.teacher or run.origin["teacher"], run.origin.get("text_model"), had)
     if command.teacher is None and teacher.sha256() != had:
@@ -125,6 +129,7 @@ def encoder_runs(command: Command, vision: str) -> list[Trained]:
 def train_settings(command: Command, preset: str, manifest: Manifest, ranks: Ranks, say) -> TrainConfig:
     """Return the recipe for the samples that this data has."""
     config = recipe_settings(command, preset, ranks)
+    # A sample is a report, or a question: a volume of vqa is read once for each of its questions.
     if command.stage == "mrg":
         rows = len(manifest.entries("train"))
     else:
@@ -136,11 +141,13 @@ def train_settings(command: Command, preset: str, manifest: Manifest, ranks: Ran
             f"there are {rows}"
         )
     config = fitting_batch(config, rows, "samples", ranks, say)
+    # A label start, and answers that begin with labels, need those of every volume.
     labelled = all(
         entry["labels"] is not None
         for split in ("train", manifest.chosen_on)
         for entry in manifest.entries(split)
     )
+    # Label start and list epochs are for a decoder from scratch; a published one can write already.
     if command.decoder is None and labelled:
         return config
     return replace(config, label_epochs=0, list_epochs=0)
@@ -174,15 +181,19 @@ def text_side(
     """
     if command.decoder is None:
         say("no --decoder: a small one starts from nothing, with a vocabulary of the training texts")
+        # Words, not pieces of words: what phantoms' reports say takes few of them, and few tokens an answer.
         tokenizer = train_words(training_texts(command.stage, manifest, settings), 1000)
         add_image_tokens(tokenizer)
         if settings.list_epochs and command.stage == "mrg":
+            # A label is one token: names share words, and a list of words is harder to learn
+            # (docs/method.md).
             tokenizer.add_tokens([*map(label_token, manifest.labels), LIST_END])
         return tokenizer, tiny_decoder(tokenizer), None
     folder = find_folder(command.decoder, FILES)
     tokenizer, config = load_tokenizer(folder), DecoderConfig.from_folder(folder)
     special = {"bos": config.bos_id, "eos": list(config.eos_ids), "pad": config.pad_id}
     check_fits(tokenizer, config.vocab, special, str(folder / "config.json"))
+    # Image tokens are added to the vocabulary, and rows for them to the embedding (docs/method.md).
     own = len(tokenizer)
     add_image_tokens(tokenizer)
     # Read whole once, by one rank; from now on the fingerprint tells whether it is the same.
@@ -233,6 +244,7 @@ def training_texts(stage: str, manifest: Manifest, settings: TrainConfig) -> lis
 
 def text_length(command: Command, config: MllmConfig) -> int:
     """Return the tokens of an input: visual ones, and the published number of others or --max-text."""
+    # The published limit counts 256 visual tokens; with other projectors the text keeps its share.
     visual = visual_tokens(config)
     length = visual + (command.max_text or TEXT_LENGTH[command.stage] - PUBLISHED_VISUAL_TOKENS)
     if length > config.decoder.context:
@@ -249,6 +261,7 @@ def feature_folder(
     """Return the folder of --cache-features. Raises InputError where features would not stay the same."""
     if not command.cache_features:
         return None
+    # Each of these would make a volume's tokens change from one epoch to the next.
     if config.train_vision:
         raise InputError(
             "--cache-features: encoders that are trained have no lasting features; add --no-train-vision"

@@ -18,14 +18,18 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features: Tensor, counts: list[int]) -> Tensor:
+        # Where this rank's rows begin among all, for backward to cut their gradient out.
         ctx.start, ctx.rows = sum(counts[: dist.get_rank()]), len(features)
         padded = F.pad(features, (0, 0, 0, max(counts) - len(features)))  # every rank sends as much
         gathered = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(gathered, padded.contiguous())
+        # Padding is cut off again: a row of zeros would be one more negative of every pair.
         return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        # Times world here and the mean over ranks in DDP: together the plain gradient of the global loss.
+        # Without the factor the encoders would get 1 / world of it, and the logit scale all.
         return gradient[ctx.start : ctx.start + ctx.rows] * dist.get_world_size(), None
 
 
@@ -33,6 +37,8 @@ def gather_with_grad(features: Tensor, counts: list[int] | None = None) -> Tenso
     """Gather the ranks' rows (B, C) into (sum of counts, C). counts: rows of every rank; None: equal."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
+    # dist.all_gather alone is unknown to autograd: the rows that it returns are constants, this rank's own
+    # among them, and the loss would teach the encoders nothing.
     return _Gather.apply(features, counts or [len(features)] * dist.get_world_size())
 
 
@@ -43,7 +49,9 @@ def contrastive_logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 def contrastive_loss(logits: Tensor) -> Tensor:
     """Return the mean cross-entropy of both directions, for logits (B, B) whose diagonal holds the pairs."""
+    # Volumes and reports are gathered in one order of ranks, so that pair i stands in row i and column i.
     target = torch.arange(len(logits), device=logits.device)
+    # Row i: which of the B reports belongs to volume i? Column i: which of the B volumes to report i?
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
@@ -55,6 +63,8 @@ def sigmoid_loss(logits: Tensor) -> Tensor:
     """
     rows = len(logits)
     signs = 2 * torch.eye(rows, dtype=logits.dtype, device=logits.device) - 1
+    # B^2 questions, each answered alone. Divided by B, as published: a row's B - 1 negatives together weigh
+    # about as much as its pair at the start, which is what b is for.
     return -F.logsigmoid(signs * (logits - math.log(max(1, rows - 1)))).sum() / rows
 
 
@@ -72,4 +82,5 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def relation_weight(step: int, weight: float, steps: int) -> float:
     """Return `weight` at step 0, falling linearly to 0 at `steps`, and 0 from then on."""
+    # lambda(t) of HSENet: 0.1 at first, 0 from step 5000 on.
     return weight * max(0.0, 1 - step / steps)

@@ -39,6 +39,7 @@ def phantom_manifest(ranks: Ranks, model: str, size: tuple[int, int, int]) -> Ma
             PHANTOM / "raw", PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED, workers=cores, progress=True
         )
         prepare(read_ct_rate(PHANTOM / "raw"), out, Options(replace(recipe, size=size)), workers=cores)
+    # The other ranks read what rank 0 has written.
     distributed.barrier()
     return load_manifest(out)
 
@@ -58,6 +59,8 @@ def add_phantom_slices(folder: Path, device: torch.device, say) -> None:
         say(f"{folder}: has no slice features; making them with a small slice encoder that is not trained")
         torch.manual_seed(PHANTOM_SEED)
         save_slice_encoder(saved, SliceEncoder(**SLICE_ENCODER))
+    # Read back, so that features are of the file whose hash goes into the manifest.
     encoder, _ = load_slice_encoder(str(saved))
+    # Features carry the encoder's hash: a run that learned from one encoder's features refuses another's.
     provenance = describe(encoder, "phantoms", recipe="phantom")
     add_slice_features(folder, encoder, provenance, len(os.sched_getaffinity(0)), device, batch=1024)

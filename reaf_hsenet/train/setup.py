@@ -77,6 +77,7 @@ def data_of(command: Command, run: Trained) -> Path:
 def recipe_settings(command: Command, preset: str, ranks: Ranks) -> TrainConfig:
     """Return the recipe of the stage with the command line's changes. A processor computes in float32."""
     config = changed(stage_config(command.stage, command.model, preset), command.given)
+    # The published precisions are for GPUs; on a processor 16 bits are rarely faster.
     if "precision" not in command.given and ranks.device.type == "cpu":
         config = replace(config, precision="fp32")
     return config
@@ -88,6 +89,7 @@ def fitting_batch(config: TrainConfig, rows: int, what: str, ranks: Ranks, say) 
     """
     if config.batch_size * ranks.world <= rows:
         return config
+    # The incomplete last batch of an epoch is left out: a batch larger than the split would leave nothing.
     say(f"batch size {rows // ranks.world} in place of {config.batch_size}: there are {rows} training {what}")
     return replace(config, batch_size=rows // ranks.world)
 
@@ -115,6 +117,7 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
     values = resumable(run)
     source, origin, language = str(run.config), values.get("origin") or {}, command.stage in LANGUAGE
     method = values["model"].get("model", "reaf" if values["model"].get("vision") == "reaf" else "hsenet")
+    # The command names stage and method too, and decides by them which modules are loaded.
     if (values["stage"], method) != (command.stage, command.model):
         raise InputError(
             f"{run.folder}: is a {values['stage']} run of {method}, not {command.stage} of {command.model}"
@@ -123,8 +126,10 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
         raise InputError(
             f"{source}: its origin has no encoders, which a language run sees through; put the run's own back"
         )
+    # All of it is read from config.json, checked like a command line: the run may have been edited.
     config = from_dict(MllmConfig if language else ClipConfig, values["model"], source)
     settings = from_dict(TrainConfig, values["train"], source)
+    # Data may have been moved; that they are of the same recipe is required next.
     manifest = load_manifest(command.data or Path(values["data"]))
     manifest.require(from_dict(Recipe, values["recipe"], source), str(run.folder))
     if values.get("slices"):
@@ -150,6 +155,8 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
             have["max_text"] = config.max_text - visual_tokens(config)
     else:  # a teacher may have been moved: its weights tell that it is the same
         have["teacher"] = located(command.teacher)
+    # How often to log or save may change; a learning rate may not, or config.json would not tell how the
+    # weights came about.
     free = {name for name in command.given if FLAGS[name][0].metadata["changeable"]}
     for name, value in command.given.items():
         if name in free:
@@ -161,6 +168,7 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
                 f"{spelled(name, value, FLAGS)}: with --resume a run keeps its settings ({run.folder} has "
                 f"{have.get(name)!s:.200}); leave the flag out, or start another run with --out"
             )
+    # More epochs lengthen a run, but not one whose length is --max-steps.
     if values["max_steps"] and command.given.get("epochs", settings.epochs) != settings.epochs:
         raise InputError(
             f"--epochs {command.given['epochs']}: {run.folder} was started with --max-steps "
@@ -189,6 +197,7 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
 
 def keep_slice_encoder(manifest: Manifest, run: Path) -> None:
     """Copy the encoder of the phantoms' slices into the run, so that the run can be moved."""
+    # infer.py needs it for a new scan, wherever the run is then.
     own = manifest.folder / "slice_encoder"
     if own.is_dir():
         try:

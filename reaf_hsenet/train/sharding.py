@@ -22,6 +22,7 @@ def require_shardable(ranks: Ranks, full: bool, precision: str, compiled: bool) 
             "--shard: adapters and their states are small, every process holds them; add --full, or leave "
             "it out"
         )
+    # ZeRO-3 gives each of W ranks a W-th of weights, gradients and moments: 16 bytes a parameter in all.
     if ranks.world == 1:
         raise InputError(
             "--shard: one process has nobody to share with; start torchrun --nproc-per-node N, or say "
@@ -50,9 +51,12 @@ def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype | None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # One axis of all ranks: every parameter is cut in `world` parts, and none is held twice.
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     # What comes in stays as it is, so that the encoders see volumes in float32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # From the inside out: each call takes the parameters that no earlier call has taken, and gathers them
+    # together. The last one is left with embedding, projectors, norm and head.
     for encoder in model.encoders:
         fully_shard(encoder, mesh=mesh)
     for block in model.decoder.layers:
@@ -71,11 +75,15 @@ def whole_state(
     """Return tensors `names` and the optimizer's state as an unsharded run has them; empty but on rank 0."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
+    # Gathered tensor by tensor and kept in rank 0's memory: no GPU could hold the whole model.
     tensors, state = get_state_dict(
         model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
+    # Ranks other than 0 have sent their parts, and get nothing.
     if not tensors:
         return {}, {}
+    # The state-dict functions name parameters, an unsharded optimizer numbers them. Numbered, the checkpoint
+    # can be continued with --shard and without.
     number = {name: i for i, name in enumerate(_order(model, optimizer))}
     groups = [
         {**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]
@@ -105,6 +113,7 @@ def load_whole_state(
 
     def on_rank_0() -> dict:
         found, numbered, rest = read()
+        # Back from numbers to names, which is what the state-dict functions take.
         order = _order(model, optimizer)
         groups = [
             {**group, "params": [order[i] for i in group["params"]]} for group in numbered["param_groups"]
@@ -113,6 +122,7 @@ def load_whole_state(
         state.update(state={order[i]: value for i, value in numbered["state"].items()}, param_groups=groups)
         return rest
 
+    # Reading once spares the file system; a file that does not fit ends every rank with one line.
     rest = distributed.on_main(on_rank_0)
     # What is frozen is not in a checkpoint.
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)

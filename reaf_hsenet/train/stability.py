@@ -19,8 +19,11 @@ def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
     What is not finite stays as it is, so that it can be named: torch's clip_grad_norm_ would make NaN of all.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # The norm of the parameters' norms is that of all gradients together; `whole` completes it over the ranks
+    # that hold parts.
     norm = whole(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
     if most is not None:
+        # torch's formula, min(1, most / (norm + 1e-6)), as a tensor: an `if` would wait for the GPU.
         scale = torch.where(norm.isfinite(), (most / (norm + 1e-6)).clamp(max=1), 1)
         for gradient in gradients:
             gradient.mul_(scale)
@@ -66,12 +69,15 @@ class Stability:
 
     def checkpoint(self, step: int, validated: int) -> None:
         """Note a checkpoint of this step. validated: the last step that was validated."""
+        # A checkpoint that was just validated is known to be good. Another one is when its weights have given
+        # a finite step: until then it may be the weights that are spoiled.
         if not self.invalid:
             self.saved = step
             self.good = step if step == validated else self.good
 
     def way_back(self, run: Run) -> str:
         """Return in words how to continue from weights that are of use."""
+        # The newest checkpoint may hold the spoiled weights; the last that is known to be good is named.
         good, anew = run.at(self.good), "start anew with a lower --lr or another --precision"
         if not self.good:
             return f"no checkpoint is known to be good: {anew}"

@@ -44,6 +44,7 @@ PROFILED = (5, 10)  # first and last step of --profile, counted from where the p
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
     """Return the peak FLOP/s in 16 bit of a GPU that PEAKS has; None for others."""
+    # A share of a 16-bit peak says nothing about products in float32.
     if device.type != "cuda" or dtype is None:
         return None
     name = torch.cuda.get_device_name(device)
@@ -64,6 +65,7 @@ class Meter:
         while True:
             asked = time.perf_counter()
             batch = next(source, None)
+            # Near 0 when the loader keeps up; a share of 0.5 means that --workers or the disk bound the run.
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
@@ -74,10 +76,12 @@ class Meter:
         """Stop the clock during a block that is not training, such as a validation."""
         began = time.perf_counter()
         yield
+        # Shifting the start leaves out the pause, and keeps a difference of two clocks the only arithmetic.
         self.started += time.perf_counter() - began
 
     def read(self, peak: float | None, name: str) -> dict[str, float]:
         """Return what was measured since the last call. name: key of the share of `peak` that was used."""
+        # The device is in step with the host here: train_step has just read the losses from it.
         now = time.perf_counter()
         seconds = now - self.started
         rate = self.samples * self.steps / seconds
@@ -87,6 +91,8 @@ class Meter:
             "memory_gb": peak_memory_gb(self.device),
         }
         if peak and self.flops:
+            # Model FLOPs utilisation (PaLM, Chowdhery et al. 2022): FLOPs of the samples of one device in a
+            # second, over its peak.
             measured[name] = rate / self.world * self.flops / peak
         self.started, self.waited, self.steps = now, 0.0, 0
         return measured
@@ -97,6 +103,7 @@ def count_flops(forward: Callable[[], tuple[Tensor, ...]]) -> int:
 
     Matrix products, convolutions and attention are counted.
     """
+    # The sum gives every output a gradient, as a loss would; its own FLOPs are next to nothing.
     with FlopCounterMode(display=False) as counter:
         sum(out.float().sum() for out in forward() if out.requires_grad).backward()
     return counter.get_total_flops()

@@ -94,10 +94,12 @@ class Training:
         if config.best_by is not None and config.best_by not in job.measured:
             raise InputError(f"--best-by {config.best_by}: the validation measures {', '.join(job.measured)}")
         self.state = TrainingState(job, config, ranks)
+        # Every rank shuffles alike, by (seed, epoch), and takes its part of each global batch.
         self.sampler = GlobalBatches(
             len(job.train_set), config.batch_size, ranks.rank, ranks.world, config.seed
         )
         self.loader = make_loader(job.train_set, self.sampler, workers, pin=ranks.device.type == "cuda")
+        # Batches of an epoch that fill no step are left out; another epoch leaves out others.
         steps = len(self.sampler) // config.accumulate
         needed = config.batch_size * config.accumulate * ranks.world
         if steps == 0:
@@ -106,6 +108,7 @@ class Training:
                 f"samples, there are {len(job.train_set)}; lower one"
             )
         self.total = max_steps or steps * config.epochs
+        # A share of the run, so that a short run is validated as often as a long one.
         self.validate_every = max(1, round(config.validate_every * self.total))
         self.progress, self.stability, self.signal = Progress(), Stability(), 0
         self.meter = Meter(needed, ranks.world, ranks.device)
@@ -120,9 +123,11 @@ class Training:
 
     def resume(self, say: Callable[[str], None]) -> None:
         """Continue exactly from the newest checkpoint that is whole."""
+        # Rank 0 checks sizes and hashes, and all ranks take the folder that it found whole.
         folder, reasons = distributed.on_main(self.run.newest_valid)
         for reason in reasons:
             say(f"{reason}; continuing from {folder.name}")
+        # Weights and moments; with the sampler's place and the step's seed, that is all a step depends on.
         state = self.state.load(lambda: self.run.load_trainer(folder), str(folder))
         saved = from_dict(TrainerFile, state, str(folder / "trainer.pt"))
         if self.state.scaler.is_enabled() and saved.scaler:  # empty after steps in another precision
@@ -138,12 +143,15 @@ class Training:
 
         def as_it_was() -> bool:
             """Put the run's folder back to this checkpoint. Returns whether the best one still exists."""
+            # Steps after the checkpoint are taken again: their log lines, checkpoints and choice of the best
+            # go.
             self.run.forget_after(progress.step, saved.log_lines)
             self.run.point("last", progress.step)
             if "best_step" in state["progress"]:
                 self.run.point("best", progress.best_step)
             return self.run.pointer("best") is not None
 
+        # Where the best checkpoint is gone, its score must not keep the next from being the best.
         if not distributed.on_main(as_it_was):
             progress.best = -math.inf
         self.note_checkpoint()
@@ -151,6 +159,7 @@ class Training:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note the signals of STOPPING while the block runs, also one that came before it."""
+        # Python's handler runs between two instructions of this rank: it notes the number and no more.
         handlers = {number: signal.signal(number, self._note_signal) for number in STOPPING}
         self.signal = self.signal or early_signal()
         try:
@@ -161,6 +170,7 @@ class Training:
 
     def groups(self) -> Iterator[list[Batch]]:
         """Yield the rest of the epoch, as lists of `accumulate` batches."""
+        # A resumed run starts within the epoch: what was used is not read again.
         self.sampler.start_at(self.progress.epoch, self.progress.batch)
         group = []
         # With gradient caching only a chunk of the batch is ever on the device.
@@ -168,10 +178,12 @@ class Training:
         for batch in self.meter.waiting(batches(self.loader, place, tolerant=True)):
             group.append(batch)
             if len(group) == self.config.accumulate:
+                # Before any rank computes: all must know how many rows each will hand in, to gather them.
                 self.job.bad.exchange(group, self.config.batch_size)
                 self.record_bad(self.progress.step + 1)
                 yield group
                 group = []
+        # Batches that fill no step are not carried over: each epoch is a new permutation.
         self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
 
     def count_flops(self, batch: Batch) -> None:
@@ -182,6 +194,7 @@ class Training:
     def take_in(self, done: Outcome, group: list[Batch]) -> None:
         """Count a step. Raises InputError when more than --max-skipped were skipped."""
         progress, stability = self.progress, self.stability
+        # A skipped step counts too: its samples would give the same NaN again.
         progress.step, progress.batch = progress.step + 1, progress.batch + len(group)
         self.meter.steps += 1
         self.bar.update()
@@ -189,6 +202,7 @@ class Training:
             stability.overflows += 1
         elif done.trouble is not None:
             self._skipped(done.trouble, group)
+        # The newest checkpoint's weights have come to a finite step: they are good.
         elif math.isfinite(done.loss):
             stability.good = stability.saved
 
@@ -197,6 +211,8 @@ class Training:
         self.stability.skipped += 1
         self.record({**self._place(), "skipped": why, "samples": self._samples(group)})
         self.say(f"step {self.progress.step}: skipped, {why}")
+        # Skipping changes nothing of the weights; when it goes on, it may be they that are spoiled. They are
+        # kept for --resume with a larger limit.
         if self.stability.skipped > self.config.max_skipped:
             self.save(False)
             raise InputError(
@@ -215,6 +231,8 @@ class Training:
         """Write a line of log.jsonl, and the bar's remark."""
         numbers = {"loss": done.loss, "lr": rate, "grad_norm": done.norm}
         numbers |= {name: float(value) for name, value in done.numbers.items()}
+        # The loss is the global batch's, the norm that before clipping; how fast, and how much of it was
+        # waiting for data.
         counts = {"skipped_steps": self.stability.skipped, "overflows": self.stability.overflows}
         measured = self.meter.read(self.peak, "hfu" if self.config.grad_checkpoint else "mfu")
         shown = [
@@ -263,7 +281,10 @@ class Training:
     def save(self, best: bool) -> None:
         """Write a checkpoint. A disk that is full ends the run only after its last step."""
         progress = self.progress
+        # On every rank, because a sharded model is gathered; rank 0 writes.
         model, optimizer = self.state.state()
+        # trainer.pt. The samples' order and a step's random numbers are functions of what `progress` has, so
+        # no generator's state is in it.
         state = {
             "optimizer": optimizer,
             "scaler": self.state.scaler.state_dict(),
@@ -274,11 +295,15 @@ class Training:
         }
         try:
             keep, good = self.config.keep, self.stability.good
+            # A loader process that dies meanwhile is reported afterwards: the checkpoint is written first.
             with worker_deaths_later():
-                distributed.on_main(lambda: self.run.save(progress.step, model, state, keep, best, good))
+                distributed.on_main(
+                    lambda: self.run.save(progress.step, model, state, keep=keep, best=best, good=good)
+                )
         except OutputError as error:
             if progress.step == self.total:
                 raise OutputError(f"{error}{', continue with --resume' if self.run.all() else ''}") from error
+            # A best score without its checkpoint would keep the next, lower one from being saved as best.
             progress.best, progress.best_step = self.saved_best
             self.say(f"warning: {error}; training goes on, the next checkpoint is tried when it is due")
         else:

@@ -54,6 +54,7 @@ class TrainingState:
     def __init__(self, job: Job, config: TrainConfig, ranks: Ranks):
         self.job, self.config, self.ranks = job, config, ranks
         self.dtype = PRECISIONS[config.precision]
+        # Before the optimizer, whose moments then are of the parts that this rank holds.
         if config.shard:
             shard(job.model, ranks, self.dtype)
         self.model = job.model.to(ranks.device)
@@ -62,14 +63,19 @@ class TrainingState:
             devices = [ranks.device] if ranks.device.type == "cuda" else None
             # Buffers are fixed tables, the same on every rank.
             self.ddp = DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
+        # Decay is decoupled from the gradient: w -= rate (m / (sqrt(v) + eps) + decay w).
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config), lr=config.lr, betas=config.betas, eps=config.eps
         )
+        # Called for steps that are taken, not for skipped ones: REAF's scale is put back into [1, 100].
         self.optimizer.register_step_post_hook(lambda *_: job.after_step())
+        # bf16 has float32's range and needs no scale; in fp16 small gradients would round to 0.
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.dtype == torch.float16)
 
     def encode(self, batch: Batch, sync: bool) -> tuple[Tensor, ...]:
         """Return the model's outputs for a batch. sync: their backward pass averages gradients over ranks."""
+        # Pass 1 of gradient caching has no gradients for DDP to average, and must not set it waiting for
+        # them.
         model = self.ddp if torch.is_grad_enabled() else self.model
         # Enter autocast anew for each call: it keeps the cast weights, and a copy made under no_grad would
         # have no gradient.
@@ -78,6 +84,8 @@ class TrainingState:
 
     def encode_chunks(self, batch: Batch, sync: bool) -> GradCache:
         """Return a batch's outputs, computed without a graph, --grad-cache volumes at a time."""
+        # Chunks go to the device one at a time. DDP averages in the last one's backward pass, when the
+        # gradients of all have been added up.
         chunks = batch.split(self.config.grad_cache)
 
         def encode(i: int) -> tuple[Tensor, ...]:
@@ -92,6 +100,7 @@ class TrainingState:
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Return a checkpoint's tensors and the optimizer's state; of a sharded model on rank 0 alone."""
+        # What is trained: a stage leaves out what is frozen, and config.json names that by its hash.
         saved = self.job.saved(self.model)
         return (
             whole_state(self.model, self.optimizer, saved)
@@ -111,6 +120,7 @@ class TrainingState:
         if self.config.shard:
             return load_whole_state(self.model, self.optimizer, fitting)
         tensors, optimizer, rest = fitting()
+        # Not strict, because of what is frozen and not saved; require_fit has compared all that is.
         self.model.load_state_dict(tensors, strict=False)
         self.optimizer.load_state_dict(optimizer)
         return rest
@@ -120,6 +130,8 @@ class TrainingState:
 
         Raises ValueError for the state of another optimizer.
         """
+        # Moments belong to parameters by number: other parameters, or another order, would be trained on with
+        # the wrong ones and no error.
         own = self.optimizer.state_dict()["param_groups"]
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
             raise ValueError("its optimizer has other parameters")

@@ -78,7 +78,7 @@ def load_decoder(name: str, dtype: torch.dtype | None = None, device="cpu", int8
         )
     with torch.device("meta"):
         decoder = Decoder(config)
-    fill(decoder, stored, str(folder), dtype, device, int8)
+    fill(decoder, stored, str(folder), dtype=dtype, device=device, int8=int8)
     return decoder.eval()
 
 

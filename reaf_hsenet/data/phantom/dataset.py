@@ -68,7 +68,7 @@ def write_phantom_dataset(
     range, for a folder that holds a phantom made with other parameters, and when a file cannot be written.
     """
     root, shape = Path(root), tuple(shape)
-    _check_range(train, valid, seed, shape, workers, reconstructions)
+    _check_range(train, valid, seed, shape=shape, workers=workers, reconstructions=reconstructions)
     parameters = {"version": 1, "train": int(train), "valid": int(valid), "seed": int(seed)}
     parameters |= {"shape": [int(size) for size in shape], "reconstructions": float(reconstructions)}
     _claim_folder(root, json.dumps(parameters, indent=2) + "\n")

@@ -78,5 +78,12 @@ def ask_questions(
         if finding.label == "Lymphadenopathy":
             where = f" at the {finding.place} station"
         size, region = f"{finding.size:g} mm", REGIONS[finding.label]
-        ask("size", size, region, finding.label.lower(), size, where if finding.place else "")
+        ask(
+            "size",
+            size,
+            region,
+            abnormality=finding.label.lower(),
+            size=size,
+            place=where if finding.place else "",
+        )
     return rows

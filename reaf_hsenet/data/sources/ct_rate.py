@@ -84,11 +84,11 @@ def _cases(
         case = Case(
             stem,
             scan,
-            volumes / patient / scan / name,
-            text,
-            label_row(labels, stem, next(iter(label_names), ()), labels_csv),
-            _table_row(metadata.get(stem)),
-            problem if name in on_disk else "is listed in the reports table but absent",
+            path=volumes / patient / scan / name,
+            text=text,
+            labels=label_row(labels, stem, next(iter(label_names), ()), labels_csv),
+            table=_table_row(metadata.get(stem)),
+            problem=problem if name in on_disk else "is listed in the reports table but absent",
             questions=None if questions is None else tuple(questions.get(stem, ())),
             chest=stem not in no_chest,
         )
