@@ -76,8 +76,8 @@ def train(command: Command, ranks: Ranks) -> int:
         if code == 0 and ranks.main:
             chosen_on = run.read_config()["best_of"]
             taken = "by name only" if chosen_on == "validation" else "unless another one is named"
-            best = f"best checkpoint {run.pointer('best')}, chosen on the {chosen_on} split"
-            print(f"{run.folder}: finished; {best}, which is taken {taken}", flush=True)
+            best = f"best checkpoint {run.pointer('best')} (chosen on the {chosen_on} split)"
+            print(f"{run.folder}: finished; {best}, taken {taken}", flush=True)
         return code
 
 

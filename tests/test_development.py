@@ -86,7 +86,7 @@ def test_checkpoints_are_chosen_on_the_development_split(developed, phantom_root
     run = tmp_path / "run"
     assert train.main(tiny(developed, run, "--max-steps", 2, "--validate-every", 1)) == 0
     assert Run(run).read_config()["best_of"] == "development"
-    assert "chosen on the development split, which is taken unless" in capsys.readouterr().out
+    assert "(chosen on the development split), taken unless" in capsys.readouterr().out
     for split, optimistic in (("validation", False), ("development", True)):
         assert evaluate.main(retrieval(run, "--split", split)) == 0
         said = capsys.readouterr().out
