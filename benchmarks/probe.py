@@ -1,6 +1,6 @@
 """How long a probe takes on embeddings of CT-RATE's size, and what of it.
 
-    python benchmarks/probe.py            # 47,000 training volumes, 3,039 scored, 768 numbers each
+    PYTHONPATH=. python benchmarks/probe.py       # 47,000 training volumes, 3,039 scored, 768 numbers each
 
 Embeddings are drawn, with 18 classes of CT-RATE's range of frequencies that a linear function of them tells.
 """

@@ -53,6 +53,16 @@ def test_average_precision_sums_precision_times_recall_steps_over_distinct_score
         assert found == pytest.approx(expected, abs=1e-12)
 
 
+def test_scans_are_drawn_with_all_their_volumes(case):
+    """Two copies of every volume as one scan have the intervals of the volumes themselves."""
+    labels, scores = case
+    once = bootstrap(labels, scores, np.full(4, 0.5), 20, seed=3)
+    twice = bootstrap(
+        *(np.repeat(x, 2, axis=0) for x in case), np.full(4, 0.5), 20, 3, np.repeat(range(60), 2)
+    )
+    assert np.allclose(once, twice, atol=1e-12, equal_nan=True)
+
+
 def test_one_score_for_all_is_chance():
     labels = np.array([True, False, False, True, False])
     assert metric(labels, np.full(5, 0.7), "auroc") == 0.5

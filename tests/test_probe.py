@@ -16,6 +16,7 @@ from reaf_hsenet.data.patients import patient_name
 from reaf_hsenet.evaluate import embeddings
 from reaf_hsenet.evaluate.probe import define_task
 from reaf_hsenet.files import read_json, write_json
+from reaf_hsenet.metrics import probe as metrics_probe
 from reaf_hsenet.metrics.classification import METRICS, calibration, class_metrics
 from reaf_hsenet.metrics.probe import (
     best_f1_thresholds,
@@ -131,6 +132,29 @@ def test_a_probe_is_calibrated_and_cut_on_the_held_out_rows_alone():
     other = fit_probe(features, labels, held)
     assert not torch.equal(probe.thresholds, other.thresholds) and not torch.equal(probe.slope, other.slope)
     assert other.probabilities(features).std(0).max() < 0.1 < probe.probabilities(features).std(0).min()
+
+
+def test_a_probe_of_correlated_features_is_at_its_optimum(monkeypatch):
+    """The gradient of mean cross-entropy + penalty / 2 |w|^2 over standardised features is zero."""
+    monkeypatch.setattr(metrics_probe, "PENALTIES", (1e-4,))
+    rng = np.random.default_rng(2)
+    mixed = rng.standard_normal((500, 30)) * np.geomspace(1, 1e-3, 30) @ rng.standard_normal((30, 30))
+    features, held = torch.from_numpy(mixed), np.arange(500) % 5 == 0
+    labels = mixed[:, :3] + rng.standard_normal((500, 3)) > (0, 1, 2)
+    probe = fit_probe(features, labels, held)
+    fitted = features[torch.from_numpy(~held)]
+    standard, weight = (fitted - fitted.mean(0)) / fitted.std(0), probe.weight * fitted.std(0)[:, None]
+    error = probe.logits(fitted).sigmoid() - torch.from_numpy(labels[~held]).double()
+    assert (standard.T @ error / len(fitted) + 1e-4 * weight).abs().max() < 1e-6
+    assert error.mean(0).abs().max() < 1e-7
+
+
+def test_a_class_without_signal_keeps_the_order_of_its_logits():
+    """The held-out labels contradict the logits: a scaling with its best, negative slope would turn them."""
+    logits, truth = torch.linspace(-1, 1, 40)[:, None], (torch.arange(40) < 12).float()[:, None]
+    slope, offset = platt(logits, truth)
+    scaled = (slope * logits + offset).sigmoid()
+    assert (scaled.diff(dim=0) > 0).all() and scaled.mean().item() == pytest.approx(0.31, abs=0.01)
 
 
 def test_a_vote_of_the_nearest_weighs_them_by_their_cosine():

@@ -8,7 +8,7 @@ import numpy as np
 
 # CT-RATE's volumes and scans, train_1_a_1 and train_1_a; BIMCV's and BIDS's, sub-S1_ses-E1 and sub-S1/ses-E1.
 PATIENT = (
-    re.compile(r"(?:.*/)?([A-Za-z]+_\d+)_[A-Za-z]+(?:_\d+)?"),
+    re.compile(r"(?:.*/)?((?:train|valid)_\d+)_[a-z]+(?:_\d+)?"),
     re.compile(r"(?:.*[/_])?(sub-[^/_]+)(?:[/_].*)?"),
 )
 

@@ -30,17 +30,18 @@ def classification_report(
     resamples: int = 0,
     seed: int = 0,
     thresholds: np.ndarray | None = None,
+    scans: np.ndarray | None = None,
 ) -> dict[str, dict]:
     """{"classes": {name: metrics}, "means": {name: metrics}}, ready for JSON: an undefined metric is None.
 
     means: for each mean the classes it leaves out. A class with one label value is in none; `classes` counts
-    what is. With resamples, `interval_95` holds [low, high] of every metric (percentile bootstrap over
-    volumes). thresholds: (C,); without them they are found on the data itself, as published. They stay fixed
-    in resamples.
+    what is. With resamples, `interval_95` holds [low, high] of every metric (percentile bootstrap). scans:
+    (N,), drawn with all their volumes; without them volumes are. thresholds: (C,); without them they are
+    found on the data itself, as published. They stay fixed in resamples.
     """
     thresholds = find_thresholds(labels, scores) if thresholds is None else thresholds
     values = class_metrics(labels, scores, thresholds, np.ones((1, len(labels))))[0]
-    draws = bootstrap(labels, scores, thresholds, resamples, seed) if resamples else None
+    draws = bootstrap(labels, scores, thresholds, resamples, seed, scans) if resamples else None
     usable = both_values(labels)
     report = {"classes": {}, "means": {}}
     for j, name in enumerate(names):
@@ -106,19 +107,28 @@ def find_thresholds(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(
-    labels: np.ndarray, scores: np.ndarray, thresholds: np.ndarray, resamples: int, seed: int
+    labels: np.ndarray,
+    scores: np.ndarray,
+    thresholds: np.ndarray,
+    resamples: int,
+    seed: int,
+    scans: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return (R, M, C) metrics on N volumes drawn with replacement; NaN where a class has one label value."""
-    rng, n = np.random.default_rng(seed), len(labels)
+    """Return (R, M, C) metrics on scans drawn with replacement; NaN where a class has one label value.
+
+    scans: (N,), equal for the volumes of a scan; without them each volume is one.
+    """
+    scan = np.arange(len(labels)) if scans is None else np.unique(scans, return_inverse=True)[1]
+    rng, n = np.random.default_rng(seed), scan.max() + 1
     found = np.empty((resamples, len(METRICS), labels.shape[1]))
-    block = max(1, PER_BLOCK // n)
+    block = max(1, PER_BLOCK // len(labels))
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
         drawn = rng.integers(n, size=(rows, n)) + np.arange(rows)[:, None] * n
-        counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+        counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)[:, scan]
         values = class_metrics(labels, scores, thresholds, counts)
-        positives = counts @ labels
-        values[np.broadcast_to(((positives == 0) | (positives == n))[:, None], values.shape)] = np.nan
+        positives, total = counts @ labels, counts.sum(1, keepdims=True)
+        values[np.broadcast_to(((positives == 0) | (positives == total))[:, None], values.shape)] = np.nan
         found[start : start + rows] = values
     return found
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PENALTIES = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)  # from strong to weak: each fit starts from the one before
+PENALTIES = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the weighted vote of Caron et al. 2021 (DINO)
 
 
@@ -45,21 +45,28 @@ def fit_probe(features: Tensor, labels: np.ndarray, held: np.ndarray) -> Probe:
     truth = torch.from_numpy(labels).to(features.dtype)
     held_rows, rows = torch.from_numpy(held).nonzero()[:, 0], torch.from_numpy(~held).nonzero()[:, 0]
     mean, deviation = moments(features[rows])
-    standard, held_standard = ((features[part] - mean) / deviation for part in (rows, held_rows))
+    # Standardised, then along the axes of their covariance: a rotation, which leaves the penalty as it is.
+    standard = (features[rows] - mean) / deviation
+    variance, axes = torch.linalg.eigh(standard.T @ standard / len(rows))
+    standard = standard @ axes
+    held_standard = (features[held_rows] - mean) / deviation @ axes
 
     # All classes are fitted at once; each keeps the weights of the penalty that served it best.
-    start, best = None, torch.full(truth.shape[1:], torch.inf, dtype=features.dtype)
+    best = torch.full(truth.shape[1:], torch.inf, dtype=features.dtype)
     weight, bias = features.new_zeros(features.shape[1], len(best)), torch.zeros_like(best)
     for penalty in PENALTIES:
-        start = fit_logistic(standard[None], truth[rows][None], penalty, start)
-        logits = held_standard @ start[0][0] + start[1][0]
+        # In units of about one over the square root of the loss's curvature: L-BFGS then needs few steps.
+        unit = (variance.clamp(min=0) / 4 + penalty).rsqrt()
+        fitted, offset = fit_logistic((standard * unit)[None], truth[rows][None], penalty * unit.square())
+        fitted = fitted[0] * unit[:, None]
+        logits = held_standard @ fitted + offset[0]
         loss = F.binary_cross_entropy_with_logits(logits, truth[held_rows], reduction="none").mean(0)
         better = loss < best
-        weight[:, better], bias[better] = start[0][0][:, better], start[1][0, 0, better]
+        weight[:, better], bias[better] = fitted[:, better], offset[0, 0, better]
         best = torch.minimum(loss, best)
 
     # Weights for features as they come, then Platt's scaling and the thresholds of what it gives.
-    weight = weight / deviation[:, None]
+    weight = axes @ weight / deviation[:, None]
     bias = bias - mean @ weight
     slope, offset = platt(features[held_rows] @ weight + bias, truth[held_rows])
     probe = Probe(weight, bias, slope, offset, torch.zeros_like(bias))
@@ -72,17 +79,16 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean(0), features.std(0).clamp(min=1e-6)
 
 
-def fit_logistic(
-    x: Tensor, y: Tensor, penalty: float, start: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def fit_logistic(x: Tensor, y: Tensor, penalty: float | Tensor) -> tuple[Tensor, Tensor]:
     """Fit B x K logistic regressions with L-BFGS. x: (B, N, C). y: (B, N, K), in [0, 1].
 
     Each minimises mean cross-entropy + penalty / 2 |w|^2, the bias free: scikit-learn's with C = 1 / (N
-    penalty). start: weights to start from. Returns weight (B, C, K) and bias (B, 1, K).
+    penalty). penalty: one, or (C,). Returns weight (B, C, K) and bias (B, 1, K).
     """
     batch, rows, width = x.shape
-    weight, bias = start or (x.new_zeros(batch, width, y.shape[2]), x.new_zeros(batch, 1, y.shape[2]))
-    weight, bias = (tensor.clone().requires_grad_() for tensor in (weight, bias))
+    weight = x.new_zeros(batch, width, y.shape[2], requires_grad=True)
+    bias = x.new_zeros(batch, 1, y.shape[2], requires_grad=True)
+    penalty = torch.as_tensor(penalty, dtype=x.dtype).expand(width)[:, None]
     tolerance = 1e-6 if x.dtype == torch.float32 else 1e-9  # of the gradient
     optimizer = torch.optim.LBFGS(
         [weight, bias],
@@ -96,7 +102,7 @@ def fit_logistic(
     def loss() -> Tensor:
         optimizer.zero_grad()
         fit = F.binary_cross_entropy_with_logits(torch.baddbmm(bias, x, weight), y, reduction="sum") / rows
-        total = fit + penalty / 2 * weight.square().sum()
+        total = fit + (penalty / 2 * weight.square()).sum()
         total.backward()
         return total
 
@@ -108,15 +114,19 @@ def platt(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Fit p = sigmoid(slope * logit + offset) for each class on held-out (N, L) logits and labels.
 
     Targets are those of Platt 1999: (P + 1) / (P + 2) for P positives, 1 / (M + 2) for M negatives, so that
-    classes which the logits separate have an optimum too.
+    classes which the logits separate have an optimum too. Where the best slope is negative, the held-out
+    volumes show no signal: all get about the mean target, in the order of their logits.
     """
     positives = truth.sum(0)
     high, low = (positives + 1) / (positives + 2), 1 / (len(truth) - positives + 2)
     targets = torch.where(truth > 0, high, low)
     # Logits of one size for all classes: the solver's steps are shared.
     size = logits.std(0).clamp(min=1e-6)
-    slope, offset = fit_logistic((logits / size).T[..., None], targets.T[..., None], 0.0)
-    return slope[:, 0, 0] / size, offset[:, 0, 0]
+    slope, offset = (
+        found.flatten() for found in fit_logistic((logits / size).T[..., None], targets.T[..., None], 0.0)
+    )
+    offset = torch.where(slope > 0, offset, targets.mean(0).logit())
+    return slope.clamp(min=1e-3) / size, offset
 
 
 def best_f1_thresholds(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
