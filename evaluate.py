@@ -399,6 +399,10 @@ def find_data(command: Command, run: Trained, splits: list[str], reports: bool) 
     if run.guided:
         manifest.require_slices(run.slices, str(command.run))
     manifest.check(splits, slices=run.guided, reports=reports)
+    if command.split == "development" and run.training_sha256 != manifest.training_sha256():
+        print(
+            f"{command.run}: was trained on other volumes than this training split, perhaps on some of these"
+        )
     return manifest
 
 

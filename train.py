@@ -357,6 +357,7 @@ def require_finished(command: Command, run: Run, setup: Setup) -> None:
     if values.get("train"):
         values["train"] = to_dict(from_dict(TrainConfig, values["train"], str(run.folder / "config.json")))
     now, values = (json.loads(json.dumps(v)) for v in (setup.values(), values))
+    values.setdefault("training_sha256", now["training_sha256"])
     same = all(values.get(name) == now[name] for name in now) and values["max_steps"] == command.max_steps
     # A last validation that was not finite is an error, which --resume says again.
     validated = {record["step"] for record in run.read_log() if "validation" in record}

@@ -95,6 +95,18 @@ def test_checkpoints_are_chosen_on_the_development_split(developed, phantom_root
     wrong(resume(run), "would be chosen on validation, those of .* were on development; prepare it with")
 
 
+def test_a_run_keeps_its_training_volumes_and_says_that_it_may_have_seen_others(
+    developed, phantom_root, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    train.main(tiny(developed, run, "--max-steps", 2))
+    for count, warned in ((3, False), (5, True)):
+        prepare(phantom_root, developed, "--development", count)
+        evaluate.main(retrieval(run, "--split", "development"))
+        assert ("was trained on other volumes" in capsys.readouterr().out) == warned
+    wrong(resume(run), "has other training volumes than .*run was trained on")
+
+
 def test_the_validation_split_may_be_absent_where_a_development_split_is(developed, stages, tmp_path):
     data = with_slices(developed, tmp_path / "guided")
     manifest = load_manifest(data)

@@ -10,6 +10,7 @@ list it is another part of the body). Volumes that end in .npy are prepared, oth
 stand side by side.
 """
 
+import hashlib
 import math
 import os
 from collections import Counter
@@ -101,6 +102,11 @@ class Manifest:
     def chosen_on(self) -> str:
         """Name the split that training validates on, and so chooses its checkpoints."""
         return "development" if self.splits.get("development") else "validation"
+
+    def training_sha256(self) -> str:
+        """Hash the names of the training volumes."""
+        names = "\n".join(sorted(entry["id"] for entry in self.splits.get("train", [])))
+        return hashlib.sha256(names.encode()).hexdigest()
 
     def check(self, splits: list[str], slices: bool = False, reports: bool = True) -> None:
         """Raise InputError for the first volume, slice features (with `slices`) or report that is missing."""

@@ -31,8 +31,8 @@ class Trained:
     """A trained model with what its inputs must be.
 
     model: of the stages clip1 and clip2 a dual encoder, else a language model that sees. weights: the file
-    that identifies it. origin: what its weights started from. compiled: whether steps of generation run as
-    one compiled graph.
+    that identifies it. origin: what its weights started from. training_sha256: of the names of the training
+    volumes, where that is known. compiled: whether steps of generation run as one compiled graph.
     """
 
     folder: Path
@@ -48,6 +48,7 @@ class Trained:
     origin: dict
     slices: dict | None
     train: dict = field(default_factory=dict)
+    training_sha256: str | None = None
     compiled: bool = False
 
     @property
@@ -148,6 +149,7 @@ def load_trained(
         origin=origin,
         slices=values.get("slices"),
         train=values.get("train") or {},
+        training_sha256=values.get("training_sha256"),
     )
 
 

@@ -58,6 +58,7 @@ class Setup:
             "train": to_dict(self.train),
             "data": str(self.manifest.location.absolute()),
             "best_of": self.manifest.chosen_on,
+            "training_sha256": self.manifest.training_sha256(),
             **features,
         }
 
@@ -138,6 +139,11 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
         raise InputError(
             f"{manifest.name}: checkpoints would be chosen on {manifest.chosen_on}, those of {run.folder} "
             f"were on {values['best_of']}; prepare it with the run's --development"
+        )
+    if values.get("training_sha256") not in (None, manifest.training_sha256()):  # None: an earlier version's
+        raise InputError(
+            f"{manifest.name}: has other training volumes than {run.folder} was trained on; prepare it as it "
+            "was, with the run's --development"
         )
 
     # What the command line names must be what the run has, but for what changes nothing that is learned.
