@@ -12,7 +12,7 @@ from reaf_hsenet.config import RECIPES
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.protocols import PROTOCOLS, choose_protocols, in_plane_spacing, protocol_rows
-from reaf_hsenet.evaluate.retrieval import draws, intervals, score
+from reaf_hsenet.evaluate.retrieval import Task, draws, intervals, score
 from reaf_hsenet.files import read_json
 from tiny import retrieval
 
@@ -103,9 +103,9 @@ def test_recall_is_by_exact_pair_inside_the_subset():
     """Volume 1 is nearest to report 0; without it report 0 finds its own."""
     image = torch.nn.functional.normalize(torch.tensor([[1, 0.2], [1, 0.1], [0, 1]]), dim=1)
     text = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
-    entries = [{"scan": "a"}, {"scan": "a"}, {"scan": "b"}]
+    entries = [{"id": name, "scan": name[0]} for name in ("a1", "a2", "b1")]
     protocols = {"dup_all": [0, 1, 2], "first_all": [0, 2]}
-    scores = score(image, text, entries, protocols, [], resamples=0, seed=0)[0]
+    scores = score(image, text, entries, Task(protocols, {}, []), resamples=0, seed=0).values
     whole, first = (scores["protocols"][name] for name in ("dup_all", "first_all"))
     assert whole["report_to_volume"]["R@1"] == 2 / 3 and whole["chance"]["R@1"] == 1 / 3 and whole["n"] == 3
     assert first["report_to_volume"]["R@1"] == 1 and first["chance"]["R@1"] == 1 / 2 and first["n"] == 2

@@ -162,4 +162,4 @@ def print_comparison(results: dict[str, list[dict]], runs: list[str]) -> None:
             low, high = run["interval_95"]
             interval = "" if low is None else f" ({low:+.3f} to {high:+.3f})"
             rows[name] += [run["value"], f"{run['difference']:+.3f}{interval}"]
-    show(rows, columns, width=max(map(len, rows)) + 1)
+    show(rows, columns)
