@@ -14,6 +14,7 @@ import numpy as np
 from reaf_hsenet.evaluate import figures
 from reaf_hsenet.evaluate.command import Command
 from reaf_hsenet.evaluate.show import Value, show
+from reaf_hsenet.files import write_json
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,15 @@ def class_results(
         | {f"label: {name}": int(value) for name, value in zip(names, present, strict=True)}
         for volume, found, present in zip(ids, scores[0], labels, strict=True)
     ]
-    roc = partial(figures.roc_figure, labels=labels, scores=scores[0], names=names)
-    return Results(values, by_table, rows, {"roc.png": roc})
+    results = Results(values, by_table, rows, {})
+    results.pictures["roc.png"] = partial(figures.roc_figure, labels=labels, scores=scores[0], names=names)
+    if command.format:  # of VLM3D's classification task
+        cases = [
+            {"input_image_name": volume, "probabilities": dict(zip(names, found.tolist(), strict=True))}
+            for volume, found in zip(ids, scores[0], strict=True)
+        ]
+        results.files["predictions.json"] = partial(write_json, value={"predictions": cases})
+    return results
 
 
 def named_rows(report: dict) -> dict[str, dict]:
