@@ -150,6 +150,9 @@ def test_protocols_are_printed_with_n_and_chance_and_seeded_intervals(run_copy, 
     assert line.split()[4:6] == ["6", "0.833"] and f"{first['report_to_volume']['R@5']:.3f}" in line
     low, high = first["report_to_volume"]["interval_95"]["R@5"]
     assert f"{low:.3f} to {high:.3f}" in line and low <= first["report_to_volume"]["R@5"] <= high
+    assert "smallestdeduptext_all: the volumes of first_all\n" in shown and shown.count("first_all  ") == 3
+    assert found["protocols_same"] == {"smallestdeduptext_all": "first_all"}
+    assert found["protocols"]["smallestdeduptext_all"] == first
     assert shown.count("left out: dup_nohead, first_nohead, smallestdeduptext_nohead: ") == 1
     assert evaluated(run_copy, "--seed", 3)["protocols"] == found["protocols"]
     only = evaluated(run_copy, "--protocol", "first_all", "--bootstrap", 0)

@@ -29,6 +29,9 @@ from reaf_hsenet.runs.embedding import embed
 from reaf_hsenet.runs.trained import Trained
 
 
+Vectors = dict[str, dict[str, Tensor]]  # of each split `image` and `text`, unit vectors (N, C)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], known: dict[str, str]) -> None:
     """Write a safetensors file with metadata."""
     with atomic_write(path, "wb") as file:

@@ -154,8 +154,11 @@ def not_beaten(generated: dict, baselines: dict[str, dict]) -> dict[str, list[st
     found = {}
     for name, row in baselines.items():
         both = [shown for shown, key in COMPARED.items() if None not in (row.get(key), generated.get(key))]
-        lost = [shown for shown in both if generated[COMPARED[shown]] <= row[COMPARED[shown]]]
-        found[name] = [shown for shown in lost if shown not in ("precision", "recall")]
+        found[name] = [
+            shown
+            for shown in both
+            if generated[COMPARED[shown]] <= row[COMPARED[shown]] and shown not in ("precision", "recall")
+        ]
     return {name: lost for name, lost in found.items() if lost}
 
 

@@ -17,7 +17,7 @@ from reaf_hsenet.data.patients import held_rows
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import figures
 from reaf_hsenet.evaluate.command import Command
-from reaf_hsenet.evaluate.embeddings import read_tensors, write_tensors
+from reaf_hsenet.evaluate.embeddings import Vectors, read_tensors, write_tensors
 from reaf_hsenet.evaluate.results import ClassTask, Results, class_results, named_rows, print_classes
 from reaf_hsenet.evaluate.show import cell, show
 from reaf_hsenet.files import named
@@ -98,13 +98,9 @@ def define_task(
 
 
 def measure(
-    command: Command,
-    run: Trained,
-    manifest: Manifest,
-    tasks: list[Task],
-    vectors: dict[str, dict[str, Tensor]],
+    command: Command, run: Trained, manifest: Manifest, tasks: list[Task], vectors: Vectors
 ) -> Results:
-    """Fit probes on the training split's embeddings, {split: {"image": (N, C)}}, and score them on another.
+    """Fit probes on the training split's embeddings, and score them on another's.
 
     The first probe is a file for infer.py classify. Raises InputError for embeddings with NaN or infinity.
     """
@@ -113,7 +109,7 @@ def measure(
     probes = [fit_probe(train[task.rows], task.train_labels, task.held) for task in tasks]
     scores = [probe.probabilities(image) for probe in probes]
     reports = [report(command, *of, train, image) for of in zip(tasks, probes, scores, strict=True)]
-    results = class_results(command, manifest.ids(command.split), tasks, scores, reports, {})
+    results = class_results(command, manifest.ids(command.split), tasks, scores, reports)
     results.files[FILE] = StoredProbe(probes[0], tasks[0].names, run.sha256()).write
     curves = {"before calibration": probes[0].uncalibrated(image), "after": scores[0]}
     results.pictures["reliability.png"] = partial(

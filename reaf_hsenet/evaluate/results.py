@@ -50,16 +50,11 @@ class Results:
 
 
 def class_results(
-    command: Command,
-    ids: list[str],
-    tasks: list[ClassTask],
-    scores: list[np.ndarray],
-    reports: list[dict],
-    values: dict,
+    command: Command, ids: list[str], tasks: list[ClassTask], scores: list[np.ndarray], reports: list[dict]
 ) -> Results:
-    """Return Results of classes by tables of labels; the csv and the ROC curves are of the first.
+    """Return Results of classes by tables of labels; files and ROC curves are of the first.
 
-    scores: (N, C) each. reports: each classification_report, and what stands beside it. values: of Results.
+    scores: (N, C) each. reports: each classification_report, and what stands beside it.
     """
     by_table = [
         {"labels": {"table": str(task.source), "set": command.label_set}, **report, "notes": task.notes}
@@ -72,7 +67,7 @@ def class_results(
         | {f"label: {name}": int(value) for name, value in zip(names, present, strict=True)}
         for volume, found, present in zip(ids, scores[0], labels, strict=True)
     ]
-    results = Results(values, by_table, rows, {})
+    results = Results({}, by_table, rows, {})
     results.pictures["roc.png"] = partial(figures.roc_figure, labels=labels, scores=scores[0], names=names)
     if command.format:  # of VLM3D's classification task
         cases = [

@@ -12,6 +12,7 @@ from reaf_hsenet.data.labels import label_tables, load_label_set
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.evaluate import figures
 from reaf_hsenet.evaluate.command import Command
+from reaf_hsenet.evaluate.embeddings import Vectors
 from reaf_hsenet.evaluate.protocols import choose_protocols
 from reaf_hsenet.evaluate.results import Results, print_by_labels
 from reaf_hsenet.evaluate.show import show
@@ -62,10 +63,8 @@ def define(command: Command, manifest: Manifest) -> Task:
     return Task(protocols, left_out, labels)
 
 
-def measure(
-    command: Command, run: Trained, manifest: Manifest, task: Task, vectors: dict[str, dict[str, Tensor]]
-) -> Results:
-    """Score the embeddings of volumes and reports, {split: {"image", "text"}}, on the model's device."""
+def measure(command: Command, run: Trained, manifest: Manifest, task: Task, vectors: Vectors) -> Results:
+    """Score the embeddings of volumes and reports on the model's device."""
     device = run.model.logit_scale.device
     image, text = (vectors[command.split][name].to(device) for name in ("image", "text"))
     return score(image, text, manifest.entries(command.split), task, command.bootstrap, command.seed)

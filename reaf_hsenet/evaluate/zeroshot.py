@@ -16,6 +16,7 @@ from reaf_hsenet.data.labels import LabelSet, LabelTable, label_tables, load_lab
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.command import Command
+from reaf_hsenet.evaluate.embeddings import Vectors
 from reaf_hsenet.evaluate.results import ClassTask, Results, class_results, print_classes
 from reaf_hsenet.files import read_json
 from reaf_hsenet.metrics.classification import AT_A_CUT, both_values, classification_report
@@ -142,20 +143,17 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
 
 
 def measure(
-    command: Command,
-    run: Trained,
-    manifest: Manifest,
-    tasks: list[Task],
-    vectors: dict[str, dict[str, Tensor]],
+    command: Command, run: Trained, manifest: Manifest, tasks: list[Task], vectors: Vectors
 ) -> Results:
-    """Score the volumes' embeddings, {split: {"image": (N, C) unit vectors}}."""
+    """Score the volumes' embeddings."""
     scores = [score(run, vectors[command.split]["image"], task) for task in tasks]
     reports = [
         classification_report(task.labels, found, task.names, task.means, command.bootstrap, command.seed)
         for task, found in zip(tasks, scores, strict=True)
     ]
-    values = {"prompts": {"source": command.prompts, "texts": tasks[0].texts}}
-    return class_results(command, manifest.ids(command.split), tasks, scores, reports, values)
+    results = class_results(command, manifest.ids(command.split), tasks, scores, reports)
+    results.values["prompts"] = {"source": command.prompts, "texts": tasks[0].texts}
+    return results
 
 
 @torch.inference_mode()

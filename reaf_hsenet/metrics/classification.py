@@ -47,7 +47,7 @@ def classification_report(
         report["classes"][name] = {
             "positives": int(labels[:, j].sum()),
             **_nested(values[:, j]),
-            "threshold": _or_none(thresholds[j]),
+            "threshold": or_none(thresholds[j]),
             **_interval(None if draws is None else draws[:, :, j]),
         }
     for mean, left_out in means.items():
@@ -207,7 +207,7 @@ def _nested(values: np.ndarray) -> dict:
     for name, value in zip(METRICS, values, strict=True):
         group, _, metric = name.rpartition(".")
         place = made.setdefault(group, {}) if group else made
-        place[metric] = _or_none(value) if value.ndim == 0 else [_or_none(v) for v in value]
+        place[metric] = or_none(value) if value.ndim == 0 else [or_none(v) for v in value]
     return made
 
 
@@ -223,5 +223,6 @@ def _interval(draws: np.ndarray | None) -> dict:
     return {"interval_95": _nested(bounds)}
 
 
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def or_none(value: np.generic) -> float | int | None:
+    """Return the number for JSON, which has no NaN."""
+    return None if np.isnan(value) else value.item()
