@@ -28,7 +28,6 @@ from reaf_hsenet.runs.answering import image_features
 from reaf_hsenet.runs.embedding import embed
 from reaf_hsenet.runs.trained import Trained
 
-
 Vectors = dict[str, dict[str, Tensor]]  # of each split `image` and `text`, unit vectors (N, C)
 
 

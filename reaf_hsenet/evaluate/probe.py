@@ -71,9 +71,7 @@ def define_task(
     rows = [i for i, e in enumerate(entries) if train.source != manifest.name or e["id"] in train.rows]
     labels = train.values([entries[i]["id"] for i in rows], list(classes.values()))
     held = held_rows([entries[i] for i in rows])
-    usable = np.zeros(len(classes), dtype=bool)
-    if held.any():
-        usable = both_values(labels[held]) & both_values(labels[~held])
+    usable = both_values(labels[held]) & both_values(labels[~held])
     names = [name for name, use in zip(classes, usable, strict=True) if use]
     if not names:
         raise InputError(

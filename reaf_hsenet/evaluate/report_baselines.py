@@ -16,6 +16,7 @@ from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.command import Command
 from reaf_hsenet.evaluate.language_scores import Labeler, true_labels
+from reaf_hsenet.metrics.classification import both_values
 from reaf_hsenet.metrics.probe import fit_probe
 from reaf_hsenet.runs.trained import Trained
 
@@ -64,7 +65,7 @@ def baseline_reports(
 def probed(train: Tensor, truth: np.ndarray, held: np.ndarray, queries: Tensor) -> np.ndarray:
     """Return (Q, L) bool: the labels of a probe; a class that either part has all or none of is absent."""
     predicted = np.zeros((len(queries), truth.shape[1]), dtype=bool)
-    known = np.all([truth[part].any(0) & ~truth[part].all(0) for part in (held, ~held)], axis=0)
+    known = both_values(truth[held]) & both_values(truth[~held])
     if known.any():
         probe = fit_probe(train, truth[:, known], held)
         predicted[:, known] = probe.probabilities(queries) > probe.thresholds.numpy()
