@@ -23,6 +23,7 @@ from reaf_hsenet.metrics.classification import (
     both_values,
     class_metrics,
     find_thresholds,
+    interval,
     mean_over_classes,
 )
 
@@ -62,11 +63,8 @@ def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[s
         (first, first_draws), *others = (run[name] for run in found)
         results[name] = [{"value": float(first)}]
         for value, drawn in others:
-            differences = drawn - first_draws
-            differences = differences[np.isfinite(differences)]  # a resample may lack a label
-            some = resamples and len(differences)
-            interval = np.percentile(differences, (2.5, 97.5)).tolist() if some else [None, None]
-            row = {"value": float(value), "difference": float(value - first), "interval_95": interval}
+            ends = interval((drawn - first_draws)[:resamples])  # a resample may lack a label
+            row = {"value": float(value), "difference": float(value - first), "interval_95": ends}
             results[name].append(row)
     return results
 
@@ -153,6 +151,6 @@ def print_comparison(results: dict[str, list[dict]], runs: list[str]) -> None:
         rows[name] = [first["value"]]
         for run in others:
             low, high = run["interval_95"]
-            interval = "" if low is None else f" ({low:+.3f} to {high:+.3f})"
-            rows[name] += [run["value"], f"{run['difference']:+.3f}{interval}"]
+            ends = "" if low is None else f" ({low:+.3f} to {high:+.3f})"
+            rows[name] += [run["value"], f"{run['difference']:+.3f}{ends}"]
     show(rows, columns)

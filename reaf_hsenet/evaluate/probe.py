@@ -21,7 +21,13 @@ from reaf_hsenet.evaluate.embeddings import Vectors, read_tensors, write_tensors
 from reaf_hsenet.evaluate.results import ClassTask, Results, class_results, named_rows, print_classes
 from reaf_hsenet.evaluate.show import cell, show
 from reaf_hsenet.files import named
-from reaf_hsenet.metrics.classification import area_under_roc, both_values, calibration, classification_report
+from reaf_hsenet.metrics.classification import (
+    area_under_roc,
+    both_values,
+    calibration,
+    classification_report,
+    interval,
+)
 from reaf_hsenet.metrics.probe import (
     NEIGHBOURS,
     Probe,
@@ -161,9 +167,8 @@ def few_shot(
             used = int(kept.sum())
             if used:
                 areas.append(area_under_roc(labels[:, kept], scores[:, kept]).mean())
-        interval = np.percentile(areas, (2.5, 97.5)).tolist() if areas else [None, None]
         value = float(np.mean(areas)) if areas else None
-        curve[str(shots)] = {"classes": used, "auroc": value, "interval_95": interval}
+        curve[str(shots)] = {"classes": used, "auroc": value, "interval_95": interval(np.array(areas))}
     return curve
 
 
