@@ -263,8 +263,9 @@ def rows_of(reports: list[str]) -> list[Asked]:
 def test_the_true_report_scores_one_and_the_baselines_less(prepared):
     entries = load_manifest(prepared).entries("train")
     reports, truth = [e["text"] for e in entries], np.array([e["labels"] for e in entries])
+    readers = language_scores.Readers(phantom_labels, phantoms=True)
     scores, table = language_scores.report_scores(
-        reports, rows_of(reports), truth, phantom_labels, phantoms=True
+        reports, rows_of(reports), readers, truth, phantom_labels(reports)
     )
     found, rates = scores["clinical"], truth.mean(0)
     assert (
@@ -290,8 +291,9 @@ def test_what_generated_reports_do_not_beat_is_said_of_every_baseline(prepared, 
     entries = load_manifest(prepared).entries("train")
     reports, truth = [e["text"] for e in entries], np.array([e["labels"] for e in entries])
     others = {"copied_reports": reports, "silence": [""] * len(reports)}
+    texts, readers = [reports[0]] * len(reports), language_scores.Readers(phantom_labels)
     scores, _ = language_scores.report_scores(
-        [reports[0]] * len(reports), rows_of(reports), truth, phantom_labels, baselines=others
+        texts, rows_of(reports), readers, truth, phantom_labels(texts), others
     )
     lost = scores["not_beaten"]
     assert lost["copied_reports"] == ["micro-F1", "macro-F1", "CRG", "BLEU-4", "METEOR"]

@@ -40,26 +40,18 @@ def written(folder: Path, content, name: str = "p.json") -> Path:
 
 @pytest.mark.parametrize(
     "content",
-    [plain(CASES), [{"pk": "7", "outputs": [{"file": None, "value": plain(CASES)}]}], CASES],
-    ids=["the challenge's", "wrapped", "a list"],
+    [plain(CASES), [{"pk": "7", "outputs": [{"file": None, "value": plain(CASES)}]}]],
+    ids=["the challenge's", "wrapped"],
 )
 def test_the_challenges_forms_are_read_in_the_order_of_the_volumes(tmp_path, content):
     assert read_predictions(written(tmp_path, content), IDS) == (["", "two"], None)
 
 
-def test_a_csv_of_own_results_is_read(tmp_path):
-    path = written(tmp_path, "id,Question,pred\nvalid_2_a_1,x,two\nvalid_1_a_1,x,one\n", "mrg.csv")
-    assert read_predictions(path, IDS) == (["one", "two"], None)
-
-
-@pytest.mark.parametrize(
-    "form", [lambda row: dict(zip(LABELS, row, strict=True)), list], ids=["names", "list"]
-)
 @pytest.mark.parametrize("key", ["labels", "probabilities"])
-def test_labels_and_probabilities_of_half_and_more_are_findings(tmp_path, form, key):
+def test_labels_and_probabilities_of_half_and_more_are_findings(tmp_path, key):
     rows = [[0.49] * 17 + [0.5], [1.0] + [0] * 17]
-    cases = [case | {key: form(row)} for case, row in zip(CASES, rows, strict=True)]
-    labels = read_predictions(written(tmp_path, cases), IDS)[1]
+    cases = [case | {key: dict(zip(LABELS, row, strict=True))} for case, row in zip(CASES, rows, strict=True)]
+    labels = read_predictions(written(tmp_path, plain(cases)), IDS)[1]
     assert labels.tolist() == [[1] + [0] * 17, [0] * 17 + [1]]
 
 
@@ -79,19 +71,25 @@ def test_a_runs_reports_score_the_same_when_read_from_its_files(prepared, tmp_pa
     made = ["--run", run, "--out", tmp_path / "a", "--new-tokens", 12, "--format", "vlm3d", "--no-baselines"]
     assert evaluate.main(list(map(str, [*flags, *made]))) == 0
     own = json.loads((tmp_path / "a/mrg.json").read_text())
-    for name in ("predictions.json", "mrg.csv"):
-        out = tmp_path / name.partition(".")[0]
-        read = ["--predictions", tmp_path / "a" / name, "--data", prepared, "--out", out]
-        assert evaluate.main(list(map(str, [*flags, *read]))) == 0
-        again = json.loads((out / "mrg.json").read_text())
-        for part in ("text", "clinical", "baselines", "places", "attributes", "not_beaten", "labeler"):
-            assert again[part] == own[part], part
+    out = tmp_path / "b"
+    read = ["--predictions", tmp_path / "a/predictions.json", "--data", prepared, "--out", out]
+    assert evaluate.main(list(map(str, [*flags, *read]))) == 0
+    again = json.loads((out / "mrg.json").read_text())
+    for part in ("text", "clinical", "baselines", "places", "attributes", "not_beaten", "labeler"):
+        assert again[part] == own[part], part
     assert "the baselines by a run's embeddings need a run" in capsys.readouterr().out
 
 
 def test_given_labels_are_scored_in_place_of_the_labelers(prepared, tmp_path):
     entries = load_manifest(prepared).entries("validation")
-    cases = [{"input_image_name": e["id"], "report": "Normal.", "labels": e["labels"]} for e in entries]
+    cases = [
+        {
+            "input_image_name": e["id"],
+            "report": "Normal.",
+            "labels": dict(zip(LABELS, e["labels"], strict=True)),
+        }
+        for e in entries
+    ]
     path = written(tmp_path, plain(cases))
     flags = ["--task", "mrg", "--predictions", path, "--data", prepared, "--out", tmp_path / "out"]
     assert evaluate.main([*map(str, flags), "--device", "cpu", "--places"]) == 0
@@ -104,12 +102,14 @@ def test_given_labels_are_scored_in_place_of_the_labelers(prepared, tmp_path):
 
 
 def test_labels_are_of_all_cases_or_of_none(tmp_path):
-    path = written(tmp_path, plain([CASES[0] | {"labels": [0] * 18}, CASES[1]]))
+    path = written(tmp_path, plain([CASES[0] | {"labels": dict.fromkeys(LABELS, 0)}, CASES[1]]))
     words = f"p.json: has no labels of {IDS[0]}; give those of all or none"
     wrong([path], words, lambda argv: read_predictions(Path(argv[0]), IDS))
 
 
-@pytest.mark.parametrize("content", [plain([]) | {"generated_reports": 5}, [5], 5, [[{}]], [{"outputs": []}]])
+@pytest.mark.parametrize(
+    "content", [plain([]) | {"generated_reports": 5}, [5], 5, CASES, [[{}]], [{"outputs": []}]]
+)
 def test_another_form_is_named(tmp_path, content):
     path = written(tmp_path, content)
     wrong([path], "p.json: ", lambda argv: read_predictions(Path(argv[0]), IDS))
@@ -120,3 +120,26 @@ def test_predictions_take_no_flag_of_a_run(prepared, tmp_path):
     for flag in (["--run", "x"], ["--limit", 1], ["--no-baselines"]):
         argv = ["--task", "mrg", "--predictions", path, "--data", prepared, *flag]
         wrong(argv, "is of a run, and --predictions has none", evaluate.main)
+
+
+def test_probabilities_of_classes_are_written_as_the_classification_challenge_reads_them(run_copy, tmp_path):
+    flags = [
+        "--task",
+        "zeroshot",
+        "--run",
+        run_copy,
+        "--out",
+        tmp_path,
+        "--format",
+        "vlm3d",
+        "--device",
+        "cpu",
+    ]
+    assert evaluate.main(list(map(str, [*flags, "--bootstrap", 0]))) == 0
+    cases = json.loads((tmp_path / "predictions.json").read_text())["predictions"]
+    with open(tmp_path / "zeroshot_scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [case["input_image_name"] for case in cases] == [row["id"] for row in rows]
+    for case, row in zip(cases, rows, strict=True):
+        assert set(case["probabilities"]) == set(LABELS)
+        assert all(p == pytest.approx(float(row[name])) for name, p in case["probabilities"].items())

@@ -12,7 +12,7 @@ from reaf_hsenet.config import RECIPES
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.protocols import PROTOCOLS, choose_protocols, in_plane_spacing, protocol_rows
-from reaf_hsenet.evaluate.retrieval import draws, intervals, score
+from reaf_hsenet.evaluate.retrieval import Task, draws, intervals, score
 from reaf_hsenet.files import read_json
 from tiny import retrieval
 
@@ -103,9 +103,9 @@ def test_recall_is_by_exact_pair_inside_the_subset():
     """Volume 1 is nearest to report 0; without it report 0 finds its own."""
     image = torch.nn.functional.normalize(torch.tensor([[1, 0.2], [1, 0.1], [0, 1]]), dim=1)
     text = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
-    entries = [{"scan": "a"}, {"scan": "a"}, {"scan": "b"}]
+    entries = [{"id": name, "scan": name[0]} for name in ("a1", "a2", "b1")]
     protocols = {"dup_all": [0, 1, 2], "first_all": [0, 2]}
-    scores = score(image, text, entries, protocols, [], resamples=0, seed=0)[0]
+    scores = score(image, text, entries, Task(protocols, {}, []), resamples=0, seed=0).values
     whole, first = (scores["protocols"][name] for name in ("dup_all", "first_all"))
     assert whole["report_to_volume"]["R@1"] == 2 / 3 and whole["chance"]["R@1"] == 1 / 3 and whole["n"] == 3
     assert first["report_to_volume"]["R@1"] == 1 and first["chance"]["R@1"] == 1 / 2 and first["n"] == 2
@@ -150,6 +150,9 @@ def test_protocols_are_printed_with_n_and_chance_and_seeded_intervals(run_copy, 
     assert line.split()[4:6] == ["6", "0.833"] and f"{first['report_to_volume']['R@5']:.3f}" in line
     low, high = first["report_to_volume"]["interval_95"]["R@5"]
     assert f"{low:.3f} to {high:.3f}" in line and low <= first["report_to_volume"]["R@5"] <= high
+    assert "smallestdeduptext_all: the volumes of first_all\n" in shown and shown.count("first_all  ") == 3
+    assert found["protocols_same"] == {"smallestdeduptext_all": "first_all"}
+    assert found["protocols"]["smallestdeduptext_all"] == first
     assert shown.count("left out: dup_nohead, first_nohead, smallestdeduptext_nohead: ") == 1
     assert evaluated(run_copy, "--seed", 3)["protocols"] == found["protocols"]
     only = evaluated(run_copy, "--protocol", "first_all", "--bootstrap", 0)

@@ -12,13 +12,8 @@ from reaf_hsenet.data.loader import read_prepared
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.evaluate.report_baselines import (
-    baseline_reports,
-    finding_sentences,
-    probed,
-    scan_vectors,
-    written,
-)
+from reaf_hsenet.evaluate.embeddings import split_embeddings
+from reaf_hsenet.evaluate.report_baselines import baseline_reports, finding_sentences, probed, written
 from reaf_hsenet.runs.answering import image_features
 from reaf_hsenet.runs.trained import load_trained
 from test_language_evaluation import torchrun
@@ -32,6 +27,10 @@ def run(prepared, tmp_path_factory):
     return write_language_run(tmp_path_factory.mktemp("runs") / "mrg", prepared)
 
 
+def scan_vectors(loaded, manifest, split: str, folder) -> torch.Tensor:
+    return split_embeddings(loaded, manifest, split, ONE, folder=folder, batch=4)["image"]
+
+
 def flags(run, out, *more) -> list[str]:
     short = ["--task", "mrg", "--device", "cpu", "--new-tokens", 4]
     return list(map(str, [*short, "--run", run, "--out", out, *more]))
@@ -39,7 +38,7 @@ def flags(run, out, *more) -> list[str]:
 
 def test_a_scans_vector_is_the_unit_mean_token_of_its_encoders_and_is_kept(run, prepared, tmp_path, capsys):
     loaded, manifest = load_trained(run), load_manifest(prepared)
-    vectors = scan_vectors(loaded, manifest, "validation", ONE, tmp_path, batch=4)
+    vectors = scan_vectors(loaded, manifest, "validation", tmp_path)
     entry = manifest.entries("validation")[2]
     tokens = image_features(loaded.model, read_prepared(manifest, entry)[None], None)
     expected = torch.cat([x[0].mean(0) / x[0].mean(0).norm() for x in tokens])
@@ -47,14 +46,14 @@ def test_a_scans_vector_is_the_unit_mean_token_of_its_encoders_and_is_kept(run, 
         manifest.entries("validation")
     )
     loaded.model = None  # computes nothing
-    assert torch.equal(scan_vectors(loaded, manifest, "validation", ONE, tmp_path, batch=4), vectors)
+    assert torch.equal(scan_vectors(loaded, manifest, "validation", tmp_path), vectors)
     assert "embeddings of" in capsys.readouterr().out
 
 
 def test_a_guided_encoder_sees_the_slice_features(prepared, tmp_path):
     data = with_slices(prepared, tmp_path / "data")
     loaded = load_trained(write_language_run(tmp_path / "run", data, guided=True))
-    vectors = scan_vectors(loaded, load_manifest(data), "train", ONE, tmp_path, batch=5)
+    vectors = scan_vectors(loaded, load_manifest(data), "train", tmp_path)
     assert vectors.shape == (len(load_manifest(data).entries("train")), 2 * WIDTH)
 
 
@@ -108,8 +107,7 @@ def test_both_stand_in_the_table_beside_the_generated_reports(run, prepared, tmp
     scores = json.loads((tmp_path / "mrg.json").read_text())
     manifest, loaded = load_manifest(prepared), load_trained(run)
     train, queries = (
-        scan_vectors(loaded, manifest, split, ONE, tmp_path / "other", batch=5)
-        for split in ("train", "validation")
+        scan_vectors(loaded, manifest, split, tmp_path / "other") for split in ("train", "validation")
     )
     labels = np.array([entry["labels"] for entry in manifest.entries("train")])
     truth = np.array([entry["labels"] for entry in manifest.entries("validation")])

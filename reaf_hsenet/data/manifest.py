@@ -98,6 +98,9 @@ class Manifest:
             raise InputError(f"{self.name}: the {split} split is empty; prepare some volumes for it")
         return entries
 
+    def ids(self, split: str) -> list[str]:
+        return [entry["id"] for entry in self.entries(split)]
+
     @property
     def chosen_on(self) -> str:
         """Name the split that training validates on, and so chooses its checkpoints."""

@@ -1,6 +1,7 @@
 """The command line of evaluate.py: every flag, with the tasks that it belongs to."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +17,10 @@ ENCODER_TASKS, LANGUAGE_TASKS = ("retrieval", "zeroshot", "probe"), ("mrg", "vqa
 TASKS = (*ENCODER_TASKS, *LANGUAGE_TASKS)
 
 
-def _language(default, help: str, **how):
-    """Return the field of a flag of report generation and question answering."""
-    return setting(default, help, only=LANGUAGE_TASKS, **how)
+_dual = partial(setting, only=ENCODER_TASKS)
+_language = partial(setting, only=LANGUAGE_TASKS)
+_reports = partial(setting, only=("mrg",))
+_answers = partial(setting, only=("vqa",))
 
 
 @dataclass(frozen=True)
@@ -27,25 +29,18 @@ class Command:
 
     task: Literal[TASKS] = setting(MISSING, "what is measured", required=True)
     run: Path | None = setting(
-        None,
-        "run folder of train.py, or published weights: file, folder or hub id (default: runs/clip1-MODEL; "
-        "runs/mrg-MODEL, runs/vqa-MODEL)",
-        word=str,
+        None, "run folder, or published weights: file, folder or hub id (default: runs/TASK-MODEL)", word=str
     )
     text_model: str | None = setting(
         None, "folder or hub id with the vocabulary of a published checkpoint", metavar="NAME"
     )
     model: Literal[tuple(RECIPES)] = setting("hsenet", "whose default run folder (default: hsenet)")
-    compare: tuple[Path, ...] = setting(
-        (),
-        "two or more evaluated runs: their scores, and differences from the first with bootstrap intervals",
-        metavar="RUN",
-        only=ENCODER_TASKS,
+    compare: tuple[Path, ...] = _dual(
+        (), "evaluated runs: scores, differences from the first with their intervals", metavar="RUN"
     )
     checkpoint: str | None = setting(
         None,
-        "last, best (chosen by the validation) or a step, step-000100 (default: last, as "
-        "published; best where a development split chose it)",
+        "last, best or a step, step-000100 (default: last; best where a development split chose it)",
         metavar="NAME",
     )
     data: Path | None = setting(None, "prepared data set (default: the run's own)")
@@ -56,89 +51,45 @@ class Command:
     batch_size: int = setting(16, "default: 16", least=1)
     workers: int = setting(0, "processes that read volumes (default: 0)", least=0)
     device: str | None = setting(None, "cpu, cuda or cuda:N (default: a GPU where there is one)")
-    figures: Path | None = setting(
-        None, "write curves (ROC, recall, reliability) and saliency there", metavar="DIR", only=ENCODER_TASKS
-    )
-    figure_volumes: int = setting(
-        4, "saliency of the first N volumes (default: 4)", metavar="N", least=0, only=ENCODER_TASKS
-    )
+    figures: Path | None = _dual(None, "write curves (ROC, recall, reliability), saliency", metavar="DIR")
+    figure_volumes: int = _dual(4, "saliency of the first N volumes (default: 4)", metavar="N", least=0)
     prompts: str = setting("volume", "volume, organ or a json file (default: volume)", only=("zeroshot",))
-    label_set: Literal[tuple(LABEL_SETS)] = setting(
-        "ct-rate", "how label columns become classes (default: ct-rate)", only=ENCODER_TASKS
+    label_set: Literal[tuple(LABEL_SETS)] = _dual(
+        "ct-rate", "how label columns become classes (default: ct-rate)"
     )
-    labels: tuple[Path, ...] = setting(
-        (),
-        "label table, or two whose results are shown side by side (default: the manifest's labels)",
-        metavar="CSV",
-        only=ENCODER_TASKS,
+    labels: tuple[Path, ...] = _dual(
+        (), "label table, or two side by side (default: the manifest's labels)", metavar="CSV"
     )
     protocol: tuple[Literal[PROTOCOLS], ...] = setting(
-        (),
-        "which volumes retrieval is scored among, docs/evaluation.md (default: all that the data allow)",
-        metavar="NAME",
-        only=("retrieval",),
+        (), "scored volumes, docs/evaluation.md (default: all)", metavar="NAME", only=("retrieval",)
     )
-    bootstrap: int = setting(
-        1000,
-        "resamples of the intervals; 0: none (default: 1000)",
-        metavar="N",
-        least=0,
-        only=ENCODER_TASKS,
-    )
-    seed: int = setting(
-        0, "of the bootstrap and of few volumes' draws (default: 0)", least=0, only=ENCODER_TASKS
-    )
-    questions: Literal[KINDS] | None = setting(
-        None, "their kind (default: the one that the run was trained on)", only=("vqa",)
-    )
-    templates: Path | None = setting(
-        None,
-        "the questions' wordings (default: those that the run was trained on)",
-        metavar="FILE",
-        only=("vqa",),
-    )
-    prompt: str | None = setting(
-        None, "what every report is asked for with (default: the published one)", only=("mrg",)
-    )
-    new_tokens: int | None = _language(
-        None, "most tokens of a report or an answer (default: 512, 74)", metavar="N", least=1
-    )
-    limit: int | None = _language(
-        None, "the first N reports or questions (default: all)", metavar="N", least=1
-    )
-    precision: Literal["fp32", "bf16"] | None = _language(
-        None, "of the decoder (default: that of its weights)"
-    )
+    bootstrap: int = _dual(1000, "resamples of the intervals; 0: none (default: 1000)", metavar="N", least=0)
+    seed: int = _dual(0, "of the bootstrap and of few volumes' draws (default: 0)", least=0)
+    questions: Literal[KINDS] | None = _answers(None, "their kind (default: the one of the training)")
+    templates: Path | None = _answers(None, "their wordings (default: those of the training)", metavar="FILE")
+    prompt: str | None = _reports(None, "what every report is asked for with (default: the published one)")
+    new_tokens: int | None = _language(None, "most tokens of a text (default: 512, 74)", metavar="N", least=1)
+    limit: int | None = _language(None, "the first N texts (default: all)", metavar="N", least=1)
+    precision: Literal["fp32", "bf16"] | None = _language(None, "of the decoder (default: its weights')")
     bertscore: Path | None = _language(
         None, "BERT or RoBERTa that compares texts (published: roberta-large)", metavar="FOLDER"
     )
     bertscore_layer: int | None = _language(
         None, "of that model (published: 17; default: the last)", metavar="N"
     )
-    classifier: Path | None = setting(
-        None, "BERT or RoBERTa that reads 18 findings, as RadBERT", metavar="FOLDER", only=("mrg",)
+    classifier: Path | None = _reports(
+        None, "BERT or RoBERTa that reads 18 findings, as RadBERT", metavar="FOLDER"
     )
-    places: bool = setting(
-        False, "score sides and lobes of real reports, read by rules (phantoms have them)", only=("mrg",)
-    )
-    predictions: Path | None = setting(
-        None,
-        "score these reports, made elsewhere, of the volumes of --data: VLM3D's json, or mrg.csv",
-        metavar="FILE",
-        only=("mrg",),
+    places: bool = _reports(False, "score sides and lobes of real reports, read by rules")
+    predictions: Path | None = _reports(
+        None, "score reports made elsewhere, VLM3D's json, of the volumes of --data", metavar="FILE"
     )
     format: Literal["vlm3d"] | None = setting(
-        None, "write predictions.json, too, as the VLM3D challenge takes it", only=("mrg",)
+        None, "write predictions.json as that challenge takes it", only=("mrg", "zeroshot", "probe")
     )
-    baselines: bool = setting(
-        True,
-        "reports by the training scans' embeddings, too, which are computed once (default: yes)",
-        only=("mrg",),
-    )
+    baselines: bool = _reports(True, "reports by the training scans' embeddings, too (default: yes)")
     decoder: str | None = _language(
-        None,
-        "of published packers and adapters: folder or hub id of the decoder they stand on",
-        metavar="NAME",
+        None, "of published packers and adapters: folder or hub id of their decoder", metavar="NAME"
     )
     encoders: str | None = _language(
         None, "of the same: HSENet-2E3-CLIP, a file, folder or hub id, or a clip2 run", metavar="NAME"

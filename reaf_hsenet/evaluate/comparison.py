@@ -16,13 +16,14 @@ from reaf_hsenet.data.sources.tables import csv_rows
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.retrieval import DIRECTIONS, draws
 from reaf_hsenet.evaluate.show import show
-from reaf_hsenet.files import read_json
+from reaf_hsenet.files import named, read_json
 from reaf_hsenet.metrics.classification import (
     METRICS,
     bootstrap,
     both_values,
     class_metrics,
     find_thresholds,
+    interval,
     mean_over_classes,
 )
 
@@ -62,11 +63,8 @@ def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[s
         (first, first_draws), *others = (run[name] for run in found)
         results[name] = [{"value": float(first)}]
         for value, drawn in others:
-            differences = drawn - first_draws
-            differences = differences[np.isfinite(differences)]  # a resample may lack a label
-            some = resamples and len(differences)
-            interval = np.percentile(differences, (2.5, 97.5)).tolist() if some else [None, None]
-            row = {"value": float(value), "difference": float(value - first), "interval_95": interval}
+            ends = interval((drawn - first_draws)[:resamples])  # a resample may lack a label
+            row = {"value": float(value), "difference": float(value - first), "interval_95": ends}
             results[name].append(row)
     return results
 
@@ -79,16 +77,12 @@ def fingerprint(entries: list[dict]) -> str:
 
 def evaluated(path: Path, task: str, folder: Path) -> dict[str, object]:
     """Read what was evaluated from a results json, by what a message calls it."""
-    again, values = f"run evaluate.py --task {task} --run {folder} again", read_json(path)
-    try:
+    again = f"run evaluate.py --task {task} --run {folder} again"
+    with named(path, "does not say what was evaluated", again):
+        values = read_json(path)
         found = {"split": values["split"], "data": values["reports_sha256"]}
-        if task == "zeroshot":
-            found |= {"prompts": values["prompts"]["texts"], "label set": values["labels"]["set"]}
-        elif task == "probe":
-            found |= {"label set": values["labels"]["set"]}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: does not say what was evaluated ({error}); {again}") from error
-    return found
+        found |= {"prompts": values["prompts"]["texts"]} if task == "zeroshot" else {}
+        return found | ({} if task == "retrieval" else {"label set": values["labels"]["set"]})
 
 
 def evaluated_run(folder: Path, task: str) -> str:
@@ -100,20 +94,17 @@ def evaluated_run(folder: Path, task: str) -> str:
 
 def read_table(path: Path, task: str, folder: Path) -> dict[str, dict[str, float]]:
     """Rows of a results csv by id: ranks of both directions, or scores and labels of all classes."""
-    again = f"run evaluate.py --task {task} --run {folder} again"
+    again = f"run evaluate.py --task {task} --run {folder}"
     if not path.is_file():
-        raise InputError(f"{path}: no such file; run evaluate.py --task {task} --run {folder} first")
-    try:
-        # Every column of a table of classes but these two is a number, of a retrieval's only the ranks.
-        wanted = tuple(f"{d}_rank" for d in DIRECTIONS) if task == "retrieval" else ()
-        rows = {}
+        raise InputError(f"{path}: no such file; {again} first")
+    # Every column of a table of classes but these two is a number, of a retrieval's only the ranks.
+    wanted, rows = tuple(f"{d}_rank" for d in DIRECTIONS) if task == "retrieval" else (), {}
+    with named(path, "is damaged", f"{again} again"):
         for _, row in csv_rows(path, ("id", *wanted)):
             names = wanted or [name for name in row if name not in ("id", "checkpoint")]
             rows[row["id"]] = {name: float(row[name]) for name in names}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: is damaged ({error}); {again}") from error
     if not rows:
-        raise InputError(f"{path}: is empty; {again}")
+        raise InputError(f"{path}: is empty; {again} again")
     return rows
 
 
@@ -160,6 +151,6 @@ def print_comparison(results: dict[str, list[dict]], runs: list[str]) -> None:
         rows[name] = [first["value"]]
         for run in others:
             low, high = run["interval_95"]
-            interval = "" if low is None else f" ({low:+.3f} to {high:+.3f})"
-            rows[name] += [run["value"], f"{run['difference']:+.3f}{interval}"]
-    show(rows, columns, width=max(map(len, rows)) + 1)
+            ends = "" if low is None else f" ({low:+.3f} to {high:+.3f})"
+            rows[name] += [run["value"], f"{run['difference']:+.3f}{ends}"]
+    show(rows, columns)

@@ -6,64 +6,55 @@ order. Its metadata says what they were made of: `ids`, `model` (sha256 of the w
 
 import hashlib
 import json
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from reaf_hsenet import distributed
+from reaf_hsenet.config import LANGUAGE
 from reaf_hsenet.data.loader import CTReportDataset
 from reaf_hsenet.data.manifest import Manifest, origin
 from reaf_hsenet.data.sources.tables import given
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.files import atomic_write
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.files import atomic_write, named
+from reaf_hsenet.models.mllm import Mllm
+from reaf_hsenet.runs.answering import image_features
 from reaf_hsenet.runs.embedding import embed
 from reaf_hsenet.runs.trained import Trained
 
-
-def embeddings_file(folder: Path, split: str) -> Path:
-    return folder / f"embeddings_{split}.safetensors"
+Vectors = dict[str, dict[str, Tensor]]  # of each split `image` and `text`, unit vectors (N, C)
 
 
-def made_of(run: Trained, manifest: Manifest, split: str) -> dict[str, str]:
-    """Return what a split's embeddings depend on: its volumes and reports, slice features, the weights."""
-    entries = manifest.entries(split)
-    data = json.dumps([[entry["id"], entry["text"], origin(entry)] for entry in entries] + [manifest.slices])
-    ids = "\n".join(entry["id"] for entry in entries)
-    return {"ids": ids, "model": run.sha256(), "data": hashlib.sha256(data.encode()).hexdigest()}
+def write_tensors(path: Path, tensors: dict[str, Tensor], known: dict[str, str]) -> None:
+    """Write a safetensors file with metadata."""
+    with atomic_write(path, "wb") as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, known))
 
 
-def stored(
-    path: Path,
-    source: dict[str, str],
-    ranks: Ranks,
-    compute: Callable[[], dict[str, Tensor]],
-    anew: bool = False,
-) -> dict[str, Tensor]:
-    """Return the tensors of a file if it was made of the same `source`; else compute and store them.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a safetensors file's tensors and metadata. Raises what safetensors does: read inside `named`."""
+    with safe_open(path, "pt") as file:
+        # Copies in memory that is aligned as computed ones are: products round alike.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no dict
+        return tensors, file.metadata() or {}
 
-    compute: runs on all ranks. The first rank gets the tensors of the file; the others, then, get none.
-    """
-    found = None
-    if ranks.main and not anew:
-        try:
-            with safe_open(path, "pt") as file:
-                if file.metadata() == source:
-                    # Copies in memory that is aligned as computed ones are: products round alike.
-                    found = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        except (SafetensorError, OSError):
-            found = None  # absent, or cut off: computed again
-    if distributed.gather_objects(found is not None)[0]:
-        if ranks.main:
-            print(f"embeddings of {path}")
-        return found or {}
-    found = compute()
-    if ranks.main:
-        with atomic_write(path, "wb") as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in found.items()}, source))
-    return found
+
+class MeanTokens:
+    """Gives the unit mean token of each of a language model's encoders, side by side, as a scan's vector."""
+
+    def __init__(self, model: Mllm):
+        self.model = model
+
+    def encode_image(self, volume: Tensor, slices: Tensor | None) -> Tensor:
+        """Return (B, C) of volumes (B, 1, D, H, W) and, where encoders are guided, slices (B, S, C)."""
+        tokens = image_features(self.model, volume, slices)
+        return torch.cat([F.normalize(x.float().mean(1), dim=1) for x in tokens], 1)
 
 
 def split_embeddings(
@@ -71,27 +62,39 @@ def split_embeddings(
     manifest: Manifest,
     split: str,
     ranks: Ranks,
+    *,
     folder: Path,
-    batch_size: int,
+    batch: int,
     workers: int = 0,
     anew: bool = False,
 ) -> dict[str, Tensor]:
-    """Return `image` and, where all volumes have reports, `text` of a split: stored ones, else computed."""
-    reports = all(given(entry["text"]) for entry in manifest.entries(split))
+    """Return `image` and, of a dual encoder where all volumes have reports, `text` of a split.
 
-    def compute() -> dict[str, Tensor]:
-        dataset = CTReportDataset(
-            manifest,
-            split,
-            run.tokenizer,
-            run.config.max_text,
-            style=run.config.model,
-            slices=run.guided,
-        )
-        image, text = embed(
-            run.model, dataset, ranks, batch_size, workers=workers, progress=True, reports=reports
-        )
-        return {"image": image, "text": text} if reports else {"image": image}
+    They are computed on all ranks, unless the file in `folder` was made of the same; then only the first rank
+    gets them. anew: the file is not read.
+    """
+    entries, language = manifest.entries(split), run.stage in LANGUAGE
+    path = folder / f"{'scan_vectors' if language else 'embeddings'}_{split}.safetensors"
+    data = json.dumps([[entry["id"], entry["text"], origin(entry)] for entry in entries] + [manifest.slices])
+    source = {"ids": "\n".join(manifest.ids(split)), "data": hashlib.sha256(data.encode()).hexdigest()}
+    source |= {"model": run.sha256(), **({"base": json.dumps(run.base_sha256())} if language else {})}
+    found = None
+    if ranks.main and not anew:
+        with suppress(InputError), named(path):  # absent, or cut off: computed again
+            tensors, made = read_tensors(path)
+            found = tensors if made == source else None
+    if distributed.gather_objects(found is not None)[0]:
+        if ranks.main:
+            print(f"embeddings of {path}")
+        return found or {}
 
-    path = embeddings_file(folder, split)
-    return stored(path, made_of(run, manifest, split), ranks, compute, anew)
+    reports = not language and all(given(entry["text"]) for entry in entries)
+    style = {} if language else {"style": run.config.model}
+    tokens = run.tokenizer, run.config.max_text
+    dataset = CTReportDataset(manifest, split, *tokens, slices=run.guided, **style)
+    model, how = MeanTokens(run.model) if language else run.model, {"workers": workers, "progress": True}
+    image, text = embed(model, dataset, ranks, batch, reports=reports, **how)
+    found = {"image": image, "text": text} if reports else {"image": image}
+    if ranks.main:
+        write_tensors(path, found, source)
+    return found

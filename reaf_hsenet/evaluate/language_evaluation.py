@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from reaf_hsenet import distributed
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.loader import read_prepared, read_slices
-from reaf_hsenet.data.manifest import origin
+from reaf_hsenet.data.manifest import Manifest, origin
+from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.data.workers import make_loader, worker_deaths_named
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError, OutputError
@@ -44,6 +45,12 @@ def asked_rows(dataset: LanguageDataset) -> list[Asked]:
         question, truth = dataset.text(row, np.random.default_rng((dataset.seed, 0, row)))
         rows.append(Asked(dataset.entries[entry]["id"], entry, question, truth))
     return rows
+
+
+def report_rows(manifest: Manifest, split: str) -> list[Asked]:
+    """Return a row for each report of a split, which nothing is asked about."""
+    entries = manifest.entries(split)
+    return [Asked(entry["id"], i, "", clean_report(entry["text"])) for i, entry in enumerate(entries)]
 
 
 def fingerprint(rows: list[Asked], entries: list[dict]) -> str:

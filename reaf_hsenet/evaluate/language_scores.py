@@ -4,38 +4,62 @@ The csv's columns have the published names (HSENet, commit c7198f3): bleu1 to bl
 meteor needs nltk; without that there is meteor_without_synonyms alone.
 """
 
-import csv
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.phantom.findings import LABELS
 from reaf_hsenet.data.text import clean_report
+from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.evaluate.command import Command
 from reaf_hsenet.evaluate.language_evaluation import Asked
 from reaf_hsenet.evaluate.show import cell, show
-from reaf_hsenet.files import atomic_write
-from reaf_hsenet.metrics.bertscore import Bert, bert_score
-from reaf_hsenet.metrics.clinical import clinical_report, phantom_labels, size_agreement
+from reaf_hsenet.metrics.bertscore import Bert, bert_score, load_bert
+from reaf_hsenet.metrics.clinical import clinical_report, load_classifier, phantom_labels, size_agreement
 from reaf_hsenet.metrics.places import phantom_places, place_scores, rule_places
 from reaf_hsenet.metrics.text import ORDERS, SAMPLE_SCORES, nltk_meteor, sample_scores, text_report
-from reaf_hsenet.metrics.vqa import ACCURACIES, ANATOMIES, anatomy_of, answer_accuracies, vqa_report
-from reaf_hsenet.runs.checkpoint import Choice
+from reaf_hsenet.metrics.vqa import ANATOMIES, anatomy_of, answer_accuracies, vqa_report
 
 Labeler = Callable[[Sequence[str]], np.ndarray]  # texts -> (n, 18) of 0 and 1
-# What rows of generated reports and baselines are compared by: names on the screen, and in the json.
+# Columns on the screen and their keys in the json. COMPARED: of generated reports and baselines.
 COMPARED = {
     **{"micro-F1": "micro_f1", "macro-F1": "macro_f1", "precision": "precision", "recall": "recall"},
     **{"CRG": "crg", "BLEU-4": "ngram_precision_4", "METEOR": "meteor"},
 }
-SHOWN_TEXT = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-1", "ROUGE-L", "METEOR")
-COLUMNS = (
-    *("id", "Question", "Anatomy Type", "Ground Truth", "pred"),
-    *("bleu1", "bleu2", "bleu3", "bleu4", "rouge1", "rougeL", "meteor", "meteor_without_synonyms"),
-    *("bert_f1", "acc_class", "acc_class_strict", "acc_text"),
-)
+TEXT = {f"BLEU-{n}": f"ngram_precision_{n}" for n in ORDERS}
+TEXT |= {"ROUGE-1": "rouge1", "ROUGE-L": "rougeL", "METEOR": "meteor"}
+FINDINGS = {"F1": "f1", "precision": "precision", "recall": "recall", "support": "support"}
+ANSWERS = {"class accuracy": "acc_class", "strict": "acc_class_strict", "exact match": "acc_text"}
+
+
+@dataclass(frozen=True)
+class Readers:
+    """What reads texts to score them. labeler: and its name; without one no findings are read.
+
+    phantoms: the texts are phantoms' reports, with places and sizes. places: read real ones' by rules.
+    """
+
+    labeler: Labeler | None = None
+    name: str | None = None
+    phantoms: bool = False
+    places: bool = False
+    bert: Bert | None = None
+
+
+def load_readers(command: Command, manifest: Manifest, ranks: Ranks) -> Readers:
+    """Load what the flags name, on the first rank; the others score nothing."""
+    if not ranks.main:
+        return Readers()
+    phantoms, bert = command.task == "mrg" and are_phantoms(manifest), None
+    if command.bertscore:
+        bert = load_bert(command.bertscore, command.bertscore_layer, ranks.device)
+    labeler, name = (phantom_labels, "phantoms") if phantoms else (None, None)
+    if command.classifier:
+        labeler, name = load_classifier(command.classifier, ranks.device), str(command.classifier)
+    return Readers(labeler, name, phantoms, command.places, bert)
 
 
 def true_labels(manifest: Manifest, entries: list[dict]) -> np.ndarray | None:
@@ -59,27 +83,20 @@ def are_phantoms(manifest: Manifest) -> bool:
 def report_scores(
     predictions: list[str],
     rows: list[Asked],
+    readers: Readers,
     truth: np.ndarray | None = None,
-    labeler: Labeler | None = None,
-    *,
     labels: np.ndarray | None = None,
-    phantoms: bool = False,
-    places: bool = False,
-    bert: Bert | None = None,
     baselines: dict[str, list[str]] | None = None,
 ) -> tuple[dict, list[dict]]:
     """(scores of generated reports, a csv row each).
 
     truth: (n, 18) labels; without them those that the labeler reads in the references. labels: (n, 18) of the
-    predictions, where others than the labeler's are scored. Findings are scored where both are known.
-    phantoms: places and sizes, too; places: places by rules. baselines: reports of others, scored beside.
+    predictions. Findings are scored where both are known. baselines: reports of others, scored beside.
     """
-    references = [row.truth for row in rows]
-    scores, table = _text_scores(predictions, rows, bert)
+    references, labeler = [row.truth for row in rows], readers.labeler
+    scores, table = _text_scores(predictions, rows, readers.bert)
     if labeler and truth is None:
         truth = labeler(references)
-    if labeler and labels is None:
-        labels = labeler(predictions)
     if labels is not None and truth is not None:
         scores["clinical"] = clinical_report(labels, truth)
     guess = Counter(references).most_common(1)[0][0]
@@ -91,18 +108,19 @@ def report_scores(
     scores["baselines"]["most_frequent_report"]["report"] = guess
     scores["generated"] = text_row(scores["text"]) | finding_row(labels, truth)
     scores["not_beaten"] = not_beaten(scores["generated"], scores["baselines"])
-    if phantoms:
+    if readers.phantoms:
         scores["attributes"] = {"size": size_agreement(predictions, references)}
-    if phantoms or places:
-        read = phantom_places if phantoms else rule_places
+    if readers.phantoms or readers.places:
+        read = phantom_places if readers.phantoms else rule_places
         scores["places"] = place_scores(list(map(read, predictions)), list(map(read, references)))
-        scores["places"]["reader"] = "phantoms" if phantoms else "rules"
-    return scores, table
+        scores["places"]["reader"] = "phantoms" if readers.phantoms else "rules"
+    return scores | {"labeler": readers.name}, table
 
 
 def text_row(report: dict) -> dict[str, float]:
     """Return what rows are compared by; METEOR is without synonyms where nltk is not there."""
-    meteor = report["meteor"] if isinstance(report["meteor"], float) else report["meteor_without_synonyms"]
+    meteor = report.get("meteor")
+    meteor = meteor if isinstance(meteor, float) else report["meteor_without_synonyms"]
     return {**{name: report[name] for name in SAMPLE_SCORES}, "meteor": meteor}
 
 
@@ -136,8 +154,11 @@ def not_beaten(generated: dict, baselines: dict[str, dict]) -> dict[str, list[st
     found = {}
     for name, row in baselines.items():
         both = [shown for shown, key in COMPARED.items() if None not in (row.get(key), generated.get(key))]
-        lost = [shown for shown in both if generated[COMPARED[shown]] <= row[COMPARED[shown]]]
-        found[name] = [shown for shown in lost if shown not in ("precision", "recall")]
+        found[name] = [
+            shown
+            for shown in both
+            if generated[COMPARED[shown]] <= row[COMPARED[shown]] and shown not in ("precision", "recall")
+        ]
     return {name: lost for name, lost in found.items() if lost}
 
 
@@ -149,8 +170,9 @@ def answer_scores(
     scores, table = _text_scores(predictions, rows, bert)
     report = vqa_report(predictions, answers)
     report["chance"] |= class_chance(answers)
-    for cells, text, answer in zip(table, predictions, answers, strict=True):
-        cells |= {"Anatomy Type": anatomy_of(answer), **answer_accuracies(text, answer)}
+    for i, (text, answer) in enumerate(zip(predictions, answers, strict=True)):
+        first = {"id": rows[i].id, "Question": rows[i].question, "Anatomy Type": anatomy_of(answer)}
+        table[i] = first | table[i] | answer_accuracies(text, answer)
     return scores | report, table
 
 
@@ -168,67 +190,44 @@ def class_chance(answers: list[str]) -> dict[str, float]:
 
 
 def _text_scores(predictions: list[str], rows: list[Asked], bert: Bert | None) -> tuple[dict, list[dict]]:
-    scores: dict = {"text": text_report(predictions, [row.truth for row in rows])}
+    references = [row.truth for row in rows]
+    scores: dict = {"text": text_report(predictions, references)}
     table = []
     for text, row in zip(predictions, rows, strict=True):
-        found = sample_scores(text.strip(), row.truth.strip())
+        pair = text.strip(), row.truth.strip()
+        found, meteor = sample_scores(*pair), nltk_meteor([pair])
         cells = {"id": row.id, "Question": row.question, "Ground Truth": row.truth, "pred": text}
         cells |= {f"bleu{n}": found[f"ngram_precision_{n}"] for n in ORDERS}
-        cells |= {name: found[name] for name in ("rouge1", "rougeL", "meteor_without_synonyms")}
-        meteor = nltk_meteor([(text.strip(), row.truth.strip())])
-        table.append(cells | ({"meteor": meteor} if isinstance(meteor, float) else {}))
+        cells |= {name: found[name] for name in ("rouge1", "rougeL")}
+        cells |= {"meteor": meteor} if isinstance(meteor, float) else {}
+        table.append(cells | {"meteor_without_synonyms": found["meteor_without_synonyms"]})
     if bert:
-        found = bert_score(predictions, [row.truth for row in rows], bert)
-        scores["bertscore"] = {
-            "variant": bert.variant,
-            **{name: float(values.mean()) for name, values in found.items()},
-        }
+        found = bert_score(predictions, references, bert)
+        means = {name: float(values.mean()) for name, values in found.items()}
+        scores["bertscore"] = {"variant": bert.variant, **means}
         for cells, f1 in zip(table, found["f1"].tolist(), strict=True):
             cells["bert_f1"] = f1
     return scores, table
 
 
-def write_rows(path: Path, table: list[dict], checkpoint: Choice | Path) -> None:
-    """Write the csv: the rows' COLUMNS as far as there are such, and the checkpoint or the file."""
-    with atomic_write(path) as file:
-        writer = csv.DictWriter(file, [*(name for name in COLUMNS if name in table[0]), "checkpoint"])
-        writer.writeheader()
-        writer.writerows({**row, "checkpoint": checkpoint} for row in table)
-
-
 def print_reports(scores: dict) -> None:
     text = scores["text"]
     print(f"{text['reports']} reports, {text['empty_reports']} of them empty")
-    _print_text({"generated": text})
+    _print_text(scores, {"generated": scores["generated"]})
     bleu = ", ".join(f"{text[f'corpus_bleu_{n}']:.3f}" for n in ORDERS)
     print(f"corpus BLEU 1 to 4, with brevity penalty: {bleu}")
-    _print_bertscore(scores)
     rows = {"generated": scores["generated"], **scores["baselines"]}
-    print()
-    show(
-        {name.replace("_", " "): [row.get(key) for key in COMPARED.values()] for name, row in rows.items()},
-        [(name, 10) for name in COMPARED],
-        "beside what needs no language model",
-        40,
-    )
+    _show(rows, COMPARED, "beside what needs no language model")
     for name, lost in scores["not_beaten"].items():
         print(f"the generated reports do not beat {name.replace('_', ' ')} in {', '.join(lost)}")
-    if "clinical" not in scores:
-        print("findings: left out; name a classifier of reports with --classifier")
+    if "clinical" in scores:
+        _show(scores["clinical"]["classes"], {**FINDINGS, "named": "predicted"}, "finding")
     else:
-        metrics = ("f1", "precision", "recall", "support", "predicted")
-        classes = scores["clinical"]["classes"]
-        columns = [(name, 10) for name in ("F1", "precision", "recall", "support", "named")]
-        print()
-        show({name: [row[m] for m in metrics] for name, row in classes.items()}, columns, width=40)
-    if "places" in scores:
-        metrics = ("precision", "recall", "agreement", "compared")
-        rows = {
-            level: [scores["places"][level][m] for m in metrics] for level in ("presence", "side", "lobe")
-        }
-        title = f"places, read by {scores['places']['reader']}"
-        print()
-        show(rows, [(name, 10) for name in metrics], title, 40)
+        print("findings: left out; name a classifier of reports with --classifier")
+    if places := scores.get("places"):
+        columns = {name: name for name in ("precision", "recall", "agreement", "compared")}
+        levels = {level: places[level] for level in ("presence", "side", "lobe")}
+        _show(levels, columns, f"places, read by {places['reader']}")
     if "attributes" in scores:
         size = scores["attributes"]["size"]
         print(f"sizes agree where both name the finding: {cell(size['agreement'])} of {size['compared']}")
@@ -236,50 +235,39 @@ def print_reports(scores: dict) -> None:
 
 def print_answers(scores: dict) -> None:
     majority, found, per_anatomy = scores["majority"], scores["classification"], scores["per_anatomy"]
+    micro, macro = scores["micro_average"], scores["macro_average"]
     print(f"{scores['questions']} questions, {scores['empty_answers']} answers empty")
     lines = {
-        "generated": scores["micro_average"] | {"acc_anatomy": found["accuracy"]},
-        "mean over anatomies": scores["macro_average"],
+        "generated": micro | {"acc_anatomy": found["accuracy"]},
+        "mean over anatomies": macro,
         f"always {majority['answer'][:24]!r}": majority,
         "chance": scores["chance"],
     }
-    metrics = (*ACCURACIES, "acc_anatomy")
-    columns = ("class accuracy", "strict", "exact match", "anatomy")
-    show(
-        {line: [row.get(metric) for metric in metrics] for line, row in lines.items()},
-        [(name, 15) for name in columns],
-    )
-    generated = scores["micro_average"] | {"meteor": scores["text"]["meteor"]}
-    _print_text({"generated": generated, "mean over anatomies": scores["macro_average"]})
-    _print_bertscore(scores)
+    _show(lines, {**ANSWERS, "anatomy": "acc_anatomy"})
+    meteor = {"meteor": scores["text"]["meteor"]}
+    _print_text(scores, {"generated": text_row(micro | meteor), "mean over anatomies": text_row(macro)})
     if set(per_anatomy) == {ANATOMIES[-1]}:
         return  # the answers are no places
-    rows = {}
-    for name in ANATOMIES:
-        row, means = found["anatomies"][name], per_anatomy.get(name, {})
-        rows[name] = [row[metric] for metric in ("precision", "recall", "f1", "support")]
-        rows[name] += [means.get("acc_class"), means.get("acc_text")]
-    for mean in ("macro", "macro_over_true_anatomies", "weighted"):
-        rows[mean.replace("_", " ")] = [found[mean][metric] for metric in ("precision", "recall", "f1")]
-    print()
-    columns = [(name, 10) for name in ("precision", "recall", "F1", "support")]
-    show(rows, [*columns, ("class acc.", 12), ("exact", 10)], "anatomy")
+    rows = {name: found["anatomies"][name] | per_anatomy.get(name, {}) for name in ANATOMIES}
+    rows |= {mean: found[mean] for mean in ("macro", "macro_over_true_anatomies", "weighted")}
+    _show(rows, {**FINDINGS, "class acc.": "acc_class", "exact": "acc_text"}, "anatomy")
 
 
-def _print_text(lines: dict[str, dict]) -> None:
+def _print_text(scores: dict, rows: dict[str, dict]) -> None:
     """Print BLEU as published (n-gram precisions), ROUGE and METEOR, with synonyms where nltk is there."""
-    rows, meteor = {}, lines["generated"]["meteor"]
-    for line, row in lines.items():
-        rows[line] = [*(row[f"ngram_precision_{n}"] for n in ORDERS), row["rouge1"], row["rougeL"]]
-        with_synonyms = isinstance(row.get("meteor"), float)
-        rows[line].append(row["meteor" if with_synonyms else "meteor_without_synonyms"])
-    show(rows, [(name, 9) for name in SHOWN_TEXT])
+    _show(rows, TEXT)
     print("BLEU as published: n-gram precisions.")
-    if isinstance(meteor, str):
+    if isinstance(meteor := scores["text"]["meteor"], str):
         print(f"METEOR without synonyms; with them: {meteor}")
-
-
-def _print_bertscore(scores: dict) -> None:
     if found := scores.get("bertscore"):
         values = ", ".join(f"{name} {found[name]:.3f}" for name in ("f1", "precision", "recall"))
         print(f"BERTScore {values} ({found['variant']})")
+
+
+def _show(rows: dict[str, dict], columns: dict[str, str], title: str = "") -> None:
+    """Print what rows have under the keys of columns, {name on the screen: key}."""
+    values = {
+        name.replace("_", " "): [row.get(key) for key in columns.values()] for name, row in rows.items()
+    }
+    print()
+    show(values, [(name, max(10, len(name) + 1)) for name in columns], title)

@@ -1,8 +1,8 @@
-"""Files of generated reports: the VLM3D challenge's, read and written, and the csv of this evaluation, read.
+"""Files of generated reports as the VLM3D challenge has them (github.com/forithmus/VLM3D-Dockers,
+ct_challenges/).
 
-The challenge's form (github.com/forithmus/VLM3D-Dockers, ct_challenges/): {"generated_reports":
-[{"input_image_name", "report"}, ...]}, which its platforms wrap as [{"outputs": [{"value": {...}}]}]. A case
-may have `labels`, 0 or 1, or `probabilities`, by CT-RATE's 18 names, or 18 in their order.
+{"generated_reports": [{"input_image_name", "report"}, ...]}, which its platforms wrap as [{"outputs":
+[{"value": {...}}]}]. A case may have `labels`, 0 or 1, or `probabilities`, by CT-RATE's 18 names.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from reaf_hsenet.data.phantom.findings import LABELS
-from reaf_hsenet.data.sources.tables import Volumes, csv_rows
+from reaf_hsenet.data.sources.tables import Volumes
 from reaf_hsenet.errors import InputError, first_six
 from reaf_hsenet.files import is_text, read_json, write_json
 
@@ -51,13 +51,10 @@ def read_predictions(path: Path, ids: Sequence[str]) -> tuple[list[str], np.ndar
 
 
 def _cases(path: Path) -> list[dict]:
-    if path.suffix == ".csv":
-        rows = csv_rows(path, ("id", "pred"))
-        return [{"input_image_name": row["id"], "report": row["pred"]} for _, row in rows]
     match read_json(path):
         case [{"outputs": [{"value": {"generated_reports": [*cases]}}, *_]}, *_]:
             pass
-        case {"generated_reports": [*cases]} | [*cases]:
+        case {"generated_reports": [*cases]}:
             pass
         case _:
             cases = [None]
@@ -71,14 +68,10 @@ def _labels(case: dict, where: str) -> list[bool] | None:
     values = case.get("labels", case.get("probabilities"))
     if values is None:
         return None
-    if isinstance(values, dict):
-        values = [values.get(label) for label in LABELS]
-    known = isinstance(values, list) and len(values) == len(LABELS)
-    if not known or any(type(v) not in (int, float, bool) or not 0 <= v <= 1 for v in values):
-        raise InputError(
-            f"{where}: expected labels from 0 to 1 by CT-RATE's {len(LABELS)} names, or in order"
-        )
-    return [value >= 0.5 for value in values]
+    found = [values.get(label) for label in LABELS] if isinstance(values, dict) else [None]
+    if any(type(v) not in (int, float, bool) or not 0 <= v <= 1 for v in found):
+        raise InputError(f"{where}: expected labels from 0 to 1 by CT-RATE's {len(LABELS)} names")
+    return [value >= 0.5 for value in found]
 
 
 def write_vlm3d(path: Path, ids: Sequence[str], texts: Sequence[str], labels: np.ndarray | None) -> None:

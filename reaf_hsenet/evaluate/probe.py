@@ -5,21 +5,29 @@ the logistic regression stand the k nearest training volumes, and regressions th
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from reaf_hsenet.data.labels import LabelSet, LabelTable
+from reaf_hsenet.data.labels import LabelSet, LabelTable, label_tables, load_label_set
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.patients import held_rows
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate import figures
+from reaf_hsenet.evaluate.command import Command
+from reaf_hsenet.evaluate.embeddings import Vectors, read_tensors, write_tensors
+from reaf_hsenet.evaluate.results import ClassTask, Results, class_results, named_rows, print_classes
 from reaf_hsenet.evaluate.show import cell, show
-from reaf_hsenet.evaluate.zeroshot import print_second_labels
-from reaf_hsenet.files import atomic_write
-from reaf_hsenet.metrics.classification import area_under_roc, both_values, calibration, classification_report
+from reaf_hsenet.files import named
+from reaf_hsenet.metrics.classification import (
+    area_under_roc,
+    both_values,
+    calibration,
+    classification_report,
+    interval,
+)
 from reaf_hsenet.metrics.probe import (
     NEIGHBOURS,
     Probe,
@@ -30,27 +38,30 @@ from reaf_hsenet.metrics.probe import (
     nearest_votes,
 )
 from reaf_hsenet.metrics.retrieval import require_finite
+from reaf_hsenet.runs.trained import Trained
 
 SHOTS, DRAWS = (1, 5, 10, 50), 5
 FILE = "probe.safetensors"
 
 
 @dataclass(frozen=True)
-class Task:
-    """Labels of the training volumes and of those to score, (N, L) bool each, of the classes `names`.
+class Task(ClassTask):
+    """Classes with the training volumes that a probe of them is fitted on.
 
-    rows: (N,) of the training volumes in their split. held: (N,) bool, those held out of the fit. means: as
-    of classification_report. source: where the labels are from. notes: on classes that are left out.
+    train_labels: (N, L) bool, of `rows` (N,) of the training split. held: (N,) bool, held out of the fit.
     """
 
-    source: Path
-    names: list[str]
     rows: list[int]
     train_labels: np.ndarray
     held: np.ndarray
-    labels: np.ndarray
-    means: dict[str, list[str]]
-    notes: list[str]
+
+
+def define(command: Command, manifest: Manifest) -> list[Task]:
+    """Match training volumes and those to score with the labels of --labels, or of the manifest."""
+    label_set = load_label_set(command.label_set)
+    train, scored = (label_tables(command.labels, manifest, split) for split in ("train", command.split))
+    pairs = zip(train, scored, strict=True)
+    return [define_task(*pair, label_set, manifest, command.split) for pair in pairs]
 
 
 def define_task(
@@ -66,9 +77,7 @@ def define_task(
     rows = [i for i, e in enumerate(entries) if train.source != manifest.name or e["id"] in train.rows]
     labels = train.values([entries[i]["id"] for i in rows], list(classes.values()))
     held = held_rows([entries[i] for i in rows])
-    usable = np.zeros(len(classes), dtype=bool)
-    if held.any():
-        usable = both_values(labels[held]) & both_values(labels[~held])
+    usable = both_values(labels[held]) & both_values(labels[~held])
     names = [name for name, use in zip(classes, usable, strict=True) if use]
     if not names:
         raise InputError(
@@ -86,29 +95,43 @@ def define_task(
         rows=rows,
         train_labels=labels[:, usable],
         held=held,
-        labels=scored.values([e["id"] for e in manifest.entries(split)], [classes[n] for n in names]),
+        labels=scored.values(manifest.ids(split), [classes[n] for n in names]),
         means={"mean": []} | {mean: out for mean, out in label_set.means.items() if set(out) & set(names)},
         notes=notes,
     )
 
 
-def score(
-    task: Task, train_image: Tensor, image: Tensor, resamples: int, seed: int
-) -> tuple[Probe, np.ndarray, dict]:
-    """Fit a probe on the embeddings of the training split, (N, C), and score it on those of another.
+def measure(
+    command: Command, run: Trained, manifest: Manifest, tasks: list[Task], vectors: Vectors
+) -> Results:
+    """Fit probes on the training split's embeddings, and score them on another's.
 
-    Returns the probe, its probabilities of the scored volumes, and what the results file holds. Raises
-    InputError for embeddings with NaN or infinity.
+    The first probe is a file for infer.py classify. Raises InputError for embeddings with NaN or infinity.
     """
-    require_finite(training=train_image, scored=image)
-    train, truth, names = train_image[task.rows], task.train_labels, task.names
-    probe = fit_probe(train, truth, task.held)
-    found = probe.probabilities(image)
-    scored = classification_report(
-        task.labels, found, names, task.means, resamples, seed, probe.thresholds.numpy()
+    train, image = vectors["train"]["image"], vectors[command.split]["image"]
+    require_finite(training=train, scored=image)
+    probes = [fit_probe(train[task.rows], task.train_labels, task.held) for task in tasks]
+    scores = [probe.probabilities(image) for probe in probes]
+    reports = [report(command, *of, train, image) for of in zip(tasks, probes, scores, strict=True)]
+    results = class_results(command, manifest.ids(command.split), tasks, scores, reports)
+    results.files[FILE] = StoredProbe(probes[0], tasks[0].names, run.sha256()).write
+    curves = {"before calibration": probes[0].uncalibrated(image), "after": scores[0]}
+    results.pictures["reliability.png"] = partial(
+        figures.reliability_figure, labels=tasks[0].labels, probabilities=curves
     )
-    before = calibration(task.labels, probe.logits(image).double().sigmoid().numpy())
-    after = calibration(task.labels, found)
+    return results
+
+
+def report(
+    command: Command, task: Task, probe: Probe, found: np.ndarray, train_image: Tensor, image: Tensor
+) -> dict:
+    """Return what the results file holds of a probe's probabilities, and what stands beside them."""
+    train, truth, names, means = train_image[task.rows], task.train_labels, task.names, task.means
+    drawn = {"resamples": command.bootstrap, "seed": command.seed}
+    scored = classification_report(
+        task.labels, found, names, means, **drawn, thresholds=probe.thresholds.numpy()
+    )
+    before, after = (calibration(task.labels, p) for p in (probe.uncalibrated(image), found))
     for name, error, brier in zip(names, *after, strict=True):
         scored["classes"][name] |= {"calibration_error": float(error), "brier": float(brier)}
 
@@ -116,18 +139,16 @@ def score(
     held = nearest_votes(train[~task.held], truth[~task.held], train[task.held])
     cuts = best_f1_thresholds(truth[task.held], held)
     votes = nearest_votes(train, truth, image)
-
-    results = {
+    return {
         "volumes": {"training": len(train), "held_out": int(task.held.sum())},
         **scored,
         "calibration": {
             name: {"calibration_error": float(errors.mean()), "brier": float(brier.mean())}
             for name, (errors, brier) in (("before", before), ("after", after))
         },
-        "nearest": classification_report(task.labels, votes, names, task.means, thresholds=cuts),
-        "few_shot": few_shot(train, truth, image, task.labels, seed),
+        "nearest": classification_report(task.labels, votes, names, means, thresholds=cuts),
+        "few_shot": few_shot(train, truth, image, task.labels, command.seed),
     }
-    return probe, found, results
 
 
 def few_shot(
@@ -146,49 +167,33 @@ def few_shot(
             used = int(kept.sum())
             if used:
                 areas.append(area_under_roc(labels[:, kept], scores[:, kept]).mean())
-        interval = np.percentile(areas, (2.5, 97.5)).tolist() if areas else [None, None]
         value = float(np.mean(areas)) if areas else None
-        curve[str(shots)] = {"classes": used, "auroc": value, "interval_95": interval}
+        curve[str(shots)] = {"classes": used, "auroc": value, "interval_95": interval(np.array(areas))}
     return curve
 
 
 def print_scores(results: dict) -> None:
     """Print a line for each class and mean, then the curve over n volumes, then the calibration."""
-    rows = {**results["classes"], **{f"{k} of {v['classes']}": v for k, v in results["means"].items()}}
-    nearest = [*results["nearest"]["classes"].values(), *results["nearest"]["means"].values()]
-    values, width = {}, max(map(len, rows)) + 1
-    for (name, row), voted in zip(rows.items(), nearest, strict=True):
-        low, high = row["interval_95"]["auroc"] if "interval_95" in row else (None, None)
-        interval = None if low is None else f"{cell(low)} to {cell(high)}"
-        values[name] = [row.get("positives", ""), row["auroc"], interval, row["average_precision"]]
-        values[name] += [row["thresholded"]["f1"], row["thresholded"]["balanced_accuracy"]]
-        values[name] += [row.get(key, "") for key in ("threshold", "calibration_error", "brier")]
-        values[name].append(voted["auroc"])
-    columns = [("n", 6), ("AUROC", 7), ("95%", 15), ("AP", 7), ("F1", 7), ("b.acc", 7), ("thr", 7)]
-    show(values, [*columns, ("ECE", 7), ("Brier", 7), ("kNN", 7)], "class", width)
+    nearest = named_rows(results["nearest"])
+
+    def cells(name: str, row: dict) -> list:
+        found = [row["thresholded"][key] for key in ("f1", "balanced_accuracy")]
+        found += [row.get(key, "") for key in ("threshold", "calibration_error", "brier")]
+        return [*found, nearest[name]["auroc"]]
+
+    print_classes(results, [(name, 7) for name in ("F1", "b.acc", "thr", "ECE", "Brier", "kNN")], cells)
     counts, made = results["volumes"], results["calibration"]
     print(
         f"fitted on {counts['training'] - counts['held_out']} training volumes; penalty, calibration and "
         f"thresholds of the {counts['held_out']} held out"
     )
-    curve = {
-        f"{n} with, {n} without": [row["classes"], row["auroc"], *row["interval_95"]]
-        for n, row in results["few_shot"].items()
-    }
-    everything = results["means"]["mean"]
-    curve["all"] = [
-        everything["classes"],
-        everything["auroc"],
-        *everything.get("interval_95", {}).get("auroc", []),
-    ]
+    curve = {f"{n} with, {n} without": row for n, row in results["few_shot"].items()}
+    mean = results["means"]["mean"]
+    curve["all"] = mean | {"interval_95": mean.get("interval_95", {}).get("auroc")}
+    rows = {name: [row[key] for key in ("classes", "auroc", "interval_95")] for name, row in curve.items()}
     print()
-    show(curve, [("classes", 9), ("AUROC", 7), ("from", 7), ("to", 7)], "volumes a class", 24)
-    print(
-        f"kNN: AUROC of the {NEIGHBOURS} nearest training volumes' vote. labels: {results['labels']['table']}"
-    )
-    for note in results["notes"]:
-        print(f"note: {note}")
-    print_second_labels(results, width)
+    show(rows, [("classes", 9), ("AUROC", 7), ("95%", 15)], "volumes a class")
+    print(f"kNN: AUROC of the {NEIGHBOURS} nearest training volumes' vote")
     told = ", ".join(f"{name} {cell(row['calibration_error'])}" for name, row in made.items())
     print(f"calibration error {told}; Brier score {cell(made['after']['brier'])}")
 
@@ -202,9 +207,7 @@ class StoredProbe:
     model: str
 
     def write(self, path: Path) -> None:
-        tensors = {name: tensor.contiguous() for name, tensor in vars(self.probe).items()}
-        with atomic_write(path, "wb") as file:
-            file.write(save(tensors, {"classes": "\n".join(self.names), "model": self.model}))
+        write_tensors(path, vars(self.probe), {"classes": "\n".join(self.names), "model": self.model})
 
     def classify(self, image: Tensor) -> dict[str, tuple[float, float]]:
         """Return (probability, threshold) by class of a unit vector (C,), the most probable first."""
@@ -219,12 +222,9 @@ def read_probe(path: Path, model: str, width: int) -> StoredProbe:
     Raises InputError for a probe of other weights, and for a file that is none.
     """
     again = "make it again with evaluate.py --task probe"
-    try:
-        with safe_open(path, "pt") as file:
-            known = file.metadata() or {}
-            probe = Probe(**{field.name: file.get_tensor(field.name) for field in fields(Probe)})
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: is truncated or no probe; {again}") from error
+    with named(path, "is truncated or no probe", again):
+        tensors, known = read_tensors(path)
+        probe = Probe(**{field.name: tensors[field.name] for field in fields(Probe)})
     names = known.get("classes", "").split("\n")
     if known.get("model") != model:
         raise InputError(

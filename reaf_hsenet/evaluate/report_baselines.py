@@ -2,56 +2,45 @@
 training scan, and sentences for the findings that a probe predicts.
 """
 
-import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from reaf_hsenet.data.loader import CTReportDataset
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.patients import held_rows
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
-from reaf_hsenet.evaluate.embeddings import made_of, stored
+from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate.command import Command
 from reaf_hsenet.evaluate.language_scores import Labeler, true_labels
+from reaf_hsenet.metrics.classification import both_values
 from reaf_hsenet.metrics.probe import fit_probe
-from reaf_hsenet.models.mllm import Mllm
-from reaf_hsenet.runs.answering import image_features
-from reaf_hsenet.runs.embedding import embed
 from reaf_hsenet.runs.trained import Trained
 
 CANDIDATES = 200  # sentences of a finding that are read to choose one
 
 
-class MeanTokens:
-    """Gives the unit mean token of each of a language model's encoders, side by side, as a scan's vector."""
-
-    def __init__(self, model: Mllm):
-        self.model = model
-
-    def encode_image(self, volume: Tensor, slices: Tensor | None) -> Tensor:
-        """Return (B, C) of volumes (B, 1, D, H, W) and, where encoders are guided, slices (B, S, C)."""
-        tokens = image_features(self.model, volume, slices)
-        return torch.cat([F.normalize(x.float().mean(1), dim=1) for x in tokens], 1)
-
-
-def scan_vectors(
-    run: Trained, manifest: Manifest, split: str, ranks: Ranks, folder: Path, batch: int, workers: int = 0
-) -> Tensor | None:
-    """Return (N, C) of a split's scans on the first rank: computed once, on all ranks, kept in `folder`."""
-    data = CTReportDataset(manifest, split, run.tokenizer, run.config.max_text, slices=run.guided)
-    source = made_of(run, manifest, split) | {"base": json.dumps(run.base_sha256())}
-
-    def compute() -> dict[str, Tensor]:
-        how = {"workers": workers, "progress": True, "reports": False}
-        return {"image": embed(MeanTokens(run.model), data, ranks, batch, **how)[0]}
-
-    return stored(folder / f"scan_vectors_{split}.safetensors", source, ranks, compute).get("image")
+def baseline_splits(command: Command, run: Trained, manifest: Manifest, ranks: Ranks) -> tuple[str, ...]:
+    """Return the splits whose scans the baselines look at; none where these are left out, which is said."""
+    reasons = {
+        "--no-baselines": not command.baselines,
+        "--limit": command.limit is not None,
+        "the training split is what is evaluated": command.split == "train",
+        "there is no training split": not manifest.splits.get("train"),
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    if why and command.task == "mrg" and ranks.main:
+        print(f"the baselines by the run's embeddings are left out: {why}")
+    if why or command.task != "mrg":
+        return ()
+    try:
+        manifest.check(["train"], slices=run.guided)
+    except InputError as error:
+        raise InputError(f"{error}; or do without training scans: --no-baselines") from error
+    return "train", command.split
 
 
 def baseline_reports(
@@ -76,7 +65,7 @@ def baseline_reports(
 def probed(train: Tensor, truth: np.ndarray, held: np.ndarray, queries: Tensor) -> np.ndarray:
     """Return (Q, L) bool: the labels of a probe; a class that either part has all or none of is absent."""
     predicted = np.zeros((len(queries), truth.shape[1]), dtype=bool)
-    known = np.all([truth[part].any(0) & ~truth[part].all(0) for part in (held, ~held)], axis=0)
+    known = both_values(truth[held]) & both_values(truth[~held])
     if known.any():
         probe = fit_probe(train, truth[:, known], held)
         predicted[:, known] = probe.probabilities(queries) > probe.thresholds.numpy()

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.files import atomic_write, is_text
+from reaf_hsenet.evaluate.embeddings import read_tensors, write_tensors
+from reaf_hsenet.files import is_text, named
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,7 @@ class SearchIndex:
     def write(self, path: Path) -> None:
         if odd := [name for name in self.ids if "\n" in name or not is_text(name)]:
             raise InputError(f"{odd[0]!r}: a name in an index is one line of UTF-8 text; rename the file")
-        with atomic_write(path, "wb") as file:
-            file.write(
-                save({"image": self.image.contiguous()}, {"ids": "\n".join(self.ids), "model": self.model})
-            )
+        write_tensors(path, {"image": self.image}, {"ids": "\n".join(self.ids), "model": self.model})
 
     def nearest(self, query: Tensor, top: int) -> list[tuple[str, float]]:
         """The `top` scans with the largest cosine to a unit vector (C,), best first."""
@@ -41,16 +37,10 @@ class SearchIndex:
 def read_index(path: Path) -> SearchIndex:
     """Raises InputError, naming the file, for anything that is not an index."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; make an index with infer.py embed SCAN... --out {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            image = file.get_tensor("image") if "image" in file.keys() else None  # noqa: SIM118, it is no dict
-            known = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: is truncated or not a safetensors file ({' '.join(str(error).split())[:100]})"
-        ) from error
+    again = f"make an index with infer.py embed SCAN... --out {path}"
+    with named(path, "is truncated or not a safetensors file", again):
+        tensors, known = read_tensors(path)
+    image = tensors.get("image")
     ids = known.get("ids", "").split("\n")
     if (
         image is None

@@ -5,7 +5,6 @@ data: data/prompts/{volume,organ}.json, or a file of the user in the same form. 
 CT-RATE that REAF, HLIP (commit 70ef68d) and fVLM publish.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reaf_hsenet.data.labels import LabelSet, LabelTable
+from reaf_hsenet.data.labels import LabelSet, LabelTable, label_tables, load_label_set
+from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.evaluate.show import cell, show
-from reaf_hsenet.files import atomic_write, read_json
-from reaf_hsenet.metrics.classification import AT_A_CUT, both_values
-from reaf_hsenet.runs.checkpoint import Choice
+from reaf_hsenet.evaluate.command import Command
+from reaf_hsenet.evaluate.embeddings import Vectors
+from reaf_hsenet.evaluate.results import ClassTask, Results, class_results, print_classes
+from reaf_hsenet.files import read_json
+from reaf_hsenet.metrics.classification import AT_A_CUT, both_values, classification_report
 from reaf_hsenet.runs.trained import Trained
 
 PROMPTS = ("volume", "organ")
@@ -33,22 +34,11 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Task:
-    """Classes to score: each with the prompts that score it, labels (N, C) bool, and means to take.
+class Task(ClassTask):
+    """Classes with the prompts that score them. texts: as of Prompts. scored_from: {class: its prompts}."""
 
-    source: where the labels are from.
-    """
-
-    source: Path
     texts: dict[str, tuple[str, str]]
     scored_from: dict[str, list[str]]
-    labels: np.ndarray
-    means: dict[str, list[str]]
-    notes: list[str]
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.scored_from)
 
 
 def load_prompts(name: str) -> Prompts:
@@ -97,6 +87,13 @@ def _only(values, required: set[str], optional: set[str], where: str) -> None:
         raise InputError(f"{where}: expected the keys {', '.join(sorted(required))}; found {found or 'none'}")
 
 
+def define(command: Command, manifest: Manifest) -> list[Task]:
+    """Match the prompts with the labels of --labels, one or two tables, or of the manifest."""
+    prompts, label_set = load_prompts(command.prompts), load_label_set(command.label_set)
+    tables, ids = label_tables(command.labels, manifest, command.split), manifest.ids(command.split)
+    return [define_task(prompts, label_set, table, ids) for table in tables]
+
+
 def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: list[str]) -> Task:
     """Match prompts and labels; classes are in the prompts' order.
 
@@ -142,7 +139,21 @@ def define_task(prompts: Prompts, label_set: LabelSet, table: LabelTable, ids: l
     means = {"mean": []}
     means |= {name: out for name, out in label_set.means.items() if set(out) & set(scored_from)}
     texts = {prompt: prompts.texts[prompt] for parts in scored_from.values() for prompt in parts}
-    return Task(table.source, texts, scored_from, labels, means, notes)
+    return Task(table.source, list(scored_from), labels, means, notes, texts, scored_from)
+
+
+def measure(
+    command: Command, run: Trained, manifest: Manifest, tasks: list[Task], vectors: Vectors
+) -> Results:
+    """Score the volumes' embeddings."""
+    scores = [score(run, vectors[command.split]["image"], task) for task in tasks]
+    reports = [
+        classification_report(task.labels, found, task.names, task.means, command.bootstrap, command.seed)
+        for task, found in zip(tasks, scores, strict=True)
+    ]
+    results = class_results(command, manifest.ids(command.split), tasks, scores, reports)
+    results.values["prompts"] = {"source": command.prompts, "texts": tasks[0].texts}
+    return results
 
 
 @torch.inference_mode()
@@ -173,56 +184,14 @@ def combine(scores: Tensor) -> Tensor:
     return torch.where((scores > 0.5).any(1), scores.amax(1), scores.amin(1))
 
 
-def write_scores(
-    path: Path,
-    ids: list[str],
-    names: list[str],
-    labels: np.ndarray,
-    scores: np.ndarray,
-    checkpoint: Choice,
-) -> None:
-    """Write a row a volume: id, the score of each class, each label, and the checkpoint."""
-    with atomic_write(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", *names, *(f"label: {name}" for name in names), "checkpoint"])
-        for volume, row, present in zip(ids, scores, labels, strict=True):
-            writer.writerow([volume, *(f"{v:.9g}" for v in row), *present.astype(int), checkpoint])
-
-
 def print_scores(results: dict) -> None:
     """Print a line for each class and mean: ranking metrics, those at argmax and those at the threshold."""
-    rows = {**results["classes"], **{f"{k} of {v['classes']}": v for k, v in results["means"].items()}}
-    width = max(map(len, rows)) + 1
+
+    def cells(name: str, row: dict) -> list:
+        argmax, thresholded = ([row[cut][m] for m in AT_A_CUT[:5]] for cut in ("argmax", "thresholded"))
+        return [*argmax, row.get("threshold"), *thresholded]
+
     at_cut = [(name, 6) for name in ("b.acc", "acc", "F1", "rec", "prec")]  # the first of AT_A_CUT
-    columns = [("n", 6), ("AUROC", 7), ("95%", 15), ("AP", 7), *at_cut, ("thr", 7), *at_cut]
-    values = {}
-    for name, row in rows.items():
-        low, high = row["interval_95"]["auroc"] if "interval_95" in row else (None, None)
-        interval = None if low is None else f"{cell(low)} to {cell(high)}"
-        values[name] = [row.get("positives", ""), row["auroc"], interval, row["average_precision"]]
-        values[name] += [row["argmax"][metric] for metric in AT_A_CUT[: len(at_cut)]]
-        values[name] += [row.get("threshold")]
-        values[name] += [row["thresholded"][metric] for metric in AT_A_CUT[: len(at_cut)]]
-    print(f"{'':<{width + 35}}{'at argmax':^30}{'':>7}{'at the threshold':^30}")
-    show(values, columns, "class", width)
-    print("n: positives. F1: weighted. Thresholds are found on this data itself, as published.")
-    print(f"labels: {results['labels']['table']}")
-    for note in results["notes"]:
-        print(f"note: {note}")
-    print_second_labels(results, width)
-
-
-def print_second_labels(results: dict, width: int) -> None:
-    """Print what two tables of labels give, side by side, where there are two."""
-    if "second_labels" not in results:
-        return
-    rows, columns, second = {}, [], results["second_labels"]
-    for number, table in enumerate((results, second), start=1):
-        print(f"labels [{number}]: {table['labels']['table']}")
-        columns += [(f"{what} [{number}]", 10) for what in ("n", "AUROC", "AP")]
-        for name, row in (table["classes"] | table["means"]).items():
-            before = rows.setdefault(name, [""] * 3 * (number - 1))
-            before += [row.get("positives", ""), row["auroc"], row["average_precision"]]
-    show(rows, columns, "class", width)
-    for note in second["notes"]:
-        print(f"note: {note}")
+    print_classes(results, [*at_cut, ("thr", 7), *at_cut], cells)
+    print("n: positives. F1: weighted. Before thr: at argmax; after it: at the threshold.")
+    print("Thresholds are found on this data itself, as published.")

@@ -48,15 +48,15 @@ def classification_report(
         report["classes"][name] = {
             "positives": int(labels[:, j].sum()),
             **_nested(values[:, j]),
-            "threshold": _or_none(thresholds[j]),
-            **_interval(None if draws is None else draws[:, :, j]),
+            "threshold": or_none(thresholds[j]),
+            **_intervals(None if draws is None else draws[:, :, j]),
         }
     for mean, left_out in means.items():
         kept = usable & np.array([name not in left_out for name in names])
         report["means"][mean] = {
             "classes": int(kept.sum()),
             **_nested(mean_over_classes(values, kept)),
-            **_interval(None if draws is None else mean_over_classes(draws, kept)),
+            **_intervals(None if draws is None else mean_over_classes(draws, kept)),
         }
     return report
 
@@ -211,27 +211,27 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarr
     return predicted, present, count[some]
 
 
-def _nested(values: np.ndarray) -> dict:
-    """(M,) or (M, 2) -> {"auroc": value, "argmax": {"recall": value, ...}, ...}."""
+def _nested(values: np.ndarray | list[list]) -> dict:
+    """(M,), or M intervals -> {"auroc": value, "argmax": {"recall": value, ...}, ...}."""
     made: dict = {}
     for name, value in zip(METRICS, values, strict=True):
         group, _, metric = name.rpartition(".")
         place = made.setdefault(group, {}) if group else made
-        place[metric] = _or_none(value) if value.ndim == 0 else [_or_none(v) for v in value]
+        place[metric] = value if isinstance(value, list) else or_none(value)
     return made
 
 
-def _interval(draws: np.ndarray | None) -> dict:
+def _intervals(draws: np.ndarray | None) -> dict:
     """draws (R, M) -> {"interval_95": ...}, over the resamples in which a metric is defined."""
-    if draws is None:
-        return {}
-    bounds = np.full((len(METRICS), 2), np.nan)
-    for m, column in enumerate(draws.T):
-        defined = column[~np.isnan(column)]
-        if len(defined):
-            bounds[m] = np.percentile(defined, (2.5, 97.5))
-    return {"interval_95": _nested(bounds)}
+    return {} if draws is None else {"interval_95": _nested(list(map(interval, draws.T)))}
 
 
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def interval(draws: np.ndarray) -> list[float | None]:
+    """Return [low, high], 95 % of the draws (R,) that are defined; None where none is."""
+    defined = draws[np.isfinite(draws)]
+    return np.percentile(defined, (2.5, 97.5)).tolist() if len(defined) else [None, None]
+
+
+def or_none(value: np.generic) -> float | int | None:
+    """Return the number for JSON, which has no NaN."""
+    return None if np.isnan(value) else value.item()

@@ -19,6 +19,7 @@ from reaf_hsenet.data.phantom.labeler import read_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import read_object
 from reaf_hsenet.metrics.bertscore import load_text_reader
+from reaf_hsenet.metrics.classification import or_none
 from reaf_hsenet.models.text_encoder import Pooler, TextEncoder
 from reaf_hsenet.weights.files import load_strictly, read_weights
 from reaf_hsenet.weights.names import classifier_table, import_state
@@ -55,12 +56,12 @@ def clinical_report(predicted: np.ndarray, truth: np.ndarray, names: Sequence[st
     metrics = ("precision", "recall", "f1")
     scores, micro = label_scores(predicted, truth), label_scores(predicted.ravel(), truth.ravel())
     kept = scores["support"] > 0
-    classes = {name: {m: _or_none(values[j]) for m, values in scores.items()} for j, name in enumerate(names)}
+    classes = {name: {m: or_none(values[j]) for m, values in scores.items()} for j, name in enumerate(names)}
     return {
         "reports": len(truth),
         "classes": classes,
-        "micro": {m: _or_none(micro[m]) for m in metrics},
-        "macro": {m: _or_none(scores[m][kept].mean()) if kept.any() else None for m in metrics},
+        "micro": {m: or_none(micro[m]) for m in metrics},
+        "macro": {m: or_none(scores[m][kept].mean()) if kept.any() else None for m in metrics},
         "crg": crg(predicted, truth),
         "classes_in_macro": int(kept.sum()),
         "left_out_of_macro": [name for name, has in zip(names, kept, strict=True) if not has],
@@ -82,10 +83,6 @@ def crg(predicted: np.ndarray, truth: np.ndarray) -> float | None:
     hits, misses, false = (m.sum() for m in (predicted & truth, ~predicted & truth, predicted & ~truth))
     score, best = weight * (hits - misses) - false, weight * positives
     return float(best / (2 * best - score))
-
-
-def _or_none(value: np.generic) -> float | int | None:
-    return None if np.isnan(value) else value.item()
 
 
 def phantom_labels(texts: Sequence[str]) -> np.ndarray:

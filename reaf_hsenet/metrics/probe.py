@@ -31,6 +31,9 @@ class Probe:
     def logits(self, features: Tensor) -> Tensor:
         return features.to(self.weight) @ self.weight + self.bias
 
+    def uncalibrated(self, features: Tensor) -> np.ndarray:
+        return self.logits(features).double().sigmoid().numpy()
+
     def probabilities(self, features: Tensor) -> np.ndarray:
         """Return (N, L) float64 calibrated probabilities of (N, C) features."""
         return (self.slope * self.logits(features) + self.offset).double().sigmoid().numpy()

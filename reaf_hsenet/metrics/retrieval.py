@@ -28,14 +28,16 @@ MAP_KS = (5, 10, 50)
 class CrossRetrieval:
     """Both directions of report <-> volume retrieval; the keys are `report_to_volume` and `volume_to_report`.
 
-    tables: the recall table of each direction.
     ranks: (Q,) int64, from 1, of each direction's queries.
     query_rows: (Q,) int64, the row of the embeddings that each query is.
     """
 
-    tables: dict[str, dict[str, float | int]]
     ranks: dict[str, torch.Tensor]
     query_rows: dict[str, torch.Tensor]
+
+    @property
+    def tables(self) -> dict[str, dict[str, float | int]]:
+        return {direction: recall_table(found) for direction, found in self.ranks.items()}
 
 
 @torch.no_grad()
@@ -85,10 +87,8 @@ def cross_retrieval(image: torch.Tensor, text: torch.Tensor) -> CrossRetrieval:
     image, text: (N, C). A reconstruction of the same scan, whose report is the same, counts as a miss.
     """
     rows = torch.arange(len(image), device=image.device)
-    return _both_directions(
-        report_to_volume=(ranks(text, image, rows), rows),
-        volume_to_report=(ranks(image, text, rows), rows),
-    )
+    found = {"report_to_volume": ranks(text, image, rows), "volume_to_report": ranks(image, text, rows)}
+    return CrossRetrieval(found, dict.fromkeys(found, rows))
 
 
 def cross_retrieval_per_scan(image: torch.Tensor, text: torch.Tensor, scans: torch.Tensor) -> CrossRetrieval:
@@ -102,10 +102,11 @@ def cross_retrieval_per_scan(image: torch.Tensor, text: torch.Tensor, scans: tor
     rows = torch.arange(len(image), device=image.device)
     numbers, items = torch.unique(scans, return_inverse=True)
     first = torch.full_like(numbers, len(image)).scatter_reduce_(0, items, rows, "amin")
-    return _both_directions(
-        report_to_volume=(ranks(text[first], image, items[first], items), first),
-        volume_to_report=(ranks(image, text, items, items), rows),
-    )
+    found = {
+        "report_to_volume": ranks(text[first], image, items[first], items),
+        "volume_to_report": ranks(image, text, items, items),
+    }
+    return CrossRetrieval(found, {"report_to_volume": first, "volume_to_report": rows})
 
 
 @torch.no_grad()
@@ -242,14 +243,6 @@ def _similarity_blocks(queries: torch.Tensor, gallery: torch.Tensor) -> Iterator
     for start in range(0, len(queries), block):
         rows = slice(start, min(start + block, len(queries)))
         yield rows, torch.mm(queries[rows].float(), gallery.T, out=buffer[: rows.stop - start])
-
-
-def _both_directions(**directions: tuple[torch.Tensor, torch.Tensor]) -> CrossRetrieval:
-    return CrossRetrieval(
-        tables={name: recall_table(found) for name, (found, _) in directions.items()},
-        ranks={name: found for name, (found, _) in directions.items()},
-        query_rows={name: rows for name, (_, rows) in directions.items()},
-    )
 
 
 def require_finite(**embeddings: torch.Tensor) -> None:

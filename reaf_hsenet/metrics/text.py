@@ -37,7 +37,7 @@ def text_report(predictions: Sequence[str], references: Sequence[str]) -> dict[s
     return {
         "reports": len(rows),
         "empty_reports": sum(not prediction for prediction, _ in pairs),
-        **{name: math.fsum(row[name] for row in rows) / len(rows) for name in SAMPLE_SCORES},
+        **means(rows),
         **corpus_bleu([(tokens_13a(p), tokens_13a(r)) for p, r in pairs]),
         "meteor": nltk_meteor(pairs),
     }
@@ -49,6 +49,10 @@ def sample_scores(prediction: str, reference: str) -> dict[str, float]:
     precisions = [_share(*found) for found in _ngram_matches(*pair)]
     rouge = rouge_scores(tokens_rouge(prediction), tokens_rouge(reference))
     return dict(zip(SAMPLE_SCORES, (*precisions, *rouge, meteor_without_synonyms(*pair)), strict=True))
+
+
+def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def tokens_13a(text: str) -> list[str]:

@@ -4,14 +4,13 @@ RadGenome-ChestCT.
 An answer is a path of places, "lung/right lung/right upper lobe", and belongs to one of 11 anatomies.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from reaf_hsenet.metrics.clinical import label_scores
-from reaf_hsenet.metrics.text import sample_scores
+from reaf_hsenet.metrics.text import means, sample_scores
 
 ANATOMIES = (
     "Lung",
@@ -63,21 +62,21 @@ def vqa_report(predictions: Sequence[str], answers: Sequence[str]) -> dict:
     grouped: dict[str, list[dict]] = {}
     for anatomy, row in zip(true, rows, strict=True):
         grouped.setdefault(anatomy, []).append(row)
-    per_anatomy = {name: _means(grouped[name]) for name in ANATOMIES if name in grouped}
+    per_anatomy = {name: means(grouped[name]) for name in ANATOMIES if name in grouped}
     texts = [answer.strip().lower() for answer in answers]
     guess = Counter(texts).most_common(1)[0][0]
     guessed = [answer_accuracies(guess, answer) for answer in answers]
     return {
         "questions": len(answers),
         "empty_answers": sum(not p.strip() for p in predictions),
-        "micro_average": _means(rows),
-        "macro_average": _means(list(per_anatomy.values())),
+        "micro_average": means(rows),
+        "macro_average": means(list(per_anatomy.values())),
         "per_anatomy": per_anatomy,
         "classification": anatomy_classification(named, true),
         "majority": {
             "answer": guess,
             "acc_anatomy": true.count(anatomy_of(guess)) / len(true),
-            **_means(guessed),
+            **means(guessed),
         },
         "chance": {"acc_anatomy": _chance(true), "acc_text": _chance(texts)},
     }
@@ -96,10 +95,6 @@ def anatomy_classification(named: Sequence[str], true: Sequence[str]) -> dict:
         "macro_over_true_anatomies": {m: float(scores[m][support > 0].mean()) for m in metrics},
         "weighted": {m: float(scores[m] @ support / support.sum()) for m in metrics},
     }
-
-
-def _means(rows: list[dict]) -> dict[str, float]:
-    return {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def _chance(values: list[str]) -> float:
