@@ -224,7 +224,8 @@ def write_language(
         truth = language_scores.true_labels(manifest, [entries[row.entry] for row in rows])
         if labels is None and readers.labeler:
             labels = readers.labeler(texts)
-        scores, table = language_scores.report_scores(texts, rows, readers, truth, labels, baselines)
+        usual = language_scores.usual_report(manifest)
+        scores, table = language_scores.report_scores(texts, rows, readers, truth, labels, baselines, usual)
     else:
         scores, table = language_scores.answer_scores(texts, rows, readers.bert)
     write_json(out / f"{command.task}.json", {"n": len(rows), **head, **scores})

@@ -119,7 +119,8 @@ def classify(args: argparse.Namespace, model: ScanModel, show: Callable) -> dict
         show(f"{name:<{width}}  {probability:.3f}{decided}")
         known = {} if cut is None else {"threshold": cut}
         classes.append({"name": name, "probability": probability, **known})
-    return {"path": str(args.scan), "classes": classes, **made_by(model)}
+    by = "prompts" if cut is None else "probe"
+    return {"path": str(args.scan), "classes": classes, "by": by, **made_by(model)}
 
 
 def embed(args: argparse.Namespace, model: ScanModel, show: Callable) -> list[dict]:
@@ -195,7 +196,7 @@ def add_inputs(command: Parser, name: str) -> None:
     if name == "classify":
         usual = "the run's probe, of evaluate.py --task probe, else volume"
         add("--prompts", help=f"zero-shot: volume, organ or a json file (default: {usual})")
-        add("--label-set", choices=LABEL_SETS, default="ct-rate", help="default: ct-rate")
+        add("--label-set", choices=LABEL_SETS, help="zero-shot: whose classes (default: ct-rate)")
     if name == "ask":
         add("question")
     if name == "report":

@@ -60,24 +60,24 @@ class LabelTable:
 
     def values(self, ids: list[str], columns: list[list[str]]) -> np.ndarray:
         """Return (N, C) bool: any of a class's columns is 1. Raises InputError for an absent volume."""
-        rows = dict(zip(ids, self._rows(ids), strict=True))
+        rows = self.by_volume(ids)
+        for volume in ids:
+            if volume not in rows:
+                raise InputError(
+                    f"{self.source}: has no labels of volume {volume}; add its row, or name another table "
+                    f"with --labels"
+                )
         found = [[any([self._value(i, rows[i], c) for c in group]) for group in columns] for i in ids]
         return np.array(found, dtype=bool)
 
-    def _rows(self, ids: list[str]) -> list[dict]:
-        """Return the volumes' rows, whose names may have other folders than the volumes."""
+    def by_volume(self, ids: list[str]) -> dict[str, dict]:
+        """Return rows by the volumes' ids, whose folders the rows' names may lack."""
         volumes, found = Volumes(self.known or ids), {}
         for name, row in self.rows.items():
             volume = volumes.find(name, f"{self.source}: the row of {name}")
             if volume is not None and found.setdefault(volume, row) != row:
                 raise InputError(f"{self.source}: two rows are of volume {volume}; keep one")
-        for volume in ids:
-            if volume not in found:
-                raise InputError(
-                    f"{self.source}: has no labels of volume {volume}; add its row, or name another table "
-                    f"with --labels"
-                )
-        return [found[volume] for volume in ids]
+        return found
 
     def _value(self, volume: str, row: dict, column: str) -> bool:
         value = row.get(column)

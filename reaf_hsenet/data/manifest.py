@@ -106,6 +106,10 @@ class Manifest:
         """Name the split that training validates on, and so chooses its checkpoints."""
         return "development" if self.splits.get("development") else "validation"
 
+    def scans(self, split: str) -> np.ndarray:
+        """Return the scan of each volume of a split, (N,)."""
+        return np.array([entry["scan"] for entry in self.entries(split)])
+
     def training_sha256(self) -> str:
         """Hash the names of the training volumes."""
         names = "\n".join(sorted(entry["id"] for entry in self.splits.get("train", [])))

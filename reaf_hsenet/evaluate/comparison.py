@@ -51,8 +51,12 @@ def compare(task: str, folders: list[Path], resamples: int, seed: int) -> dict[s
                 f"{folder}: was evaluated on other {' and '.join(other)} than {folders[0]}; evaluate both on "
                 "the same split of the same data, with the same prompts and labels"
             )
-    measure = _recalls if task == "retrieval" else _class_scores
-    found = [measure([table[i] for i in ids], resamples, seed) for table in tables]
+    measure, found = _recalls if task == "retrieval" else _class_scores, []
+    for folder, table in zip(folders, tables, strict=True):
+        # A probe's thresholds are of its held-out training patients, never of what is compared.
+        classes = read_json(folder / "eval/probe.json")["classes"] if task == "probe" else {}
+        cuts = {"cuts": {name: row["threshold"] for name, row in classes.items()}} if classes else {}
+        found.append(measure([table[i] for i in ids], resamples, seed, **cuts))
     shared = [name for name in found[0] if all(name in run and math.isfinite(run[name][0]) for run in found)]
     if not shared:
         raise InputError(
@@ -124,12 +128,16 @@ def _recalls(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
     return found
 
 
-def _class_scores(rows: list[dict], resamples: int, seed: int) -> dict[str, tuple]:
-    """Mean over classes of the metrics SHOWN, and every class's AUROC."""
+def _class_scores(rows: list[dict], resamples: int, seed: int, cuts: dict | None = None) -> dict[str, tuple]:
+    """Mean over classes of the metrics SHOWN, and every class's AUROC.
+
+    cuts: thresholds by class; without them they are found on the rows themselves, as published.
+    """
     names = [name for name in rows[0] if f"label: {name}" in rows[0]]
     scores = np.array([[row[n] for n in names] for row in rows], dtype=np.float32)
     labels = np.array([[row[f"label: {n}"] == 1 for n in names] for row in rows])
-    thresholds, kept = find_thresholds(labels, scores), both_values(labels)
+    thresholds = np.array([cuts[name] for name in names]) if cuts else find_thresholds(labels, scores)
+    kept = both_values(labels)
     values = class_metrics(labels, scores, thresholds, np.ones((1, len(rows))))[0]
     draws = bootstrap(labels, scores, thresholds, resamples, seed) if resamples else values[None]
     mean, mean_draws = mean_over_classes(values, kept), mean_over_classes(draws, kept)

@@ -6,6 +6,7 @@ order. Its metadata says what they were made of: `ids`, `model` (sha256 of the w
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,6 +58,19 @@ class MeanTokens:
         return torch.cat([F.normalize(x.float().mean(1), dim=1) for x in tokens], 1)
 
 
+def made_of(run: Trained, manifest: Manifest, entries: list[dict]) -> str:
+    """Hash what embeddings depend on beside weights: volumes, slice features, reports, the vocabulary.
+
+    A file is known by its size and time of change, which cost no reading.
+    """
+    parts = [manifest.slices, run.origin.get("text_model"), getattr(run.tokenizer, "vocab", None)]
+    for entry in entries:
+        files = [os.stat(manifest.folder / entry[name]) for name in ("volume", "slices") if name in entry]
+        stamps = [(file.st_size, file.st_mtime_ns) for file in files]
+        parts.append([entry["id"], entry["text"], origin(entry), stamps])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def split_embeddings(
     run: Trained,
     manifest: Manifest,
@@ -75,14 +89,13 @@ def split_embeddings(
     """
     entries, language = manifest.entries(split), run.stage in LANGUAGE
     path = folder / f"{'scan_vectors' if language else 'embeddings'}_{split}.safetensors"
-    data = json.dumps([[entry["id"], entry["text"], origin(entry)] for entry in entries] + [manifest.slices])
-    source = {"ids": "\n".join(manifest.ids(split)), "data": hashlib.sha256(data.encode()).hexdigest()}
+    source = {"ids": "\n".join(manifest.ids(split)), "data": made_of(run, manifest, entries)}
     source |= {"model": run.sha256(), **({"base": json.dumps(run.base_sha256())} if language else {})}
     found = None
     if ranks.main and not anew:
         with suppress(InputError), named(path):  # absent, or cut off: computed again
             tensors, made = read_tensors(path)
-            found = tensors if made == source else None
+            found = tensors if made == source and "image" in tensors else None
     if distributed.gather_objects(found is not None)[0]:
         if ranks.main:
             print(f"embeddings of {path}")

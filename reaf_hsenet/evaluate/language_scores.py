@@ -80,6 +80,12 @@ def are_phantoms(manifest: Manifest) -> bool:
     )
 
 
+def usual_report(manifest: Manifest) -> str | None:
+    """Return the most frequent report of the training split, where there is one."""
+    reports = Counter(clean_report(entry["text"]) for entry in manifest.splits.get("train", []))
+    return reports.most_common(1)[0][0] if reports else None
+
+
 def report_scores(
     predictions: list[str],
     rows: list[Asked],
@@ -87,11 +93,13 @@ def report_scores(
     truth: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     baselines: dict[str, list[str]] | None = None,
+    usual: str | None = None,
 ) -> tuple[dict, list[dict]]:
     """(scores of generated reports, a csv row each).
 
     truth: (n, 18) labels; without them those that the labeler reads in the references. labels: (n, 18) of the
-    predictions. Findings are scored where both are known. baselines: reports of others, scored beside.
+    predictions. Findings are scored where both are known. baselines: reports of others, scored beside. usual:
+    the most frequent training report; without one that of the references is a baseline.
     """
     references, labeler = [row.truth for row in rows], readers.labeler
     scores, table = _text_scores(predictions, rows, readers.bert)
@@ -99,7 +107,7 @@ def report_scores(
         truth = labeler(references)
     if labels is not None and truth is not None:
         scores["clinical"] = clinical_report(labels, truth)
-    guess = Counter(references).most_common(1)[0][0]
+    guess = usual or Counter(references).most_common(1)[0][0]
     others = {"most_frequent_report": [guess] * len(rows), **(baselines or {})}
     scores["baselines"] = guesses(truth) if "clinical" in scores else {}
     for name, texts in others.items():

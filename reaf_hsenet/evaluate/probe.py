@@ -4,6 +4,7 @@ A fifth of the training patients, held out of the fit, choose penalties, calibra
 the logistic regression stand the k nearest training volumes, and regressions that see few volumes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from reaf_hsenet.data.labels import LabelSet, LabelTable, label_tables, load_label_set
+from reaf_hsenet.data.labels import LabelSet, LabelTable, label_tables, load_label_set, manifest_labels
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.patients import held_rows
 from reaf_hsenet.errors import InputError
@@ -59,35 +60,46 @@ class Task(ClassTask):
 def define(command: Command, manifest: Manifest) -> list[Task]:
     """Match training volumes and those to score with the labels of --labels, or of the manifest."""
     label_set = load_label_set(command.label_set)
-    train, scored = (label_tables(command.labels, manifest, split) for split in ("train", command.split))
-    pairs = zip(train, scored, strict=True)
-    return [define_task(*pair, label_set, manifest, command.split) for pair in pairs]
+    tables = label_tables(command.labels, manifest, command.split)
+    return [define_task(table, label_set, manifest, command.split) for table in tables]
 
 
-def define_task(
-    train: LabelTable, scored: LabelTable, label_set: LabelSet, manifest: Manifest, split: str
-) -> Task:
-    """Match the volumes of the training split and of `split` with their labels.
+def define_task(scored: LabelTable, label_set: LabelSet, manifest: Manifest, split: str) -> Task:
+    """Match the volumes of `split` and of the training split with their labels.
 
-    Training volumes for which the manifest has no labels are left out, and classes that all or none of the
-    fitted or of the held-out volumes have. Raises InputError when none is left.
+    A table without a training volume is scored by, and the manifest's labels are fitted. Left out are
+    training volumes without labels, and classes that all or none of the fitted or of the held-out volumes
+    have. Raises InputError when no class is left.
     """
-    classes = train.known_classes(label_set, manifest.labels)
-    entries = manifest.entries("train")
-    rows = [i for i, e in enumerate(entries) if train.source != manifest.name or e["id"] in train.rows]
-    labels = train.values([entries[i]["id"] for i in rows], list(classes.values()))
-    held = held_rows([entries[i] for i in rows])
+    # Published tables are often of one split.
+    ids, train, notes = manifest.ids("train"), scored, []
+    if not scored.by_volume(ids):
+        train = manifest_labels(manifest, "train")
+        if scored.source != manifest.name:
+            notes.append(f"{scored.source} has no training volumes; fitted on the labels of {train.source}")
+    labelled, columns = train.by_volume(ids), scored.classes(label_set)
+    rows = [i for i, name in enumerate(ids) if name in labelled]
+    classes = {
+        name: own for name, own in train.known_classes(label_set, manifest.labels).items() if name in columns
+    }
+    labels = train.values([ids[i] for i in rows], list(classes.values()))
+    held = held_rows([manifest.entries("train")[i] for i in rows])
     usable = both_values(labels[held]) & both_values(labels[~held])
     names = [name for name, use in zip(classes, usable, strict=True) if use]
     if not names:
         raise InputError(
             f"{train.source}: no class is both present and absent among the training volumes and among the "
-            f"{held.sum()} held out of them; label more of the training split"
+            f"{held.sum()} held out of them, of a fifth of the patients; label more of the training split"
         )
-    notes = [
+    present = scored.values(manifest.ids(split), [columns[n] for n in names])
+    notes += [
         f"{name}: left out, all or none of the fitted training volumes have it, or of those held out"
         for name in classes
         if name not in names
+    ] + [
+        f"{name}: all or none of the {len(present)} volumes have it, so AUROC is undefined"
+        for name, defined in zip(names, both_values(present), strict=True)
+        if not defined
     ]
     return Task(
         source=train.source,
@@ -95,7 +107,7 @@ def define_task(
         rows=rows,
         train_labels=labels[:, usable],
         held=held,
-        labels=scored.values(manifest.ids(split), [classes[n] for n in names]),
+        labels=present,
         means={"mean": []} | {mean: out for mean, out in label_set.means.items() if set(out) & set(names)},
         notes=notes,
     )
@@ -112,7 +124,8 @@ def measure(
     require_finite(training=train, scored=image)
     probes = [fit_probe(train[task.rows], task.train_labels, task.held) for task in tasks]
     scores = [probe.probabilities(image) for probe in probes]
-    reports = [report(command, *of, train, image) for of in zip(tasks, probes, scores, strict=True)]
+    scans = manifest.scans(command.split)
+    reports = [report(command, *of, train, image, scans) for of in zip(tasks, probes, scores, strict=True)]
     results = class_results(command, manifest.ids(command.split), tasks, scores, reports)
     results.files[FILE] = StoredProbe(probes[0], tasks[0].names, run.sha256()).write
     curves = {"before calibration": probes[0].uncalibrated(image), "after": scores[0]}
@@ -123,14 +136,24 @@ def measure(
 
 
 def report(
-    command: Command, task: Task, probe: Probe, found: np.ndarray, train_image: Tensor, image: Tensor
+    command: Command,
+    task: Task,
+    probe: Probe,
+    found: np.ndarray,
+    train_image: Tensor,
+    image: Tensor,
+    scans: np.ndarray,
 ) -> dict:
-    """Return what the results file holds of a probe's probabilities, and what stands beside them."""
+    """Return what the results file holds of a probe's probabilities, and what stands beside them.
+
+    scans: (N,), of the scored volumes.
+    """
     train, truth, names, means = train_image[task.rows], task.train_labels, task.names, task.means
     drawn = {"resamples": command.bootstrap, "seed": command.seed}
     scored = classification_report(
-        task.labels, found, names, means, **drawn, thresholds=probe.thresholds.numpy()
+        task.labels, found, names, means, **drawn, thresholds=probe.thresholds.numpy(), scans=scans
     )
+    defined = both_values(task.labels)
     before, after = (calibration(task.labels, p) for p in (probe.uncalibrated(image), found))
     for name, error, brier in zip(names, *after, strict=True):
         scored["classes"][name] |= {"calibration_error": float(error), "brier": float(brier)}
@@ -143,7 +166,7 @@ def report(
         "volumes": {"training": len(train), "held_out": int(task.held.sum())},
         **scored,
         "calibration": {
-            name: {"calibration_error": float(errors.mean()), "brier": float(brier.mean())}
+            name: {"calibration_error": mean_of(errors[defined]), "brier": mean_of(brier[defined])}
             for name, (errors, brier) in (("before", before), ("after", after))
         },
         "nearest": classification_report(task.labels, votes, names, means, thresholds=cuts),
@@ -167,9 +190,13 @@ def few_shot(
             used = int(kept.sum())
             if used:
                 areas.append(area_under_roc(labels[:, kept], scores[:, kept]).mean())
-        value = float(np.mean(areas)) if areas else None
-        curve[str(shots)] = {"classes": used, "auroc": value, "interval_95": interval(np.array(areas))}
+        ends = interval(np.array(areas))
+        curve[str(shots)] = {"classes": used, "auroc": mean_of(areas), "interval_95": ends}
     return curve
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
 
 
 def print_scores(results: dict) -> None:
@@ -193,7 +220,12 @@ def print_scores(results: dict) -> None:
     rows = {name: [row[key] for key in ("classes", "auroc", "interval_95")] for name, row in curve.items()}
     print()
     show(rows, [("classes", 9), ("AUROC", 7), ("95%", 15)], "volumes a class")
-    print(f"kNN: AUROC of the {NEIGHBOURS} nearest training volumes' vote")
+    print(f"95 %: of all over scans, of few over {DRAWS} draws of volumes")
+    print(
+        f"F1, b.acc: above thr. ECE: calibration error. kNN: AUROC of the {NEIGHBOURS} nearest volumes' vote"
+    )
+    if "second_labels" in results:
+        print("fit, few volumes and calibration: by labels [1]")
     told = ", ".join(f"{name} {cell(row['calibration_error'])}" for name, row in made.items())
     print(f"calibration error {told}; Brier score {cell(made['after']['brier'])}")
 
@@ -234,4 +266,6 @@ def read_probe(path: Path, model: str, width: int) -> StoredProbe:
         len(t) != len(names) for t in list(vars(probe).values())[1:]
     ):
         raise InputError(f"{path}: has weights of {tuple(probe.weight.shape)}; {again}")
+    if not all(tensor.isfinite().all() for tensor in vars(probe).values()):
+        raise InputError(f"{path}: holds NaN or infinity; {again}")
     return StoredProbe(probe, names, model)

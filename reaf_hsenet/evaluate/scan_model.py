@@ -212,26 +212,29 @@ class ScanModel:
         )
 
     def classify(
-        self, scan: Path | str, prompts: str | None = None, label_set: str = "ct-rate"
+        self, scan: Path | str, prompts: str | None = None, label_set: str | None = None
     ) -> dict[str, float]:
         """Return the probability of each class, highest first; see `findings`."""
         found = self.findings(scan, prompts, label_set)
         return {name: probability for name, (probability, _) in found.items()}
 
     def findings(
-        self, scan: Path | str, prompts: str | None = None, label_set: str = "ct-rate"
+        self, scan: Path | str, prompts: str | None = None, label_set: str | None = None
     ) -> dict[str, tuple[float, float | None]]:
         """Return (probability, threshold) of each class, highest first; above its threshold it is present.
 
-        prompts: `volume`, `organ` or a json file, for zero-shot classification, which has no thresholds; see
-        zeroshot.py. Without prompts, the probe that evaluate.py stored with the run, else `volume`.
+        prompts: `volume` (default), `organ` or a json file, and label_set (default: `ct-rate`) are for
+        zero-shot classification, which has no thresholds; see zeroshot.py. Without both, the probe is used
+        that evaluate.py has stored with the run, if any; which of them was used goes to `say`.
         """
         self.require_towers()
         path = results_folder(self.folder) / probe.FILE
-        if prompts is None and path.is_file():
+        if prompts is None and label_set is None and path.is_file():
+            self.say(f"classes by the probe {path}")
             image = self.embed(scan)
             return probe.read_probe(path, self.sha256, len(image)).classify(image)
-        task = class_task(prompts or "volume", label_set)
+        self.say(f"classes by prompts: {prompts or 'volume'}")
+        task = class_task(prompts or "volume", label_set or "ct-rate")
         image = self.embed(scan)[None]
         scores = zeroshot.score(self.run, image, task)[0].tolist()
         ordered = sorted(zip(task.names, scores, strict=True), key=lambda pair: -pair[1])

@@ -147,8 +147,9 @@ def measure(
 ) -> Results:
     """Score the volumes' embeddings."""
     scores = [score(run, vectors[command.split]["image"], task) for task in tasks]
+    how = {"resamples": command.bootstrap, "seed": command.seed, "scans": manifest.scans(command.split)}
     reports = [
-        classification_report(task.labels, found, task.names, task.means, command.bootstrap, command.seed)
+        classification_report(task.labels, found, task.names, task.means, **how)
         for task, found in zip(tasks, scores, strict=True)
     ]
     results = class_results(command, manifest.ids(command.split), tasks, scores, reports)
