@@ -77,7 +77,8 @@ def test_results_are_on_stdout_and_accounts_on_stderr(at_home, capsys):
     assert len(rows) == 18 and [float(p) for _, p in rows] == sorted(
         (float(p) for _, p in rows), reverse=True
     )
-    run, scan = err.splitlines()
+    run, by, scan = err.splitlines()
+    assert by == "classes by prompts: volume"
     assert run == "run: runs/clip1-hsenet, stage clip1, checkpoint last, step 1"
     assert (
         scan.startswith("scan.nii.gz: 48x48x24 voxels, ")

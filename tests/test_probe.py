@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import infer
@@ -203,8 +204,8 @@ def test_no_patient_is_both_fitted_and_held_out(many):
     manifest = load_manifest(many[1])
     for i, entry in enumerate(manifest.splits["train"]):
         entry |= {"id": f"train_{i // 2}_a_{i % 2}", "scan": f"train_{i // 2}_a"}
-    tables = manifest_labels(manifest, "train"), manifest_labels(manifest, "validation")
-    task = define_task(*tables, load_label_set("ct-rate"), manifest, "validation")
+    table = manifest_labels(manifest, "validation")
+    task = define_task(table, load_label_set("ct-rate"), manifest, "validation")
     names = [patient_name(manifest.entries("train")[row]) for row in task.rows]
     held, fitted = ({n for n, h in zip(names, task.held, strict=True) if h == side} for side in (True, False))
     assert len(held) == 2 and len(fitted) == 8 and not held & fitted and len(task.names) == 18
@@ -245,6 +246,8 @@ def test_the_task_keeps_embeddings_and_a_probe_that_classify_takes(many, capsys,
     assert infer.main(command) == 0
     found = json.loads(capsys.readouterr().out)["classes"]
     assert len(found) == 18 and all(0 <= row["probability"] <= 1 and "threshold" in row for row in found)
+    with safe_open(run / "eval/probe.safetensors", "pt") as file:
+        known = file.metadata()
     stored = load_file(run / "eval/probe.safetensors")
     assert {round(row["threshold"], 6) for row in found} == {
         round(x, 6) for x in stored["thresholds"].tolist()
@@ -257,14 +260,32 @@ def test_the_task_keeps_embeddings_and_a_probe_that_classify_takes(many, capsys,
         infer.main,
     )
     assert infer.main([*command, "--checkpoint", "step-000003", "--prompts", "organ"]) == 0
+    assert json.loads(capsys.readouterr().out)["by"] == "prompts"
+    save_file(stored | {"bias": stored["bias"] * torch.nan}, run / "eval/probe.safetensors", known)
+    wrong(command, "probe.safetensors: holds NaN or infinity; make it again", infer.main)
 
 
 def test_probes_of_two_runs_are_compared_on_the_same_volumes(many, capsys, tmp_path):
     run, data = many
     evaluate.main(probe(run, data))
     other = shutil.copytree(run, tmp_path / "other")
-    evaluate.main(["--task", "probe", "--compare", str(run), str(other), "--bootstrap", "5"])
+    compared = [
+        "--task",
+        "probe",
+        "--compare",
+        str(run),
+        str(other),
+        "--bootstrap",
+        "5",
+        "--out",
+        str(tmp_path),
+    ]
+    evaluate.main(compared)
     assert "mean auroc" in capsys.readouterr().out
+    # Thresholds are the probe's own, not found on what is compared.
+    name = "thresholded.balanced_accuracy"
+    found = read_json(run / "eval/probe.json")["means"]["mean"]["thresholded"]["balanced_accuracy"]
+    assert read_json(tmp_path / "comparison_probe.json")[f"mean {name}"][0]["value"] == pytest.approx(found)
 
 
 def test_what_a_probe_cannot_be_fitted_on_is_one_line(many, tmp_path):
@@ -276,7 +297,42 @@ def test_what_a_probe_cannot_be_fitted_on_is_one_line(many, tmp_path):
     wrong(probe(run, data), "no class is both present and absent among the training volumes", evaluate.main)
     wrong(probe(run, data, "--split", "train"), "--split train: is what a probe is fitted on", evaluate.main)
     table = tmp_path / "labels.csv"
-    table.write_text("VolumeName,Cardiomegaly\nvalid_9_a_1,1\n")
-    wrong(
-        probe(run, data, "--labels", table), "labels.csv: has no labels of volume train_0_a_1", evaluate.main
-    )
+    table.write_text("VolumeName,Cardiomegaly\ntrain_0_a_1,1\ntrain_1_a_1,0\n")
+    wrong(probe(run, data, "--labels", table), "labels.csv: no class is both present", evaluate.main)
+
+
+def test_a_table_of_one_split_is_scored_by_and_the_manifests_labels_are_fitted(many, tmp_path, capsys):
+    run, data = many
+    table = tmp_path / "labels.csv"
+    rows = [f"validation_{i}_a_1,{i % 2},0" for i in range(4)]
+    table.write_text("\n".join(["VolumeName,Cardiomegaly,Emphysema", *rows]))
+    assert evaluate.main(probe(run, data, "--labels", table)) == 0
+    assert "labels.csv has no training volumes; fitted on the labels of" in capsys.readouterr().out
+    found = read_json(run / "eval/probe.json")
+    assert found["labels"]["table"] == str(table) and set(found["classes"]) == {"Cardiomegaly", "Emphysema"}
+    assert found["classes"]["Cardiomegaly"]["positives"] == 2 and found["means"]["mean"]["classes"] == 1
+    assert any("Emphysema: all or none of the 4 volumes" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("change", ["volume", "report", "vocabulary"])
+def test_embeddings_of_changed_files_reports_or_words_are_computed_again(many, change, monkeypatch):
+    run, data = many
+    command = ["--task", "retrieval", "--run", str(run), "--data", str(data), "--device", "cpu"]
+    assert evaluate.main(command) == 0
+    monkeypatch.setattr(embeddings, "embed", lambda *_, **__: pytest.fail("embedded again"))
+    assert evaluate.main(command) == 0
+    entry = load_manifest(data).entries("validation")[0]
+    if change == "volume":
+        path = data / entry["volume"]
+        voxels = np.load(path)
+        path.unlink()  # a link
+        np.save(path, voxels)
+    elif change == "report":
+        values = read_json(data / "manifest.json")
+        values["splits"]["validation"][0]["text"] += " The heart is large."
+        write_json(data / "manifest.json", values)
+    else:
+        words = (run / "vocab.txt").read_text().splitlines()
+        (run / "vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
+    with pytest.raises(pytest.fail.Exception, match="embedded again"):
+        evaluate.main(command)

@@ -68,16 +68,16 @@ class LabelTable:
                     f"with --labels"
                 )
         found = [[any([self._value(i, rows[i], c) for c in group]) for group in columns] for i in ids]
-        return np.array(found, dtype=bool)
+        return np.array(found, dtype=bool).reshape(len(ids), len(columns))
 
     def by_volume(self, ids: list[str]) -> dict[str, dict]:
-        """Return rows by the volumes' ids, whose folders the rows' names may lack."""
+        """Return the rows of these volumes, as far as there are any; names may lack the ids' folders."""
         volumes, found = Volumes(self.known or ids), {}
         for name, row in self.rows.items():
             volume = volumes.find(name, f"{self.source}: the row of {name}")
             if volume is not None and found.setdefault(volume, row) != row:
                 raise InputError(f"{self.source}: two rows are of volume {volume}; keep one")
-        return found
+        return {volume: found[volume] for volume in ids if volume in found}
 
     def _value(self, volume: str, row: dict, column: str) -> bool:
         value = row.get(column)

@@ -23,7 +23,7 @@ def held_rows(entries: Sequence[dict], share: float = 0.2) -> np.ndarray:
     """Return (N,) bool, which of a manifest's entries are of a held-out share of their patients."""
     patients = [patient_name(entry) for entry in entries]
     held = held_out(patients, round(share * len(set(patients))))
-    return np.array([patient in held for patient in patients])
+    return np.array([patient in held for patient in patients], dtype=bool)
 
 
 def held_out(patients: Iterable[str], count: int) -> set[str]:

@@ -102,7 +102,7 @@ def define_task(scored: LabelTable, label_set: LabelSet, manifest: Manifest, spl
         if not defined
     ]
     return Task(
-        source=train.source,
+        source=scored.source,
         names=names,
         rows=rows,
         train_labels=labels[:, usable],

@@ -233,8 +233,8 @@ class ScanModel:
             self.say(f"classes by the probe {path}")
             image = self.embed(scan)
             return probe.read_probe(path, self.sha256, len(image)).classify(image)
-        self.say(f"classes by prompts: {prompts or 'volume'}")
         task = class_task(prompts or "volume", label_set or "ct-rate")
+        self.say(f"classes by prompts: {prompts or 'volume'}")
         image = self.embed(scan)[None]
         scores = zeroshot.score(self.run, image, task)[0].tolist()
         ordered = sorted(zip(task.names, scores, strict=True), key=lambda pair: -pair[1])
