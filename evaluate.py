@@ -220,8 +220,7 @@ def write_language(
     """
     out, reports = command.results, command.task == "mrg"
     if reports:
-        entries = manifest.entries(command.split)
-        truth = language_scores.true_labels(manifest, [entries[row.entry] for row in rows])
+        truth = language_scores.wanted_labels(command, manifest, rows)
         if labels is None and readers.labeler:
             labels = readers.labeler(texts)
         usual = language_scores.usual_report(manifest)

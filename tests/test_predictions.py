@@ -101,6 +101,20 @@ def test_given_labels_are_scored_in_place_of_the_labelers(prepared, tmp_path):
     assert [row["Ground Truth"] for row in rows] == [clean_report(e["text"]) for e in entries]
 
 
+def test_findings_are_scored_by_another_table_of_labels(prepared, tmp_path):
+    entries = load_manifest(prepared).entries("validation")
+    cases = [{"input_image_name": e["id"], "report": clean_report(e["text"])} for e in entries]
+    rows = [[e["id"], *([1] * len(LABELS))] for e in entries]
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["VolumeName", *LABELS], *rows])
+    argv = ["--task", "mrg", "--predictions", written(tmp_path, plain(cases)), "--data", prepared]
+    argv = list(map(str, [*argv, "--out", tmp_path / "out", "--labels", tmp_path / "labels.csv"]))
+    assert evaluate.main(argv) == 0
+    classes = json.loads((tmp_path / "out/mrg.json").read_text())["clinical"]["classes"]
+    assert {row["support"] for row in classes.values()} == {len(entries)}
+    wrong([*argv, tmp_path / "labels.csv"], "--labels: expected one table, found 2", evaluate.main)
+
+
 def test_labels_are_of_all_cases_or_of_none(tmp_path):
     path = written(tmp_path, plain([CASES[0] | {"labels": dict.fromkeys(LABELS, 0)}, CASES[1]]))
     words = f"p.json: has no labels of {IDS[0]}; give those of all or none"

@@ -29,7 +29,10 @@ class Command:
 
     task: Literal[TASKS] = setting(MISSING, "what is measured", required=True)
     run: Path | None = setting(
-        None, "run folder, or published weights: file, folder or hub id (default: runs/TASK-MODEL)", word=str
+        None,
+        "run folder, or published weights: file, folder or hub id (default: runs/clip1-MODEL; of mrg and vqa "
+        "runs/TASK-MODEL)",
+        word=str,
     )
     text_model: str | None = setting(
         None, "folder or hub id with the vocabulary of a published checkpoint", metavar="NAME"
@@ -57,8 +60,11 @@ class Command:
     label_set: Literal[tuple(LABEL_SETS)] = _dual(
         "ct-rate", "how label columns become classes (default: ct-rate)"
     )
-    labels: tuple[Path, ...] = _dual(
-        (), "label table, or two side by side (default: the manifest's labels)", metavar="CSV"
+    labels: tuple[Path, ...] = setting(
+        (),
+        "label table, or two side by side; of mrg one (default: the manifest's labels)",
+        metavar="CSV",
+        only=(*ENCODER_TASKS, "mrg"),
     )
     protocol: tuple[Literal[PROTOCOLS], ...] = setting(
         (), "scored volumes, docs/evaluation.md (default: all)", metavar="NAME", only=("retrieval",)
@@ -109,7 +115,7 @@ class Command:
 FLAGS = flags(Command)
 COMPARED = {"task", "compare", "out", "bootstrap", "seed"}  # flags that --compare goes with
 SCORED = {"task", "predictions", "data", "split", "out", "device", "bertscore", "bertscore_layer"}
-SCORED |= {"classifier", "places", "format"}  # flags that --predictions goes with
+SCORED |= {"classifier", "places", "format", "labels"}  # flags that --predictions goes with
 
 
 def parse(argv: list[str], description: str) -> Command:
@@ -134,8 +140,9 @@ def check(command: Command) -> None:
             raise InputError("--compare: expected two or more runs")
     elif command.task == "probe" and command.split == "train":
         raise InputError("--split train: is what a probe is fitted on; score it on another split")
-    if len(command.labels) > 2:
-        raise InputError(f"--labels: expected one or two tables, found {len(command.labels)}")
+    if len(command.labels) > (most := 1 if command.task == "mrg" else 2):
+        expected = "one table" if most == 1 else "one or two tables"
+        raise InputError(f"--labels: expected {expected}, found {len(command.labels)}")
     if command.predictions:
         if foreign := sorted(command.given.keys() - SCORED):
             raise InputError(f"--{foreign[0].replace('_', '-')}: is of a run, and --predictions has none")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reaf_hsenet.data.labels import label_tables
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.phantom.findings import LABELS
 from reaf_hsenet.data.text import clean_report
@@ -68,6 +69,16 @@ def true_labels(manifest: Manifest, entries: list[dict]) -> np.ndarray | None:
         return None
     columns = [manifest.labels.index(label) for label in LABELS]
     return np.array([[entry["labels"][j] for j in columns] for entry in entries], dtype=np.int64)
+
+
+def wanted_labels(command: Command, manifest: Manifest, rows: list[Asked]) -> np.ndarray | None:
+    """Return the true labels of the rows, (n, 18): of --labels, else of the manifest, where it has all."""
+    if command.labels:
+        ids = [row.id for row in rows]
+        (table,) = label_tables(command.labels, manifest, command.split)
+        return table.values(ids, [[label] for label in LABELS]).astype(np.int64)
+    entries = manifest.entries(command.split)
+    return true_labels(manifest, [entries[row.entry] for row in rows])
 
 
 def are_phantoms(manifest: Manifest) -> bool:
