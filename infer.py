@@ -115,7 +115,8 @@ def classify(args: argparse.Namespace, model: ScanModel, show: Callable) -> dict
     found = model.findings(args.scan, args.prompts, args.label_set)
     width, classes = max(map(len, found)), []
     for name, (probability, cut) in found.items():
-        decided = "" if cut is None else f"  {'present' if probability > cut else 'absent'}, threshold {cut:.3f}"
+        present = "present" if cut is not None and probability > cut else "absent"
+        decided = "" if cut is None else f"  {present}, threshold {cut:.3f}"
         show(f"{name:<{width}}  {probability:.3f}{decided}")
         known = {} if cut is None else {"threshold": cut}
         classes.append({"name": name, "probability": probability, **known})
