@@ -147,9 +147,9 @@ def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
         manifest,
         command.split,
         kind,
-        run.tokenizer,
-        run.model.visual_tokens,
-        run.config.max_text,
+        tokenizer=run.tokenizer,
+        image_tokens=run.model.visual_tokens,
+        max_text=run.config.max_text,
         slices=run.guided,
         prompt=prompt,
         templates=templates,
@@ -185,7 +185,16 @@ def evaluate_language(command: Command, ranks: distributed.Ranks) -> None:
         images = [found["image"] for found in vectors]
         others = baseline_reports(manifest, *images, readers.labeler) if images else {}
         head |= {"data": str(manifest.folder), **run.checkpoint.record()}
-        write_language(command, manifest, rows, texts, readers, head, run.checkpoint, baselines=others)
+        write_language(
+            command,
+            manifest,
+            rows,
+            texts,
+            readers=readers,
+            head=head,
+            source=run.checkpoint,
+            baselines=others,
+        )
         kept.finish(len(rows))
 
 
@@ -199,7 +208,7 @@ def evaluate_predictions(command: Command, ranks: distributed.Ranks) -> None:
     texts, labels = read_predictions(source, [row.id for row in rows])
     readers = load_readers(command, manifest, ranks)
     head = {"predictions": str(source), "split": command.split, "data": str(manifest.folder)}
-    write_language(command, manifest, rows, texts, readers, head, source, labels=labels)
+    write_language(command, manifest, rows, texts, readers=readers, head=head, source=source, labels=labels)
     print("the baselines by a run's embeddings need a run")
 
 
@@ -224,7 +233,9 @@ def write_language(
         if labels is None and readers.labeler:
             labels = readers.labeler(texts)
         usual = language_scores.usual_report(manifest)
-        scores, table = language_scores.report_scores(texts, rows, readers, truth, labels, baselines, usual)
+        scores, table = language_scores.report_scores(
+            texts, rows, readers, truth=truth, labels=labels, baselines=baselines, usual=usual
+        )
     else:
         scores, table = language_scores.answer_scores(texts, rows, readers.bert)
     write_json(out / f"{command.task}.json", {"n": len(rows), **head, **scores})

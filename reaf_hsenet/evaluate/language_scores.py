@@ -38,7 +38,7 @@ ANSWERS = {"class accuracy": "acc_class", "strict": "acc_class_strict", "exact m
 
 @dataclass(frozen=True)
 class Readers:
-    """What reads texts to score them. labeler: and its name; without one no findings are read.
+    """The readers that texts are scored by. labeler: and its name; without one no findings are read.
 
     phantoms: the texts are phantoms' reports, with places and sizes. places: read real ones' by rules.
     """
