@@ -336,3 +336,16 @@ def test_embeddings_of_changed_files_reports_or_words_are_computed_again(many, c
         (run / "vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
     with pytest.raises(pytest.fail.Exception, match="embedded again"):
         evaluate.main(command)
+
+
+@pytest.mark.parametrize("task", ["probe", "zeroshot"])
+def test_intervals_of_classes_draw_whole_scans(many, task):
+    """With one scan every resample is the split itself."""
+    run, data = many
+    values = read_json(data / "manifest.json")
+    for entry in values["splits"]["validation"]:
+        entry["scan"] = "validation_0_a"
+    write_json(data / "manifest.json", values)
+    assert evaluate.main([*probe(run, data), "--task", task]) == 0
+    mean = read_json(run / f"eval/{task}.json")["means"]["mean"]
+    assert mean["interval_95"]["auroc"] == pytest.approx([mean["auroc"]] * 2)

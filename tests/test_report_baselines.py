@@ -12,7 +12,10 @@ from reaf_hsenet.data.loader import read_prepared
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
+from reaf_hsenet.evaluate import language_scores
 from reaf_hsenet.evaluate.embeddings import split_embeddings
+from reaf_hsenet.evaluate.language_evaluation import Asked
+from reaf_hsenet.evaluate.language_scores import Readers
 from reaf_hsenet.evaluate.report_baselines import baseline_reports, finding_sentences, probed, written
 from reaf_hsenet.runs.answering import image_features
 from reaf_hsenet.runs.trained import load_trained
@@ -154,3 +157,15 @@ def test_two_processes_compare_with_what_one_does(run, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "mrg.json").read_text()) for name in ("one", "two"))
     assert one["baselines"] == two["baselines"]
+
+
+def test_the_most_frequent_report_is_the_training_splits(prepared):
+    manifest = load_manifest(prepared)
+    train = [clean_report(entry["text"]) for entry in manifest.entries("train")]
+    usual = language_scores.usual_report(manifest)
+    assert train.count(usual) == max(map(train.count, train))
+    manifest.splits["train"][0]["text"] = manifest.splits["train"][1]["text"] = "Normal lungs."
+    assert language_scores.usual_report(manifest) == "Normal lungs."
+    rows = [Asked("a", 0, "", "Another."), Asked("b", 1, "", "Another.")]
+    scores, _ = language_scores.report_scores(["x", "y"], rows, Readers(), usual="Normal lungs.")
+    assert scores["baselines"]["most_frequent_report"]["report"] == "Normal lungs."
