@@ -33,7 +33,7 @@ from reaf_hsenet.data.reading import Reading, stem
 from reaf_hsenet.data.volume import ORIENTATIONS, RESCALES, TableRow, axis_codes
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.scan import check_scan
-from reaf_hsenet.evaluate.scan_model import EMPTY_TEXT, ScanModel
+from reaf_hsenet.evaluate.scan_model import EMPTY_TEXT, ScanModel, contradictions
 from reaf_hsenet.evaluate.search_index import SearchIndex
 from reaf_hsenet.runs.generation import PRECISIONS, Sampling
 from reaf_hsenet.runs.trained import locate_run
@@ -98,14 +98,30 @@ def made_by(model: ScanModel) -> dict:
 
 
 def answer(args: argparse.Namespace, model: ScanModel, show: Callable) -> dict:
-    """Show a report, or an answer, as it is made."""
+    """Show a report, or an answer, as it is made; before it the findings that its prompt told, if any."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed or 0)
-    task, text = "mrg" if args.command == "report" else "vqa", ""
-    for piece in model.stream(args.scan, args.question, task, args.new_tokens, sampling):
+    task, text, cues = "mrg" if args.command == "report" else "vqa", "", []
+
+    def told(found: list[dict]) -> None:
+        cues.extend(found)
+        show("findings that the prompt tells:")
+        for row in found:
+            where = f" ({', '.join(row['places'])})" if row["places"] else ""
+            if row["present"]:
+                show(f"  {row['name']}{where}  {row['probability']:.3f}, threshold {row['threshold']:.3f}")
+        show()
+
+    for piece in model.stream(args.scan, args.question, task, args.new_tokens, sampling, cues=told):
         text += piece
         show(piece, end="", flush=True)
     show()
     said = {"report": text} if task == "mrg" else {"question": args.question, "answer": text}
+    if cues:
+        said["findings"] = cues
+    if cues and task == "mrg":
+        said["contradictions"] = contradictions(cues, text)
+        for line in said["contradictions"]:
+            show(f"contradiction: {line}")
     return {"path": str(args.scan), **said, **made_by(model)}
 
 
@@ -212,8 +228,7 @@ def add_generation(command: Parser, name: str) -> None:
         "--new-tokens",
         type=int,
         metavar="N",
-        help=f"at most, with the labels that a report of ours starts from (default: {usual}, as far as the "
-        f"context allows)",
+        help=f"at most (default: {usual}, as far as the context allows)",
     )
     add("--temperature", type=float, default=0.0, help="0: the likeliest token, always (default)")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")

@@ -8,7 +8,7 @@ windows are HU. Sources: HSENet (commit c7198f3) and REAF (commit f9475f8), as t
 import math
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.settings import check_ranges, setting
@@ -306,13 +306,12 @@ class TrainConfig:
     betas, eps: of AdamW. no_decay: the published rule of each method (train/optimizer.py).
     first_step: step i of the warm-up, from 0, has the rate lr (i + first_step) / warm-up; 1 as REAF does.
     encoder_rate: factor on the learning rate, for encoders that a language stage trains on.
-    label_epochs: epochs before the first step, in which encoders learn the labels (train/label_start.py).
-    list_epochs: first epochs of a language stage, in which the answer is the list of these labels. Later
-        reports begin with it. Not published, for the tiny presets: without it a decoder from scratch learns
-        to write without looking.
+    findings_weight: of the cross-entropy of a findings head (--cues) beside the answers'.
     start: initial weights of what is not loaded: `published`, or `xavier` for the tiny presets.
     calibrate: training volumes that set the start of what is trained from scratch (calibration.py); 0: none.
     """
+
+    GONE: ClassVar = ("label_epochs", "list_epochs")  # before there were cues
 
     lr: float = setting(MISSING, "learning rate", above=0, most=1e30)  # of float32
     weight_decay: float = setting(MISSING, "decoupled from the gradient (AdamW)", least=0, most=1e30)
@@ -364,8 +363,7 @@ class TrainConfig:
         only=(*GUIDED, *LANGUAGE),
     )
     encoder_rate: float = setting(1.0, least=0, most=1e30)
-    label_epochs: int = setting(0, least=0)
-    list_epochs: int = setting(0, least=0)
+    findings_weight: float = setting(1.0, least=0, most=1e30)
     questions: Literal[KINDS] = setting("location", "kind of questions (default: location)", only=("vqa",))
     templates: tuple[str, ...] | None = setting(
         None,

@@ -77,8 +77,8 @@ TINY_LANGUAGE = {
     "calibrate": 256,
 }
 for _model in ("hsenet", "reaf"):
-    TINY_STAGES["mrg", _model] = {**TINY_LANGUAGE, "label_epochs": 20, "epochs": 9, "list_epochs": 2}
-    TINY_STAGES["vqa", _model] = {**TINY_LANGUAGE, "epochs": 9, "list_epochs": 5, "validate_samples": 400}
+    TINY_STAGES["mrg", _model] = {**TINY_LANGUAGE, "epochs": 9}
+    TINY_STAGES["vqa", _model] = {**TINY_LANGUAGE, "epochs": 9, "validate_samples": 400}
 # Phantoms for the tiny presets: coarse enough that the whole chest is in the crop.
 TINY_RECIPES = {
     "hsenet": replace(RECIPES["hsenet"], size=PRESETS["hsenet-tiny"].vision.size),

@@ -31,7 +31,7 @@ from reaf_hsenet.evaluate import scan_model as inference
 from reaf_hsenet.evaluate.scan_model import ScanModel
 from reaf_hsenet.evaluate.search_index import SearchIndex, read_index
 from reaf_hsenet.runs import answering
-from reaf_hsenet.runs.answering import answer, answer_text
+from reaf_hsenet.runs.answering import answer
 from reaf_hsenet.runs.generation import Sampling
 from reaf_hsenet.weights.slice_encoder import describe, save_slice_encoder
 from tiny import slice_encoder, with_slices
@@ -193,24 +193,6 @@ def test_text_comes_while_it_is_made(runs, scans, monkeypatch):
     assert 0 < len(made) < 20
     rest = list(pieces)
     assert len(rest) > 5 and first + "".join(rest) == model.report(scans[0], new_tokens=40, sampling=sampling)
-
-
-def test_a_report_is_what_follows_the_list_of_labels(runs, scans, monkeypatch):
-    """A text without the token that ends a list is shown as it is."""
-    model, made = load(runs / "mrg-hsenet"), None
-    tokenizer = model.run.tokenizer
-    tokenizer.add_tokens(["<list_end>"])
-    monkeypatch.setattr(answering, "steps", lambda *a, **k: ((torch.tensor(token), None) for token in made))
-    listed, written = (
-        tokenizer.encode(text, special_tokens=False)
-        for text in ("effusion, nodule", " Heart size is normal.")
-    )
-    for made, text in (
-        ([*listed, tokenizer.id_of("<list_end>"), *written], "Heart size is normal."),
-        (written, "Heart size is normal."),
-    ):
-        assert "".join(model.stream(scans[0])).strip() == text
-        assert answer_text(model.run.model, tokenizer, made) == text
 
 
 def test_an_answer_is_as_long_as_asked_for_or_as_the_context_allows(runs, scans, monkeypatch):

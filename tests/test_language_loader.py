@@ -1,7 +1,5 @@
 """Batches of the language stages: layout, prompts, padding, determinism."""
 
-from copy import deepcopy
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +8,7 @@ from reaf_hsenet.config import Augmentation
 from reaf_hsenet.data.language import IMAGE_TOKEN, add_image_tokens
 from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.manifest import load_manifest
-from reaf_hsenet.data.questions import label_list, report_prompts
-from reaf_hsenet.data.text import clean_report
+from reaf_hsenet.data.questions import report_prompts
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer.tokenizer import train_words
 
@@ -110,38 +107,3 @@ def test_a_batch_moves_to_a_device_whole(manifest, tokenizer):
     data = reports(manifest, tokenizer)
     batch = data.collate([data[0, 0]]).to(torch.device("meta"))
     assert batch.ids.is_meta and batch.volume.is_meta and batch.slices is None and batch.index == [0]
-
-
-def test_the_first_epochs_ask_for_the_list_of_labels(manifest, tokenizer):
-    data = reports(manifest, tokenizer, list_epochs=2)
-    row = next(i for i, entry in enumerate(data.entries) if sum(entry["labels"]) > 1)
-    named = [
-        name.lower()
-        for name, present in zip(manifest.labels, data.entries[row]["labels"], strict=True)
-        if present
-    ]
-    rng = np.random.default_rng(0)
-    assert data.text(row, rng, 1) == ("Which abnormalities does this scan show?", ", ".join(named))
-    assert data.text(row, rng, 2)[0] in report_prompts() and data.text(row, rng)[0] in report_prompts()
-    listed, written = data[1, row].text, data[2, row].text
-    assert len(listed.ids) < len(written.ids)
-
-
-def test_with_tokens_for_labels_a_report_is_learned_after_their_list_and_evaluated_without(
-    manifest, tokenizer
-):
-    listing = deepcopy(tokenizer)
-    listing.add_tokens([*(f"<{name.lower()}>" for name in manifest.labels), "<list_end>"])
-    data = reports(manifest, listing, list_epochs=1)
-    row = next(i for i, entry in enumerate(data.entries) if sum(entry["labels"]) > 1)
-    rng, plain = np.random.default_rng(0), clean_report(data.entries[row]["text"])
-    named = (
-        "".join(f"<{name}>" for name in label_list(manifest, data.entries[row]).split(", ")) + "<list_end>"
-    )
-    assert data.text(row, rng)[1] == plain
-    assert data.text(row, rng, 1)[1] == named + plain
-    assert data.text(row, rng, 0) == ("Which abnormalities does this scan show?", named)
-    learned = [label for label in data[0, row].text.labels if label != -100]
-    assert (
-        len(learned) == len(label_list(manifest, data.entries[row]).split(", ")) + 3
-    )  # and a space, the ends of list and answer

@@ -71,7 +71,7 @@ def test_features_are_the_patch_tokens_without_the_class_token():
 def test_the_loss_is_the_answers_cross_entropy():
     mllm = model().eval()
     given = inputs(mllm)
-    total, count = mllm(**given)
+    total, count, _ = mllm(**given)
     embeddings = mllm.embed(given["ids"], mllm.features(given["volume"], given["slices"]))
     logits = mllm.decoder(embeddings=embeddings, mask=given["mask"])
     assert count == 4 + 3
@@ -126,7 +126,7 @@ def test_a_shared_projector_packs_every_encoders_tokens():
 def test_one_encoder_alone_is_enough(encoders):
     mllm = model(encoders=encoders)
     given = inputs(mllm)
-    total, count = mllm(**given)
+    total, count, _ = mllm(**given)
     assert total.isfinite() and mllm.visual_tokens == 4 and count == 7
 
 

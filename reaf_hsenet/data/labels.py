@@ -90,12 +90,13 @@ class LabelTable:
         return number == 1
 
 
-def manifest_labels(manifest: Manifest, split: str) -> LabelTable:
+def manifest_labels(manifest: Manifest, *splits: str) -> LabelTable:
     """Return the labels in the manifest. Raises InputError when it has none."""
     source = manifest.name
     if not manifest.labels:
         raise InputError(f"{source}: its volumes have no labels; name a table of them with --labels")
-    labelled = [entry for entry in manifest.entries(split) if entry["labels"] is not None]
+    entries = [entry for split in splits for entry in manifest.entries(split)]
+    labelled = [entry for entry in entries if entry["labels"] is not None]
     rows = {e["id"]: dict(zip(manifest.labels, e["labels"], strict=False)) for e in labelled}
     return LabelTable(source, manifest.labels, rows)
 

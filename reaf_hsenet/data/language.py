@@ -16,7 +16,8 @@ from reaf_hsenet.tokenizer.tokenizer import Tokenizer
 IGNORED = -100  # a label that is not learned
 IMAGE_TOKEN = "<im_patch>"
 ADDED_TOKENS = (IMAGE_TOKEN, "<bx_start>", "<bx_end>", "[SEG]")
-LIST_END = "<list_end>"  # in vocabularies of models that name the labels before they write; not published
+CUE_TOKENS = 256  # at most, of a cue
+Findings = tuple[tuple[str, str], ...]  # (label, place), the place "" for the label itself
 
 
 class LanguageExample(NamedTuple):
@@ -33,9 +34,23 @@ def add_image_tokens(tokenizer: Tokenizer) -> list[int]:
     return tokenizer.add_tokens(special) + tokenizer.add_tokens([ordinary], special=False)
 
 
-def label_token(name: str) -> str:
-    """One token for a label's name. A list of them is easier to write by than words, which labels share."""
-    return f"<{name.lower()}>"
+def cue_text(findings: Findings, told: Sequence[bool]) -> str:
+    """Return a prompt's first sentence, as "Findings: consolidation (left lower lobe); cardiomegaly. "."""
+    said: dict[str, list[str]] = {}
+    for (label, place), present in zip(findings, told, strict=True):
+        if present:
+            said.setdefault(label.lower(), []).extend([place] if place else [])
+    words = []
+    for label, places in said.items():
+        # A side is not said again where one of its lobes is.
+        where = [p for p in places if not any(q.startswith(f"{p} ") for q in places)]
+        words.append(f"{label} ({', '.join(where)})" if where else label)
+    return f"Findings: {'; '.join(words) or 'none'}. "
+
+
+def cue_ids(tokenizer: Tokenizer, findings: Findings, told: Sequence[bool]) -> list[int]:
+    """Return the tokens of a cue, which stands between the image tokens and the prompt."""
+    return tokenizer.encode(cue_text(findings, told), CUE_TOKENS, special_tokens=False)
 
 
 def question_text(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> str:

@@ -1,21 +1,20 @@
 """Volumes with a question and its answer -> batches for the language model: of reports, or of questions."""
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from reaf_hsenet.data.feature_cache import FeatureCache
 from reaf_hsenet.data.language import (
     IGNORED,
-    LIST_END,
     LanguageExample,
     collate_examples,
-    label_token,
     language_example,
     question_text,
 )
 from reaf_hsenet.data.loader import Sample, VolumeDataset, read_slices
 from reaf_hsenet.data.manifest import Manifest
-from reaf_hsenet.data.questions import LIST_QUESTION, label_list, question_answer, questions, report_prompt
+from reaf_hsenet.data.questions import question_answer, questions, report_prompt, report_prompts
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer
@@ -28,8 +27,7 @@ class LanguageDataset(VolumeDataset):
     prompt: one for all reports, in place of the published ones that are drawn.
     cache: the encoders' features, read in place of volumes.
     templates: of questions, in place of the tables' own.
-    list_epochs: in these first epochs every row asks for the list of its scan's labels. Where the tokenizer
-        has tokens for labels, a report to be learned begins with that list.
+    truth: findings of each volume, (K,), by its id.
     """
 
     def __init__(
@@ -42,15 +40,15 @@ class LanguageDataset(VolumeDataset):
         max_text: int,
         prompt: str | None = None,
         cache: FeatureCache | None = None,
-        list_epochs: int = 0,
         templates: tuple[str, ...] | None = None,
+        truth: dict[str, Tensor] | None = None,
         **more,
     ):
         super().__init__(manifest, split, tokenizer, max_text, **more)
         every = [(i, None) for i in range(len(self.entries))]
         self.rows = every if task == "mrg" else questions(manifest, split, task)
         self.task, self.image_tokens, self.prompt, self.cache = task, image_tokens, prompt, cache
-        self.list_epochs, self.templates, self.listed = list_epochs, templates, LIST_END in tokenizer.ids
+        self.templates, self.truth = templates, truth
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,34 +70,32 @@ class LanguageDataset(VolumeDataset):
             except InputError as error:
                 raise InputError(f"{self.manifest.name}: {self.name(row)}: {error}") from error
 
-    def text(self, row: int, rng: np.random.Generator, epoch: int | None = None) -> tuple[str, str]:
+    def text(self, row: int, rng: np.random.Generator) -> tuple[str, str]:
         """Return (question, answer) of a row. As published, a report has no quotes and brackets."""
         entry, asked = self.entry(row), self.rows[row][1]
-        if epoch is not None and epoch < self.list_epochs:
-            listed = self.label_tokens(entry) if self.listed else label_list(self.manifest, entry)
-            return LIST_QUESTION, listed
         if asked is None:
-            named = self.label_tokens(entry) if self.listed and epoch is not None else ""
-            return self.prompt or report_prompt(rng), named + clean_report(entry["text"])
+            return self.prompt or report_prompt(rng), clean_report(entry["text"])
         return question_answer(asked, rng, self.templates)
 
-    def label_tokens(self, entry: dict) -> str:
-        present = zip(self.manifest.labels, entry["labels"], strict=True)
-        return "".join(label_token(name) for name, value in present if value) + LIST_END
-
     def with_text(self, sample: Sample, epoch: int, rng: np.random.Generator) -> Sample:
-        prompt, answer = self.text(sample.row, rng, epoch)
+        prompt, answer = self.text(sample.row, rng)
         question = question_text(self.tokenizer, prompt, self.image_tokens)
         example = language_example(self.tokenizer, question, answer, self.max_text)
-        return self.augmented(sample._replace(text=example), rng)
+        findings = self.truth and self.truth[self.name(sample.row)]
+        return self.augmented(sample._replace(text=example, findings=findings), rng)
 
     def collate_text(self, texts: tuple[LanguageExample]) -> dict[str, Tensor]:
         return dict(zip(("ids", "mask", "labels"), collate_examples(self.tokenizer, texts), strict=True))
 
     def empty_text(self) -> LanguageExample:
-        question = question_text(self.tokenizer, LIST_QUESTION, self.image_tokens)
+        question = question_text(self.tokenizer, report_prompts()[0], self.image_tokens)
         ids = self.tokenizer.encode(question, self.max_text, special_tokens=False)
         return LanguageExample(ids, [1] * len(ids), [IGNORED] * len(ids))
+
+    def stand_in(self) -> Sample:
+        # Nothing is known of a scan that nobody could read.
+        known = self.truth and next(iter(self.truth.values()))
+        return super().stand_in()._replace(findings=self.truth and torch.full_like(known, torch.nan))
 
     def read(self, entry: dict) -> tuple:
         if self.cache is None:

@@ -32,6 +32,7 @@ class Batch:
     volume: (B, 1, D, H, W) float32. features: (B, N, C) of every encoder, in place of volumes. slices: (B, S,
     C).
     ids, mask: (B, T). labels: (B, T), -100 where nothing is learned; None in contrastive training.
+    findings: (B, K) of 0, 1 and NaN, unknown, where a decoder has cues.
     bad: what could not be read. counts: rows of every rank's batch, where that is known.
     """
 
@@ -42,6 +43,7 @@ class Batch:
     slices: Tensor | None = None
     labels: Tensor | None = None
     features: list[Tensor] | None = None
+    findings: Tensor | None = None
     bad: list[Unreadable] = field(default_factory=list)
     counts: list[int] | None = None
 
@@ -79,6 +81,7 @@ class Sample(NamedTuple):
     slices: Tensor | None
     features: list[Tensor] | None = None
     text: object = None
+    findings: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -134,6 +137,9 @@ class VolumeDataset(Dataset):
         slices = torch.zeros(known["slices"], known["width"]) if self.slices else None
         return torch.zeros(1, *self.manifest.recipe.size), slices
 
+    def stand_in(self) -> Sample:
+        return Sample(-1, *self.empty(), text=self.empty_text())
+
     def augmented(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if self.augmentation is None or sample.volume is None:
             return sample
@@ -144,12 +150,13 @@ class VolumeDataset(Dataset):
         if errors := [item for item in items if isinstance(item, InputError)]:
             return errors[0]
         good, bad = part_unreadable(items)
-        samples = good or [Sample(-1, *self.empty(), text=self.empty_text())]
-        index, volumes, slices, features, texts = zip(*samples, strict=True)
+        samples = good or [self.stand_in()]
+        index, volumes, slices, features, texts, findings = zip(*samples, strict=True)
         return Batch(
             volume=None if volumes[0] is None else torch.stack(volumes),
             slices=None if slices[0] is None else torch.stack(slices),
             features=None if features[0] is None else [*map(torch.stack, zip(*features, strict=True))],
+            findings=None if findings[0] is None else torch.stack(findings),
             **self.collate_text(texts),
             index=list(index) if good else [],
             bad=bad,

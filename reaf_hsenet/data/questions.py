@@ -107,15 +107,6 @@ def question_text(
     return text
 
 
-LIST_QUESTION = "Which abnormalities does this scan show?"
-
-
-def label_list(manifest: Manifest, entry: dict) -> str:
-    """The entry's labels as an answer to LIST_QUESTION."""
-    named = [name.lower() for name, present in zip(manifest.labels, entry["labels"], strict=True) if present]
-    return ", ".join(named) or "none"
-
-
 def questions(manifest: Manifest, split: str, kind: str) -> list[tuple[int, dict]]:
     """(row of the split, qa row) of every question of a kind, in the manifest's order.
 

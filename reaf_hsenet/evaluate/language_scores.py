@@ -20,7 +20,7 @@ from reaf_hsenet.evaluate.language_evaluation import Asked
 from reaf_hsenet.evaluate.show import cell, show
 from reaf_hsenet.metrics.bertscore import Bert, bert_score, load_bert
 from reaf_hsenet.metrics.clinical import clinical_report, load_classifier, phantom_labels, size_agreement
-from reaf_hsenet.metrics.places import phantom_places, place_scores, rule_places
+from reaf_hsenet.metrics.places import are_phantoms, phantom_places, place_scores, rule_places
 from reaf_hsenet.metrics.text import ORDERS, SAMPLE_SCORES, nltk_meteor, sample_scores, text_report
 from reaf_hsenet.metrics.vqa import ANATOMIES, anatomy_of, answer_accuracies, vqa_report
 
@@ -79,16 +79,6 @@ def wanted_labels(command: Command, manifest: Manifest, rows: list[Asked]) -> np
         return table.values(ids, [[label] for label in LABELS]).astype(np.int64)
     entries = manifest.entries(command.split)
     return true_labels(manifest, [entries[row.entry] for row in rows])
-
-
-def are_phantoms(manifest: Manifest) -> bool:
-    """Return True if the phantoms' labeler reads every report's labels exactly as the manifest has them."""
-    entries = [entry for split in manifest.splits.values() for entry in split]
-    labels = true_labels(manifest, entries)
-    return labels is not None and all(
-        (phantom_labels([clean_report(entry["text"])])[0] == row).all()
-        for entry, row in zip(entries, labels, strict=True)
-    )
 
 
 def usual_report(manifest: Manifest) -> str | None:

@@ -28,6 +28,7 @@ from reaf_hsenet.config import (
     Recipe,
 )
 from reaf_hsenet.data.labels import LabelTable, load_label_set
+from reaf_hsenet.data.phantom.labeler import FINDING_WORDS
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.slice_features import slices_wanted
 from reaf_hsenet.data.text import clean_report, plain_report, shorten_report
@@ -36,9 +37,10 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import figures, probe, zeroshot
 from reaf_hsenet.evaluate.scan import Scan, find_slice_encoder, read_scan, slice_features
 from reaf_hsenet.evaluate.search_index import SearchIndex, read_index
+from reaf_hsenet.metrics.places import rule_places
 from reaf_hsenet.models.build import build_mllm
 from reaf_hsenet.models.mllm_config import MllmConfig
-from reaf_hsenet.runs.answering import answer_length, stream_answer
+from reaf_hsenet.runs.answering import answer_length, image_features, stream_answer
 from reaf_hsenet.runs.checkpoint import Choice, Run
 from reaf_hsenet.runs.generation import PRECISIONS, Sampling
 from reaf_hsenet.runs.trained import Trained, check_compiled, is_published, load_trained, results_folder
@@ -182,11 +184,13 @@ class ScanModel:
         task: str = "mrg",
         new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        cues: Callable[[list[dict]], None] = lambda found: None,
     ) -> Iterator[str]:
         """Yield a report or an answer in pieces, as it is made; without a question, the prompt for a report.
 
         new_tokens: at most; by default the task's (`mrg` or `vqa`), or what the decoder's context leaves.
-        sampling: by default the likeliest token is taken.
+        sampling: by default the likeliest token is taken. cues: called before the first piece, of a run with
+        --cues, with what its head has found: {name, probability, threshold, present, places} of each label.
         """
         if not self.has_decoder:
             raise InputError(
@@ -200,16 +204,33 @@ class ScanModel:
             sizes = build_mllm(self.config)
         most = answer_length(sizes, self.settings.tokenizer, [question], task, new_tokens)
         volume, slices, _ = self.read(scan)
+        features = image_features(self.run.model, volume, slices)
+        if self.config.findings:
+            cues(self._cues(features))
         yield from stream_answer(
             self.run.model,
             self.run.tokenizer,
             question,
-            volume,
+            features,
             slices,
             new_tokens=most,
             sampling=sampling,
             compiled=self.compiled,
         )
+
+    @torch.inference_mode()
+    def _cues(self, features: list[Tensor]) -> list[dict]:
+        head = self.run.model.findings
+        logits = head(features)
+        told, probability = head.predicted(logits)[0], head.probabilities(logits)[0].double()
+        found: dict[str, dict] = {}
+        for j, (label, place) in enumerate(self.config.findings):
+            if place:
+                found[label]["places"] += [place] * bool(told[j])
+            else:
+                numbers = {"probability": float(probability[j]), "threshold": float(head.thresholds[j])}
+                found[label] = {"name": label, **numbers, "present": bool(told[j]), "places": []}
+        return sorted(found.values(), key=lambda row: -row["probability"])
 
     def classify(
         self, scan: Path | str, prompts: str | None = None, label_set: str | None = None
@@ -346,6 +367,17 @@ class ScanModel:
                 f"{self.checkpoint.folder}: gives embeddings with NaN or infinity; choose another checkpoint"
             )
         return vectors[0].float().cpu()
+
+
+def contradictions(cues: list[dict], report: str) -> list[str]:
+    """Return a line for each finding that cues and report say otherwise of; the report is read by rules."""
+    named = rule_places(clean_report(report))
+    lines = []
+    for row in cues:
+        if row["name"] in FINDING_WORDS and row["present"] != (row["name"] in named):
+            told, written = ("present", "not named") if row["present"] else ("absent", "named")
+            lines.append(f"{row['name']}: {told} by its probability, {written} in the report")
+    return lines
 
 
 def class_task(prompts: str, label_set: str) -> zeroshot.Task:

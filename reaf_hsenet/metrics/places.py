@@ -7,10 +7,13 @@ docs/evaluation.md.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import compress
 
-from reaf_hsenet.data.phantom.findings import LOBES
+from reaf_hsenet.data.manifest import Manifest
+from reaf_hsenet.data.phantom.findings import LABELS, LOBES
 from reaf_hsenet.data.phantom.labeler import CLAUSE_END, FINDING_WORDS, denied, read_report
+from reaf_hsenet.data.text import clean_report
 
 Reading = dict[str, tuple[set[str], set[str]]]
 
@@ -44,6 +47,27 @@ def rule_places(text: str) -> Reading:
                 known = reading.get(label, (set(), set()))
                 reading[label] = known[0] | sides, known[1] | lobes
     return reading
+
+
+def report_reader(manifest: Manifest) -> Callable[[str], Reading]:
+    """Return the reader of a data set's reports: the phantoms' own is exact on theirs alone."""
+    return phantom_places if are_phantoms(manifest) else rule_places
+
+
+def are_phantoms(manifest: Manifest) -> bool:
+    """Return True if the phantoms' labeler reads every report's labels exactly as the manifest has them."""
+    return set(LABELS) <= set(manifest.labels) and all(
+        entry["labels"] is not None and _labels_read(entry["text"]) == _labels_known(manifest, entry)
+        for entry in manifest.all_entries()
+    )
+
+
+def _labels_read(text: str) -> set[str]:
+    return {finding.label for finding in read_report(clean_report(text))}
+
+
+def _labels_known(manifest: Manifest, entry: dict) -> set[str]:
+    return set(LABELS) & {*compress(manifest.labels, entry["labels"])}
 
 
 def place_scores(predicted: Sequence[Reading], truth: Sequence[Reading]) -> dict[str, dict]:

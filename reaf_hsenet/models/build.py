@@ -6,6 +6,7 @@ from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.clip import build_vision
 from reaf_hsenet.models.decoder import Decoder
 from reaf_hsenet.models.decoder_config import DecoderConfig
+from reaf_hsenet.models.findings import FindingsHead
 from reaf_hsenet.models.lora import add_lora
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.mllm_config import MllmConfig
@@ -75,7 +76,11 @@ def build_mllm(config: MllmConfig, decoder: Decoder | None = None) -> Mllm:
         except ValueError as error:
             raise InputError(f"--projector {config.projector}, --kernel {config.kernel}: {error}") from error
         projectors.append(made)
-    model = Mllm(encoders, projectors, decoder)
+    head = None
+    if config.cues != "none":
+        widths = [encoder.width for encoder in config.encoders]
+        head = FindingsHead(widths, config.findings, config.cue_dropout)
+    model = Mllm(encoders, projectors, decoder, head)
     model.encoders.requires_grad_(config.train_vision)
     if not config.full:
         decoder.requires_grad_(False)

@@ -18,6 +18,7 @@ from reaf_hsenet.settings import check_ranges, setting
 
 # The encoders whose patch tokens the decoder sees.
 VISION = {"dual": ("stage1", "2e3"), "stage1": ("stage1",), "2e3": ("2e3",), "reaf": ("reaf",)}
+CUES = ("none", "labels", "places")
 PROJECTORS = ("spatial_packer", "average_pool", "sequence_pool", "m3d_pool", "qformer", "text_guided")
 TINY_KERNEL = (1, 2, 2)  # the tiny presets' grid is 4 x 4 x 4
 
@@ -58,6 +59,12 @@ class MllmConfig:
     int8: bool = _language(False, "hold the frozen decoder's weights in eight bits")
     r: int = _language(DECODER_LORA["r"], "rank", flag="lora_r", above=0, most=LARGEST)
     alpha: float = _language(DECODER_LORA["alpha"], "scale", flag="lora_alpha", above=0, most=1e30)
+    cues: Literal[CUES] = _language(
+        "none",
+        "findings that a head predicts, as words of the prompt (default: none; with a new decoder places)",
+    )
+    findings: tuple[tuple[str, str], ...] = ()  # (label, place): what the head predicts
+    cue_dropout: float = _language(0.1, "share of training rows without cues (default: 0.1)", least=0, most=1)
     dropout: float = _language(DECODER_LORA["dropout"], "rate", flag="lora_dropout", least=0, most=0.99)
     max_text: int = setting(800, above=0, most=LARGEST)
 

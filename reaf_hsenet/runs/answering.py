@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reaf_hsenet.config import GENERATION
-from reaf_hsenet.data.language import LIST_END, question_text
+from reaf_hsenet.data.language import CUE_TOKENS, question_text
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.models.packed import packable
@@ -45,26 +45,23 @@ def stream_answer(
     model: Mllm,
     tokenizer: Tokenizer,
     question: str,
-    volume: Tensor,
+    features: list[Tensor],
     slices: Tensor | None,
     new_tokens: int,
     sampling: Sampling | None = None,
     compiled: bool = False,
 ) -> Iterator[str]:
-    """Yield pieces of text, which together are the answer of `answer` to one question.
+    """Yield pieces of text, which together are the answer of `answer` to one question. features: of one scan.
 
     A word is given when the next one begins: until then, further tokens may change it.
     """
     with torch.inference_mode():
-        inputs = _decoder_inputs(model, tokenizer, [question], volume, slices)
+        inputs = _decoder_inputs(model, tokenizer, [question], None, slices, features)
     made = steps(model.decoder, **inputs, new_tokens=new_tokens, sampling=sampling, compiled=compiled)
     ids, shown, text = [], 0, ""
-    mark = tokenizer.ids.get(LIST_END)
     for token, _ in made:
         ids.append(int(token))
         text = answer_text(model, tokenizer, ids)
-        if mark is not None and mark not in ids:
-            continue  # what is there so far may be the list of labels
         if (end := max(text.rfind(" "), text.rfind("\n"))) > shown:
             yield text[shown:end]
             shown = end
@@ -98,8 +95,10 @@ def prompt_embeddings(
     """Return embeddings (B, T, W), padded on the left, and mask (B, T), as generation.steps takes them."""
     features = image_features(model, volume, slices) if features is None else features
     device = features[0].device
-    ids, mask = (t.to(device) for t in tokenizer.batch(question_ids(model, tokenizer, questions)))
     with _autocast(model, device):
+        at, cues = 1 + model.visual_tokens, model.predicted_cues(features)
+        asked = zip(question_ids(model, tokenizer, questions), cues, strict=True)
+        ids, mask = (t.to(device) for t in tokenizer.batch([q[:at] + cue + q[at:] for q, cue in asked]))
         # Padded on the right, so that the image has its columns.
         rows = model.embed(ids, features, slices, mask)
     pads = (mask.shape[1] - mask.sum(1)).tolist()
@@ -121,6 +120,7 @@ def answer_length(
     task: `mrg` or `vqa`. Raises InputError when the longest question leaves no room, or not for `wanted`.
     """
     length, context = max(map(len, question_ids(model, tokenizer, questions))), model.decoder.config.context
+    context -= CUE_TOKENS if model.findings else 0
     asked = f"a question of {length} tokens, {model.visual_tokens} of them of the image, leaves"
     if length >= context:
         raise InputError(f"{asked} no room for an answer in the decoder's context of {context}: shorten it")
@@ -140,15 +140,10 @@ def stop_ids(model: Mllm, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def answer_text(model: Mllm, tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Return the text before the first stop token, after the list of labels where there is one.
-
-    It has no special tokens and no outer spaces.
-    """
+    """Return the text before the first stop token, without special tokens and outer spaces."""
     stops = stop_ids(model, tokenizer)
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    mark = tokenizer.ids.get(LIST_END)
-    start = ids.index(mark) + 1 if mark in ids[:end] else 0
-    return tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
 
 def _autocast(model: Mllm, device: torch.device):

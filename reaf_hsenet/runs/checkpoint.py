@@ -59,6 +59,14 @@ class DecoderOrigin:
 
 
 @dataclass(frozen=True)
+class LabelsOrigin:
+    """Where the findings of --cues were read, and their hash."""
+
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Origin:
     """Names and hashes of the weights that a run started from."""
 
@@ -69,6 +77,7 @@ class Origin:
     published: dict | None = None
     encoders: tuple[EncoderOrigin, ...] | None = None
     decoder: DecoderOrigin | None = None
+    labels: LabelsOrigin | None = None
 
 
 @dataclass(frozen=True)

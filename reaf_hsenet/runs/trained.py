@@ -6,12 +6,14 @@ nothing is converted or written.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from reaf_hsenet.config import CONTRASTIVE, LANGUAGE, ClipConfig, Recipe, Size3
+from reaf_hsenet.data.language import cue_ids
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.files import file_sha256, find_folder, is_hub_id
 from reaf_hsenet.models.clip import DualEncoder, adapt, build_dual_encoder
@@ -133,6 +135,7 @@ def load_trained(
         from reaf_hsenet.runs.language import build_language_model  # with the decoder
 
         model = build_language_model(config, origin, state, encoders=states, source=str(weights), dtype=dtype)
+        model.cue_ids = partial(cue_ids, tokenizer, config.findings)
     else:
         model = build_encoders(config, state, str(weights))
     return Trained(

@@ -8,6 +8,8 @@ or the loss changes. Likewise a new decoder learns to do without visual tokens w
 what tells patients apart.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -72,14 +74,24 @@ def calibrate(
 
 
 @torch.no_grad()
-def calibrate_tokens(model: nn.Module, volumes: Tensor, slices: Tensor | None, chunk: int = 32) -> None:
-    """Standardise the patch tokens that the projectors of an Mllm see.
+def token_chunks(
+    model: nn.Module, volumes: Tensor, slices: Tensor | None, chunk: int = 32
+) -> Iterator[list[Tensor]]:
+    """Yield the patch tokens of every encoder of an Mllm, of `chunk` volumes at a time, on its device.
 
     volumes: (n, 1, D, H, W). slices: (n, S, C) or None.
     """
     model.eval()
+    device = next(model.encoders.parameters()).device
     parts = volumes.split(chunk)
     guides = [None] * len(parts) if slices is None else slices.split(chunk)
-    found = [model.features(*pair) for pair in zip(parts, guides, strict=True)]
+    for part, guide in zip(parts, guides, strict=True):
+        yield model.features(part.to(device), None if guide is None else guide.to(device))
+
+
+@torch.no_grad()
+def calibrate_tokens(model: nn.Module, volumes: Tensor, slices: Tensor | None, chunk: int = 32) -> None:
+    """Standardise the patch tokens that the projectors of an Mllm see. Inputs: as of token_chunks."""
+    found = list(token_chunks(model, volumes, slices, chunk))
     for encoder, tokens in zip(model.encoders, zip(*found, strict=True), strict=True):
         standardise(encoder.norm, torch.cat(tokens))

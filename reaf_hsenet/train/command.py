@@ -57,6 +57,12 @@ class Command:
         "folder or hub id of a Phi-4, Phi-3 or Llama (default on phantoms: a small one, from scratch)",
         only=LANGUAGE,
     )
+    labels: str | None = setting(
+        None,
+        "findings that --cues tells: a csv, or reports, by rules (default: the data set's labels)",
+        metavar="TABLE|reports",
+        only=LANGUAGE,
+    )
     cache_features: bool | Path = setting(
         False,
         "store the frozen encoders' tokens (default: DATA/features); needs --no-augment",

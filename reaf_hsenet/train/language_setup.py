@@ -5,9 +5,10 @@ from pathlib import Path
 
 from reaf_hsenet import distributed
 from reaf_hsenet.config import CONTRASTIVE, NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH, TrainConfig
-from reaf_hsenet.data.language import LIST_END, add_image_tokens, label_token
+from reaf_hsenet.data.cues import CueTable, truth_sha256
+from reaf_hsenet.data.language import CUE_TOKENS, Findings, add_image_tokens, cue_text
 from reaf_hsenet.data.manifest import Manifest, load_manifest
-from reaf_hsenet.data.questions import LIST_QUESTION, questions, report_prompts, templates
+from reaf_hsenet.data.questions import questions, report_prompts, templates
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.errors import InputError
@@ -55,8 +56,11 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
     # Recipe, decoder and its tokenizer.
     settings = train_settings(command, preset, manifest, ranks, say)
     check_decoder_flags(command, preset)
-    tokenizer, decoder, known = text_side(command, manifest, settings, say)
-    new = known is None
+    new = command.decoder is None
+    table = cue_table(command, manifest)
+    cues = command.given.get("cues", "places" if new and table else "none")
+    findings = table.findings(places=cues == "places") if cues != "none" else ()
+    tokenizer, decoder, known = text_side(command, manifest, settings, findings, say)
     config = MllmConfig(
         vision=vision,
         encoders=tuple(run.config.vision for run in runs),
@@ -66,10 +70,10 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
         train_vision=new,
     )
     # A new decoder (no --decoder) has nothing worth freezing: all is trained, unless flags say otherwise.
-    config = changed(config, command.given)
+    config = replace(changed(config, command.given), cues=cues, findings=findings)
     config = replace(config, max_text=text_length(command, config))
     if not config.train_vision:  # frozen encoders stay as they are
-        settings = replace(settings, calibrate=0, label_epochs=0)
+        settings = replace(settings, calibrate=0)
 
     # The checkpoint leaves frozen encoders out: hashes tell later whether the named runs still have them.
     encoders = [
@@ -80,13 +84,18 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
         }
         for run in runs
     ]
+    origin = {"init": located(first.folder), "encoders": encoders, "decoder": known}
+    truth = table.truth(findings) if findings else None
+    if findings:
+        origin["labels"] = {"source": table.source, "sha256": truth_sha256(truth)}
     return Setup(
         preset=preset,
         manifest=manifest,
         model=config,
         train=settings,
         tokenizer=tokenizer,
-        origin={"init": located(first.folder), "encoders": encoders, "decoder": known},
+        origin=origin,
+        truth=truth,
         features=feature_folder(command, config, settings, manifest),
         max_steps=command.max_steps,
         encoders=[merged_state(run.model) for run in runs],
@@ -140,17 +149,23 @@ def train_settings(command: Command, preset: str, manifest: Manifest, ranks: Ran
             f"--batch-size {config.batch_size}: a batch of {ranks.world} processes needs {needed} samples, "
             f"there are {rows}"
         )
-    config = fitting_batch(config, rows, "samples", ranks, say)
-    # A label start, and answers that begin with labels, need those of every volume.
-    labelled = all(
-        entry["labels"] is not None
-        for split in ("train", manifest.chosen_on)
-        for entry in manifest.entries(split)
-    )
-    # Label start and list epochs are for a decoder from scratch; a published one can write already.
-    if command.decoder is None and labelled:
-        return config
-    return replace(config, label_epochs=0, list_epochs=0)
+    return fitting_batch(config, rows, "samples", ranks, say)
+
+
+def cue_table(command: Command, manifest: Manifest) -> CueTable | None:
+    """Return the findings that cues tell of this data set; None where it has none and none are asked for."""
+    cues = command.given.get("cues")
+    if (
+        cues in (None, "none")
+        and (command.labels or "cue_dropout" in command.given)
+        and (command.decoder or cues)
+    ):
+        raise InputError("--labels, --cue-dropout: are of --cues labels or places; add one of these")
+    asked = cues or command.labels
+    if cues == "none" or command.decoder and not asked or not (asked or manifest.labels):
+        return None
+    source = located(command.labels) or "manifest"
+    return distributed.on_main(lambda: CueTable(manifest, source, ("train", manifest.chosen_on)))
 
 
 def check_decoder_flags(command: Command, preset: str) -> None:
@@ -174,7 +189,7 @@ def check_decoder_flags(command: Command, preset: str) -> None:
 
 
 def text_side(
-    command: Command, manifest: Manifest, settings: TrainConfig, say
+    command: Command, manifest: Manifest, settings: TrainConfig, findings: Findings, say
 ) -> tuple[Tokenizer, DecoderConfig, dict | None]:
     """Return tokenizer with image tokens, the decoder's settings, and where its weights are (None:
     nowhere).
@@ -182,12 +197,9 @@ def text_side(
     if command.decoder is None:
         say("no --decoder: a small one starts from nothing, with a vocabulary of the training texts")
         # Words, not pieces of words: what phantoms' reports say takes few of them, and few tokens an answer.
-        tokenizer = train_words(training_texts(command.stage, manifest, settings), 1000)
+        texts = training_texts(command.stage, manifest, settings)
+        tokenizer = train_words([*texts, cue_text(findings, [True] * len(findings)), cue_text((), ())], 1000)
         add_image_tokens(tokenizer)
-        if settings.list_epochs and command.stage == "mrg":
-            # A label is one token: names share words, and a list of words is harder to learn
-            # (docs/method.md).
-            tokenizer.add_tokens([*map(label_token, manifest.labels), LIST_END])
         return tokenizer, tiny_decoder(tokenizer), None
     folder = find_folder(command.decoder, FILES)
     tokenizer, config = load_tokenizer(folder), DecoderConfig.from_folder(folder)
@@ -231,8 +243,7 @@ def tiny_decoder(tokenizer: Tokenizer) -> DecoderConfig:
 def training_texts(stage: str, manifest: Manifest, settings: TrainConfig) -> list[str]:
     """Return the texts that a new decoder's vocabulary is made from."""
     if stage == "mrg":
-        texts = [clean_report(entry["text"]) for entry in manifest.entries("train")] + list(report_prompts())
-        return [*texts, LIST_QUESTION] if settings.list_epochs else texts
+        return [clean_report(entry["text"]) for entry in manifest.entries("train")] + list(report_prompts())
     asked = [row for _, row in questions(manifest, "train", settings.questions)]
     texts = [
         text
@@ -247,10 +258,12 @@ def text_length(command: Command, config: MllmConfig) -> int:
     # The published limit counts 256 visual tokens; with other projectors the text keeps its share.
     visual = visual_tokens(config)
     length = visual + (command.max_text or TEXT_LENGTH[command.stage] - PUBLISHED_VISUAL_TOKENS)
-    if length > config.decoder.context:
+    cues = CUE_TOKENS if config.findings else 0
+    if length + cues > config.decoder.context:
+        beside = f", {cues} of cues" if cues else ""
         raise InputError(
-            f"--max-text: {visual} visual tokens and {length - visual} of text do not fit the decoder's "
-            f"context of {config.decoder.context}; lower it, or choose a larger --kernel"
+            f"--max-text: {visual} visual tokens{beside} and {length - visual} of text do not fit the "
+            f"decoder's context of {config.decoder.context}; lower it, or choose a larger --kernel"
         )
     return length
 

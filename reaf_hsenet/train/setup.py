@@ -4,6 +4,8 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from reaf_hsenet.config import LANGUAGE, ClipConfig, Recipe, TrainConfig
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.distributed import Ranks
@@ -23,6 +25,7 @@ class Setup:
     """Settings, data and tokenizer of a run, and what the weights of a new one start from.
 
     origin: names and hashes of what the weights started from. features: folder of --cache-features.
+    truth: findings of each volume, which cues tell.
     Of a new run: text_weights, tensors of --text-model; init_state, tensors of --init or of the teacher, and
     init_note, what of them was left out; encoders, tensors of the dual encoders that a decoder sees through.
     """
@@ -37,6 +40,7 @@ class Setup:
     resumed: bool = False
     features: Path | None = None
     teacher: Trained | None = None
+    truth: dict[str, Tensor] | None = None
     text_weights: dict | None = None
     init_state: dict | None = None
     init_note: str = ""
@@ -154,6 +158,7 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
     if language:
         have["decoder"] = (origin.get("decoder") or {}).get("name")
         have["teacher"] = origin["encoders"][0]["run"] if config.vision == "dual" else None
+        have["labels"] = (origin.get("labels") or {}).get("source")
         have["cache_features"] = _cached(command.cache_features, features)
         if command.max_text:
             from reaf_hsenet.models.build import visual_tokens  # with the decoder, which clip1 does without
@@ -167,7 +172,7 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
     for name, value in command.given.items():
         if name in free:
             continue
-        if name in ("init", "text_model", "decoder", "teacher"):
+        if name in ("init", "text_model", "decoder", "teacher", "labels"):
             value = located(value)
         if value != have.get(name):
             raise InputError(
