@@ -47,7 +47,7 @@ def test_patch_tokens_of_a_language_model_are_standardised_about_their_place():
     model = Mllm(
         [build_vision(config)], [build_projector("average_pool", 128, 16, config.grid, (1, 2, 2))], None
     )
-    volumes = torch.rand(12, 1, 32, 64, 64)
+    volumes = torch.rand(12, 1, *config.size)
     calibrate_tokens(model, volumes, None, chunk=5)
     (tokens,) = model.features(volumes)
     assert tokens.flatten(0, 1).mean(0).abs().max() < 1e-4

@@ -180,7 +180,7 @@ def test_healthy_chest_has_plausible_hounsfield_units():
         volume = volume_with(index=index)
         assert volume.min() >= -1024
         body = volume > -300
-        lung = (volume > -900) & (volume < -780)
+        lung = (volume > -860) & (volume < -730)
         assert 0.2 < body.mean() < 0.7 and 0.03 < lung.mean() < 0.25
         assert ((volume > -140) & (volume < -60)).mean() > 0.03, "no fat"
         assert ((volume > 250) & (volume < 450)).mean() > 0.002, "no bone"

@@ -163,7 +163,7 @@ def test_a_score_is_the_softmax_of_the_two_prompts_encoded_one_by_one(run, prepa
             ),
         ):
             pair = torch.stack([image @ vector(text) for text in (negative, positive)])
-            expected = (model.logit_scale * pair).softmax(0)[1].item()
+            expected = (model.scale() * pair).softmax(0)[1].item()
             assert float(row[name]) == pytest.approx(expected, abs=1e-6)
 
 

@@ -12,7 +12,8 @@ from reaf_hsenet.distributed import Ranks
 from reaf_hsenet.presets import TINY_RECIPES
 
 PHANTOM = Path("data/phantom")
-PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 2000, 160, 0
+PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 4000, 160, 0
+PHANTOM_SHAPE = (32, 64, 64)  # of a scan: twice the grid that the tiny presets see
 SLICE_ENCODER = {"size": 64, "patch": 16, "width": 128, "depth": 2, "heads": 4, "mlp": 512}
 
 
@@ -36,7 +37,13 @@ def phantom_manifest(ranks: Ranks, model: str, size: tuple[int, int, int]) -> Ma
 
         cores = len(os.sched_getaffinity(0))
         write_phantom_dataset(
-            PHANTOM / "raw", PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED, workers=cores, progress=True
+            PHANTOM / "raw",
+            PHANTOM_TRAIN,
+            PHANTOM_VALID,
+            PHANTOM_SEED,
+            shape=PHANTOM_SHAPE,
+            workers=cores,
+            progress=True,
         )
         prepare(read_ct_rate(PHANTOM / "raw"), out, Options(replace(recipe, size=size)), workers=cores)
     # The other ranks read what rank 0 has written.

@@ -10,7 +10,7 @@ import numpy as np
 from reaf_hsenet.data.phantom.canvas import AIR, Box, Canvas, Point
 from reaf_hsenet.data.phantom.findings import LOBES
 
-LUNG, FAT, FLUID, BLOOD, SOFT, LIVER, BONE, CALCIUM, METAL = -810, -100, 8, 42, 50, 60, 350, 800, 3000
+LUNG, FAT, FLUID, BLOOD, SOFT, LIVER, BONE, CALCIUM, METAL = -770, -100, 8, 42, 50, 60, 350, 800, 3000
 
 
 @dataclass(frozen=True)

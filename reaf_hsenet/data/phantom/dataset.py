@@ -150,7 +150,7 @@ def nifti_bytes(hu: np.ndarray, spacing: tuple[float, float, float]) -> bytes:
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
-    return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
+    return gzip.compress(image.to_bytes(), compresslevel=0, mtime=0)
 
 
 def _write_tables(dataset: Path, split: str, scans: list[Scan], shape: tuple[int, int, int]) -> None:

@@ -1,6 +1,7 @@
 """Paints findings into a phantom chest: each at its stated place, in its stated size, with plausible HU.
 
-They are painted strongly: a small model that sees 10 mm voxels has to recognise them, their side and size.
+They are painted larger than life: a small model that sees voxels of 1 to 2 cm has to recognise them, their
+side and size.
 """
 
 from collections.abc import Iterable
@@ -12,16 +13,18 @@ from reaf_hsenet.data.phantom.canvas import AIR, Box, Point
 from reaf_hsenet.data.phantom.findings import RIGHT_LUNG, Finding
 
 
-def draw_findings(anatomy: Anatomy, findings: Iterable[Finding], rng: np.random.Generator) -> None:
+def draw_findings(anatomy: Anatomy, findings: Iterable[Finding]) -> None:
     """Paint findings into `anatomy.canvas`, textures first and fluid last.
 
+    A texture is the same in every patient, but for the body and the lobe: a patch embedding is linear, and
+    finds a known pattern from some thousand scans, not one whose phase is drawn for each of them.
     Cardiomegaly and pericardial effusion are part of the heart that `draw_anatomy` paints.
     """
     findings = list(findings)
     for label, draw in DRAWINGS.items():
         for finding in findings:
             if finding.label == label:
-                draw(anatomy, finding, rng)
+                draw(anatomy, finding, np.random.default_rng(0))
 
 
 def _waves(anatomy: Anatomy, box: Box, wavelength: float, rng: np.random.Generator) -> np.ndarray:
@@ -61,22 +64,24 @@ def _points_in_lobe(
 
 def _emphysema(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     box, mask = anatomy.lobe(finding.place)
-    hu, bullae = {"mild": (-915, 2), "moderate": (-950, 4), "severe": (-985, 7)}[finding.kind]
+    hu, bullae = {"mild": (-940, 4), "moderate": (-970, 6), "severe": (-1000, 8)}[finding.kind]
     anatomy.canvas.blend(box, 0.9 * mask, hu)
     for point in _points_in_lobe(anatomy, finding.place, bullae, rng, 0.8):
-        anatomy.canvas.ellipsoid(point, (rng.uniform(6, 14),) * 3, AIR, within=anatomy.lungs)
+        anatomy.canvas.ellipsoid(point, (rng.uniform(10, 20),) * 3, AIR, within=anatomy.lungs)
 
 
 def _mosaic(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     box, mask = anatomy.lobe(finding.place)
-    patches = np.clip(3 * _waves(anatomy, box, 44, rng), -1, 1)
-    anatomy.canvas.hu[box] += mask * (80 + 180 * patches)
+    patches = np.clip(3 * _waves(anatomy, box, 80, rng), -1, 1)
+    anatomy.canvas.hu[box] += mask * (160 + 240 * patches)
 
 
 def _ground_glass(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     box, mask = anatomy.lobe(finding.place)
-    share = 0.62 if finding.kind == "diffuse" else 0.75 * np.clip(2 * _waves(anatomy, box, 46, rng), 0, 1)
-    anatomy.canvas.blend(box, share * mask, -380)
+    share = (
+        0.75 if finding.kind == "diffuse" else 0.95 * np.clip(2 * _waves(anatomy, box, 60, rng) + 0.4, 0, 1)
+    )
+    anatomy.canvas.blend(box, share * mask, -330)
 
 
 def _septal_thickening(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
@@ -85,7 +90,7 @@ def _septal_thickening(anatomy: Anatomy, finding: Finding, rng: np.random.Genera
     z, y, x = anatomy.canvas.coordinates(box)
     offsets = rng.uniform(0, 26, 3)
     slanted = z, y + 0.3 * x, x - 0.3 * y
-    walls = [np.mod(axis + offset, 26) < 5.5 for axis, offset in zip(slanted, offsets, strict=True)]
+    walls = [np.mod(axis + offset, 26) < 7.5 for axis, offset in zip(slanted, offsets, strict=True)]
     net = walls[0] | walls[1] | walls[2]
     anatomy.canvas.blend(box, (0.75 * (mask & net)).astype(np.float32), -80)
 
@@ -95,12 +100,12 @@ def _fibrotic_sequela(anatomy: Anatomy, finding: Finding, rng: np.random.Generat
     box, mask = anatomy.lobe(finding.place)
     z, y, x = anatomy.canvas.coordinates(box)
     radius = anatomy.lung_radius[box]
-    bands = mask & (radius > 0.80)
+    bands = mask & (radius > 0.72)
     for point in _points_in_lobe(anatomy, finding.place, 4, rng, 1.0):
         normal = rng.normal(size=3)
         normal /= np.linalg.norm(normal)
         height = (z - point[0]) * normal[0] + (y - point[1]) * normal[1] + (x - point[2]) * normal[2]
-        bands |= mask & (np.abs(height) < 4) & (radius > 0.30)
+        bands |= mask & (np.abs(height) < 7) & (radius > 0.30)
     anatomy.canvas.blend(box, bands.astype(np.float32), 20)
 
 
@@ -109,17 +114,17 @@ def _peribronchial_thickening(anatomy: Anatomy, finding: Finding, rng: np.random
     hilum, lungs = np.array(anatomy.landmarks[f"{finding.side} hilum"]), anatomy.lungs
     for end in _points_in_lobe(anatomy, finding.place, 4, rng, 0.6):
         path = [tuple(0.8 * hilum + 0.2 * np.array(end)), end]
-        anatomy.canvas.tube(path, 7.5, SOFT, within=lungs)
-        anatomy.canvas.tube(path, 2.5, AIR, within=lungs)
+        anatomy.canvas.tube(path, 16, SOFT, within=lungs)
+        anatomy.canvas.tube(path, 4, AIR, within=lungs)
 
 
 def _bronchiectasis(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     """Paint a cluster of wide airways: air inside a thick wall."""
     lungs = anatomy.lungs
-    for end in _points_in_lobe(anatomy, finding.place, 14, rng, 0.5):
-        radius = rng.uniform(9, 13)
+    for end in _points_in_lobe(anatomy, finding.place, 20, rng, 0.6):
+        radius = rng.uniform(14, 20)
         anatomy.canvas.ellipsoid(end, (radius * 1.5, radius, radius), SOFT, within=lungs)
-        anatomy.canvas.ellipsoid(end, (radius * 1.2, radius - 5, radius - 5), AIR, within=lungs)
+        anatomy.canvas.ellipsoid(end, (radius * 1.2, radius - 9, radius - 9), AIR, within=lungs)
 
 
 def _consolidation(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
@@ -142,8 +147,10 @@ def _atelectasis(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -
 
 def _nodule(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     hu = CALCIUM if finding.kind == "calcified" else SOFT - 10
-    for point in _points_in_lobe(anatomy, finding.place, 1, rng, 0.4):
-        anatomy.canvas.ellipsoid(point, (finding.size / 2,) * 3, hu)
+    # In the middle of its lobe.
+    points = _points_in_lobe(anatomy, finding.place, 100, rng, 0.8)
+    if points:
+        anatomy.canvas.ellipsoid(tuple(np.mean(points, 0)), (finding.size / 2,) * 3, hu)
 
 
 def _pleural_effusion(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
@@ -182,14 +189,17 @@ def _lymphadenopathy(anatomy: Anatomy, finding: Finding, rng: np.random.Generato
     }[finding.place]
     # The short axis is as stated. Nodes are longer than wide along the body.
     short = finding.size / 2
-    anatomy.canvas.ellipsoid((z, y, x), (1.5 * short, short, 1.1 * short), SOFT + 25)
+    for step in (-1.4, 0, 1.4):
+        anatomy.canvas.ellipsoid(
+            (z + step * short, y, x), (1.5 * short, 1.4 * short, 1.6 * short), SOFT + 110
+        )
 
 
 def _aortic_calcification(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
     """Paint plaques along the wall of one part of the aorta, as arcs around the patent lumen."""
     path = anatomy.paths[finding.place]
-    anatomy.canvas.tube(path, 17, CALCIUM - 250)
-    anatomy.canvas.tube(path, 10.5, BLOOD)
+    anatomy.canvas.tube(path, 25, CALCIUM)
+    anatomy.canvas.tube(path, 9, BLOOD)
 
 
 def _coronary_calcification(anatomy: Anatomy, finding: Finding, rng: np.random.Generator) -> None:
@@ -201,10 +211,10 @@ def _coronary_calcification(anatomy: Anatomy, finding: Finding, rng: np.random.G
         "circumflex artery": ((0.6, 0.5, 0.5), (-0.3, 0.75, 0.6)),
         "right coronary artery": ((0.5, -0.6, -0.6), (-0.6, -0.2, -0.78)),
     }[finding.place]
-    for share in np.linspace(0, 1, 4):
+    for share in np.linspace(0, 1, 6):
         direction = (1 - share) * np.array(start) + share * np.array(stop)
-        point = np.array(center) + 0.93 * np.array(radii) * direction / np.linalg.norm(direction)
-        anatomy.canvas.ellipsoid(tuple(point), (6.5, 5, 5), CALCIUM + 200)
+        point = np.array(center) + 1.15 * np.array(radii) * direction / np.linalg.norm(direction)
+        anatomy.canvas.ellipsoid(tuple(point), (22, 19, 19), CALCIUM + 200)
 
 
 def _metal(anatomy: Anatomy, center: Point, radii: Point) -> None:
@@ -212,7 +222,7 @@ def _metal(anatomy: Anatomy, center: Point, radii: Point) -> None:
     z, y, x = radii
     canvas = anatomy.canvas
     inside = 0.7 * (canvas.hu > FAT - 50)
-    canvas.ellipsoid(center, (z + 3, y + 16, x + 30), -500, within=inside)
+    canvas.ellipsoid(center, (z + 12, y + 34, x + 60), -600, within=inside)
     canvas.ellipsoid(center, radii, METAL)
 
 
@@ -222,15 +232,15 @@ def _medical_material(anatomy: Anatomy, finding: Finding, rng: np.random.Generat
     cava = anatomy.paths["superior vena cava"]
     pocket = (body.lung_apex - 45, -0.80 * body.half_depth, sign * 0.52 * body.half_width)
     if finding.kind == "pacemaker":
-        _metal(anatomy, pocket, (24, 9, 24))
+        _metal(anatomy, pocket, (34, 14, 34))
         canvas.tube([pocket, cava[0], cava[1], anatomy.heart[0]], 2.5, METAL - 800)
     elif finding.kind == "port catheter":
-        _metal(anatomy, pocket, (14, 9, 14))
+        _metal(anatomy, pocket, (20, 12, 20))
         canvas.tube([pocket, cava[0], cava[1]], 2.5, 900)
     elif finding.kind == "sternal wires":
         z, y, x = anatomy.landmarks["sternum"]
         for height in np.linspace(z - 25, z + 65, 5):
-            _metal(anatomy, (height, y - 2, x), (5, 9, 14))
+            _metal(anatomy, (height, y - 2, x), (8, 10, 18))
     else:
         _, back, _ = anatomy.landmarks["spine"]
         for height in np.arange(body.lung_base + 25, body.lung_base + 115, 26):

@@ -63,10 +63,10 @@ WIDESPREAD = ("Mosaic attenuation pattern", "Peribronchial thickening", "Interlo
 AIRLESS = ("Consolidation", "Atelectasis")
 # The smallest and the largest size in mm of the labels that have one.
 SIZES = {
-    "Pericardial effusion": (6, 24),
+    "Pericardial effusion": (12, 36),
     "Hiatal hernia": (40, 90),
-    "Lymphadenopathy": (12, 36),
-    "Lung nodule": (8, 30),
+    "Lymphadenopathy": (20, 44),
+    "Lung nodule": (32, 60),
     "Pleural effusion": (10, 75),
 }
 # The order in which labels draw their random numbers: another one would change every phantom.

@@ -88,7 +88,7 @@ def phantom_volume(
         cardiothoracic_ratio=enlarged[0].size if enlarged else None,
         pericardial_effusion=fluid[0].size if fluid else 0.0,
     )
-    draw_findings(anatomy, patient.findings, rng)
+    draw_findings(anatomy, patient.findings)
     canvas = anatomy.canvas
     _tilt(canvas, patient.body.tilt)
     _draw_table(canvas, patient.body)
