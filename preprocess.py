@@ -30,7 +30,7 @@ from reaf_hsenet.config import FITS, RECIPES
 from reaf_hsenet.data.each_volume import Refused
 from reaf_hsenet.data.header import HEADERS
 from reaf_hsenet.data.manifest import Manifest
-from reaf_hsenet.data.phantom.dataset import write_phantom_dataset
+from reaf_hsenet.data.phantom.dataset import SHAPE, write_phantom_dataset
 from reaf_hsenet.data.prepare import Options, list_as_is, prepare
 from reaf_hsenet.data.questions import add_questions
 from reaf_hsenet.data.reading import Reading
@@ -148,10 +148,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "not hold",
     )
     phantom = parser.add_argument_group("phantom")
-    phantom.add_argument("--train-size", type=int, default=2000)
+    phantom.add_argument("--train-size", type=int, default=4000)
     phantom.add_argument("--valid-size", type=int, default=160)
     phantom.add_argument("--seed", type=int, default=0)
-    phantom.add_argument("--shape", type=int, nargs=3, default=(48, 96, 96), metavar=("D", "H", "W"))
+    phantom.add_argument("--shape", type=int, nargs=3, default=SHAPE, metavar=("D", "H", "W"))
     return parser.parse_args(argv)
 
 

@@ -65,9 +65,9 @@ _TINY = {
 _TINY |= {"start": "xavier", "validate_every": 0.125, "augment": NO_AUGMENTATION}
 _TINY_REAF = {"clip_norm": 1.0, "grad_checkpoint": False, "text_blocks": None}
 TINY_STAGES = {
-    ("clip1", "hsenet"): {**_TINY, "epochs": 7, "calibrate": 256},
+    ("clip1", "hsenet"): {**_TINY, "epochs": 8, "calibrate": 256},
     ("clip2", "hsenet"): {**_TINY, "epochs": 5, "relation_steps": 150},
-    ("clip1", "reaf"): {**_TINY, **_TINY_REAF, "epochs": 7, "calibrate": 256},
+    ("clip1", "reaf"): {**_TINY, **_TINY_REAF, "epochs": 10, "calibrate": 256},
 }
 # A decoder from scratch, whose encoders are trained on: a few voxels to and fro keep them from learning the
 # patients by heart, and contradict no report.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import train
-from reaf_hsenet.data.cues import CueTable, truth_sha256
 from reaf_hsenet.data.language import cue_ids, cue_text
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.errors import InputError
@@ -19,6 +18,7 @@ from reaf_hsenet.models.findings import FindingsHead
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.tokenizer.tokenizer import train_words
+from reaf_hsenet.train.cues import CueTable, truth_sha256
 from reaf_hsenet.train.language import measure_findings, token_mean
 from test_mllm import inputs, model
 from tiny import config_of, language, resume, wrong

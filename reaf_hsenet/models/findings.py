@@ -1,7 +1,7 @@
 """A head that predicts findings from the encoders' tokens, before the decoder writes. Ours, not HSENet's.
 
 patch tokens (B, N, C) of every encoder -> their means, standardised -> one linear layer -> logits (B, K). The
-predictions become words of the decoder's prompt, its cues (data/cues.py; docs/method.md has the equations).
+predictions become words of the decoder's prompt, its cues (train/cues.py; docs/method.md has the equations).
 """
 
 import torch
@@ -98,10 +98,10 @@ class FindingsHead(nn.Module):
     def measure(self, probabilities: Tensor, truth: Tensor, thresholds: Tensor) -> None:
         """Take thresholds, and measure the error rates that training then imitates. Both inputs: (N, K)."""
         self.thresholds.copy_(thresholds)
-        told = probabilities > self.thresholds
+        told, label = probabilities > thresholds, self.label.to(truth.device)
         there, known = truth.nan_to_num() > 0.5, truth.isfinite()
-        places = self.label != torch.arange(len(self.label), device=truth.device)
-        known &= told[:, self.label] | ~places
+        places = label != torch.arange(len(label), device=truth.device)
+        known &= told[:, label] | ~places
 
         # A count more of each kind, so that no rate is 0 or 1.
         def rate(wrong: Tensor, of: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 from reaf_hsenet import distributed
 from reaf_hsenet.config import TrainConfig
 from reaf_hsenet.data.bad_volumes import BadVolumes
-from reaf_hsenet.data.cues import CueTable, truth_sha256
 from reaf_hsenet.data.feature_cache import FeatureCache, fill_cache
 from reaf_hsenet.data.language import cue_ids
 from reaf_hsenet.data.language_loader import LanguageDataset
@@ -26,6 +25,7 @@ from reaf_hsenet.runs.language import base_decoder, fill_encoders
 from reaf_hsenet.runs.trained import encoder_states
 from reaf_hsenet.train.calibration import calibrate_tokens, token_chunks
 from reaf_hsenet.train.command import Command
+from reaf_hsenet.train.cues import CueTable, truth_sha256
 from reaf_hsenet.train.job import Job
 from reaf_hsenet.train.setup import Setup
 from reaf_hsenet.train.sharding import require_shardable
@@ -217,12 +217,13 @@ def measure_findings(head: FindingsHead, probabilities: Tensor, truth: Tensor) -
 
     probabilities, truth: (N, K). A place's threshold is found where its label is there.
     """
-    there, thresholds, label = truth.nan_to_num() > 0.5, [], head.label.tolist()
+    there, thresholds, label = truth.nan_to_num() > 0.5, head.thresholds.cpu().clone(), head.label.tolist()
     for j, of in enumerate(label):
         rows = truth[:, j].isfinite() & (there[:, of] if of != j else True)
-        cut = best_f1_thresholds(there[rows, j, None].numpy(), probabilities[rows, j, None].numpy())
-        thresholds.append(float(cut[0]) if rows.any() else 0.5)
-    head.measure(probabilities, truth, torch.tensor(thresholds))
+        if rows.any():
+            columns = there[rows, j, None].numpy(), probabilities[rows, j, None].numpy()
+            thresholds[j] = float(best_f1_thresholds(*columns)[0])
+    head.measure(probabilities, truth, thresholds)
     labels = [j for j, of in enumerate(label) if of == j]
-    told, there = (probabilities > head.thresholds.cpu())[:, labels], there[:, labels]
+    told, there = (probabilities > thresholds)[:, labels], there[:, labels]
     return float(2 * (told & there).sum() / (told.sum() + there.sum()).clamp(min=1))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from reaf_hsenet import distributed
 from reaf_hsenet.config import CONTRASTIVE, NO_AUGMENTATION, PUBLISHED_VISUAL_TOKENS, TEXT_LENGTH, TrainConfig
-from reaf_hsenet.data.cues import CueTable, truth_sha256
 from reaf_hsenet.data.language import CUE_TOKENS, Findings, add_image_tokens, cue_text
 from reaf_hsenet.data.manifest import Manifest, load_manifest
 from reaf_hsenet.data.questions import questions, report_prompts, templates
@@ -25,6 +24,7 @@ from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits, train_words
 from reaf_hsenet.train.command import Command
 from reaf_hsenet.train.contrastive_setup import load_teacher
+from reaf_hsenet.train.cues import CueTable, truth_sha256
 from reaf_hsenet.train.setup import Setup, data_of, fitting_batch, located, recipe_settings
 from reaf_hsenet.weights.decoder import FILES
 

@@ -13,7 +13,6 @@ from reaf_hsenet.presets import TINY_RECIPES
 
 PHANTOM = Path("data/phantom")
 PHANTOM_TRAIN, PHANTOM_VALID, PHANTOM_SEED = 4000, 160, 0
-PHANTOM_SHAPE = (32, 64, 64)  # of a scan: twice the grid that the tiny presets see
 SLICE_ENCODER = {"size": 64, "patch": 16, "width": 128, "depth": 2, "heads": 4, "mlp": 512}
 
 
@@ -41,7 +40,6 @@ def phantom_manifest(ranks: Ranks, model: str, size: tuple[int, int, int]) -> Ma
             PHANTOM_TRAIN,
             PHANTOM_VALID,
             PHANTOM_SEED,
-            shape=PHANTOM_SHAPE,
             workers=cores,
             progress=True,
         )

@@ -17,6 +17,7 @@ from reaf_hsenet.data.phantom.findings import LABELS, labels_of
 from reaf_hsenet.data.phantom.patient import (
     QUESTIONS,
     REPORT,
+    SHAPE,
     SPLITS,
     Patient,
     phantom_volume,
@@ -53,7 +54,7 @@ def write_phantom_dataset(
     train: int,
     valid: int,
     seed: int = 0,
-    shape: tuple[int, int, int] = (48, 96, 96),
+    shape: tuple[int, int, int] = SHAPE,
     workers: int = 1,
     reconstructions: float = 0.0,
     progress: bool = False,

@@ -14,6 +14,7 @@ from reaf_hsenet.data.phantom.drawing import draw_findings
 from reaf_hsenet.data.phantom.findings import Finding, find, sample_findings
 
 SPLITS = ("train", "valid")
+SHAPE = (32, 64, 64)  # of a scan: twice the grid that the tiny presets see
 # Random streams of one patient: a change to one must not move the others.
 FINDINGS, BODY, DRAWING, REPORT, QUESTIONS, RECONSTRUCTION = range(6)
 
@@ -72,7 +73,7 @@ def scan_grid(
 
 
 def phantom_volume(
-    patient: Patient, shape: tuple[int, int, int] = (48, 96, 96), number: int = 1
+    patient: Patient, shape: tuple[int, int, int] = SHAPE, number: int = 1
 ) -> tuple[np.ndarray, Point]:
     """Paint one scan: ((D, H, W) int16 HU with axes Superior, Posterior, Left; spacing (z, y, x) in mm).
 
