@@ -252,9 +252,8 @@ def main() -> None:
         (f"{args.seeds} seeds", ": mean (smallest to largest)") if args.seeds > 1 else ("One seed", "")
     )
     note = (
-        f"{seeds} each, {EPOCHS[args.method]} epochs of 2,000 phantoms, evaluated on {TEST_SIZE} patients "
-        f"of another "
-        f"seed{spread}. {CHANCE.get(args.method) or without_looking()} {NOTES[args.method]}\n"
+        f"{seeds} each, the default recipe on the built-in phantoms, evaluated on {TEST_SIZE} patients of "
+        f"another seed{spread}. {CHANCE.get(args.method) or without_looking()} {NOTES[args.method]}\n"
     )
     text = f"{note}\n{table(args.method, found)}"
     write(args.method, text)
