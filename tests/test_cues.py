@@ -13,7 +13,7 @@ from reaf_hsenet.data.language import cue_ids, cue_text
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate.scan_model import contradictions
-from reaf_hsenet.metrics.places import phantom_places, rule_places
+from reaf_hsenet.metrics.places import phantom_places, rule_places, rule_sizes
 from reaf_hsenet.models.findings import FindingsHead
 from reaf_hsenet.models.mllm import Mllm
 from reaf_hsenet.runs.trained import load_trained
@@ -46,9 +46,9 @@ def test_the_manifest_labels_and_reports_give_what_is_drawn(prepared):
     truth = table.truth(findings)
     assert [label for label, place in findings if not place] == list(manifest.labels)
     for entry in manifest.all_entries():
-        read = phantom_places(entry["text"])
+        read, sizes = phantom_places(entry["text"]), rule_sizes(entry["text"])
         for (label, place), value in zip(findings, truth[entry["id"]].tolist(), strict=True):
-            told = {*read[label][0], *read[label][1]} if label in read else set()
+            told = {*read[label][0], *read[label][1], *sizes[label]} if label in read else set()
             assert value == (place in told if place else entry["labels"][manifest.labels.index(label)])
     assert all(not place for _, place in table.findings(places=False))
 

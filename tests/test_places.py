@@ -5,7 +5,7 @@ import pytest
 
 from reaf_hsenet.data.phantom.findings import sample_findings
 from reaf_hsenet.data.phantom.reports import write_report
-from reaf_hsenet.metrics.places import phantom_places, place_scores, rule_places
+from reaf_hsenet.metrics.places import phantom_places, place_scores, rule_places, rule_sizes
 
 BOTH = {"right", "left"}
 
@@ -34,6 +34,13 @@ BOTH = {"right", "left"}
 )
 def test_rules_read_findings_that_are_not_denied_with_their_sides_and_lobes(text, reading):
     assert rule_places(text) == reading
+
+
+def test_rules_read_size_classes():
+    text = (
+        "A small pleural effusion on the left. Severe emphysema in both lungs. No large nodule. Cardiomegaly."
+    )
+    assert rule_sizes(text) == {"Pleural effusion": {"small"}, "Emphysema": {"large"}, "Cardiomegaly": set()}
 
 
 def test_a_finding_of_several_clauses_has_the_places_of_all():

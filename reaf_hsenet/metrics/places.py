@@ -21,6 +21,11 @@ BOTH = r"\bbilateral|\bboth\b|\blungs\b"
 SIDE_WORDS = {side: rf"\b{side}\b|{BOTH}" for side in ("right", "left")}
 LOBE_WORDS = {name: rf"\b{name}\b[\w, -]*\blobes?\b" for name in ("upper", "middle", "lower")}
 LOBE_WORDS["lingula"] = r"\blingul"
+SIZE_WORDS = {
+    "small": r"\b(?:small|mild|minimal|slight|tiny|trace)\b",
+    "moderate": r"\bmoderate\b",
+    "large": r"\b(?:large|severe|massive|marked)\b",
+}
 
 
 def phantom_places(text: str) -> Reading:
@@ -36,17 +41,24 @@ def phantom_places(text: str) -> Reading:
 
 def rule_places(text: str) -> Reading:
     """Return the findings that some clause names and does not deny, with the clause's sides and lobes."""
-    reading: Reading = {}
+    return {label: (sides, lobes) for label, (sides, lobes) in _read(text, SIDE_WORDS, LOBE_WORDS).items()}
+
+
+def rule_sizes(text: str) -> dict[str, set[str]]:
+    """Return the findings that some clause names and does not deny, with the clause's size classes."""
+    return {label: sizes for label, (sizes,) in _read(text, SIZE_WORDS).items()}
+
+
+def _read(text: str, *tables: dict[str, str]) -> dict[str, list[set[str]]]:
+    """Return of each finding that is named and not denied which entries of each table its clauses have."""
+    found: dict[str, list[set[str]]] = {}
     for clause in CLAUSE_END.split(text.lower().replace("•", ";")):
-        sides, lobes = (
-            {name for name, words in table.items() if re.search(words, clause)}
-            for table in (SIDE_WORDS, LOBE_WORDS)
-        )
+        told = [{name for name, words in table.items() if re.search(words, clause)} for table in tables]
         for label, words in FINDING_WORDS.items():
             if any(not denied(clause, match) for match in re.finditer(words, clause)):
-                known = reading.get(label, (set(), set()))
-                reading[label] = known[0] | sides, known[1] | lobes
-    return reading
+                known = found.get(label, [set()] * len(tables))
+                found[label] = [a | b for a, b in zip(known, told, strict=True)]
+    return found
 
 
 def report_reader(manifest: Manifest) -> Callable[[str], Reading]:

@@ -1,13 +1,14 @@
 """Findings as words of the decoder's prompt: which a data set has, and which each volume shows.
 
-A finding is (label, place): the label itself has the place "", its sides and lobes have theirs. Labels are
-of the manifest, of a table, or read in the reports by rules (metrics/places.py), as places always are.
+A finding is (label, place): the label itself has the place "", its size classes, sides and lobes have theirs.
+Labels are of the manifest, of a table, or read in the reports by rules (metrics/places.py), as places always
+are.
 """
 
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from reaf_hsenet.data.language import Findings
 from reaf_hsenet.data.manifest import Manifest
 from reaf_hsenet.data.text import clean_report
 from reaf_hsenet.errors import InputError
-from reaf_hsenet.metrics.places import Reading, report_reader
+from reaf_hsenet.metrics.places import Reading, report_reader, rule_sizes
 
 LEAST_SHARE = 0.005  # of the training volumes, that a place must have to be predicted
 REPORTS = "reports"  # --labels: the rules on the reports
@@ -38,7 +39,7 @@ class CueTable:
         entries = [entry for split in splits for entry in manifest.entries(split)]
         self.ids = [entry["id"] for entry in entries]
         read = report_reader(manifest)
-        self.readings: list[Reading] = [read(clean_report(entry["text"])) for entry in entries]
+        self.readings = [told_places(read, clean_report(entry["text"])) for entry in entries]
         if source == REPORTS:
             self.names = sorted({label for reading in self.readings for label in reading})
             if not self.names:
@@ -67,7 +68,7 @@ class CueTable:
             (label, place)
             for present, reading in zip(self.labels == 1, self.readings, strict=True)
             for label in compress(self.names, present)
-            for place in told_places(reading, label)
+            for place in reading.get(label, ())
         )
         common = [pair for pair in sorted(counts) if counts[pair] >= LEAST_SHARE * len(self.ids)]
         return tuple((name, "") for name in self.names) + tuple(common if places else ())
@@ -86,7 +87,7 @@ class CueTable:
             for label, place in findings:
                 value = float(labels[column[label]])
                 if place and value == 1:
-                    value = float(place in told_places(reading, label)) if label in reading else math.nan
+                    value = float(place in reading[label]) if label in reading else math.nan
                 values.append(value)
             rows[volume] = torch.tensor(values)
         return rows
@@ -100,6 +101,10 @@ def truth_sha256(truth: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def told_places(reading: Reading, label: str) -> list[str]:
-    """Return the sides, then the lobes, that a reading has of a label."""
-    return [place for places in reading.get(label, ()) for place in sorted(places)]
+def told_places(read: Callable[[str], Reading], report: str) -> dict[str, list[str]]:
+    """Return the size classes, sides and lobes that a report tells of each finding."""
+    sizes, found = rule_sizes(report), read(report)
+    return {
+        label: [place for told in (sizes.get(label, ()), *where) for place in sorted(told)]
+        for label, where in found.items()
+    }
