@@ -253,7 +253,7 @@ def test_answers_get_worse_with_the_cues_of_other_patients():
     @torch.no_grad()
     def loss(given: dict, order: Tensor) -> float:
         cues = [mllm.cue_ids(row) for row in (given["truth"][order] > 0.5).tolist()]
-        mllm.predicted_cues = lambda features: cues
+        mllm.predicted_cues = lambda logits: cues
         total, tokens, _ = mllm(**given)
         return (total / tokens).item()
 

@@ -95,15 +95,14 @@ class Mllm(nn.Module):
         visual = self.visual(features, slices, x[:, end:].to(features[0].dtype), text_mask)
         return torch.cat((x[:, :1], visual.to(x.dtype), x[:, end:]), dim=1)
 
-    def predicted_cues(self, features: list[Tensor]) -> list[list[int]]:
-        """Return the token ids of each row's cue, as the head predicts it; empty ones without a head.
+    def predicted_cues(self, logits: Tensor) -> list[list[int]]:
+        """Return the token ids of each row's cue, by the head's logits (B, K).
 
         A decoder that was trained without any cue (dropout 1) gets none.
         """
-        if self.findings is None or self.findings.dropout == 1:
-            return [[]] * len(features[0])
-        told = self.findings.predicted(self.findings(features))
-        return [self.cue_ids(row) for row in told.tolist()]
+        if self.findings.dropout == 1:
+            return [[]] * len(logits)
+        return [self.cue_ids(row) for row in self.findings.predicted(logits).tolist()]
 
     def training_cues(self, truth: Tensor) -> list[list[int]]:
         """Return the token ids of each row's cue: of truth (B, K) with the head's errors, or none at all."""
@@ -153,7 +152,7 @@ class Mllm(nn.Module):
         found = features[0].new_zeros(len(ids), 0)
         if self.findings is not None:
             found = self.findings(features)
-            cues = self.training_cues(truth) if self.training else self.predicted_cues(features)
+            cues = self.training_cues(truth) if self.training else self.predicted_cues(found)
             if any(cues):
                 ids, mask, labels = self.with_cues(cues, ids, mask, labels)
         x = self.decoder.hidden(self.embed(ids, features, slices, mask.bool() & (labels == -100)), mask)

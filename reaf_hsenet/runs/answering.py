@@ -96,9 +96,11 @@ def prompt_embeddings(
     features = image_features(model, volume, slices) if features is None else features
     device = features[0].device
     with _autocast(model, device):
-        at, cues = 1 + model.visual_tokens, model.predicted_cues(features)
-        asked = zip(question_ids(model, tokenizer, questions), cues, strict=True)
-        ids, mask = (t.to(device) for t in tokenizer.batch([q[:at] + cue + q[at:] for q, cue in asked]))
+        asked = question_ids(model, tokenizer, questions)
+        if model.findings is not None:
+            at, cues = 1 + model.visual_tokens, model.predicted_cues(model.findings(features))
+            asked = [ids[:at] + cue + ids[at:] for ids, cue in zip(asked, cues, strict=True)]
+        ids, mask = (t.to(device) for t in tokenizer.batch(asked))
         # Padded on the right, so that the image has its columns.
         rows = model.embed(ids, features, slices, mask)
     pads = (mask.shape[1] - mask.sum(1)).tolist()
@@ -120,8 +122,9 @@ def answer_length(
     task: `mrg` or `vqa`. Raises InputError when the longest question leaves no room, or not for `wanted`.
     """
     length, context = max(map(len, question_ids(model, tokenizer, questions))), model.decoder.config.context
-    context -= CUE_TOKENS if model.findings else 0
-    asked = f"a question of {length} tokens, {model.visual_tokens} of them of the image, leaves"
+    length += CUE_TOKENS if model.findings else 0  # what a cue may have
+    cues = f" and up to {CUE_TOKENS} of cues" if model.findings else ""
+    asked = f"a question of {length} tokens, {model.visual_tokens} of them of the image{cues}, leaves"
     if length >= context:
         raise InputError(f"{asked} no room for an answer in the decoder's context of {context}: shorten it")
     if wanted is None:
