@@ -1,5 +1,6 @@
 """Findings before words: which findings there are, the head that predicts them, the words that say them."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import evaluate
+import infer
 import train
 from reaf_hsenet.data.language import cue_ids, cue_text
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.errors import InputError
+from reaf_hsenet.evaluate import scan_model
 from reaf_hsenet.evaluate.scan_model import contradictions
 from reaf_hsenet.metrics.places import phantom_places, rule_places, rule_sizes
 from reaf_hsenet.models.findings import FindingsHead
@@ -303,6 +307,38 @@ def test_a_new_decoder_has_cues_of_places_and_its_run_says_where_the_findings_ar
     run = load_trained(mrg, "last")
     assert run.model.findings.thresholds.unique().numel() > 3  # measured at a validation
     assert run.model.cue_ids([False] * len(run.config.findings))
+
+
+@pytest.mark.slow
+def test_infer_shows_findings_first_and_contradictions_last(mrg, prepared, capsys, monkeypatch):
+    scan = load_manifest(prepared).entries("validation")[0]["source"]["file"]
+    text = "There is pleural effusion on the left."
+    monkeypatch.setattr(scan_model, "stream_answer", lambda *a, **k: iter([text]))
+    monkeypatch.setattr(FindingsHead, "predicted", lambda self, logits: logits[:, :] == logits[:, :1])
+    command = ["report", scan, "--run", str(mrg), "--device", "cpu"]
+    assert infer.main(command) == 0
+    shown = capsys.readouterr().out
+    first = load_trained(mrg, "last").config.findings[0][0]
+    assert shown.index("findings that the prompt tells:") < shown.index(f"  {first}  0.") < shown.index(text)
+    assert f"contradiction: {first}: present by its probability, not named" in shown.split(text)[1]
+    assert infer.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    told = {row["name"]: row for row in found["findings"]}
+    assert found["report"] == text and told[first]["present"] and 0 < told[first]["probability"] < 1
+    assert len(told) == 18 and {"threshold", "places"} <= told[first].keys()
+    assert "Pleural effusion: absent by its probability, named in the report" in found["contradictions"]
+
+
+@pytest.mark.slow
+def test_evaluation_writes_from_what_the_head_predicts(mrg, tmp_path, monkeypatch):
+    """Of each volume its own: the answers are to the cues that the head's predictions make."""
+    seen = []
+    monkeypatch.setattr(
+        Mllm, "predicted_cues", lambda self, logits: seen.extend(logits) or [[5]] * len(logits)
+    )
+    flags = ("--new-tokens", "2", "--checkpoint", "last", "--device", "cpu", "--out", str(tmp_path))
+    evaluate.main(["--task", "mrg", "--run", str(mrg), *flags])
+    assert len(seen) == len(set(map(tuple, seen))) == 7
 
 
 @pytest.mark.slow
