@@ -283,14 +283,13 @@ class ClipConfig:
 class Augmentation:
     """Probabilities of HSENet's training augmentations, applied in this order; 0 switches one off."""
 
+    GONE: ClassVar = ("translate",)
+
     rotate: float = setting(0.5, least=0, most=1)  # by 90, 180 or 270 degrees in the (H, W) plane
     flip: float = setting(0.1, least=0, most=1)  # each of D, H, W, independently
     scale: float = setting(0.5, least=0, most=1)  # v * (1 + f), f uniform in +-intensity
     shift: float = setting(0.5, least=0, most=1)  # v + o, o uniform in +-intensity
     intensity: float = setting(0.1, least=0, most=1)
-    translate: int = setting(
-        0, least=0, most=1000
-    )  # voxels at most, each axis, background moving in; not published, for the tiny presets
 
     def __post_init__(self):
         check_ranges(self)

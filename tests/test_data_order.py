@@ -25,7 +25,7 @@ from reaf_hsenet.tokenizer.tokenizer import train_wordpiece, train_words
 from tiny import tiny
 
 GLOBAL = 8
-AUGMENT = Augmentation(translate=2)
+AUGMENT = Augmentation()
 
 
 def contrastive(manifest):

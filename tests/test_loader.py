@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reaf_hsenet.config import NO_AUGMENTATION, Augmentation
-from reaf_hsenet.data.augment import augment, augment_with_slices, translate
+from reaf_hsenet.data.augment import augment, augment_with_slices
 from reaf_hsenet.data.loader import CTReportDataset, read_prepared, read_slices
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.data.samplers import GlobalBatches, InOrder
@@ -274,19 +274,3 @@ def test_a_saved_vocabulary_reads_back_the_same(tmp_path):
     tokenizer.save(tmp_path)
     again = load_wordpiece(tmp_path)
     assert again.vocab == tokenizer.vocab and again.encode("Abc") == tokenizer.encode("Abc") == [2, 5, 6, 3]
-
-
-def test_a_translation_moves_whole_voxels_and_background_moves_in():
-    volume = torch.arange(1.0, 1 + 4 * 5 * 6).reshape(1, 4, 5, 6)
-    moved = translate(volume, [1, -2, 0])
-    assert (
-        torch.equal(moved[:, 1:, :3], volume[:, :3, 2:])
-        and (moved[:, 0] == 1).all()
-        and (moved[:, :, 3:] == 1).all()
-    )
-    drawn = [
-        augment(volume, Augmentation(0, 0, 0, 0, translate=2), np.random.default_rng(seed))
-        for seed in range(20)
-    ]
-    assert len({tuple(v.flatten().tolist()) for v in drawn}) > 10
-    assert torch.equal(augment(volume, Augmentation(0, 0, 0, 0), np.random.default_rng(0)), volume)

@@ -36,17 +36,4 @@ def augment_with_slices(
         volume = volume * (1 + factor)
     if shift < config.shift:
         volume = volume + offset
-    if config.translate:
-        volume = translate(volume, rng.integers(-config.translate, config.translate + 1, 3).tolist())
     return volume, slices
-
-
-def translate(volume: Tensor, voxels: list[int]) -> Tensor:
-    """(1, D, H, W) moved by `voxels` along D, H, W; the lowest value moves in."""
-    moved = torch.full_like(volume, float(volume.min()))
-    ends = [
-        (slice(max(0, v), n + min(0, v)), slice(max(0, -v), n + min(0, -v)))
-        for v, n in zip(voxels, volume.shape[1:], strict=True)
-    ]
-    moved[(slice(None), *(to for to, _ in ends))] = volume[(slice(None), *(source for _, source in ends))]
-    return moved

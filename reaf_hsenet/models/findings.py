@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reaf_hsenet.models.layers import init_weights
-
 MOST_WEIGHT = 10.0  # of a rare finding's presence in the loss
+SCALE = 10.0  # of the logits: the layer learns as much faster, and weights move little in a short run
 
 
 class FindingsHead(nn.Module):
@@ -30,7 +29,8 @@ class FindingsHead(nn.Module):
         self.dropout, count = dropout, len(findings)
         labels = {label: i for i, (label, place) in enumerate(findings) if not place}
         self.linear = nn.Linear(sum(widths), count)
-        init_weights(self.linear)
+        nn.init.normal_(self.linear.weight, std=0.02 / SCALE)
+        nn.init.zeros_(self.linear.bias)
         for name, value in ("mean", 0.0), ("std", 1.0):
             self.register_buffer(name, torch.full((sum(widths),), value))
         for name, value in ("prior", 0.5), ("thresholds", 0.5), ("missed", 0.2), ("invented", 0.1):
@@ -53,7 +53,7 @@ class FindingsHead(nn.Module):
         self.std.copy_(pooled.std(0).clamp(min=1e-3))
         known = truth.isfinite()
         self.prior.copy_((truth.nan_to_num().sum(0) + 1) / (known.sum(0) + 2))
-        self.linear.bias.copy_((self.prior.logit() + self._weight().log()).to(self.linear.bias))
+        self.linear.bias.copy_((self.prior.logit() + self._weight().log()) / SCALE)
 
     def _weight(self) -> Tensor:
         """Return the weight of a finding's presence: as if half of the volumes had it, up to MOST_WEIGHT."""
@@ -61,7 +61,7 @@ class FindingsHead(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Return logits (B, K) float32, of weighted findings: see `probabilities`."""
-        return self.linear((self.pool(features) - self.mean) / self.std).float()
+        return SCALE * self.linear((self.pool(features) - self.mean) / self.std).float()
 
     def loss(self, logits: Tensor, truth: Tensor) -> Tensor:
         """Return the mean weighted cross-entropy over what is known. truth: (B, K); NaN is unknown."""
