@@ -12,7 +12,9 @@ from torch import Tensor
 import evaluate
 import infer
 import train
-from reaf_hsenet.data.language import cue_ids, cue_text
+from reaf_hsenet.config import Augmentation
+from reaf_hsenet.data.language import add_image_tokens, cue_ids, cue_text
+from reaf_hsenet.data.language_loader import LanguageDataset
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.evaluate import scan_model
@@ -45,8 +47,8 @@ def test_a_cue_names_findings_with_their_places_and_no_side_twice():
 
 def test_the_manifest_labels_and_reports_give_what_is_drawn(prepared):
     manifest = load_manifest(prepared)
-    table = CueTable(manifest, "manifest", ("train", "validation"))
-    findings = table.findings(places=True)
+    table = CueTable(manifest, None, ("train", "validation"), places=True)
+    findings = table.findings()
     truth = table.truth(findings)
     assert [label for label, place in findings if not place] == list(manifest.labels)
     for entry in manifest.all_entries():
@@ -54,7 +56,8 @@ def test_the_manifest_labels_and_reports_give_what_is_drawn(prepared):
         for (label, place), value in zip(findings, truth[entry["id"]].tolist(), strict=True):
             told = {*read[label][0], *read[label][1], *sizes[label]} if label in read else set()
             assert value == (place in told if place else entry["labels"][manifest.labels.index(label)])
-    assert all(not place for _, place in table.findings(places=False))
+    plain = CueTable(manifest, None, ("train", "validation"), places=False)
+    assert all(not place for _, place in plain.findings())
 
 
 def test_rules_on_reports_give_labels_to_volumes_that_have_none(prepared):
@@ -62,9 +65,9 @@ def test_rules_on_reports_give_labels_to_volumes_that_have_none(prepared):
     for entry in manifest.all_entries():
         entry["labels"] = None
     with pytest.raises(InputError, match="no labels.*--labels"):
-        CueTable(replace(manifest, labels=()), "manifest", ("train",))
-    table = CueTable(manifest, "reports", ("train",))
-    findings = table.findings(places=True)
+        CueTable(replace(manifest, labels=()), None, ("train", "validation"), places=True)
+    table = CueTable(manifest, "reports", ("train", "validation"), places=True)
+    findings = table.findings()
     truth = table.truth(findings)
     for entry in manifest.entries("train"):
         read, shown = rule_places(entry["text"]), truth[entry["id"]]
@@ -72,8 +75,8 @@ def test_rules_on_reports_give_labels_to_volumes_that_have_none(prepared):
         assert {label for (label, place), value in told if not place and value} == {*read}
     for entry in manifest.entries("train"):
         entry["text"] = "The examination is unremarkable."
-    with pytest.raises(InputError, match="--labels reports: the rules read no finding"):
-        CueTable(manifest, "reports", ("train",))
+    with pytest.raises(InputError, match="--labels reports: no training volume has a finding"):
+        CueTable(manifest, "reports", ("train", "validation"), places=True)
 
 
 def test_a_table_corrects_labels_and_a_place_that_no_report_tells_is_unknown(prepared, tmp_path):
@@ -85,7 +88,7 @@ def test_a_table_corrects_labels_and_a_place_that_no_report_tells_is_unknown(pre
         path.write_text("VolumeName,Pleural effusion\n" + "".join(f"{i}.nii.gz,{v}\n" for i, v in rows))
 
     write(rows)
-    truth = CueTable(manifest, str(path), ("train",)).truth(
+    truth = CueTable(manifest, str(path), ("train", "validation"), places=True).truth(
         (("Pleural effusion", ""), ("Pleural effusion", "left"))
     )
     for entry in manifest.entries("train"):
@@ -96,7 +99,7 @@ def test_a_table_corrects_labels_and_a_place_that_no_report_tells_is_unknown(pre
         assert np.isnan(left) != known and (not known or left == ("left" in read["Pleural effusion"][0]))
     write(rows[1:])
     with pytest.raises(InputError, match=f"has no labels of volume {rows[0][0]}"):
-        CueTable(manifest, str(path), ("train",))
+        CueTable(manifest, str(path), ("train", "validation"), places=True)
 
 
 def test_the_hash_of_findings_changes_with_one_of_them():
@@ -134,7 +137,7 @@ def test_weights_by_frequency_change_the_optimum_of_the_logits_and_not_of_the_pr
 
     def closure():
         optimizer.zero_grad()
-        loss = made.loss(logits.expand(10, -1), truth)
+        loss, _ = made.loss(logits.expand(10, -1), truth)
         loss.backward()
         return loss
 
@@ -146,9 +149,10 @@ def test_weights_by_frequency_change_the_optimum_of_the_logits_and_not_of_the_pr
 def test_what_is_unknown_is_not_learned():
     made, logits = head(), torch.randn(3, 5, requires_grad=True)
     truth = torch.tensor([[1, 0, 0, 0, 0], [NAN] * 5, [1, 1, NAN, 0, 1]])
-    made.loss(logits, truth).backward()
-    assert torch.equal(logits.grad != 0, truth.isfinite())
-    assert made.loss(logits, torch.full((3, 5), NAN)) == 0
+    loss, count = made.loss(logits, truth)
+    loss.backward()
+    assert torch.equal(logits.grad != 0, truth.isfinite()) and count == truth.isfinite().sum()
+    assert made.loss(logits, torch.full((3, 5), NAN)) == (0, 0)
 
 
 def test_error_rates_are_those_of_the_predictions_and_cues_in_training_have_them():
@@ -166,7 +170,7 @@ def test_error_rates_are_those_of_the_predictions_and_cues_in_training_have_them
     wrong = (told & (truth == 0))[:, 2] & told_places
     assert torch.isclose(made.invented[2], wrong.sum() / ((truth[:, 2] == 0) & told_places).sum(), atol=1e-3)
 
-    noisy, kept = made.noisy(truth)
+    noisy, kept = made.noisy(truth, torch.rand(n, 5))
     assert kept.all() and not (noisy[:, 2:] & ~noisy[:, 1:2]).any()
     for j in (0, 1):
         there = truth[:, j] == 1
@@ -174,11 +178,10 @@ def test_error_rates_are_those_of_the_predictions_and_cues_in_training_have_them
         assert torch.isclose(noisy[~there, j].float().mean(), made.invented[j], atol=0.01)
 
 
-def test_rows_without_labels_and_the_dropped_share_have_no_cue():
-    truth = torch.zeros(10_000, 5)
-    truth[::2, 1] = NAN
-    _, kept = head(0.25).noisy(truth)
-    assert not kept[::2].any() and abs(kept[1::2].float().mean() - 0.75) < 0.02
+def test_rows_without_labels_or_draws_have_no_cue():
+    truth, draws = torch.zeros(3, 5), torch.rand(3, 5)
+    truth[0, 1], draws[1] = NAN, NAN
+    assert head().noisy(truth, draws)[1].tolist() == [False, False, True]
 
 
 def test_thresholds_are_of_best_f1_and_of_places_where_their_label_is():
@@ -186,9 +189,16 @@ def test_thresholds_are_of_best_f1_and_of_places_where_their_label_is():
     truth = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]).float()
     probabilities = torch.tensor([[0.1, 0.8, 0.6], [0.2, 0.7, 0.3], [0.3, 0.2, 0.9], [0.4, 0.1, 0.9]])
     probabilities = torch.cat((probabilities, torch.full((4, 2), 0.5)), 1)
-    assert measure_findings(made, probabilities, truth) == 1
+    before = measure_findings(made, probabilities, truth)
+    assert before == pytest.approx(2 / 3) and measure_findings(made, probabilities, truth) == 1
     assert 0.2 < made.thresholds[0] < 0.3 and 0.2 < made.thresholds[1] < 0.7
     assert 0.3 < made.thresholds[2] < 0.6  # the 0.9 of rows without an effusion do not count
+    assert made.thresholds[3] == 0.5 and made.missed[3] == 0.2  # nobody has it: both stay
+
+
+def drawn(truth: torch.Tensor) -> torch.Tensor:
+    """(B, 2, K) as batches have it: with draws that make no error."""
+    return torch.stack((truth, torch.full_like(truth, 0.999)), 1)
 
 
 def cued(dropout: float = 0.0) -> Mllm:
@@ -216,18 +226,18 @@ def test_training_says_the_truth_and_evaluation_what_the_head_predicts():
     mllm.findings.missed.zero_(), mllm.findings.invented.zero_()
     seen = []
     mllm.with_cues = lambda cues, *columns: seen.append(cues) or columns
-    mllm.train()(**inputs(mllm), truth=truth)
+    mllm.train()(**inputs(mllm), findings=drawn(truth))
     mllm.findings.linear.bias.data.copy_(torch.tensor([9.0, -9, 9, 9, 9]))
-    mllm.eval()(**inputs(mllm), truth=truth)
+    mllm.eval()(**inputs(mllm), findings=drawn(truth))
     assert seen == [[[50], [51, 54]], [[50], [50]]]  # a place is not said without its label
 
 
 def test_with_cue_dropout_1_a_model_computes_what_one_without_cues_does():
-    mllm, truth = cued(dropout=1.0), torch.ones(2, 5)
+    mllm, findings = cued(dropout=1.0), torch.tensor([1.0, NAN])[None, :, None].expand(2, -1, 5)
     given, plain = inputs(mllm), model()
     for mode in (True, False):
         torch.manual_seed(2)
-        with_head = mllm.train(mode)(**given, truth=truth)
+        with_head = mllm.train(mode)(**given, findings=findings)
         torch.manual_seed(2)
         without = plain.train(mode)(**given)
         assert torch.equal(with_head[0], without[0]) and torch.equal(with_head[1], without[1])
@@ -246,9 +256,9 @@ def test_answers_get_worse_with_the_cues_of_other_patients():
         truth[:, 2:] *= truth[:, 1:2]
         answers = 60 + torch.arange(4) * 2 + truth[:, [0, 1, 2, 4]].long()
         given["ids"][:, -4:], given["labels"][:, -4:], given["mask"][:] = answers, answers, 1
-        return {**given, "features": list(torch.randn(2, 16, 64, 24)), "truth": truth}
+        return {**given, "features": list(torch.randn(2, 16, 64, 24)), "findings": drawn(truth)}
 
-    for _ in range(100):
+    for _ in range(150):
         total, tokens, _ = mllm(**draw())
         (total / tokens).backward()
         optimizer.step()
@@ -256,7 +266,7 @@ def test_answers_get_worse_with_the_cues_of_other_patients():
 
     @torch.no_grad()
     def loss(given: dict, order: Tensor) -> float:
-        cues = [mllm.cue_ids(row) for row in (given["truth"][order] > 0.5).tolist()]
+        cues = [mllm.cue_ids(row) for row in (given["findings"][order, 0] > 0.5).tolist()]
         mllm.predicted_cues = lambda logits: cues
         total, tokens, _ = mllm(**given)
         return (total / tokens).item()
@@ -269,12 +279,12 @@ def test_answers_get_worse_with_the_cues_of_other_patients():
 def test_the_heads_loss_reaches_encoders_that_are_trained_and_its_weight_scales_it():
     mllm, truth = cued(), torch.tensor([[1, 0, 0, 0, 0], [0, 1, 0, 0, 1]]).float()
     mllm.encoders.requires_grad_(True)
-    outputs = mllm.train()(**inputs(mllm), truth=truth)
-    batch = SimpleNamespace(findings=truth)
+    outputs = mllm.train()(**inputs(mllm), findings=drawn(truth))
+    batch = SimpleNamespace(findings=drawn(truth))
     alone, _ = token_mean(outputs, batch, 0)
     both, numbers = token_mean(outputs, batch, 0, head=mllm.findings, weight=2.0)
     assert torch.isclose(both - alone, 2 * numbers["findings"])
-    mllm.findings.loss(outputs[2], truth).backward()
+    mllm.findings.loss(outputs[2], truth)[0].backward()
     assert mllm.encoders[0].patch_embed.proj.weight.grad.abs().sum() > 0
 
 
@@ -285,14 +295,82 @@ def test_a_cue_in_words_of_an_existing_vocabulary_adds_no_token():
     assert tokenizer.decode(ids).strip() == "Findings: pleural effusion (left)." and len(tokenizer) == size
 
 
-def test_findings_that_the_report_contradicts_are_named():
-    rows = [("Cardiomegaly", True), ("Pleural effusion", True), ("Emphysema", False), ("Own label", True)]
-    cues = [{"name": name, "present": present} for name, present in rows]
-    text = "There is pleural effusion on the left. Emphysema in both lungs. No cardiomegaly."
+def test_findings_and_sides_that_the_report_contradicts_are_named():
+    rows = [("Cardiomegaly", True, []), ("Pleural effusion", True, ["left"]), ("Emphysema", False, [])]
+    rows += [("Lung nodule", True, ["right upper lobe"]), ("Own label", True, [])]
+    cues = [{"name": name, "present": present, "places": places} for name, present, places in rows]
+    text = "There is pleural effusion on the right. Emphysema. No cardiomegaly. A nodule in the right lung."
     assert contradictions(cues, text) == [
         "Cardiomegaly: present by its probability, not named in the report",
+        "Pleural effusion: left by its probability, right in the report",
         "Emphysema: absent by its probability, named in the report",
     ]
+
+
+def test_one_scan_or_copies_of_it_leave_the_scale_as_it_is():
+    for rows in (1, 5):
+        made = FindingsHead([4], FINDINGS, 0.1)
+        made.start(torch.ones(rows, 4), torch.zeros(3, 5))
+        assert made.std.tolist() == [1] * 4 and made([torch.randn(2, 7, 4)]).isfinite().all()
+
+
+def test_draws_are_by_seed_epoch_and_row_and_take_nothing_from_the_others(prepared):
+    manifest = load_manifest(prepared)
+    tokenizer = train_words([entry["text"] for entry in manifest.entries("train")], 300)
+    add_image_tokens(tokenizer)
+    known = {volume: torch.tensor([1.0, 0.0]) for volume in manifest.ids("train")}
+    common = {"task": "mrg", "tokenizer": tokenizer, "image_tokens": 4, "max_text": 400, "seed": 3}
+    plain, cued, dropped = (
+        LanguageDataset(manifest, "train", augmentation=Augmentation(), **common, **more)
+        for more in ({}, {"truth": known}, {"truth": known, "cue_dropout": 1.0})
+    )
+    one, same, other = cued[2, 5], cued[2, 5], cued[3, 5]
+    assert torch.equal(one.findings, same.findings) and not torch.equal(one.findings, other.findings)
+    assert one.findings[0].tolist() == [1, 0] and (0 <= one.findings[1]).all()
+    assert dropped[2, 5].findings[1].isnan().all()
+    assert all(torch.equal(x.volume, plain[2, 5].volume) for x in (one, dropped[2, 5]))
+    assert one.text == plain[2, 5].text
+    assert cued.collate([]).findings.isnan().all() and plain.collate([]).findings is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        ({"train": None, "validation": None}, "no training volume has a finding"),
+        ({"train": None}, "no training volume has a finding"),
+        ({"validation": None}, "no volume of the validation split has labels"),
+        ({"train": 0}, "no training volume has a finding"),
+    ],
+)
+def test_labels_that_nothing_can_be_learned_from_are_refused(prepared, spoil, words):
+    manifest = load_manifest(prepared)
+    for split, value in spoil.items():
+        for entry in manifest.entries(split):
+            entry["labels"] = value if value is None else [value] * len(manifest.labels)
+    with pytest.raises(InputError, match=words):
+        CueTable(manifest, None, ("train", "validation"), places=True)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [("", "no training volume has a finding"), (",Emphysema,emphysema", "two labels are called emphysema")],
+)
+def test_tables_without_labels_or_with_two_of_a_name_are_refused(prepared, tmp_path, columns, words):
+    manifest, path = load_manifest(prepared), tmp_path / "labels.csv"
+    rows = [entry["id"] + ",1" * columns.count(",") for entry in manifest.all_entries()]
+    path.write_text("\n".join([f"VolumeName{columns}", *rows, ""]))
+    with pytest.raises(InputError, match=words):
+        CueTable(manifest, str(path), ("train", "validation"), places=True)
+
+
+@pytest.mark.parametrize(
+    "findings",
+    [(("a", ""), ("a", "")), (("a", ""), ("b", "left")), ()],
+)
+def test_findings_that_do_not_fit_each_other_or_the_cues_are_refused(mrg, findings):
+    model = load_trained(mrg, "last").config
+    with pytest.raises(InputError, match="findings"):
+        replace(model, findings=findings)
 
 
 # Whole runs.
@@ -301,9 +379,7 @@ def test_findings_that_the_report_contradicts_are_named():
 def test_a_new_decoder_has_cues_of_places_and_its_run_says_where_the_findings_are_from(mrg):
     config = config_of(mrg)
     assert config["model"]["cues"] == "places" and ["Cardiomegaly", ""] in config["model"]["findings"]
-    assert (
-        config["origin"]["labels"]["source"] == "manifest" and len(config["origin"]["labels"]["sha256"]) == 64
-    )
+    assert config["origin"]["labels"]["source"] is None and len(config["origin"]["labels"]["sha256"]) == 64
     run = load_trained(mrg, "last")
     assert run.model.findings.thresholds.unique().numel() > 3  # measured at a validation
     assert run.model.cue_ids([False] * len(run.config.findings))
@@ -375,7 +451,7 @@ def test_without_cues_nothing_of_the_head_is_in_a_run(stages, tmp_path):
     [
         (
             ("--cues", "none", "--labels", "reports"),
-            "--labels, --cue-dropout: are of --cues labels or places",
+            "--labels: goes with --cues labels or places",
         ),
         (("--cues", "labels", "--labels", "absent.csv"), "absent.csv"),
         (("--cue-dropout", 2), "--cue-dropout 2.0: expected 1 or less"),

@@ -43,9 +43,6 @@ def test_report_generation_trains_encoders_packers_and_a_new_decoder(stages, mrg
     assert not torch.equal(saved["encoders.0.cls_token"], tokens[0])
     assert any(name.startswith("encoders.1.guidance.") for name in saved)
     assert "decoder.embed_tokens.weight" in saved
-    assert train.main(language(stages, tmp_path / "start", "--max-steps", 1, "--lr", 1e-12)) == 0
-    learned = load_trained(tmp_path / "start").model.encoders  # of the labels, before the first step
-    assert not torch.allclose(learned[0].cls_token, tokens[0], atol=1e-9)
     assert train.main(language(stages, tmp_path / "frozen", "--max-steps", 1, "--no-train-vision")) == 0
     for encoder, token in zip(load_trained(tmp_path / "frozen").model.encoders, tokens, strict=True):
         assert torch.allclose(encoder.cls_token, token, atol=1e-9)

@@ -27,7 +27,7 @@ class LanguageDataset(VolumeDataset):
     prompt: one for all reports, in place of the published ones that are drawn.
     cache: the encoders' features, read in place of volumes.
     templates: of questions, in place of the tables' own.
-    truth: findings of each volume, (K,), by its id.
+    truth: findings of each volume, (K,), by its id. cue_dropout: share of rows without a cue.
     """
 
     def __init__(
@@ -42,13 +42,14 @@ class LanguageDataset(VolumeDataset):
         cache: FeatureCache | None = None,
         templates: tuple[str, ...] | None = None,
         truth: dict[str, Tensor] | None = None,
+        cue_dropout: float = 0.0,
         **more,
     ):
         super().__init__(manifest, split, tokenizer, max_text, **more)
         every = [(i, None) for i in range(len(self.entries))]
         self.rows = every if task == "mrg" else questions(manifest, split, task)
         self.task, self.image_tokens, self.prompt, self.cache = task, image_tokens, prompt, cache
-        self.templates, self.truth = templates, truth
+        self.templates, self.truth, self.cue_dropout = templates, truth, cue_dropout
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,8 +82,15 @@ class LanguageDataset(VolumeDataset):
         prompt, answer = self.text(sample.row, rng)
         question = question_text(self.tokenizer, prompt, self.image_tokens)
         example = language_example(self.tokenizer, question, answer, self.max_text)
-        findings = self.truth and self.truth[self.name(sample.row)]
-        return self.augmented(sample._replace(text=example, findings=findings), rng)
+        sample = self.augmented(sample._replace(text=example), rng)
+        if self.truth is None:
+            return sample
+        # Drawn last, by (seed, epoch, row): the same on any number of ranks, and all else as without cues.
+        truth = self.truth[self.name(sample.row)]
+        draws = torch.from_numpy(rng.random(len(truth), np.float32))
+        if rng.random() < self.cue_dropout:
+            draws.fill_(torch.nan)
+        return sample._replace(findings=torch.stack((truth, draws)))
 
     def collate_text(self, texts: tuple[LanguageExample]) -> dict[str, Tensor]:
         return dict(zip(("ids", "mask", "labels"), collate_examples(self.tokenizer, texts), strict=True))
@@ -94,8 +102,10 @@ class LanguageDataset(VolumeDataset):
 
     def stand_in(self) -> Sample:
         # Nothing is known of a scan that nobody could read.
-        known = self.truth and next(iter(self.truth.values()))
-        return super().stand_in()._replace(findings=self.truth and torch.full_like(known, torch.nan))
+        if self.truth is None:
+            return super().stand_in()
+        unknown = torch.full_like(next(iter(self.truth.values())), torch.nan)
+        return super().stand_in()._replace(findings=torch.stack((unknown, unknown)))
 
     def read(self, entry: dict) -> tuple:
         if self.cache is None:

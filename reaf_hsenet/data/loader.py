@@ -32,7 +32,7 @@ class Batch:
     volume: (B, 1, D, H, W) float32. features: (B, N, C) of every encoder, in place of volumes. slices: (B, S,
     C).
     ids, mask: (B, T). labels: (B, T), -100 where nothing is learned; None in contrastive training.
-    findings: (B, K) of 0, 1 and NaN, unknown, where a decoder has cues.
+    findings: (B, 2, K), where a decoder has cues: 0, 1 or NaN, unknown; and uniform draws, or NaN for no cue.
     bad: what could not be read. counts: rows of every rank's batch, where that is known.
     """
 

@@ -205,7 +205,7 @@ class ScanModel:
         most = answer_length(sizes, self.settings.tokenizer, [question], task, new_tokens)
         volume, slices, _ = self.read(scan)
         features = image_features(self.run.model, volume, slices)
-        if self.config.findings:
+        if self.config.findings and self.config.cue_dropout < 1:
             cues(self._cues(features))
         yield from stream_answer(
             self.run.model,
@@ -370,13 +370,24 @@ class ScanModel:
 
 
 def contradictions(cues: list[dict], report: str) -> list[str]:
-    """Return a line for each finding that cues and report say otherwise of; the report is read by rules."""
+    """Return a line for each of CT-RATE's findings, and its sides, that cues and report say otherwise of.
+
+    The report is read by rules, which know no others; sides are compared where both tell some.
+    """
     named = rule_places(clean_report(report))
     lines = []
     for row in cues:
-        if row["name"] in FINDING_WORDS and row["present"] != (row["name"] in named):
-            told, written = ("present", "not named") if row["present"] else ("absent", "named")
-            lines.append(f"{row['name']}: {told} by its probability, {written} in the report")
+        name, written = row["name"], named.get(row["name"])
+        if name not in FINDING_WORDS:
+            continue
+        if row["present"] != (written is not None):
+            told, said = ("present", "not named") if row["present"] else ("absent", "named")
+            lines.append(f"{name}: {told} by its probability, {said} in the report")
+        elif written:
+            sides = {word for place in row["places"] for word in place.split()} & {"right", "left"}
+            if sides and written[0] and sides != written[0]:
+                told, said = (" and ".join(sorted(found)) for found in (sides, written[0]))
+                lines.append(f"{name}: {told} by its probability, {said} in the report")
     return lines
 
 

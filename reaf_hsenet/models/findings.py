@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOST_WEIGHT = 10.0  # of a rare finding's presence in the loss
+LEAST_STD = 1e-6  # of pooled tokens
 SCALE = 10.0  # of the logits: the layer learns as much faster, and weights move little in a short run
 
 
@@ -16,7 +17,7 @@ class FindingsHead(nn.Module):
     """Logits of K findings, the thresholds that decide between them, and their error rates.
 
     widths: C of each encoder. findings: (label, place), a place under its label. dropout: share of training
-    rows without any cue.
+    rows without any cue; with 1 the decoder has never seen one, and gets none.
 
     A checkpoint holds its buffers, too. mean, std: of the pooled tokens, (sum of C,). The others are (K,).
     prior: share of training volumes with each finding. thresholds: of probabilities. missed, invented: P(not
@@ -40,7 +41,7 @@ class FindingsHead(nn.Module):
 
     def pool(self, features: list[Tensor]) -> Tensor:
         """Return (B, sum of C): the mean token of every encoder."""
-        return torch.cat([tokens.mean(1) for tokens in features], dim=1).float()
+        return torch.cat([tokens.float().mean(1) for tokens in features], dim=1)
 
     @torch.no_grad()
     def start(self, pooled: Tensor, truth: Tensor) -> None:
@@ -50,7 +51,8 @@ class FindingsHead(nn.Module):
         the difference.
         """
         self.mean.copy_(pooled.mean(0))
-        self.std.copy_(pooled.std(0).clamp(min=1e-3))
+        std = pooled.std(0, correction=0)
+        self.std.copy_(torch.where(std > LEAST_STD, std, 1.0))  # copies of one scan differ by nothing
         known = truth.isfinite()
         self.prior.copy_((truth.nan_to_num().sum(0) + 1) / (known.sum(0) + 2))
         self.linear.bias.copy_((self.prior.logit() + self._weight().log()) / SCALE)
@@ -61,15 +63,21 @@ class FindingsHead(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Return logits (B, K) float32, of weighted findings: see `probabilities`."""
-        return SCALE * self.linear((self.pool(features) - self.mean) / self.std).float()
+        x = (self.pool(features) - self.mean) / self.std
+        # In float32 wherever it is called, so that what is shown is what is told.
+        with torch.autocast(x.device.type, enabled=False):
+            return SCALE * F.linear(x, self.linear.weight.float(), self.linear.bias.float())
 
-    def loss(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Return the mean weighted cross-entropy over what is known. truth: (B, K); NaN is unknown."""
+    def loss(self, logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of weighted cross-entropies of what is known, and its number, both scalars.
+
+        truth: (B, K); NaN is unknown.
+        """
         known = truth.isfinite()
         losses = F.binary_cross_entropy_with_logits(
             logits, truth.nan_to_num(), pos_weight=self._weight(), reduction="none"
         )
-        return (losses * known).sum() / known.sum().clamp(min=1)
+        return (losses * known).sum(), known.sum()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return (B, K) probabilities. A weight w in the loss has added log w to the logits."""
@@ -82,16 +90,17 @@ class FindingsHead(nn.Module):
     def under_labels(self, told: Tensor) -> Tensor:
         return told & told[:, self.label]
 
-    def noisy(self, truth: Tensor) -> tuple[Tensor, Tensor]:
+    def noisy(self, truth: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cues of training rows, (B, K) bool, and which rows have any, (B,).
 
-        Each finding is wrong as often as the head's prediction of it is. Drawn from torch's generator.
+        Each finding is wrong as often as the head's prediction of it is: where its draw is below that rate.
+        draws: (B, K), uniform in [0, 1), and NaN in rows without a cue.
         """
         there = truth.nan_to_num() > 0.5
-        wrong = torch.rand_like(truth) < torch.where(there, self.missed, self.invented)
+        wrong = draws < torch.where(there, self.missed, self.invented)
         # A row whose labels are not known has no cue.
         labels = self.label == torch.arange(len(self.label), device=truth.device)
-        kept = truth[:, labels].isfinite().all(1) & (torch.rand_like(truth[:, 0]) >= self.dropout)
+        kept = truth[:, labels].isfinite().all(1) & draws.isfinite().all(1)
         return self.under_labels(there ^ (wrong & truth.isfinite())), kept
 
     @torch.no_grad()
@@ -103,9 +112,9 @@ class FindingsHead(nn.Module):
         places = label != torch.arange(len(label), device=truth.device)
         known &= told[:, label] | ~places
 
-        # A count more of each kind, so that no rate is 0 or 1.
-        def rate(wrong: Tensor, of: Tensor) -> Tensor:
-            return ((wrong & of).sum(0) + 1) / (of.sum(0) + 2)
+        # As if two more had been seen at the rate so far, which stays where none is seen.
+        def update(rate: Tensor, wrong: Tensor, of: Tensor) -> None:
+            rate.copy_(((wrong & of).sum(0) + 2 * rate.cpu()) / (of.sum(0) + 2))
 
-        self.missed.copy_(rate(~told, there & known))
-        self.invented.copy_(rate(told, ~there & known))
+        update(self.missed, ~told, there & known)
+        update(self.invented, told, ~there & known)

@@ -104,11 +104,9 @@ class Mllm(nn.Module):
             return [[]] * len(logits)
         return [self.cue_ids(row) for row in self.findings.predicted(logits).tolist()]
 
-    def training_cues(self, truth: Tensor) -> list[list[int]]:
-        """Return the token ids of each row's cue: of truth (B, K) with the head's errors, or none at all."""
-        if self.findings.dropout == 1:  # nothing is drawn: a step is the same as without a head
-            return [[]] * len(truth)
-        told, kept = self.findings.noisy(truth)
+    def training_cues(self, findings: Tensor) -> list[list[int]]:
+        """Return the token ids of each row's cue: the truth with the head's errors, or none at all."""
+        told, kept = self.findings.noisy(*findings.unbind(1))
         pairs = zip(told.tolist(), kept.tolist(), strict=True)
         return [self.cue_ids(row) if with_cue else [] for row, with_cue in pairs]
 
@@ -139,20 +137,21 @@ class Mllm(nn.Module):
         volume: Tensor | None = None,
         slices: Tensor | None = None,
         features: list[Tensor] | None = None,
-        truth: Tensor | None = None,
+        findings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sum of the answers' cross-entropies, the number of target tokens, and the head's logits.
 
         labels: (B, T), -100 where nothing is learned. features: as `features` returns them, if known already.
-        truth: (B, K), findings of 0, 1 and NaN, unknown; in training the cues are these, with errors, else
-        what the head predicts. Logits of tokens are computed at the targets only: a vocabulary of 200,000 at
-        all of them would be the largest tensor by far. Without a head its logits are (B, 0).
+        findings: (B, 2, K), the truth, where NaN is unknown, and the draws of FindingsHead.noisy. In training
+        the cues are of these, else of what the head predicts. Logits of tokens are computed at the targets
+        only: a vocabulary of 200,000 at all of them would be the largest tensor by far. Without a head its
+        logits are (B, 0).
         """
         features = self.features(volume, slices) if features is None else features
         found = features[0].new_zeros(len(ids), 0)
         if self.findings is not None:
             found = self.findings(features)
-            cues = self.training_cues(truth) if self.training else self.predicted_cues(found)
+            cues = self.training_cues(findings) if self.training else self.predicted_cues(found)
             if any(cues):
                 ids, mask, labels = self.with_cues(cues, ids, mask, labels)
         x = self.decoder.hidden(self.embed(ids, features, slices, mask.bool() & (labels == -100)), mask)

@@ -76,6 +76,14 @@ class MllmConfig:
             )
         if self.projector not in PROJECTORS:
             raise InputError(f"--projector {self.projector}: expected one of {', '.join(PROJECTORS)}")
+        labels = [label for label, place in self.findings if not place]
+        places = {label for label, place in self.findings if place}
+        if not places <= set(labels) or len(set(self.findings)) < len(self.findings):
+            raise InputError("findings: expected every label once, and places of these labels")
+        if (self.cues == "none") != (not self.findings):
+            raise InputError(
+                f"cues are {self.cues!r} with {len(self.findings)} findings; expected both or none"
+            )
         if len({encoder.grid for encoder in self.encoders}) > 1 and self.shared:
             raise InputError(
                 "--shared-projector: the two encoders have other token grids; leave the flag out"

@@ -62,7 +62,7 @@ class DecoderOrigin:
 class LabelsOrigin:
     """Where the findings of --cues were read, and their hash."""
 
-    source: str
+    source: str | None  # None: the data set's own labels
     sha256: str
 
 

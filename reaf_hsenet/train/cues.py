@@ -28,50 +28,66 @@ REPORTS = "reports"  # --labels: the rules on the reports
 
 
 class CueTable:
-    """Which findings each volume of a data set shows. source: `manifest`, REPORTS or a table's path.
+    """Which findings each volume of a data set shows.
 
-    names: its labels. splits: those that are read. Raises InputError for a source without labels, and for a
-    table without those of a volume.
+    source: None, the manifest's labels; REPORTS, or a table's path. splits: those that are read, the training
+    split first. places: of the findings are read too. Raises InputError for a source without labels, and for
+    a table without those of a volume.
     """
 
-    def __init__(self, manifest: Manifest, source: str, splits: Sequence[str]):
-        self.source = source
-        entries = [entry for split in splits for entry in manifest.entries(split)]
-        self.ids = [entry["id"] for entry in entries]
-        read = report_reader(manifest)
-        self.readings = [told_places(read, clean_report(entry["text"])) for entry in entries]
+    def __init__(self, manifest: Manifest, source: str | None, splits: Sequence[str], places: bool):
+        self.source, self.places = source, places
+        parts = [manifest.entries(split) for split in splits]
+        entries = [entry for part in parts for entry in part]
+        self.ids, self.train = [entry["id"] for entry in entries], len(parts[0])
+        self.readings: list[dict[str, list[str]]] = [{}] * len(entries)
+        if places or source == REPORTS:
+            read = report_reader(manifest)
+            self.readings = [told_places(read, clean_report(entry["text"])) for entry in entries]
         if source == REPORTS:
-            self.names = sorted({label for reading in self.readings for label in reading})
-            if not self.names:
-                raise InputError(
-                    f"--labels {REPORTS}: the rules read no finding in the reports of {manifest.name}; name "
-                    "a table of labels"
-                )
-            self.labels = np.array([[name in r for name in self.names] for r in self.readings], np.float32)
-            return
-        table, unlabelled = None, set()
-        if source == "manifest":
-            table = manifest_labels(manifest, *splits)
-            unlabelled = {entry["id"] for entry in entries if entry["labels"] is None}
+            self.names = sorted({label for reading in self.readings[: self.train] for label in reading})
+            found = [[name in reading for name in self.names] for reading in self.readings]
+            self.labels = np.array(found, np.float32).reshape(len(entries), len(self.names))
         else:
-            table = read_label_table(Path(source), [entry["id"] for entry in manifest.all_entries()])
+            self._read_labels(manifest, entries, splits)
+        # A head learns nothing of labels that no volume has, and finds no threshold for what nobody knows.
+        what, known = f"--labels {source}" if source else manifest.name, np.isfinite(self.labels)
+        if not (self.labels[: self.train] == 1).any():
+            raise InputError(
+                f"{what}: no training volume has a finding; name a table of labels with --labels"
+            )
+        if not known[self.train :].any():
+            raise InputError(
+                f"{what}: no volume of the {splits[-1]} split has labels, by which thresholds are found; "
+                "name a table with --labels"
+            )
+        if twice := [n for n, count in Counter(name.lower() for name in self.names).items() if count > 1]:
+            raise InputError(f"{what}: two labels are called {twice[0]}; rename one")
+
+    def _read_labels(self, manifest: Manifest, entries: list[dict], splits: Sequence[str]) -> None:
+        """Read labels of the manifest, NaN where an entry has none, or of a table, which must have all."""
+        labelled = [True] * len(entries)
+        if self.source is None:
+            table = manifest_labels(manifest, *splits)
+            labelled = [entry["labels"] is not None for entry in entries]
+        else:
+            table = read_label_table(Path(self.source), [entry["id"] for entry in manifest.all_entries()])
         classes = table.known_classes(load_label_set("ct-rate"))
         self.names = list(classes)
-        labelled = [volume not in unlabelled for volume in self.ids]
-        found = table.values([*compress(self.ids, labelled)], list(classes.values()))
         self.labels = np.full((len(entries), len(classes)), np.nan, np.float32)
-        self.labels[labelled] = found
+        self.labels[labelled] = table.values([*compress(self.ids, labelled)], list(classes.values()))
 
-    def findings(self, places: bool) -> Findings:
-        """Return the findings to predict: every label, and its places that enough volumes show."""
+    def findings(self) -> Findings:
+        """Return the findings to predict: every label, and its places that enough training volumes show."""
+        training = slice(self.train)
         counts = Counter(
             (label, place)
-            for present, reading in zip(self.labels == 1, self.readings, strict=True)
+            for present, reading in zip(self.labels[training] == 1, self.readings[training], strict=True)
             for label in compress(self.names, present)
             for place in reading.get(label, ())
         )
-        common = [pair for pair in sorted(counts) if counts[pair] >= LEAST_SHARE * len(self.ids)]
-        return tuple((name, "") for name in self.names) + tuple(common if places else ())
+        common = [pair for pair in sorted(counts) if counts[pair] >= LEAST_SHARE * self.train]
+        return tuple((name, "") for name in self.names) + tuple(common)
 
     def truth(self, findings: Findings) -> dict[str, Tensor]:
         """Return (K,) float32 of 0, 1 and NaN, unknown, for each volume.
@@ -80,7 +96,9 @@ class CueTable:
         """
         column = {name: j for j, name in enumerate(self.names)}
         if absent := [label for label, _ in findings if label not in column]:
-            raise InputError(f"--labels: the run predicts {absent[0]}, which these labels do not have")
+            raise InputError(
+                f"{self.source or '--labels'}: has no {absent[0]}, which the run predicts; put it back"
+            )
         rows = {}
         for volume, labels, reading in zip(self.ids, self.labels, self.readings, strict=True):
             values = []
@@ -91,6 +109,11 @@ class CueTable:
                 values.append(value)
             rows[volume] = torch.tensor(values)
         return rows
+
+
+def label_source(named: str | None) -> str | None:
+    """Return the source of --labels: REPORTS, or a table's absolute path, so that a run resumes anywhere."""
+    return named if named in (None, REPORTS) else str(Path(named).resolve())
 
 
 def truth_sha256(truth: dict[str, Tensor]) -> str:

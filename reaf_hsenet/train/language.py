@@ -43,7 +43,7 @@ def encode(model: Mllm, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         volume=batch.volume,
         slices=batch.slices,
         features=batch.features,
-        truth=batch.findings,
+        findings=batch.findings,
     )
 
 
@@ -65,7 +65,8 @@ def token_mean(
     share = distributed.mean_over_ranks(tokens.float())
     loss, numbers = total / share, {"answer_tokens": share}
     if head is not None:
-        findings = head.loss(logits, batch.findings)
+        wrong, known = head.loss(logits, batch.findings[:, 0])
+        findings = wrong / distributed.mean_over_ranks(known.float()).clamp(min=1e-6)
         loss, numbers = loss + weight * findings, numbers | {"findings": findings.detach()}
     return loss, numbers
 
@@ -119,6 +120,7 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
         cache=cache,
         templates=settings.templates,
         truth=setup.truth,
+        cue_dropout=config.cue_dropout,
     )
     train_set = data(
         split="train",
@@ -145,12 +147,13 @@ def build(setup: Setup, command: Command, ranks: Ranks, say) -> Job:
 def same_truth(setup: Setup) -> dict[str, Tensor]:
     """Return the findings of a resumed run's volumes. Raises InputError when they have changed."""
     known, splits = setup.origin["labels"], ("train", setup.manifest.chosen_on)
-    table = distributed.on_main(lambda: CueTable(setup.manifest, known["source"], splits))
+    places = setup.model.cues == "places"
+    table = distributed.on_main(lambda: CueTable(setup.manifest, known["source"], splits, places))
     truth = table.truth(setup.model.findings)
     if truth_sha256(truth) != known["sha256"]:
         raise InputError(
-            f"{known['source']}: its findings are not those that the run was started with; put them back, or "
-            "start another run with --out"
+            f"{known['source'] or setup.manifest.name}: its findings are not those that the run was "
+            "started with; put them back, or start another run with --out"
         )
     return truth
 
@@ -185,19 +188,21 @@ def validate(
 ) -> tuple[float, dict]:
     """Return the score, minus the mean cross-entropy of a target token, and the numbers that were measured.
 
-    Answers are to predicted cues. The findings head gets thresholds and error rates by what it predicts here.
+    Answers are to cues that the head predicts, with the thresholds that it has; `findings_f1` is its micro-F1
+    over labels with these. Then it gets thresholds and error rates by what it predicts here.
     """
     ranks, rows = bad.ranks, min(settings.validate_samples, len(data))
     loader = make_loader(data, InOrder(rows, settings.batch_size, ranks.rank, ranks.world), 0)
     # Sums, not means of batches: batches have different numbers of target tokens.
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    unreadable, findings = [], []
+    unreadable, found = [], {}
     for batch in batches(loader, ranks.device, tolerant=True):
         unreadable += batch.bad
         *both, logits = encode(model, batch)
         sums += torch.stack([value.double() for value in both])
-        if model.findings and batch.index:
-            findings.append(torch.stack((model.findings.probabilities(logits), batch.findings)).cpu())
+        if model.findings:  # each volume counts once, however many questions it has
+            both = torch.stack((model.findings.probabilities(logits), batch.findings[:, 0]), 1).cpu()
+            found |= {data.name(row): pair for row, pair in zip(batch.index, both, strict=False)}
     bad.agree(unreadable)
     loss, tokens = distributed.mean_over_ranks(sums).tolist()
     if tokens == 0:
@@ -206,24 +211,27 @@ def validate(
         raise FloatingPointError(f"the loss is {loss}")
     numbers = {"loss": loss / tokens}
     if model.findings:
-        of_ranks = distributed.gather_objects(findings)
-        found = torch.cat([part for parts in of_ranks for part in parts], dim=1)
-        numbers["findings_f1"] = measure_findings(model.findings, *found)
+        of_all = {name: pair for part in distributed.gather_objects(found) for name, pair in part.items()}
+        pairs = torch.stack([pair for _, pair in sorted(of_all.items())])
+        numbers["findings_f1"] = measure_findings(model.findings, pairs[:, 0], pairs[:, 1])
     return -loss / tokens, numbers
 
 
 def measure_findings(head: FindingsHead, probabilities: Tensor, truth: Tensor) -> float:
-    """Give the head thresholds of best F1 and its error rates; return its micro-F1 over labels.
+    """Return the head's micro-F1 over labels; then give it thresholds of best F1 and its error rates.
 
-    probabilities, truth: (N, K). A place's threshold is found where its label is there.
+    probabilities, truth: (N, K). A place's threshold is found where its label is there, and any one where
+    there are volumes with the finding.
     """
     there, thresholds, label = truth.nan_to_num() > 0.5, head.thresholds.cpu().clone(), head.label.tolist()
+    labels = [j for j, of in enumerate(label) if of == j]
+    told, known = (probabilities > thresholds)[:, labels], truth[:, labels].isfinite()
+    right = 2 * (told & there[:, labels]).sum()
+    f1 = right / ((told & known).sum() + there[:, labels].sum()).clamp(min=1)
     for j, of in enumerate(label):
         rows = truth[:, j].isfinite() & (there[:, of] if of != j else True)
-        if rows.any():
+        if there[rows, j].any():
             columns = there[rows, j, None].numpy(), probabilities[rows, j, None].numpy()
-            thresholds[j] = float(best_f1_thresholds(*columns)[0])
+            thresholds[j] = float(best_f1_thresholds(*columns)[0].clip(0, 1))
     head.measure(probabilities, truth, thresholds)
-    labels = [j for j, of in enumerate(label) if of == j]
-    told, there = (probabilities > thresholds)[:, labels], there[:, labels]
-    return float(2 * (told & there).sum() / (told.sum() + there.sum()).clamp(min=1))
+    return float(f1)

@@ -24,7 +24,7 @@ from reaf_hsenet.tokenizer.loading import load_tokenizer
 from reaf_hsenet.tokenizer.tokenizer import Tokenizer, check_fits, train_words
 from reaf_hsenet.train.command import Command
 from reaf_hsenet.train.contrastive_setup import load_teacher
-from reaf_hsenet.train.cues import CueTable, truth_sha256
+from reaf_hsenet.train.cues import CueTable, label_source, truth_sha256
 from reaf_hsenet.train.setup import Setup, data_of, fitting_batch, located, recipe_settings
 from reaf_hsenet.weights.decoder import FILES
 
@@ -58,19 +58,21 @@ def new_setup(command: Command, ranks: Ranks, say) -> Setup:
     check_decoder_flags(command, preset)
     new = command.decoder is None
     table = cue_table(command, manifest)
-    cues = command.given.get("cues", "places" if new and table else "none")
-    findings = table.findings(places=cues == "places") if cues != "none" else ()
+    cues = "none" if table is None else "places" if table.places else "labels"
+    findings = () if table is None else table.findings()
     tokenizer, decoder, known = text_side(command, manifest, settings, findings, say)
     config = MllmConfig(
         vision=vision,
         encoders=tuple(run.config.vision for run in runs),
         decoder=decoder,
         kernel=TINY_KERNEL if preset.endswith("-tiny") else MllmConfig.kernel,
+        cues=cues,
+        findings=findings,
         full=new,
         train_vision=new,
     )
     # A new decoder (no --decoder) has nothing worth freezing: all is trained, unless flags say otherwise.
-    config = replace(changed(config, command.given), cues=cues, findings=findings)
+    config = changed(config, command.given)
     config = replace(config, max_text=text_length(command, config))
     if not config.train_vision:  # frozen encoders stay as they are
         settings = replace(settings, calibrate=0)
@@ -153,19 +155,20 @@ def train_settings(command: Command, preset: str, manifest: Manifest, ranks: Ran
 
 
 def cue_table(command: Command, manifest: Manifest) -> CueTable | None:
-    """Return the findings that cues tell of this data set; None where it has none and none are asked for."""
-    cues = command.given.get("cues")
-    if (
-        cues in (None, "none")
-        and (command.labels or "cue_dropout" in command.given)
-        and (command.decoder or cues)
-    ):
-        raise InputError("--labels, --cue-dropout: are of --cues labels or places; add one of these")
-    asked = cues or command.labels
-    if cues == "none" or command.decoder and not asked or not (asked or manifest.labels):
+    """Return the findings that cues tell of this data set; None where the run has no cues."""
+    splits, cues = ("train", manifest.chosen_on), command.given.get("cues")
+    if cues is None:
+        # A new decoder has them where every split has labels; a published one where they are asked for.
+        entries = [[e["labels"] for e in manifest.entries(split)] for split in splits]
+        labelled = manifest.labels and all(any(map(bool, labels)) for labels in entries)
+        cues = "places" if command.decoder is None and (labelled or command.labels) else "none"
+    if cues == "none":
+        for name in {"labels", "cue_dropout"} & command.given.keys():
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: goes with --cues labels or places; add one of these")
         return None
-    source = located(command.labels) or "manifest"
-    return distributed.on_main(lambda: CueTable(manifest, source, ("train", manifest.chosen_on)))
+    source = label_source(command.labels)
+    return distributed.on_main(lambda: CueTable(manifest, source, splits, places=cues == "places"))
 
 
 def check_decoder_flags(command: Command, preset: str) -> None:

@@ -172,8 +172,12 @@ def resumed_setup(command: Command, run: Run, ranks: Ranks) -> Setup:
     for name, value in command.given.items():
         if name in free:
             continue
-        if name in ("init", "text_model", "decoder", "teacher", "labels"):
+        if name in ("init", "text_model", "decoder", "teacher"):
             value = located(value)
+        if name == "labels":
+            from reaf_hsenet.train.cues import label_source
+
+            value = label_source(value)
         if value != have.get(name):
             raise InputError(
                 f"{spelled(name, value, FLAGS)}: with --resume a run keeps its settings ({run.folder} has "
