@@ -78,7 +78,7 @@ TINY_LANGUAGE = {
     "warmup": 0.05,
     "batch_size": 16,
     "precision": "fp32",
-    "validate_every": 0.25,
+    "validate_every": 0.1,
     "validate_samples": 160,
     "augment": NO_AUGMENTATION,
     "calibrate": 256,
