@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from reaf_hsenet.data.feature_cache import FeatureCache
 from reaf_hsenet.data.manifest import load_manifest
 from reaf_hsenet.errors import InputError
 from reaf_hsenet.models.int8 import Int8Linear
+from reaf_hsenet.presets import stage_config
 from reaf_hsenet.runs.checkpoint import Run
 from reaf_hsenet.runs.trained import load_trained
 from reaf_hsenet.tokenizer.tokenizer import train_words
+from reaf_hsenet.train.language_setup import feature_folder
 from tiny import (
     AUTO,
     assert_close_weights,
@@ -48,6 +51,13 @@ def test_report_generation_trains_encoders_packers_and_a_new_decoder(stages, mrg
         assert torch.allclose(encoder.cls_token, token, atol=1e-9)
     assert losses(mrg)[-1] < losses(mrg)[0]
     assert (mrg / "slice_encoder" / "slice_encoder.json").is_file()
+
+
+def test_features_of_volumes_that_are_augmented_are_not_kept():
+    command, frozen = SimpleNamespace(cache_features=True), SimpleNamespace(train_vision=False)
+    published = stage_config("mrg", "hsenet", "hsenet-base")
+    with pytest.raises(InputError, match="--cache-features: augmented volumes.*add --no-augment"):
+        feature_folder(command, frozen, published, SimpleNamespace(folder=Path()))
 
 
 @pytest.mark.slow

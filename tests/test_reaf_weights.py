@@ -324,7 +324,7 @@ def test_wrong_reaf_flags_are_named(prepared_reaf, started, tmp_path):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "--region-size (9, 9, 9): does not fit the grid of (2, 2, 2)" in line("--region-size", 9, 9, 9)
+    assert "--region-size (9, 9, 9): does not fit the grid of (4, 4, 4)" in line("--region-size", 9, 9, 9)
     assert "--fusion" in line("--fusion", "median")
     assert "--drop-path 1.0" in line("--drop-path", 1)
     assert "--unfreeze-text" in line("--unfreeze-text", "some")

@@ -499,7 +499,7 @@ faults(
     "model.safetensors: ",
     Row("truncated", cut(M3D), "is truncated or not a checkpoint"),
     Row("with NaN", nan(M3D), "NaN or infinite values in"),
-    Row("of another size", "", "has positions (1, 64, 48), not"),
+    Row("of another size", "--patch 8 16 16", "has positions (1, 64, 48), not"),
 )
 faults(
     f"{CLIP1} --init {{x.pt}}",
@@ -646,15 +646,10 @@ faults(
     Row(
         "of long texts",
         "--max-text 2000",
-        "--max-text: 4 visual tokens and 2000 of text do not fit the decoder's context of 1024",
+        "--max-text: 4 visual tokens, 256 of cues and 2000 of text do not fit the decoder's context of 1024",
     ),
     Row("of short texts", nothing, "raise the text length (--max-text)", "--max-text 5"),
     Row("cached and trained", "--cache-features", "--cache-features: encoders that are trained have no"),
-    Row(
-        "cached and augmented",
-        "--cache-features --no-train-vision",
-        "--cache-features: augmented volumes have other features; add --no-augment",
-    ),
     Row("cached and dropped", f"{DROPOUT} --cache-features", "--cache-features: features under dropout"),
     Row("of a size", "--size 16 32 32", "--size: is an option of --stage clip1 and clip2"),
     Row("of questions", "--questions location", "--questions: is an option of --stage vqa"),
