@@ -390,7 +390,7 @@ def test_infer_shows_findings_first_and_contradictions_last(mrg, prepared, capsy
     scan = load_manifest(prepared).entries("validation")[0]["source"]["file"]
     text = "There is pleural effusion on the left."
     monkeypatch.setattr(scan_model, "stream_answer", lambda *a, **k: iter([text]))
-    monkeypatch.setattr(FindingsHead, "predicted", lambda self, logits: logits[:, :] == logits[:, :1])
+    monkeypatch.setattr(FindingsHead, "predicted", lambda self, logits: logits == logits[:, :1])
     command = ["report", scan, "--run", str(mrg), "--device", "cpu"]
     assert infer.main(command) == 0
     shown = capsys.readouterr().out
@@ -403,6 +403,11 @@ def test_infer_shows_findings_first_and_contradictions_last(mrg, prepared, capsy
     assert found["report"] == text and told[first]["present"] and 0 < told[first]["probability"] < 1
     assert len(told) == 18 and {"threshold", "places"} <= told[first].keys()
     assert "Pleural effusion: absent by its probability, named in the report" in found["contradictions"]
+    monkeypatch.setattr(FindingsHead, "predicted", lambda self, logits: logits == logits)
+    assert infer.main([*command, "--json"]) == 0
+    places = [row["places"] for row in json.loads(capsys.readouterr().out)["findings"]]
+    assert any("left lower lobe" in row for row in places)
+    assert not any("left" in row and "left lower lobe" in row for row in places)
 
 
 @pytest.mark.slow

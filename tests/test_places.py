@@ -43,6 +43,11 @@ def test_rules_read_size_classes():
     assert rule_sizes(text) == {"Pleural effusion": {"small"}, "Emphysema": {"large"}, "Cardiomegaly": set()}
 
 
+def test_a_small_airway_disease_is_no_small_finding():
+    text = "Mosaic density differences in both lungs, suggesting small airway disease."
+    assert rule_sizes(text) == {"Mosaic attenuation pattern": set()}
+
+
 def test_a_finding_of_several_clauses_has_the_places_of_all():
     text = "A nodule in the right upper lobe. Another nodule in the left lower lobe."
     assert rule_places(text) == {"Lung nodule": (BOTH, {"upper", "lower"})}

@@ -42,10 +42,14 @@ def cue_text(findings: Findings, told: Sequence[bool]) -> str:
             said.setdefault(label.lower(), []).extend([place] if place else [])
     words = []
     for label, places in said.items():
-        # A side is not said again where one of its lobes is.
-        where = [p for p in places if not any(q.startswith(f"{p} ") for q in places)]
+        where = said_places(places)
         words.append(f"{label} ({', '.join(where)})" if where else label)
     return f"Findings: {'; '.join(words) or 'none'}. "
+
+
+def said_places(places: Sequence[str]) -> list[str]:
+    """Return the places of a finding without a side that one of its lobes says already."""
+    return [place for place in places if not any(other.startswith(f"{place} ") for other in places)]
 
 
 def cue_ids(tokenizer: Tokenizer, findings: Findings, told: Sequence[bool]) -> list[int]:

@@ -28,6 +28,7 @@ from reaf_hsenet.config import (
     Recipe,
 )
 from reaf_hsenet.data.labels import LabelTable, load_label_set
+from reaf_hsenet.data.language import said_places
 from reaf_hsenet.data.phantom.labeler import FINDING_WORDS
 from reaf_hsenet.data.reading import Reading
 from reaf_hsenet.data.slice_features import slices_wanted
@@ -230,7 +231,8 @@ class ScanModel:
             else:
                 numbers = {"probability": float(probability[j]), "threshold": float(head.thresholds[j])}
                 found[label] = {"name": label, **numbers, "present": bool(told[j]), "places": []}
-        return sorted(found.values(), key=lambda row: -row["probability"])
+        rows = [row | {"places": said_places(row["places"])} for row in found.values()]
+        return sorted(rows, key=lambda row: -row["probability"])
 
     def classify(
         self, scan: Path | str, prompts: str | None = None, label_set: str | None = None

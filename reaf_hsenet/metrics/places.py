@@ -22,7 +22,7 @@ SIDE_WORDS = {side: rf"\b{side}\b|{BOTH}" for side in ("right", "left")}
 LOBE_WORDS = {name: rf"\b{name}\b[\w, -]*\blobes?\b" for name in ("upper", "middle", "lower")}
 LOBE_WORDS["lingula"] = r"\blingul"
 SIZE_WORDS = {
-    "small": r"\b(?:small|mild|minimal|slight|tiny|trace)\b",
+    "small": r"\b(?:small(?! airway)|mild|minimal|slight|tiny|trace)\b",
     "moderate": r"\bmoderate\b",
     "large": r"\b(?:large|severe|massive|marked)\b",
 }
